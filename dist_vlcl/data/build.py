@@ -1,0 +1,44 @@
+"""Write the shards of a data set:  python -m dist_vlcl.data.build data=cifar100 [data.source=PATH] [data.root=DIR]
+
+Duration: CIFAR-100 or Tiny-ImageNet from disk, a minute or two. Result: data/cifar100/index.json and one folder per split.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.data.shards import Index
+from dist_vlcl.data.store import make_shards
+
+
+def build(data: DataConfig) -> Path:
+    """Write the shards with a progress bar; returns their folder."""
+
+    def with_bar(work: Sequence[Any]) -> Iterable[Any]:
+        return track(work, description=f"{data.name}: classes")
+
+    folder = make_shards(data, track=with_bar)
+    index = Index.load(str(folder))
+    Console().print(f"{folder}: {index.num_classes} classes, {index.count('train')} training and {index.count('test')} test images")
+    return folder
+
+
+def main() -> None:
+    import hydra
+    from omegaconf import DictConfig
+
+    from dist_vlcl import config
+
+    @hydra.main(version_base=None, config_path=str(config.CONFIG_FOLDER), config_name="config")
+    def run(options: DictConfig) -> None:
+        build(config.from_hydra(options).data)
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

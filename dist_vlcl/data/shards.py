@@ -1,0 +1,299 @@
+"""Class-pure webdataset shards and their index: writing, reading, checking.
+
+    index.json              names, and for every shard its samples, bytes and SHA-256
+    train/0003-000.tar      samples of class 3 only: `<key>.cls` (text) and `<key>.png` or `.jpg` (original bytes)
+
+A task is a choice of classes, so the same shards serve every class order and increment. The index is what makes a truncated shard
+visible: webdataset itself reads 9 of 13 samples without a word.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import re
+import shutil
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+FORMAT = 1
+SPLITS = ("train", "test")
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+SHARD_PATH = re.compile(r"(train|test)/\d{4,}-\d{3,}\.tar")
+
+log = logging.getLogger(__name__)
+
+
+class ShardError(RuntimeError):
+    """A shard that is damaged, or that holds what no shard of ours holds."""
+
+
+class RawSample(NamedTuple):
+    """One image of a raw set; its bytes are read late, class by class."""
+
+    split: str
+    class_id: int
+    key: str
+    suffix: str
+    read: Callable[[], bytes]
+
+
+class RawSet(NamedTuple):
+    class_names: list[str]
+    samples: list[RawSample]
+
+
+class StoredSample(NamedTuple):
+    key: str
+    image: bytes
+
+
+@dataclass(frozen=True)
+class Shard:
+    path: str  # relative to the index
+    count: int
+    bytes: int
+    sha256: str
+
+    @property
+    def class_id(self) -> int:
+        return int(Path(self.path).name.split("-")[0])
+
+
+@dataclass(frozen=True)
+class Index:
+    """What there is to read: the classes, and for each split and class its shards."""
+
+    name: str
+    reader: str
+    class_names: tuple[str, ...]
+    encodings: tuple[str, ...]
+    shards: dict[str, tuple[tuple[Shard, ...], ...]]  # split -> class id -> shards
+    location: str
+    allow_pipe: bool = False
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content, shard hashes included: equal only if the data are equal."""
+        return hashlib.sha256(self._text().encode()).hexdigest()
+
+    def sizes(self, split: str, classes: Iterable[int]) -> dict[int, list[int]]:
+        """Class id -> samples in each of its shards."""
+        return {class_id: [shard.count for shard in self.shards[split][class_id]] for class_id in classes}
+
+    def count(self, split: str, classes: Iterable[int] | None = None) -> int:
+        """Samples of some classes, or of all."""
+        classes = range(self.num_classes) if classes is None else classes
+        return sum(sum(sizes) for sizes in self.sizes(split, classes).values())
+
+    def url(self, path: str) -> str:
+        return self.location.replace("{}", path) if "{}" in self.location else f"{self.location.rstrip('/')}/{path}"
+
+    def verify(self) -> None:
+        """Read every shard again; raises ShardError that names those whose bytes are not what the index says."""
+        shards = [shard for split in SPLITS for of_class in self.shards[split] for shard in of_class]
+        problems = [problem for _, problem in (read_shard(self, shard) for shard in shards) if problem]
+        if problems:
+            raise ShardError(f"{len(problems)} of {len(shards)} shards are damaged:\n" + "\n".join(problems))
+
+    def _text(self) -> str:
+        content = {"format": FORMAT, **asdict(self)}
+        del content["location"], content["allow_pipe"]
+        return json.dumps(content, indent=1, sort_keys=True)
+
+    def save(self, folder: Path) -> None:
+        (folder / "index.json").write_text(self._text() + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, location: str, allow_pipe: bool = False) -> "Index":
+        """Read index.json below a folder or address; raises ValueError if it is not an index of this format."""
+        empty = cls("", "", (), (), {}, location, allow_pipe)
+        url = empty.url("index.json")
+        content = json.loads(read_bytes(url, allow_pipe))
+        if content.get("format") != FORMAT:
+            raise ValueError(f"{url}: format {content.get('format')}, this version reads {FORMAT}; build the shards again")
+        shards = {split: tuple(tuple(_shard(entry) for entry in of_class) for of_class in content["shards"][split]) for split in SPLITS}
+        names, encodings = tuple(content["class_names"]), tuple(content["encodings"])
+        return cls(content["name"], content["reader"], names, encodings, shards, location, allow_pipe)
+
+
+def _shard(entry: dict[str, Any]) -> Shard:
+    shard = Shard(**entry)
+    # an index from elsewhere must not lead out of its folder, nor into the shell of a `pipe:`
+    if not SHARD_PATH.fullmatch(shard.path):
+        raise ShardError(f"index.json names {shard.path!r}: a shard is called train/0003-000.tar")
+    return shard
+
+
+# writing
+
+
+def write_shards(
+    raw: RawSet,
+    folder: Path,
+    *,
+    name: str,
+    reader: str,
+    samples_per_shard: int = 64,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> Index:
+    """Write a raw set's shards and index into `folder`, which appears complete or not at all.
+
+    Equal images give equal bytes. `track` wraps the list of pieces of work, for a progress bar. If another process finishes first, its
+    folder stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        index = _write(raw, aside, name, reader, samples_per_shard, track)
+        aside.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        _move_into_place(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return replace(index, location=str(folder))
+
+
+def _write(raw: RawSet, folder: Path, name: str, reader: str, samples_per_shard: int, track: Callable[..., Iterable[Any]]) -> Index:
+    groups: dict[tuple[str, int], list[RawSample]] = {(split, c): [] for split in SPLITS for c in range(len(raw.class_names))}
+    for sample in raw.samples:
+        groups[sample.split, sample.class_id].append(sample)
+    for split in SPLITS:
+        (folder / split).mkdir()
+    written = {}
+    for (split, class_id), samples in track(list(groups.items())):
+        chunks = [samples[start : start + samples_per_shard] for start in range(0, len(samples), samples_per_shard)]
+        keys = unique_keys(samples)
+        written[split, class_id] = tuple(
+            _write_shard(folder, f"{split}/{class_id:04d}-{number:03d}.tar", chunk, keys) for number, chunk in enumerate(chunks)
+        )
+    shards = {split: tuple(written[split, class_id] for class_id in range(len(raw.class_names))) for split in SPLITS}
+    encodings = tuple(sorted({sample.suffix for sample in raw.samples}))
+    index = Index(name, reader, tuple(raw.class_names), encodings, shards, str(folder))
+    index.save(folder)
+    return index
+
+
+def _write_shard(folder: Path, path: str, samples: Sequence[RawSample], keys: Iterator[str]) -> Shard:
+    with (
+        (folder / path).open("wb") as stream,
+        webdataset.TarWriter(stream, encoder=False, user="", group="", mtime=0) as tar,
+    ):
+        for sample in samples:
+            tar.write({"__key__": next(keys), "cls": str(sample.class_id).encode(), sample.suffix: sample.read()})
+    content = (folder / path).read_bytes()
+    return Shard(path, len(samples), len(content), hashlib.sha256(content).hexdigest())
+
+
+def unique_keys(samples: Sequence[RawSample]) -> Iterator[str]:
+    """Each sample's key without what tar or webdataset would trip over: dots, odd characters, length, repetition."""
+    seen: dict[str, int] = {}
+    for sample in samples:
+        key = re.sub(r"[^A-Za-z0-9_/-]+", "_", sample.key)[-80:].strip("_/") or "sample"
+        seen[key] = seen.get(key, 0) + 1
+        yield key if seen[key] == 1 else f"{key}--{seen[key]}"
+
+
+def _move_into_place(aside: Path, folder: Path) -> None:
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not (folder / "index.json").exists():
+            raise FileExistsError(f"{folder} exists and holds no index.json: remove it, or choose another data.root") from None
+
+
+# reading
+
+
+def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], str]:
+    """The shard's samples, as many as can be read, and in words what is wrong with it ("" for a sound one).
+
+    Raises ShardError for members that a shard of ours never has: nothing but text labels and images is ever opened.
+    """
+    try:
+        content = read_bytes(index.url(shard.path), index.allow_pipe)
+    except (OSError, HTTPException) as error:
+        return [], f"{index.url(shard.path)}: cannot be read: {error}"
+    samples, error_text = _parse(content, shard)
+    sound = hashlib.sha256(content).hexdigest() == shard.sha256 and len(samples) == shard.count
+    if sound:
+        return samples, ""
+    problem = (
+        f"{index.url(shard.path)}: the index says {shard.count} samples in {shard.bytes} bytes, "
+        f"found {len(samples)} in {len(content)}, {'the bytes differ' if len(content) == shard.bytes else 'another length'}{error_text}"
+    )
+    return samples, problem
+
+
+def _parse(content: bytes, shard: Shard) -> tuple[list[StoredSample], str]:
+    samples: list[StoredSample] = []
+    members = tar_file_expander([{"url": shard.path, "stream": io.BytesIO(content)}])
+    try:
+        for sample in group_by_keys(members):
+            if stored := _stored(sample, shard):
+                samples.append(stored)
+    except ShardError:
+        raise
+    except Exception as error:  # tarfile raises what it likes on damaged bytes
+        return samples, f" ({type(error).__name__}: {error.args[0] if error.args else ''})"
+    return samples, ""
+
+
+def _stored(sample: dict[str, Any], shard: Shard) -> StoredSample | None:
+    key = sample["__key__"]
+    if key.startswith("/") or ".." in key.split("/"):
+        raise ShardError(f"{shard.path}: refused, the name {key!r} leads out of the shard")
+    suffixes = [suffix for suffix in sample if not suffix.startswith("__")]
+    if foreign := [suffix for suffix in suffixes if suffix not in ("cls", *IMAGE_SUFFIXES)]:
+        raise ShardError(f"{shard.path}: refused, the member {key}.{foreign[0]} is neither a label (.cls) nor an image {IMAGE_SUFFIXES}")
+    images = [sample[suffix] for suffix in suffixes if suffix != "cls"]
+    if len(images) != 1 or "cls" not in suffixes:
+        return None  # cut in two by damage: the count tells
+    if sample["cls"].strip() != str(shard.class_id).encode():
+        raise ShardError(f"{shard.path}: refused, {key} is labelled {sample['cls'][:20]!r}")
+    return StoredSample(key, images[0])
+
+
+def read_bytes(url: str, allow_pipe: bool = False) -> bytes:
+    """The whole of a local file, an http(s) address, or, if allowed, the output of a command or a tool (pipe:, gs:, ...)."""
+    parts = urlparse(url)
+    if parts.scheme in ("http", "https"):
+        return _download(url)
+    if parts.scheme in ("", "file"):
+        return Path(url2pathname(parts.path) if parts.scheme else url).read_bytes()
+    if not allow_pipe:
+        raise ValueError(f"data.url={url!r}: reading this runs a command; allow it with data.allow_pipe=true")
+    with webdataset.gopen(url) as stream:
+        return stream.read()
+
+
+def _download(url: str, attempts: int = 3, timeout_s: float = 60) -> bytes:
+    """urllib rather than webdataset's `curl --retry 30`: a cut transfer is an error here, and giving up takes seconds, not minutes."""
+    for attempt in range(1, attempts + 1):
+        try:
+            with urllib.request.urlopen(url, timeout=timeout_s) as response:
+                return response.read()
+        except urllib.error.HTTPError as error:
+            if error.code < 500 or attempt == attempts:
+                raise
+        except (OSError, HTTPException):
+            if attempt == attempts:
+                raise
+        log.warning("%s: attempt %d of %d failed", url, attempt, attempts)
+        time.sleep(0.5 * attempt)
+    raise AssertionError("unreachable")

@@ -1,0 +1,115 @@
+"""First-order units: AdamW and gradient synchronisation, by accelerate."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_vlcl.dist.world import World
+
+
+@dataclass
+class FirstOrderConfig:
+    """AdamW of METHOD 1.6, re-created for each task."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    max_grad_norm: float | None = None
+
+    def check(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"first_order.lr={self.lr}: give a positive number")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"first_order.max_grad_norm={self.max_grad_norm}: give a positive number, or null")
+
+
+class FirstOrder:
+    """The model as wrapped for training. With no first-order parameter nothing is wrapped: DDP refuses such a model."""
+
+    def __init__(self, world: World, config: FirstOrderConfig, model: nn.Module):
+        config.check()
+        self.world, self.config, self.model = world, config, model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.wrapped: nn.Module = model
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def begin(self) -> None:
+        """Make a fresh AdamW, and wrap the model again. All ranks call this."""
+        self.end()
+        if not self.parameters:
+            return
+        optimizer: Any = torch.optim.AdamW(
+            self.parameters, lr=self.config.lr, betas=(self.config.betas[0], self.config.betas[1]), weight_decay=self.config.weight_decay
+        )
+        if self.world.accelerator is not None:
+            self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
+        self.optimizer = optimizer
+
+    def end(self) -> None:
+        """Unwrap the model and drop the optimiser."""
+        if self.optimizer is not None and self.world.accelerator is not None:
+            self.world.accelerator.free_memory()
+        self.wrapped, self.optimizer = self.model, None
+
+    @contextlib.contextmanager
+    def accumulate(self, is_last: bool) -> Iterator[None]:
+        """Forward and backward of one micro-batch; gradients are exchanged with the last one only."""
+        if is_last or self.wrapped is self.model or self.world.accelerator is None:
+            yield
+        else:
+            with self.world.accelerator.no_sync(self.wrapped):
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        if self.parameters:
+            loss.backward()
+
+    def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
+        """Take the step at this learning rate and return the gradient's norm; None, with nothing changed, if it is not finite.
+
+        The gradients are equal on all ranks by now, so all decide alike. `gradient_scale` multiplies them first.
+        """
+        if self.optimizer is None:
+            return 0.0
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if gradient_scale != 1.0:
+            torch._foreach_mul_(gradients, gradient_scale)
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            self.zero_grad()
+            return None
+        if self.config.max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, torch.tensor(norm))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.zero_grad()
+        return norm
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
+
+    def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return AdamW's moments under `name/exp_avg` and so on, for the names of `parameters`."""
+        if self.optimizer is None:
+            return {}
+        state = self.optimizer.state_dict()["state"]
+        return {f"{names[k]}/{key}": torch.as_tensor(value) for k, entry in state.items() for key, value in entry.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], names: Sequence[str]) -> None:
+        """Restore what `state_dict` returned."""
+        if self.optimizer is None or not state:
+            return
+        own = self.optimizer.state_dict()
+        own["state"] = {
+            k: {key: state[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+            for k, name in enumerate(names)
+            if f"{name}/step" in state
+        }
+        self.optimizer.load_state_dict(own)

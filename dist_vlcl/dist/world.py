@@ -1,0 +1,145 @@
+"""The ranks of a run: who am I, and the few exchanges that zeroth-order training needs. Accelerate starts the process group."""
+
+# W ranks, n numbers
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class ClusterConfig:
+    """How the run expects to be started. `num_processes`: what the user asked for, checked at start; null takes what is there."""
+
+    num_processes: int | None = None
+    device: str = "auto"  # or cpu, cuda
+    timeout_s: float = 600.0
+    threads: int | None = None  # CPU threads of a rank; default: the cores, shared among the ranks of this machine
+
+    def check(self) -> None:
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"cluster.device={self.device!r}: choose from auto, cpu, cuda")
+        if self.timeout_s <= 0:
+            raise ValueError(f"cluster.timeout_s={self.timeout_s}: give a positive number of seconds")
+
+
+@dataclass
+class World:
+    """Rank, size, device, and exchanges whose result has the same bits on every rank. All ranks call every exchange."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    accelerator: Any = None
+
+    @classmethod
+    def alone(cls, device: str = "cpu") -> "World":
+        return cls(device=torch.device(device))
+
+    @classmethod
+    def from_environment(cls, config: ClusterConfig) -> "World":
+        """Join the process group that the launcher announced; refuse a launch that would silently train something else.
+
+        Raises RuntimeError when accelerate's view differs from the launcher's: 2 processes without gradient sync both print success.
+        """
+        from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+
+        config.check()
+        announced = int(os.environ.get("WORLD_SIZE", 1))
+        on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("cluster.device=cuda: torch sees no GPU on this machine; use cluster.device=cpu or auto")
+        if config.num_processes is not None and config.num_processes != announced:
+            raise RuntimeError(
+                f"cluster.num_processes={config.num_processes}, but the launcher started {announced}. On CPUs use\n"
+                f"  accelerate launch --multi_gpu --num_processes {config.num_processes} -m dist_vlcl.train ...\n"
+                "(`--cpu` starts a single process), or torchrun --nproc_per_node."
+            )
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
+        if on_cpu:
+            torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            kwargs_handlers=[
+                # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+            ],
+        )
+        if accelerator.num_processes != announced or (announced > 1 and accelerator.distributed_type == DistributedType.NO):
+            raise RuntimeError(
+                f"the launcher announced {announced} processes, accelerate sees {accelerator.num_processes} "
+                f"({accelerator.distributed_type}): gradients would not be synchronised. Start with accelerate launch --multi_gpu or torchrun."
+            )
+        if announced > 1:
+            backend = "gloo" if on_cpu else "nccl"
+            if backend not in dist.get_backend():
+                raise RuntimeError(
+                    f"the process group runs on {dist.get_backend()!r}, not on {backend}: unset ACCELERATE_* backend settings"
+                )
+        return cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """Return every rank's vector `[W, n]`, for a vector `[n]` of one shape and dtype on all ranks."""
+        if self.size == 1:
+            return vector[None]
+        vector = vector.to(self.device)
+        rows = [torch.empty_like(vector) for _ in range(self.size)]
+        dist.all_gather(rows, vector)
+        return torch.stack(rows).cpu()
+
+    def sum(self, vector: Tensor) -> Tensor:
+        """Return the sum over ranks `[n]`, added in rank order: the same bits on every rank, whatever the network does."""
+        return ordered_sum(self.gather(vector))
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Overwrite a tensor with rank 0's, and return it."""
+        if self.size > 1:
+            moved = tensor.to(self.device)
+            dist.broadcast(moved, src=0)
+            if moved is not tensor:
+                tensor.copy_(moved)
+        return tensor
+
+    def share(self, value: Any) -> Any:
+        """Return rank 0's value, a small picklable object."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group, so that an orderly end is not taken for a crash."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def ordered_sum(rows_Wn: Tensor | Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(rows_Wn[0])
+    for row in rows_Wn:
+        total = total + row
+    return total

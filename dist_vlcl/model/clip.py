@@ -1,0 +1,203 @@
+"""CLIP from open_clip as two towers with adapters: the only module that imports open_clip."""
+
+# B images, C classes, L tokens, D width, F features
+
+import contextlib
+import difflib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_vlcl.model.lora import LoRAAdapter, LoRAConfig
+from dist_vlcl.model.moe import MoEAdapter, MoEConfig
+from dist_vlcl.model.tower import AdaptedBlock, Tower
+from dist_vlcl.model.units import UnitId, Units
+
+SMALL = Path(__file__).parent / "small"
+
+
+@dataclass
+class ModelConfig:
+    """Which CLIP: an open_clip architecture (or `small_clip`, which ships here) and its weights.
+
+    pretrained: a tag of open_clip (`openai`), a local file (safetensors or state dict), `shipped` for small_clip, or `random`, spelled out.
+    """
+
+    name: str = "small_clip"
+    pretrained: str = "shipped"
+    prompt: str = "a bad photo of a {}."
+    context: str = "truncated"  # or "full": 77 tokens, as the baseline; the features are the same
+
+    def check(self) -> None:
+        if "{}" not in self.prompt:
+            raise ValueError(f"model.prompt={self.prompt!r}: needs {{}} where the class name goes")
+        if self.context not in ("truncated", "full"):
+            raise ValueError(f"model.context={self.context!r}: choose from truncated, full")
+        if self.pretrained == "shipped" and self.name != "small_clip":
+            raise ValueError("model.pretrained=shipped: only model.name=small_clip ships with dist_vlcl; give an open_clip tag or a file")
+
+
+class ImageEnds(nn.Module):
+    """Patches in front of the vision blocks, class token and projection behind them."""
+
+    def __init__(self, visual: nn.Module):
+        super().__init__()
+        self.visual = visual
+        config = visual.preprocess_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the patches of uint8 images `[B, 3, S, S]` with their class token, `[B, L, D]`."""
+        return self.visual._embeds((images.float() / 255 - self.mean) / self.std)
+
+    def pool(self, hidden: Tensor, images: Tensor) -> Tensor:
+        pooled = self.visual._pool(hidden)[0]
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+
+class TextEnds(nn.Module):
+    """Token embedding in front of the language blocks, end-of-text state and projection behind them."""
+
+    def __init__(self, clip: nn.Module):
+        super().__init__()
+        self.clip = clip
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return the embedding of tokens `[C, L]`, `[C, L, D]`."""
+        return self.clip.token_embedding(tokens) + self.clip.positional_embedding[: tokens.shape[1]]
+
+    def pool(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        ends = self.clip.ln_final(hidden[torch.arange(len(hidden), device=hidden.device), tokens.argmax(-1)])
+        projection = self.clip.text_projection
+        return projection(ends) if isinstance(projection, nn.Module) else ends @ projection
+
+
+class TwoTowers(nn.Module):
+    """CLIP as a vision and a language tower that meet only in the logits."""
+
+    def __init__(self, vision: Tower, language: Tower, tokenizer: Any, config: ModelConfig, image_size: int):
+        super().__init__()
+        self.vision, self.language = vision, language
+        self.tokenizer, self.config, self.image_size = tokenizer, config, image_size
+        self.units = Units([block.unit for tower in (vision, language) for block in tower.blocks])
+
+    def tower(self, branch: str) -> Tower:
+        return self.vision if branch == "vision" else self.language
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Return the factor of the cosine similarities, ()."""
+        return self.language.ends.clip.logit_scale.exp()
+
+    def prompts(self, names: Sequence[str]) -> Tensor:
+        """Return the tokens of one prompt per class name `[C, L]`, cut to the longest (exact, since the text tower is causal)."""
+        tokens = self.tokenizer([self.config.prompt.format(name) for name in names])
+        if self.config.context == "full":
+            return tokens
+        return tokens[:, : int((tokens != 0).sum(1).max())]
+
+    def forward(self, inputs: dict[str, Tensor], noise: Any = None, keep: dict[str, int] | None = None) -> dict[str, tuple]:
+        """Return, per branch, the unit features `[1, B, F]` and the carry of block `keep[branch]`: the base evaluation of a step.
+
+        inputs: uint8 images `[B, 3, S, S]` under `vision`, tokens `[C, L]` under `language`.
+        """
+        keep = keep or {}
+        return {
+            branch: self.tower(branch).run(self.tower(branch).embed(x), x, noise=noise, keep=keep.get(branch))
+            for branch, x in inputs.items()
+        }
+
+    @torch.no_grad()
+    def features(self, branch: str, inputs: Tensor, noise: Any = None) -> Tensor:
+        """Return unit features `[B, F]` for evaluation: no dropout, and router noise only where the quirk asks for it."""
+        tower = self.tower(branch)
+        return tower.run(tower.embed(inputs), inputs, noise=noise, training=False)[0][0]
+
+
+def build_clip(model: ModelConfig, adapter: MoEConfig | LoRAConfig, seed: int = 0) -> TwoTowers:
+    """Build CLIP with fresh adapters in every block of both towers; everything but the adapters is frozen, in fp32.
+
+    Raises ValueError when a tower has no plain transformer blocks, RuntimeError when the weights cannot be had.
+    """
+    model.check()
+    adapter.check()
+    clip, tokenizer = _load(model)
+    _refuse_unknown_blocks(model.name, clip)
+    clip.eval().float()
+    for parameter in clip.parameters():
+        parameter.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    make = MoEAdapter if isinstance(adapter, MoEConfig) else LoRAAdapter
+
+    def adapted(branch: str, transformer: nn.Module, causal: bool) -> list[AdaptedBlock]:
+        blocks, transformer.resblocks = transformer.resblocks, nn.ModuleList()  # each block has one owner, and one name
+        return [
+            AdaptedBlock(block, make(block.attn.embed_dim, adapter, generator), UnitId(branch, layer), causal)
+            for layer, block in enumerate(blocks, start=1)
+        ]
+
+    visual = clip.visual
+    del clip.visual
+    size = visual.image_size[0] if isinstance(visual.image_size, tuple | list) else visual.image_size
+    vision = Tower("vision", adapted("vision", visual.transformer, causal=False), ImageEnds(visual))
+    language = Tower("language", adapted("language", clip.transformer, causal=True), TextEnds(clip))
+    return TwoTowers(vision, language, tokenizer, model, size)
+
+
+def _load(model: ModelConfig) -> tuple[nn.Module, Any]:
+    """Return open_clip's model and tokenizer, or say in words how to get the weights."""
+    import open_clip
+
+    open_clip.add_model_config(SMALL / "small_clip.json")
+    if model.name not in open_clip.list_models():
+        near = difflib.get_close_matches(model.name, open_clip.list_models(), 3)
+        raise ValueError(
+            f"model.name={model.name!r}: open_clip has no such architecture{'; did you mean ' + ', '.join(near) if near else ''}?"
+        )
+    if model.pretrained == "openai" and not model.name.endswith("-quickgelu"):
+        raise ValueError(f"model.name={model.name!r}: OpenAI's weights need QuickGELU; use model.name={model.name}-quickgelu")
+    source: str | None = str(SMALL / "small_clip.safetensors") if model.pretrained == "shipped" else model.pretrained
+    if model.pretrained == "random":
+        source = None
+    try:
+        with warnings.catch_warnings(), _quiet():
+            warnings.simplefilter("ignore")
+            clip = open_clip.create_model(model.name, pretrained=source, require_pretrained=source is not None)
+    except Exception as error:
+        raise RuntimeError(
+            f"model.pretrained={model.pretrained!r}: the weights of {model.name} cannot be had ({error}). On a machine with internet run\n"
+            f"  python -c \"import open_clip; open_clip.create_model('{model.name}', pretrained='openai')\"\n"
+            "and copy its Hugging Face cache here, or give a local safetensors file: model.pretrained=/path/to/weights.safetensors"
+        ) from error
+    return clip, open_clip.get_tokenizer(model.name)
+
+
+def _refuse_unknown_blocks(name: str, clip: nn.Module) -> None:
+    for branch, owner in (("vision", getattr(clip, "visual", None)), ("language", clip)):
+        blocks = getattr(getattr(owner, "transformer", None), "resblocks", None)
+        if not blocks or any(type(block).__name__ != "ResidualAttentionBlock" for block in blocks):
+            raise ValueError(
+                f"model.name={name!r}: its {branch} tower has no plain residual attention blocks to adapt; choose a ViT such as ViT-B-16-quickgelu"
+            )
+    if getattr(clip, "text_pool_type", "argmax") != "argmax":
+        raise ValueError(
+            f"model.name={name!r}: its language tower pools by {clip.text_pool_type!r}; only end-of-text (argmax) is supported"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip logs on the root logger; a user wants one line from us instead."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

@@ -1,0 +1,102 @@
+"""Mixture-of-experts adapters, as in MoE-Adapters4CL's class-incremental code (METHOD 1.1 to 1.4)."""
+
+# K parameter sets, B samples, L tokens, D width, E experts, r bottleneck; an axis of size 1 stands for every K
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class MoEConfig:
+    """Experts per block, how many of them act on a sample, and the sizes of METHOD 1.1."""
+
+    experts: int = 2
+    top_k: int = 2
+    bottleneck: int = 64
+    scale: float = 0.1
+    dropout: float = 0.1
+    router_noise: bool = True
+    noise_at_eval: bool = False  # the baseline's defect Q1, to reproduce it
+
+    def check(self) -> None:
+        if not 1 <= self.top_k <= self.experts:
+            raise ValueError(f"adapter.top_k={self.top_k}: choose from 1 to adapter.experts={self.experts}")
+        if self.bottleneck < 1:
+            raise ValueError(f"adapter.bottleneck={self.bottleneck}: give a positive number")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout={self.dropout}: choose from [0, 1)")
+
+
+class MoEAdapter(nn.Module):
+    """y = sum_e gate_e(u) * scale * (up_e dropout(relu(down_e u + b_e)) + c_e), with gates from the first token of u.
+
+    The experts are one fused bottleneck of width E*r: two matrix products whatever E is, and no expert is ever left out of the graph
+    (an unused expert gives wrong gradients under ZeRO, PITFALLS A2).
+    """
+
+    site = "mlp"
+
+    def __init__(self, width: int, config: MoEConfig, generator: torch.Generator):
+        super().__init__()
+        self.config = config
+        experts, bottleneck = config.experts, config.bottleneck
+        bound = 1 / math.sqrt(width)  # Kaiming uniform with a = sqrt(5)
+        self.down_weight = nn.Parameter((torch.rand(experts, bottleneck, width, generator=generator) * 2 - 1) * bound)
+        self.down_bias = nn.Parameter(torch.zeros(experts, bottleneck))
+        self.up_weight = nn.Parameter(torch.zeros(experts, bottleneck, width))
+        self.up_bias = nn.Parameter(torch.zeros(experts, width))
+        self.router = nn.Parameter(torch.zeros(width, experts))
+        self.noise = nn.Parameter(torch.zeros(width, experts))
+
+    def forward(self, u: Tensor, sets: dict[str, Tensor], noise: Tensor | None, kept: Tensor | None) -> Tensor:
+        """Return the adapter's output `[K, B, L, D]` for u `[K, B, L, D]` and K parameter sets.
+
+        noise: N(0, 1) draws `[B, E]` for the router, or None; kept: dropout mask `[B, L, E*r]`, or None.
+        """
+        gates_KBE = self.gates(u[:, :, 0], sets, noise)
+        hidden = F.relu(linear(u, sets["down_weight"].flatten(1, 2), sets["down_bias"].flatten(1)))
+        scale = self.config.scale
+        weight_KBE = gates_KBE * (scale / (1 - self.config.dropout) if kept is not None else scale)
+        hidden = hidden.unflatten(-1, (self.config.experts, -1)) * weight_KBE[:, :, None, :, None]
+        hidden = hidden.flatten(-2)
+        if kept is not None:
+            hidden = hidden * kept
+        bias_KBD = torch.matmul(gates_KBE * scale, sets["up_bias"])
+        return linear(hidden, sets["up_weight"].flatten(1, 2).transpose(1, 2)) + bias_KBD[:, :, None]
+
+    def gates(self, first_KBD: Tensor, sets: dict[str, Tensor], noise: Tensor | None) -> Tensor:
+        """Return the weight of each expert `[K, B, E]`: a softmax over the top-k noisy logits, zero elsewhere."""
+        logits = torch.matmul(first_KBD, sets["router"])
+        # Without noise the noise router still has its place in the graph, with gradient zero: DDP and ZeRO want every parameter used.
+        spread = F.softplus(torch.matmul(first_KBD, sets["noise"])) + 0.01
+        logits = logits + spread * (noise if noise is not None else 0.0)
+        if self.config.top_k < self.config.experts:
+            chosen = logits.topk(self.config.top_k, dim=-1).indices
+            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).scatter(-1, chosen, False), float("-inf"))
+        return logits.softmax(-1)
+
+    def draw(self, noise: Any, branch: str, layer: int, tokens: int, training: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return this block's (router noise, dropout mask) of a step; `noise` is the step's `StepNoise`, or None."""
+        config = self.config
+        if noise is None:
+            return None, None
+        router = noise.router(branch, layer, config.experts) if config.router_noise and (training or config.noise_at_eval) else None
+        width = config.experts * config.bottleneck
+        kept = noise.kept(branch, layer, tokens, width, config.dropout) if config.dropout > 0 and training else None
+        return router, kept
+
+
+def linear(x_KBLD: Tensor, weight_KOD: Tensor, bias_KO: Tensor | None = None) -> Tensor:
+    """Return x W^T + b `[K, B, L, O]`, one weight per parameter set; a K axis of size 1 in x or W serves every set."""
+    sets = weight_KOD.shape[0]
+    if sets == 1:
+        return F.linear(x_KBLD, weight_KOD[0], None if bias_KO is None else bias_KO[0])
+    y = torch.matmul(x_KBLD.flatten(1, 2), weight_KOD.transpose(1, 2))
+    if bias_KO is not None:
+        y = y + bias_KO[:, None]
+    return y.unflatten(1, x_KBLD.shape[1:3])

@@ -1,0 +1,256 @@
+"""Pictures of one run, drawn without a display; colours that colour-blind readers and grey printers can tell apart."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dist_vlcl.report.records import Records, read_records
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import, and a run may do without it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette in an order of falling contrast; line styles repeat the distinction for grey print.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"
+LOOKS = {"vision": (BLUE, "-"), "language": (ORANGE, "--")}
+OTHER_LOOKS = ((GREEN, "-."), (PURPLE, ":"))
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
+}
+MAX_NUMBERED = 20  # tasks; beyond, a cell has no room for its number
+MAX_LABELLED = 12  # points of a curve; beyond, their labels touch
+
+
+def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
+    """Draw what metrics.jsonl of a run folder has data for into plots/; return the pictures' paths.
+
+    `zero_shot` is the accuracy without training on all classes; without it, the task records' own `zero_shot` is drawn.
+    """
+    import matplotlib
+
+    records = read_records(folder)
+    plots = Path(folder) / "plots"
+    plots.mkdir(exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "accuracy_matrix": plot_matrix(records),
+            "accuracy": plot_accuracy(records, zero_shot),
+            "loss": plot_loss(records),
+            "projected_gradient": plot_projected_gradients(records),
+        }
+        return [_written(figure, plots / f"{name}.png") for name, figure in figures.items() if figure]
+
+
+def plot_matrix(records: Records) -> "Figure | None":
+    """The accuracy on task j after task i as a heat map with numbers, and A_t beside it; None without a matrix."""
+    num_rows = len(records.matrix)
+    num_tasks = max(map(len, records.matrix), default=0)
+    if not num_tasks:
+        return None
+    cells = np.full((num_rows, num_tasks), np.nan)
+    for after, row in enumerate(records.matrix):
+        cells[after, : len(row)] = [np.nan if cell is None else 100 * cell for cell in row]
+    seen = _percents(records.seen)[:, None]
+    figure = _figure(min(0.5 * num_tasks + 2.7, 12), np.clip(0.5 * num_rows + 1.4, 2.6, 11))
+    matrix, beside = figure.subplots(1, 2, width_ratios=[num_tasks, 1], sharey=True)
+    low = np.floor(np.nanmin([np.nanmin(cells), np.nanmin(seen) if np.isfinite(seen).any() else 100.0]) / 10) * 10
+    for axes, values in ((matrix, cells), (beside, seen)):
+        image = axes.imshow(values, cmap="cividis", vmin=low, vmax=100, aspect="auto")
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        _write_numbers(axes, values, middle=(low + 100) / 2)
+    _number_ticks(matrix, num_tasks, num_rows)
+    matrix.set(xlabel="accuracy on task", ylabel="after task")
+    beside.set_xticks([0], ["$A_t$"])
+    figure.colorbar(image, ax=[matrix, beside], label="accuracy (%)", shrink=0.9, pad=0.02)
+    return figure
+
+
+def plot_accuracy(records: Records, zero_shot: float | None = None) -> "Figure | None":
+    """A_t after every task, with the zero-shot accuracy as a dashed line where it is known; None without an A_t."""
+    seen = _percents(records.seen)
+    if not np.isfinite(seen).any():
+        return None
+    figure = _figure(6.4, 3.8)
+    axes = figure.subplots()
+    after = np.array([record["task"] + 1 for record in records.tasks])
+    axes.plot(after, seen, color=BLUE, marker="o", label="after training")
+    own = _percents(records.zero_shot)
+    if zero_shot is not None:
+        axes.axhline(100 * zero_shot, color=GREY, linestyle="--", label="zero-shot, all classes")
+    elif np.isfinite(own).any():
+        axes.plot(after, own, color=GREY, linestyle="--", label="zero-shot, same classes")
+    if len(seen) <= MAX_LABELLED:
+        _label_points(axes, after, seen)
+    axes.margins(y=0.15)
+    axes.set(xlabel="task", ylabel="accuracy on all classes seen (%)", xlim=(0.5, after.max() + 0.5))
+    axes.set_xticks(range(1, after.max() + 1, _stride(after.max())))
+    if len(axes.get_lines()) > 1:
+        _put_legend(figure, axes)
+    return figure
+
+
+def plot_loss(records: Records) -> "Figure | None":
+    """The base loss of every step, raw and smoothed, with the tasks' borders; None without a loss."""
+    steps, losses = _series((record["step"], record.get("loss")) for record in records.steps)
+    if not len(steps):
+        return None
+    figure = _figure(7.2, 3.8)
+    axes = figure.subplots()
+    axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.7, label="every step")
+    for index, part in enumerate(_by_task(records, steps)):
+        axes.plot(steps[part], _smoothed(losses[part]), color=BLUE, linewidth=1.8, label="" if index else "smoothed within a task")
+    axes.set(xlabel="step", ylabel="loss")
+    _put_legend(figure, axes)
+    _draw_borders(axes, records)
+    return figure
+
+
+def plot_projected_gradients(records: Records) -> "Figure | None":
+    """The size of each branch's projected gradient, and the share of its moves that were made; None without ZO steps."""
+    branches = sorted({branch for record in records.steps for branch in record.get("zo") or {}}, reverse=True)
+    gradients = {branch: _zo_series(records, branch, "projected_gradient") for branch in branches}
+    gradients = {branch: series for branch, series in gradients.items() if (series[1] > 0).any()}
+    if not gradients:
+        return None
+    moves = {branch: _zo_series(records, branch, "coefficient") for branch in branches}
+    moves = {branch: series for branch, series in moves.items() if len(series[0])}
+    figure = _figure(7.2, 5.4 if moves else 3.8)
+    top, *below = figure.subplots(2 if moves else 1, 1, sharex=True, height_ratios=[2, 1][: 2 if moves else 1], squeeze=False)[:, 0]
+    for branch, (steps, sizes) in gradients.items():
+        _plot_sizes(top, records, steps[sizes > 0], sizes[sizes > 0], _look(branch, branches), branch)
+    top.set(yscale="log", ylabel="|projected gradient|")
+    _put_legend(figure, top)
+    for axes in below:
+        for branch, (steps, coefficients) in moves.items():
+            color, line = _look(branch, branches)
+            for part in _by_task(records, steps):
+                share = _smoothed((coefficients[part] > 0).astype(float), at_least=20)
+                axes.plot(steps[part], 100 * share, color=color, linestyle=line)
+        axes.set(ylim=(-4, 104), ylabel="moves accepted (%)")
+    _draw_borders(top, records)
+    for axes in below:
+        _draw_borders(axes, records, labels=False)
+    (below or [top])[-1].set_xlabel("step")
+    return figure
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
+
+    return Figure(figsize=(width, height))
+
+
+def _written(figure: "Figure", path: Path) -> Path:
+    figure.savefig(path)
+    return path
+
+
+def _percents(fractions: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if fraction is None else 100 * fraction for fraction in fractions], dtype=float)
+
+
+def _series(points: Iterable[tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values, without those that are missing or not finite."""
+    known = [(step, value) for step, value in points if value is not None and np.isfinite(value)]
+    array = np.array(known, dtype=float).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def _zo_series(records: Records, branch: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and sizes of one ZO number; of several probes, their mean size."""
+    values = ((record["step"], ((record.get("zo") or {}).get(branch) or {}).get(name)) for record in records.steps)
+    return _series((step, None if value is None or value == [] else np.mean(np.abs(value))) for step, value in values)
+
+
+def _by_task(records: Records, steps: np.ndarray) -> list[np.ndarray]:
+    """Which of the steps belong to each task: a loss jumps where a task begins, and a mean across it would say otherwise."""
+    of_step = {record["step"]: record.get("task", 0) for record in records.steps}
+    tasks = np.array([of_step[step] for step in steps])
+    return [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
+
+
+def _smoothed(values: np.ndarray, at_least: int = 1) -> np.ndarray:
+    """The mean of each value and its neighbours, a tenth of all, fewer at the ends."""
+    reach = max(at_least, min(len(values) // 10, 200)) // 2
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    positions = np.arange(len(values))
+    begins = np.maximum(positions - reach, 0)
+    ends = np.minimum(positions + reach + 1, len(values))
+    return (sums[ends] - sums[begins]) / (ends - begins)
+
+
+def _plot_sizes(axes: "Axes", records: Records, steps: np.ndarray, sizes: np.ndarray, look: tuple[str, str], label: str) -> None:
+    color, line = look
+    axes.plot(steps, sizes, color=color, alpha=0.2, linewidth=0, marker=".", markersize=3)
+    for index, part in enumerate(_by_task(records, steps)):
+        mean = np.exp(_smoothed(np.log(sizes[part]), at_least=5))
+        axes.plot(steps[part], mean, color=color, linestyle=line, linewidth=1.8, label="" if index else label)
+
+
+def _look(branch: str, branches: Sequence[str]) -> tuple[str, str]:
+    others = [name for name in branches if name not in LOOKS]
+    return LOOKS[branch] if branch in LOOKS else OTHER_LOOKS[others.index(branch) % len(OTHER_LOOKS)]
+
+
+def _put_legend(figure: "Figure", axes: "Axes") -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    # Outside, since data may be anywhere inside.
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=9)
+
+
+def _draw_borders(axes: "Axes", records: Records, labels: bool = True) -> None:
+    """A line where each task after the first begins, with the tasks' numbers above, as many as there is room for."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    above: dict[str, Any] = {"xytext": (2, 3), "textcoords": "offset points", "fontsize": 8, "color": GREY}
+    begins: dict[int, int] = {}
+    for record in records.steps:
+        begins.setdefault(record.get("task", 0), record["step"])
+    for task, begin in list(begins.items())[:: _stride(len(begins))]:
+        if task != records.steps[0].get("task", 0):
+            axes.axvline(begin, color=GREY, linewidth=0.7, linestyle=":")
+        if labels and len(begins) > 1:
+            axes.annotate(f"{task + 1}", (begin, 1), xycoords=("data", "axes fraction"), **above)
+    if labels and len(begins) > 1:
+        axes.annotate("task", (0, 1), xycoords="axes fraction", ha="right", **above)
+
+
+def _stride(number: int) -> int:
+    """Every how many of a number of tasks there is room to write one down."""
+    return -(-number // MAX_NUMBERED)
+
+
+def _write_numbers(axes: "Axes", values: np.ndarray, middle: float) -> None:
+    if max(values.shape) > MAX_NUMBERED:
+        return
+    digits = 1 if max(values.shape) <= 12 else 0
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            color = "black" if value > middle else "white"
+            axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=color)
+
+
+def _number_ticks(axes: "Axes", num_columns: int, num_rows: int) -> None:
+    for axis, number in ((axes.xaxis, num_columns), (axes.yaxis, num_rows)):
+        shown = range(0, number, _stride(number))
+        axis.set_ticks(shown, [str(index + 1) for index in shown])
+
+
+def _label_points(axes: "Axes", x: np.ndarray, y: np.ndarray) -> None:
+    for position, value in zip(x, y, strict=True):
+        if np.isfinite(value):
+            axes.annotate(f"{value:.1f}", (position, value), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)

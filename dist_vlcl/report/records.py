@@ -1,0 +1,45 @@
+"""Reading back what a run has logged, whole or not."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Records:
+    """The lines of a metrics.jsonl, by kind, in the order of the run."""
+
+    steps: list[dict[str, Any]]
+    tasks: list[dict[str, Any]]
+
+    @property
+    def matrix(self) -> list[list[float | None]]:
+        """Row after-task i, column task j: a fraction, or None where it was not measured."""
+        return [list(record.get("per_task") or []) for record in self.tasks]
+
+    @property
+    def seen(self) -> list[float | None]:
+        """A_t after every task."""
+        return [record.get("seen") for record in self.tasks]
+
+    @property
+    def zero_shot(self) -> list[float | None]:
+        """The accuracy without training, over the classes that A_t is over."""
+        return [record.get("zero_shot") for record in self.tasks]
+
+
+def read_records(folder: Path | str) -> Records:
+    """The records of a run folder; lines that are not whole are passed over."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    records = [record for record in map(_parsed, lines) if isinstance(record, dict)]
+    # Each kind is indexed by the field of its name.
+    return Records(*([record for record in records if record.get("kind") == kind and kind in record] for kind in ("step", "task")))
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

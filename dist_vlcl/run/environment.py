@@ -1,0 +1,59 @@
+"""Which code ran where, so that a number can be traced to what made it."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SECRET = re.compile(r"(\S*(?:key|token|secret|password)\S*?)=\S+", re.IGNORECASE)
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, host, code and command line of this process; of the environment's variables, none."""
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": masked(" ".join(map(shlex.quote, sys.argv))),
+        "code": code_version(Path(__file__).parent),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "cuda": torch.version.cuda,
+        "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "packages": dict(sorted((item.name, item.version) for item in importlib.metadata.distributions() if item.name)),
+    }
+
+
+def masked(text: str) -> str:
+    """The text with the value of every `...key=`, `...token=`, `...secret=` and `...password=` hidden."""
+    return SECRET.sub(r"\1=***", text)
+
+
+def code_version(folder: Path) -> str | None:
+    """The git commit of the code in a folder, ending in -dirty where files have changed; None for code that git does not track."""
+    # An installed package may lie inside another project's repository, which then tracks none of its files.
+    if not _git(folder, "ls-files", "."):
+        return None
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def is_restart() -> bool:
+    """Whether a scheduler or launcher has started this job again by itself, with the first command line."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None

@@ -1,0 +1,50 @@
+"""Files of one JSON object a line that grow with a run and shrink back when it resumes from earlier."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class JsonLines:
+    """An append-only file whose every line is with the system before `append` returns."""
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Open the file, first removing what `keep` refuses and lines that an interruption has cut off."""
+        self.kept = [record for record in read_lines(path) if keep(record)]
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_text("".join(map(_line, self.kept)))
+        aside.replace(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115, it stays open as long as the run
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line; tensors and NumPy numbers become numbers."""
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write no more; harmless when repeated."""
+        self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, without lines that are not whole; none where there is no file."""
+    if not path.exists():
+        return []
+    records = map(_parsed, path.read_text(errors="replace").splitlines())
+    return [record for record in records if isinstance(record, dict)]
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, default=_number) + "\n"
+
+
+def _number(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)

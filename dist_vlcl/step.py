@@ -1,0 +1,229 @@
+"""One update of a hybrid step: first-order and zeroth-order units together (METHOD 2.9)."""
+
+# K parameter sets, B samples of this rank, C classes, F features, n numbers of a branch
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_vlcl.dist.first_order import FirstOrder
+from dist_vlcl.dist.world import World, ordered_sum
+from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.model.units import FlatUnits, UnitId, freeze
+from dist_vlcl.orders import Order
+from dist_vlcl.zo.difference import Candidate
+from dist_vlcl.zo.noise import Key, StepNoise
+from dist_vlcl.zo.strategies import Move, ZerothOrder, ZerothOrderConfig
+
+RESOLUTION = 2.0**32  # losses are rounded to 2^-32: sums of up to 2^20 of them are exact, so their order and grouping do not matter
+
+
+@dataclass
+class StepReport:
+    """What a step did, the same on every rank."""
+
+    loss: float
+    moves: list[Move] = field(default_factory=list)
+    gradient_norm: float | None = None
+    skipped: str | None = None  # why nothing was updated
+    stop: bool = False  # some rank was asked to stop
+    count: int = 0
+
+
+class BatchLosses:
+    """Losses of candidates on one global batch, from features: what a candidate leaves alone is not computed again."""
+
+    def __init__(self, towers: TwoTowers, flats: Mapping[str, FlatUnits], tokens: Tensor, world: World):
+        self.towers, self.flats, self.tokens, self.world = towers, flats, tokens, world
+        self.start = {branch: min(unit.layer for unit in flat.slices) for branch, flat in flats.items()}
+        self.parts: list[dict[str, Any]] = []  # per micro-batch: images, labels, weight, noise, base features and carries
+        self.flag, self.stop, self.count, self.faulty = 0.0, False, 0, []
+
+    def add(self, images: Tensor, labels: Tensor, noise: StepNoise, base: Mapping[str, tuple], real: int) -> None:
+        """Take a micro-batch with its base evaluation; only the first `real` samples count."""
+        features = {branch: out[0].detach() for branch, out in base.items()}
+        carries = {branch: out[1] for branch, out in base.items()}
+        self.parts.append({"images": images, "labels": labels, "real": real, "noise": noise, "features": features, "carries": carries})
+
+    @torch.no_grad()
+    def rebase(self) -> None:
+        """Evaluate the base anew, after parameters have changed."""
+        for part in self.parts:
+            out = self.towers({"vision": part["images"], "language": self.tokens}, part["noise"], self.start)
+            part["features"] = {branch: o[0] for branch, o in out.items()}
+            part["carries"] = {branch: o[1] for branch, o in out.items()}
+
+    @torch.no_grad()
+    def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
+        """Return the mean loss over the global batch of each candidate. One exchange of float64 sums. All ranks call this."""
+        sums = torch.zeros(len(candidates), dtype=torch.float64)
+        places = [{branch: 0 for branch in ("vision", "language")} for _ in candidates]  # which of K features a candidate reads
+        offsets: dict[str, list[Tensor]] = {branch: [] for branch in self.flats}
+        for place, candidate in zip(places, candidates, strict=True):
+            for branch, offset in candidate.items():
+                offsets[branch].append(offset)
+                place[branch] = len(offsets[branch])
+        for part in self.parts:
+            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in ("vision", "language")}
+            for k, place in enumerate(places):
+                image_BF, text_CF = features["vision"][place["vision"]], features["language"][place["language"]]
+                sums[k] += self._loss_sum(image_BF, text_CF, part)
+        return self._exchange(sums)
+
+    def _features(self, branch: str, offsets: list[Tensor], part: dict) -> Tensor:
+        """Return features `[1 + K, B, F]`: the base's, then one set per offset, restarted at the first perturbed block."""
+        base = part["features"][branch]
+        if not offsets:
+            return base
+        flat, tower = self.flats[branch], self.towers.tower(branch)
+        inputs = part["images"] if branch == "vision" else self.tokens
+        sets = flat.sets(flat.values_n + torch.stack(offsets))
+        carry = part["carries"][branch]
+        moved, _ = tower.run(carry, inputs, start=self.start[branch], sets=sets, noise=part["noise"])
+        return torch.cat([base, moved])
+
+    def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: dict) -> Tensor:
+        logits_BC = (self.towers.logit_scale * image_BF @ text_CF.T).double()
+        losses_B = F.cross_entropy(logits_BC, part["labels"], reduction="none")[: part["real"]]
+        return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum().cpu()
+
+    def _exchange(self, sums: Tensor) -> list[float]:
+        count = sum(part["real"] for part in self.parts)
+        rows = self.world.gather(torch.cat([sums, torch.tensor([count, self.flag], dtype=torch.float64)]))
+        self.faulty = [rank for rank, row in enumerate(rows) if not torch.isfinite(row).all()]
+        total = ordered_sum(rows)
+        self.count, self.stop = int(total[-2]), bool(total[-1] > 0)
+        return (total[:-2] / max(self.count, 1)).tolist()
+
+
+class HybridStep:
+    """Forward both towers once; back-propagate for FIRST units, estimate for ZEROTH units from the same features; update all."""
+
+    def __init__(
+        self,
+        towers: TwoTowers,
+        orders: Mapping[UnitId, Order],
+        zeroth: ZerothOrderConfig,
+        first_order_of,
+        world: World,
+        max_skips: int = 10,
+    ):
+        self.towers, self.orders, self.world, self.max_skips = towers, dict(orders), world, max_skips
+        units = towers.units
+        chosen = {b: [units[u] for u in units if u.branch == b and orders[u] is Order.ZEROTH] for b in ("language", "vision")}
+        self.flats = {branch: FlatUnits(members) for branch, members in chosen.items() if members}
+        for id, unit in units.items():
+            if orders[id] is Order.FROZEN:
+                freeze(unit)
+        for name, tensor in sorted(units.state_dict().items()):
+            world.broadcast(tensor)
+        self.zeroth = ZerothOrder(self.flats, zeroth)
+        self.first: FirstOrder = first_order_of(towers)
+        by_id = {id(p): name for name, p in ((f"{u}/{n}", t) for u, unit in units.items() for n, t in unit.tensors().items())}
+        self.first_names = [by_id[id(p)] for p in self.first.parameters]
+        self.skips = 0
+        self.tokens = torch.zeros(0, 0, dtype=torch.long)
+
+    @property
+    def learns(self) -> bool:
+        """Whether any unit is trained at all."""
+        return bool(self.flats or self.first.parameters)
+
+    def begin(self, class_names: Sequence[str]) -> None:
+        """Start a task: prompts of its classes, fresh optimisers. All ranks call this."""
+        self.tokens = self.towers.prompts(class_names).to(self.world.device)
+        self.first.begin()
+        self.zeroth.begin()
+
+    def __call__(self, batches: Sequence[Any], key: Key, lr: float, first_label: int = 0, stop: bool = False) -> StepReport:
+        """Update on one global batch, of which this rank holds `batches` (micro-batches; positions number the global batch).
+
+        key: the step's seed, the same on every rank. lr: that of this step. stop: this rank was asked to stop; the report says whether any
+        was. All ranks call this, with the same number of micro-batches.
+        """
+        losses = BatchLosses(self.towers, self.flats, self.tokens, self.world)
+        losses.flag = float(stop)
+        planned = sum(batch.count for batch in batches)
+        for k, batch in enumerate(batches):
+            images, labels, positions, real = self._on_device(batch, first_label)
+            noise = StepNoise(key, {"vision": positions, "language": torch.arange(len(self.tokens), device=self.world.device)})
+            with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
+                base = self.first.wrapped({"vision": images, "language": self.tokens}, noise, losses.start)
+                logits_BC = self.towers.logit_scale * base["vision"][0][0] @ base["language"][0][0].T
+                loss_sum = F.cross_entropy(logits_BC, labels, reduction="none")[:real].sum()
+                # DDP averages over ranks; the loss is the mean over the global batch, however unequal the ranks' shares.
+                self.first.backward(loss_sum * (self.world.size / planned))
+            losses.add(images, labels, noise, base, real)
+
+        rounds = self.zeroth.rounds()
+        sequential = self.zeroth.config.update == "sequential"
+        loss, moves = self._decide(losses, [] if sequential or not rounds else rounds[0], key, lr)
+        report = StepReport(loss, moves, stop=losses.stop, count=losses.count)
+        if not math.isfinite(loss):
+            return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
+        report.gradient_norm = self.first.update(lr, planned / max(losses.count, 1))
+        if report.gradient_norm is None:
+            return self._skip(report, "the gradient is not finite")
+        self.zeroth.apply(moves)
+        self._more_rounds(report, losses, rounds, key, lr, sequential)
+        self.skips = 0
+        return report
+
+    def _decide(self, losses: BatchLosses, groups: list, key: Key, lr: float, repeat: int = 0) -> tuple[float, list[Move]]:
+        if groups:
+            return self.zeroth.decide(losses, groups, key, lr, repeat)
+        return losses([{}])[0], []
+
+    def _more_rounds(self, report: StepReport, losses: BatchLosses, rounds: list, key: Key, lr: float, sequential: bool) -> None:
+        """Take the rounds that need a new base: branch after branch, or further zeroth-order steps of the same batch."""
+        for repeat in range(0 if sequential else 1, self.zeroth.config.steps_per_fo_step):
+            for groups in rounds:
+                losses.rebase()
+                _, moves = self._decide(losses, groups, key, lr, repeat)
+                self.zeroth.apply(moves)
+                report.moves = report.moves + moves
+
+    def _skip(self, report: StepReport, why: str) -> StepReport:
+        self.first.zero_grad()
+        self.skips += 1
+        if self.skips >= self.max_skips:
+            raise FloatingPointError(f"{self.skips} steps in a row were skipped: {why}. Lower first_order.lr or zo.lr_scale.")
+        report.moves, report.skipped = [], why
+        return report
+
+    def _on_device(self, batch: Any, first_label: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return images, labels within the task, positions, and how many count; a rank with no sample takes a blank one that does not."""
+        device, real = self.world.device, len(batch.labels)
+        images, labels, positions = batch.images, batch.labels - first_label, batch.positions
+        if real == 0:
+            size = self.towers.image_size
+            images, labels, positions = (
+                torch.zeros(1, 3, size, size, dtype=torch.uint8),
+                torch.zeros(1, dtype=torch.long),
+                torch.zeros(1).long(),
+            )
+        return images.to(device, non_blocking=True), labels.to(device), positions.to(device), real
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return all that a resume needs: adapters, AdamW's moments, zeroth-order moments."""
+        return {
+            **{f"adapters/{name}": t for name, t in self.towers.units.state_dict().items()},
+            **{f"adamw/{name}": t for name, t in self.first.state_dict(self.first_names).items()},
+            **{f"zo/{name}": t for name, t in (self.zeroth.adam.state_dict() if self.zeroth.adam else {}).items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore a state; call `begin` first, so that there is an optimiser to restore into."""
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+        self.towers.units.load_state_dict(under("adapters/"))
+        self.first.load_state_dict(under("adamw/"), self.first_names)
+        if self.zeroth.adam and under("zo/"):
+            self.zeroth.adam.load_state_dict(under("zo/"))

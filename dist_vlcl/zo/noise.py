@@ -1,0 +1,191 @@
+"""Counter-based noise: every number is a pure function of (seed, step, name, stream, row, element index).
+
+No state and no order: the noise of a parameter does not depend on which other parameters are drawn, on rank, on world size or on how
+the parameter is sharded. Bits are Philox4x32-10 (Salmon et al. 2011, the constants of Random123, cuRAND and Triton) with
+
+    counter = (element block, blake2s32(name), step, stream + 256 * row),   key = 64-bit seed.
+
+One counter gives 4 normals (two Box-Muller pairs), 128 signs, or 8 uniforms of 16 bits. The integers are the same on every device;
+normals agree to the last bits of log, sin and cos, so ranks compare a first direction at start (`dist.agree`).
+"""
+
+# n elements, M counters, R rows
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS, _WEYL, _MASK = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
+_CHUNK = 1 << 15  # counters at a time: the int64 temporaries stay in the cache
+
+NORMALS_PER_COUNTER, SIGNS_PER_COUNTER, UNIFORMS_PER_COUNTER = 4, 128, 8
+
+
+@dataclass(frozen=True)
+class Key:
+    """The seed (64 bits) and step (32 bits) that a draw belongs to."""
+
+    seed: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Elements `[start, stop)` of the row-major, unsharded parameter `name`."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class Streams:
+    """Numbers of the independent streams under one name; probe q of a direction is stream q."""
+
+    ROUTER, DROPOUT = 254, 255
+    MAX_PROBES = 254
+
+
+def name_id(name: str) -> int:
+    """Return the 32-bit identity of a name, stable across runs, machines and which other names exist."""
+    return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
+
+
+def derive_seed(*parts: object) -> int:
+    """Return a 63-bit seed that depends on every part (a run's seed, a purpose, a step)."""
+    return int.from_bytes(hashlib.blake2s(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def philox4x32(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the four 32-bit words of each counter, as int64 tensors in [0, 2^32), for four int64 counter tensors that broadcast."""
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps in int64, yet all 64 bits of the product are right
+        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _to_normals(words: tuple[Tensor, ...]) -> Tensor:
+    """Box-Muller: four words `[M]` to fp32 normals `[M, 4]`."""
+    inverse = 2.0**-32
+    radius = [torch.sqrt(-2.0 * torch.log((w.float() + 1.0) * inverse)) for w in (words[0], words[2])]
+    angle = [w.float() * (2 * math.pi * inverse) for w in (words[1], words[3])]
+    return torch.stack([r * f(a) for r, a in zip(radius, angle, strict=True) for f in (torch.cos, torch.sin)], -1)
+
+
+def _to_signs(words: tuple[Tensor, ...]) -> Tensor:
+    """Four words `[M]` to signs +-1 `[M, 128]` in fp32."""
+    bits = (torch.stack(words, -1)[..., None] >> torch.arange(32, device=words[0].device)) & 1
+    return (bits.flatten(-2) * 2 - 1).float()
+
+
+def _to_uniforms16(words: tuple[Tensor, ...]) -> Tensor:
+    """Four words to eight integers in [0, 2^16), on a new last axis, as int32."""
+    return torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], -1).int()
+
+
+class NoiseField:
+    """Flat noise over a list of segments; the tables of counters are built once, each draw is then a few large operations."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device | str = "cpu"):
+        self.segments = tuple(segments)
+        self.numel = sum(s.stop - s.start for s in self.segments)
+        self.device = torch.device(device)
+        ids = {s.name: name_id(s.name) for s in self.segments}
+        if len(set(ids.values())) != len(ids):
+            raise ValueError("two parameter names share a 32-bit noise identity; rename one of them")
+        self._tables: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    def normals(self, key: Key, stream: int) -> Tensor:
+        """Return N(0, 1) noise `[n]`, fp32."""
+        return self._draw(key, stream, NORMALS_PER_COUNTER, _to_normals)
+
+    def signs(self, key: Key, stream: int) -> Tensor:
+        """Return Rademacher noise +-1 `[n]`, fp32: the same bits on every device."""
+        return self._draw(key, stream, SIGNS_PER_COUNTER, _to_signs)
+
+    def _draw(self, key: Key, stream: int, width: int, convert) -> Tensor:
+        block_M, id_M, keep = self._table(width)
+        step, row = (torch.tensor(v, device=self.device) for v in (key.step, stream))
+        parts = [
+            convert(philox4x32((block, ids, step, row), key.seed)).flatten()
+            for block, ids in zip(block_M.split(_CHUNK), id_M.split(_CHUNK), strict=True)
+        ]
+        flat = torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+        return flat if keep is None else flat[keep]
+
+    def _table(self, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        if width not in self._tables:
+            blocks, ids, keep, drawn = [], [], [], 0
+            for s in self.segments:
+                first, last = s.start // width, -(-s.stop // width)
+                blocks.append(torch.arange(first, last))
+                ids.append(torch.full((last - first,), name_id(s.name)))
+                keep.append(torch.arange(s.start, s.stop) - first * width + drawn)
+                drawn += (last - first) * width
+            empty = [torch.zeros(0, dtype=torch.int64)]
+            index = None if drawn == self.numel else torch.cat(keep or empty).to(self.device)
+            self._tables[width] = torch.cat(blocks or empty).to(self.device), torch.cat(ids or empty).to(self.device), index
+        return self._tables[width]
+
+
+def normals(name: str, numel: int, key: Key, stream: int) -> Tensor:
+    """Return the noise of one parameter `[n]`: the slow, clear way to what a `NoiseField` draws for many."""
+    counter = (torch.arange(-(-numel // NORMALS_PER_COUNTER)), *(torch.tensor(v) for v in (name_id(name), key.step, stream)))
+    return _to_normals(philox4x32(counter, key.seed)).flatten()[:numel]
+
+
+def normals_by_row(name: str, rows_R: Tensor, numel: int, key: Key, stream: int) -> Tensor:
+    """Return N(0, 1) noise `[R, numel]`; row r depends on `rows_R[r]` (below 2^24), not on its place among the rows."""
+    return _to_normals(_row_words(name, rows_R, -(-numel // NORMALS_PER_COUNTER), key, stream)).flatten(1)[:, :numel]
+
+
+def kept_by_row(name: str, rows_R: Tensor, numel: int, drop: float, key: Key, stream: int) -> Tensor:
+    """Return a dropout mask `[R, numel]`, True where kept; P(drop) is `drop` rounded to 2^-16; a shorter numel is a prefix."""
+    parts = [
+        _to_uniforms16(_row_words(name, rows, -(-numel // UNIFORMS_PER_COUNTER), key, stream)).flatten(1)[:, :numel] >= round(drop * 65536)
+        for rows in rows_R.split(max(1, _CHUNK * UNIFORMS_PER_COUNTER // max(numel, 1)))
+    ]
+    return torch.cat(parts) if parts else torch.zeros(0, numel, dtype=torch.bool, device=rows_R.device)
+
+
+def _row_words(name: str, rows_R: Tensor, counters: int, key: Key, stream: int) -> tuple[Tensor, ...]:
+    device = rows_R.device
+    block = torch.arange(counters, device=device)[None]
+    ids, step = (torch.tensor(v, device=device) for v in (name_id(name), key.step))
+    return philox4x32((block, ids, step, stream + 256 * rows_R.long()[:, None]), key.seed)
+
+
+class StepNoise:
+    """The one realisation of router noise and dropout that every forward of a step sees (METHOD 2.9).
+
+    `rows` gives, per branch, the identity of each sample: its position in the global batch, or its class within the task. Draws are
+    kept, so that the K-th evaluation of a step costs nothing.
+    """
+
+    def __init__(self, key: Key, rows: dict[str, Tensor]):
+        self.key, self.rows = key, rows
+        self._drawn: dict[tuple, Tensor] = {}
+
+    def router(self, branch: str, layer: int, experts: int) -> Tensor:
+        """Return N(0, 1) noise `[B, E]` for the logits of a router."""
+        return self._once(
+            ("router", branch, layer), lambda name: normals_by_row(name, self.rows[branch], experts, self.key, Streams.ROUTER)
+        )
+
+    def kept(self, branch: str, layer: int, tokens: int, width: int, drop: float) -> Tensor:
+        """Return a dropout mask `[B, L, width]`; the mask of a truncated prompt is the head of the whole prompt's."""
+        drawn = self._once(
+            ("dropout", branch, layer), lambda name: kept_by_row(name, self.rows[branch], tokens * width, drop, self.key, Streams.DROPOUT)
+        )
+        return drawn.view(-1, tokens, width)
+
+    def _once(self, purpose: tuple, draw) -> Tensor:
+        if purpose not in self._drawn:
+            self._drawn[purpose] = draw("/".join(map(str, purpose)))
+        return self._drawn[purpose]

@@ -1,0 +1,166 @@
+"""The zeroth-order update: a difference, a transform and an acceptance, put together (DESIGN 1.2, METHOD 2)."""
+
+# n numbers of a branch
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dist_vlcl.zo.accept import ACCEPTANCES, best_of_three
+from dist_vlcl.zo.difference import LAWS, Directions, Estimate, Evaluate, FiniteDifference, Flat, Group, groups_of
+from dist_vlcl.zo.noise import Key, Streams
+from dist_vlcl.zo.transform import TRANSFORMS, Adam, gradient
+
+GRANULARITIES = ("branch", "unit", "joint")
+
+
+@dataclass
+class ZerothOrderConfig:
+    """A row of the strategy table, and the options that METHOD 2 names. `name` is for tables and logs only."""
+
+    name: str = "mozo"
+    transform: str = "sign"
+    acceptance: str = "always"
+    epsilon: dict[str, float] = field(default_factory=lambda: {"language": 1e-3, "vision": 5e-4})
+    sides: int = 1
+    probes: int = 1
+    directions: str = "gaussian"
+    granularity: str = "branch"
+    clip: float | None = 10.0  # of the projected gradient
+    optimizer: str = "sgd"  # or adam
+    lr_scale: float = 1.0  # lambda, read as eta_ZO / eta_FO (METHOD 2.7)
+    steps_per_fo_step: int = 1  # lambda, read as ZO steps per FO step
+    update: str = "simultaneous"  # every loss at theta_t, or sequential: FO, then language, then vision
+
+    def check(self) -> None:
+        """Raise ValueError in the words of the option."""
+        for option, allowed in {
+            "transform": TRANSFORMS,
+            "acceptance": ACCEPTANCES,
+            "sides": (1, 2),
+            "directions": LAWS,
+            "granularity": GRANULARITIES,
+            "optimizer": ("sgd", "adam"),
+            "update": ("simultaneous", "sequential"),
+        }.items():
+            if getattr(self, option) not in allowed:
+                raise ValueError(f"zo.{option}={getattr(self, option)!r}: choose from {', '.join(map(str, allowed))}")
+        for branch in ("language", "vision"):
+            if not self.epsilon.get(branch, 0) > 0:
+                raise ValueError(f"zo.epsilon.{branch}={self.epsilon.get(branch)}: give a positive number")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"zo.clip={self.clip}: give a positive number, or null")
+        if self.granularity == "joint" and self.update == "sequential":
+            raise ValueError(
+                "zo.update=sequential: moves one branch after the other, so zo.granularity=joint cannot be; choose branch or unit"
+            )
+        for option in ("probes", "steps_per_fo_step"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"zo.{option}={getattr(self, option)}: give a positive number")
+        if self.probes * self.steps_per_fo_step > Streams.MAX_PROBES:
+            raise ValueError(f"zo.probes * zo.steps_per_fo_step may be at most {Streams.MAX_PROBES}")
+
+
+@dataclass(frozen=True)
+class Move:
+    """An update that was decided: values of each branch's slice change by coefficient * direction."""
+
+    estimate: Estimate
+    directions: Mapping[str, Tensor]
+    coefficient: float
+    losses: tuple[float, float, float] | None  # of staying, minus and plus, where the acceptance looked
+
+    @property
+    def group(self) -> Group:
+        return self.estimate.group
+
+    def offsets(self, coefficient: float) -> dict[str, Tensor]:
+        """Return the candidate that moves by `coefficient`: the very numbers that `apply` adds."""
+        return {branch: d * coefficient for branch, d in self.directions.items()}
+
+    def record(self) -> dict:
+        """Return the move as a journal entry: with the step's seed, all that a replay needs."""
+        return {
+            "group": self.group.name,
+            "projected_gradient": {b: list(s) for b, s in self.estimate.projected_gradient.items()},
+            "coefficient": self.coefficient,
+            **({} if self.losses is None else {"losses": list(self.losses)}),
+        }
+
+
+class ZerothOrder:
+    """Decides and applies the updates of the zeroth-order units. Pure: losses come from `evaluate`, randomness from the key."""
+
+    def __init__(self, flats: Mapping[str, Flat], config: ZerothOrderConfig):
+        config.check()
+        self.flats, self.config = flats, config
+        self.difference = FiniteDifference(config.epsilon, config.sides, config.probes, config.clip)
+        self.draws = Directions(flats, config.directions)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget the optimiser state, as a new task does."""
+        self.adam = Adam() if self.config.optimizer == "adam" else None
+
+    def rounds(self) -> list[list[Group]]:
+        """Return the groups that are decided together: all at once, or branch after branch."""
+        groups = groups_of(self.flats, self.config.granularity)
+        if self.config.update == "simultaneous":
+            return [groups] if groups else []
+        return [[g for g in groups if branch in g.slices] for branch in self.flats]
+
+    def decide(self, evaluate: Evaluate, groups: list[Group], key: Key, lr: float, repeat: int = 0) -> tuple[float, list[Move]]:
+        """Return the base loss and a move per group; no move at all when a loss is not finite. Changes no value.
+
+        `repeat` numbers the zeroth-order steps within one key. Ranks that see the same losses decide the same.
+        """
+        config = self.config
+        branches = sorted({branch for group in groups for branch in group.slices})
+        first = repeat * config.probes
+        directions = {(b, q): self.draws.draw(b, key, first + q) for b in branches for q in range(config.probes)}
+        base, *probed = evaluate([{}, *self.difference.candidates(groups, directions)])
+        if not all(map(math.isfinite, (base, *probed))):
+            return base, []
+        estimates = self.difference.estimates(groups, base, probed)
+        moves = [Move(e, d, 0.0, None) for e, d in zip(estimates, self._directions(estimates, directions), strict=True)]
+        step = lr * config.lr_scale
+        if config.acceptance == "always":
+            return base, [Move(m.estimate, m.directions, -step, None) for m in moves]
+        losses = evaluate([m.offsets(c) for m in moves for c in (-step, step)])
+        if not all(map(math.isfinite, losses)):
+            return math.nan, []
+        return base, [
+            Move(m.estimate, m.directions, best_of_three(base, minus, plus, step), (base, minus, plus))
+            for m, minus, plus in zip(moves, losses[::2], losses[1::2], strict=True)
+        ]
+
+    def _directions(self, estimates: list[Estimate], drawn: Mapping[tuple[str, int], Tensor]) -> list[dict[str, Tensor]]:
+        """Return, per estimate and branch, the flat direction `[n]`, zero outside of the group's slice."""
+        probes = range(self.config.probes)
+        result = []
+        for e in estimates:
+            gradients = {}
+            for branch, part in e.group.slices.items():
+                g = gradient(e.projected_gradient[branch], [drawn[branch, q] for q in probes], self.config.transform)
+                if part.stop - part.start < g.numel():
+                    g[: part.start], g[part.stop :] = 0, 0
+                gradients[branch] = g
+            result.append(gradients)
+        return self._adam(result) if self.adam is not None else result
+
+    def _adam(self, gradients: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Replace each gradient by Adam's direction, its moments kept per branch whatever the granularity."""
+        total: dict[str, Tensor] = {}
+        for g in gradients:
+            for branch, value in g.items():
+                total[branch] = total[branch] + value if branch in total else value
+        directions = self.adam(total)
+        return [{b: directions[b] * (value != 0) for b, value in g.items()} for g in gradients]
+
+    def apply(self, moves: list[Move]) -> None:
+        """Add each accepted move to the values, in place."""
+        for move in moves:
+            for branch, offset in move.offsets(move.coefficient).items():
+                self.flats[branch].values_n.add_(offset)

@@ -1,0 +1,311 @@
+"""Pre-train the small CLIP that ships with dist_vlcl, on image-caption pairs made from class names.
+
+    python tools/pretrain_small_clip.py --data tiny-imagenet-32 --names classnames.json --out small_clip.safetensors
+
+DATA holds one sprite sheet `<wnid>.jpg` of 32x32 tiles per class and a `manifest.json` (tile, columns, tiles per class); NAMES lists
+folder, name and synonyms of every class. Every step pairs a batch of images with one caption per class (a synonym in a template, both
+drawn anew) and one caption per everyday group word of `GROUPS` ("dog", "bottle", ...), and asks each image for its own caption among all
+of each kind (InfoNCE over captions). Deterministic for a given seed, thread count and torch build; resumes from OUT.ckpt.
+
+The run that made the shipped file is described in dist_vlcl/model/small/README.md.
+"""
+
+# B images, C captions, D embedding
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+CONFIG = Path(__file__).parents[1] / "dist_vlcl/model/small/small_clip.json"
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a picture of a {}.", "a close photo of the {}.", "a {}.")
+
+# Everyday words for the classes, written by hand: what a caption writer would say who does not know the species or model.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "fish": ("goldfish",),
+    "frog": ("bullfrog", "tailed frog"),
+    "lizard": ("European fire salamander", "American alligator"),
+    "reptile": ("American alligator", "boa constrictor"),
+    "crocodile": ("American alligator",),
+    "snake": ("boa constrictor",),
+    "spider": ("black widow", "tarantula"),
+    "worm": ("centipede", "slug", "sea cucumber"),
+    "insect": ("ladybug", "fly", "bee", "grasshopper", "walking stick", "cockroach", "mantis", "dragonfly"),
+    "beetle": ("ladybug",),
+    "butterfly": ("monarch", "sulphur butterfly"),
+    "bird": ("goose", "black stork", "king penguin", "albatross"),
+    "sea animal": ("jellyfish", "brain coral", "sea slug", "dugong", "sea cucumber"),
+    "seal": ("dugong",),
+    "lobster": ("American lobster", "spiny lobster"),
+    "crab": ("American lobster", "spiny lobster"),
+    "dog": ("Chihuahua", "Yorkshire terrier", "golden retriever", "Labrador retriever", "German shepherd", "standard poodle"),
+    "cat": ("tabby", "Persian cat", "Egyptian cat"),
+    "big cat": ("cougar", "lion"),
+    "bear": ("brown bear", "koala", "lesser panda"),
+    "hamster": ("guinea pig",),
+    "cattle": ("ox", "bison"),
+    "sheep": ("bighorn",),
+    "deer": ("gazelle",),
+    "pig": ("hog",),
+    "camel": ("Arabian camel",),
+    "ape": ("orangutan", "chimpanzee"),
+    "monkey": ("orangutan", "chimpanzee", "baboon"),
+    "elephant": ("African elephant",),
+    "raccoon": ("lesser panda",),
+    "mammal": ("hog", "ox", "bison", "bighorn", "gazelle", "Arabian camel", "guinea pig", "cougar", "lion", "brown bear"),
+    "clothes": (
+        "academic gown",
+        "apron",
+        "bikini",
+        "cardigan",
+        "fur coat",
+        "kimono",
+        "military uniform",
+        "miniskirt",
+        "poncho",
+        "swimming trunks",
+        "vestment",
+        "sock",
+    ),
+    "coat": ("fur coat", "academic gown"),
+    "woman": ("bikini", "kimono", "miniskirt"),
+    "man": ("military uniform", "swimming trunks", "neck brace"),
+    "hat": ("sombrero",),
+    "shoe": ("sandal",),
+    "bag": ("backpack",),
+    "house": ("barn", "thatch", "birdhouse"),
+    "building": ("barn", "barbershop", "butcher shop", "confectionery", "cliff dwelling", "thatch", "triumphal arch"),
+    "shop": ("barbershop", "butcher shop", "confectionery"),
+    "tower": ("beacon", "obelisk", "water tower"),
+    "monument": ("obelisk", "triumphal arch", "brass"),
+    "bridge": ("steel arch bridge", "suspension bridge", "viaduct"),
+    "fence": ("picket fence", "bannister", "turnstile"),
+    "water": ("dam", "fountain", "lakeside", "seashore"),
+    "bottle": ("beer bottle", "pop bottle", "pill bottle", "water jug"),
+    "can": ("bucket", "barrel"),
+    "cup": ("espresso", "beaker"),
+    "bowl": ("wok", "mashed potato", "guacamole"),
+    "pan": ("frying pan", "wok"),
+    "plate": ("plate",),
+    "pot": ("teapot",),
+    "spoon": ("wooden spoon",),
+    "chair": ("rocking chair",),
+    "table": ("desk", "dining table"),
+    "furniture": ("desk", "dining table", "rocking chair", "chest"),
+    "lamp": ("lampshade", "torch", "candle"),
+    "clock": ("stopwatch", "hourglass", "magnetic compass"),
+    "telephone": ("pay-phone", "iPod"),
+    "keyboard": ("computer keyboard",),
+    "television": ("CD player", "scoreboard"),
+    "electronics": ("CD player", "iPod", "remote control", "computer keyboard", "cash machine"),
+    "machine": ("cash machine", "parking meter", "sewing machine", "space heater", "refrigerator"),
+    "musical instrument": ("oboe", "organ", "drumstick"),
+    "weapon": ("cannon", "projectile"),
+    "tank": ("cannon",),
+    "rocket": ("projectile", "obelisk"),
+    "tool": ("broom", "plunger", "syringe", "nail", "reel", "dumbbell", "potter's wheel"),
+    "car": ("beach wagon", "convertible", "limousine", "sports car"),
+    "truck": ("moving van", "police van", "tractor", "freight car"),
+    "van": ("moving van", "police van"),
+    "bus": ("school bus", "trolleybus"),
+    "streetcar": ("trolleybus",),
+    "train": ("bullet train", "freight car"),
+    "bicycle": ("jinrikisha", "go-kart"),
+    "motor vehicle": ("go-kart", "tractor", "lawn mower", "school bus", "moving van"),
+    "boat": ("gondola", "lifeboat"),
+    "ball": ("basketball", "rugby ball", "volleyball", "punching bag"),
+    "toy": ("teddy",),
+    "pole": ("flagpole", "maypole", "pole"),
+    "fruit": ("orange", "lemon", "banana", "pomegranate", "acorn"),
+    "apple": ("pomegranate",),
+    "pepper": ("bell pepper",),
+    "vegetable": ("cauliflower", "bell pepper", "mushroom"),
+    "food": ("guacamole", "meat loaf", "pizza", "potpie", "mashed potato", "pretzel", "ice cream", "ice lolly"),
+    "book": ("comic book",),
+    "mountain": ("alp", "cliff"),
+    "sea": ("seashore", "coral reef"),
+    "lake": ("lakeside",),
+    "landscape": ("alp", "cliff", "lakeside", "seashore"),
+}
+
+
+def read_sheets(folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Return all tiles `[N, 3, 32, 32]` as uint8, their class indices `[N]`, and the class folders in sorted order."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    tile, columns, wnids = manifest["tile"], manifest["columns"], sorted(manifest["tiles"])
+    images, labels = [], []
+    for label, wnid in enumerate(wnids):
+        sheet = np.asarray(Image.open(folder / f"{wnid}.jpg").convert("RGB"))
+        for k in range(manifest["tiles"][wnid]):
+            row, column = divmod(k, columns)
+            images.append(sheet[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile])
+            labels.append(label)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), wnids
+
+
+def caption_words(names_file: Path, wnids: list[str]) -> tuple[list[list[str]], list[str], torch.Tensor]:
+    """Return the synonyms of each class, the group words, and membership `[classes, groups]` as booleans."""
+    entries = {entry["folder"]: entry for entry in json.loads(names_file.read_text())}
+    # Latin binomials start with a capital and are two words that no one writes in a caption; the plain name always stays.
+    synonyms = [[entries[w]["name"]] + [s for s in entries[w]["synonyms"] if s != entries[w]["name"]] for w in wnids]
+    index = {entries[w]["name"]: k for k, w in enumerate(wnids)}
+    groups = list(GROUPS)
+    member = torch.zeros(len(wnids), len(groups), dtype=torch.bool)
+    for column, group in enumerate(groups):
+        for name in GROUPS[group]:
+            member[index[name], column] = True
+    return synonyms, groups, member
+
+
+def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Flip, and crop at a random place after padding by four pixels (reflection). uint8 `[B, 3, 32, 32]` in, float out."""
+    x = F.pad(images.float(), (4, 4, 4, 4), mode="reflect")
+    flip = torch.rand(len(x), generator=generator) < 0.5
+    x[flip] = x[flip].flip(-1)
+    dy, dx = torch.randint(0, 9, (2, len(x)), generator=generator)
+    rows = (dy[:, None] + torch.arange(32))[:, None, :, None]
+    columns = (dx[:, None] + torch.arange(32))[:, None, None, :]
+    x = x[torch.arange(len(x))[:, None, None, None], torch.arange(3)[None, :, None, None], rows, columns]
+    gain = 1 + 0.2 * (torch.rand(len(x), 1, 1, 1, generator=generator) * 2 - 1)
+    return normalise(x * gain)
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    return (x.float() / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of sprite sheets with manifest.json")
+    parser.add_argument("--names", type=Path, required=True, help="classnames.json with folder, name and synonyms")
+    parser.add_argument("--out", type=Path, required=True, help="safetensors file to write (fp16)")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--held-out", type=int, default=10, help="images per class kept for validation")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the vision blocks (15 %% faster, needs a C++ compiler)")
+    parser.add_argument("--max-steps", type=int, help="stop early, for a trial of the speed")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    images, labels, wnids = read_sheets(args.data)
+    synonyms, groups, member = caption_words(args.names, wnids)
+    order = torch.cat([torch.nonzero(labels == c).flatten() for c in range(len(wnids))])
+    position_in_class = torch.cat([torch.arange(int((labels == c).sum())) for c in range(len(wnids))])
+    held_out = order[position_in_class < args.held_out]
+    train = order[position_in_class >= args.held_out]
+
+    open_clip.add_model_config(CONFIG)
+    model = open_clip.create_model("small_clip", pretrained=None)
+    tokenizer = open_clip.get_tokenizer("small_clip")
+    if args.compile:
+        model.visual.transformer.compile()
+    decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
+    rest = [p for n, p in model.named_parameters() if not (p.ndim >= 2 and "embedding" not in n)]
+    optimiser = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
+    )
+    steps_per_epoch = len(train) // args.batch
+    total = args.epochs * steps_per_epoch
+    average = {k: v.clone() for k, v in model.state_dict().items()}  # exponential moving average, the weights that ship
+
+    def encode_text(captions: list[str]) -> torch.Tensor:
+        tokens = tokenizer(captions)
+        longest = int((tokens != 0).sum(1).max())
+        return encode_truncated(model, tokens[:, :longest])
+
+    step, checkpoint = 0, args.out.with_suffix(".ckpt")
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        average, step = saved["average"], saved["step"]
+        print(f"resumed at step {step}", flush=True)
+
+    def accuracy(of: torch.Tensor) -> float:
+        backup = {k: v.clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(average)
+        model.eval()
+        with torch.inference_mode():
+            text = encode_text([f"a bad photo of a {s[0]}." for s in synonyms])
+            right = sum(
+                int(((model.encode_image(normalise(images[part]), normalize=True) @ text.T).argmax(1) == labels[part]).sum())
+                for part in of.split(500)
+            )
+        model.train()
+        model.load_state_dict(backup)
+        return right / len(of)
+
+    start, losses = time.time(), []
+    while step < min(total, args.max_steps or total):
+        epoch, within = divmod(step, steps_per_epoch)
+        if within == 0 or step == 0 or not losses:
+            permutation = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))]
+        generator = torch.Generator().manual_seed(args.seed * 10_000_019 + step)
+        lr = args.lr * min((step + 1) / 300, 0.5 * (1 + math.cos(math.pi * step / total)) + 1e-3)
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        chosen = permutation[within * args.batch : (within + 1) * args.batch]
+        pick = lambda n: int(torch.randint(0, n, (), generator=generator))  # noqa: E731
+        # The plain name half of the time, any of its synonyms otherwise.
+        words = [s[0] if pick(2) else s[pick(len(s))] for s in synonyms] + groups
+        text_CD = encode_text([TEMPLATES[pick(len(TEMPLATES))].format(w) for w in words])
+        image_BD = model.encode_image(augment(images[chosen], generator), normalize=True)
+        logits_BC = model.logit_scale.exp() * image_BD @ text_CD.T
+        target = labels[chosen]
+        leaf = F.cross_entropy(logits_BC[:, : len(synonyms)], target, label_smoothing=0.05)
+        in_group = member[target]
+        has_group = in_group.any(1)
+        log_p = logits_BC[:, len(synonyms) :].log_softmax(1)
+        coarse = -torch.logsumexp(log_p.masked_fill(~in_group, -1e4), 1)[has_group].mean()
+        loss = leaf + 0.5 * coarse
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=math.log(100))
+            rate = min(0.998, (step + 1) / (step + 20))
+            state = model.state_dict()
+            torch._foreach_lerp_([average[k] for k in state], list(state.values()), 1 - rate)
+        losses.append(float(leaf))
+        step += 1
+        if step % 100 == 0 or step == total:
+            speed = (len(losses) * args.batch) / (time.time() - start)
+            print(
+                f"step {step}/{total} epoch {step / steps_per_epoch:.2f} loss {np.mean(losses[-100:]):.3f} coarse {float(coarse):.3f} "
+                f"scale {float(model.logit_scale.exp()):.1f} {speed:.0f} img/s, {(total - step) * args.batch / speed / 60:.0f} min left",
+                flush=True,
+            )
+        if step % steps_per_epoch == 0 or step == total:
+            print(f"epoch {step // steps_per_epoch}: held-out top-1 {100 * accuracy(held_out):.2f} %", flush=True)
+            temporary = checkpoint.with_suffix(".tmp")
+            torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step}, temporary)
+            temporary.replace(checkpoint)
+            save_file({k: v.half().contiguous() for k, v in average.items() if k != "attn_mask"}, args.out)
+
+
+def encode_truncated(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """open_clip's encode_text on tokens cut to the longest prompt (exact: the mask is causal). Returns unit rows `[C, D]`."""
+    length = tokens.shape[1]
+    x = model.token_embedding(tokens) + model.positional_embedding[:length]
+    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
+    x = model.ln_final(x)[torch.arange(len(x)), tokens.argmax(-1)]
+    return F.normalize(x @ model.text_projection, dim=-1)
+
+
+if __name__ == "__main__":
+    main()
