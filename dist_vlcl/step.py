@@ -117,15 +117,15 @@ class HybridStep:
         units = towers.units
         chosen = {b: [units[u] for u in units if u.branch == b and orders[u] is Order.ZEROTH] for b in ("language", "vision")}
         self.flats = {branch: FlatUnits(members) for branch, members in chosen.items() if members}
-        for id, unit in units.items():
-            if orders[id] is Order.FROZEN:
+        for address, unit in units.items():
+            if orders[address] is Order.FROZEN:
                 freeze(unit)
-        for name, tensor in sorted(units.state_dict().items()):
+        for tensor in units.state_dict().values():
             world.broadcast(tensor)
         self.zeroth = ZerothOrder(self.flats, zeroth)
         self.first: FirstOrder = first_order_of(towers)
-        by_id = {id(p): name for name, p in ((f"{u}/{n}", t) for u, unit in units.items() for n, t in unit.tensors().items())}
-        self.first_names = [by_id[id(p)] for p in self.first.parameters]
+        names = {id(t): f"{address}/{name}" for address, unit in units.items() for name, t in unit.tensors().items()}
+        self.first_names = [names[id(p)] for p in self.first.parameters]
         self.skips = 0
         self.tokens = torch.zeros(0, 0, dtype=torch.long)
 
@@ -209,10 +209,13 @@ class HybridStep:
             )
         return images.to(device, non_blocking=True), labels.to(device), positions.to(device), real
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return all that a resume needs: adapters, AdamW's moments, zeroth-order moments."""
+    def state_dict(self, optimizers: bool = True) -> dict[str, Tensor]:
+        """Return all that a resume needs: adapters, and within a task AdamW's moments and the zeroth-order ones."""
+        adapters = {f"adapters/{name}": t for name, t in self.towers.units.state_dict().items()}
+        if not optimizers:
+            return adapters
         return {
-            **{f"adapters/{name}": t for name, t in self.towers.units.state_dict().items()},
+            **adapters,
             **{f"adamw/{name}": t for name, t in self.first.state_dict(self.first_names).items()},
             **{f"zo/{name}": t for name, t in (self.zeroth.adam.state_dict() if self.zeroth.adam else {}).items()},
         }

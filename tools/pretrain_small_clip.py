@@ -166,6 +166,16 @@ def caption_words(names_file: Path, wnids: list[str]) -> tuple[list[list[str]], 
     return synonyms, groups, member
 
 
+def draw_captions(synonyms: list[list[str]], groups: list[str], generator: torch.Generator) -> list[str]:
+    """Return a caption per class (its plain name half of the time, any of its synonyms otherwise) and per group word."""
+
+    def pick(n: int) -> int:
+        return int(torch.randint(0, n, (), generator=generator))
+
+    words = [s[0] if pick(2) else s[pick(len(s))] for s in synonyms] + groups
+    return [TEMPLATES[pick(len(TEMPLATES))].format(word) for word in words]
+
+
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Flip, and crop at a random place after padding by four pixels (reflection). uint8 `[B, 3, 32, 32]` in, float out."""
     x = F.pad(images.float(), (4, 4, 4, 4), mode="reflect")
@@ -259,10 +269,7 @@ def main() -> None:
         for group in optimiser.param_groups:
             group["lr"] = lr
         chosen = permutation[within * args.batch : (within + 1) * args.batch]
-        pick = lambda n: int(torch.randint(0, n, (), generator=generator))  # noqa: E731
-        # The plain name half of the time, any of its synonyms otherwise.
-        words = [s[0] if pick(2) else s[pick(len(s))] for s in synonyms] + groups
-        text_CD = encode_text([TEMPLATES[pick(len(TEMPLATES))].format(w) for w in words])
+        text_CD = encode_text(draw_captions(synonyms, groups, generator))
         image_BD = model.encode_image(augment(images[chosen], generator), normalize=True)
         logits_BC = model.logit_scale.exp() * image_BD @ text_CD.T
         target = labels[chosen]

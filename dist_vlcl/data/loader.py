@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dist_vlcl.data.order import SampleId, generator, rank_slice, test_order, train_order
+from dist_vlcl.data.order import SampleId, generator, plain_order, rank_slice, train_order
 from dist_vlcl.data.settings import ON_ERROR
 from dist_vlcl.data.shards import Index, ShardError, StoredSample, log, read_shard
 from dist_vlcl.data.tasks import Task
@@ -195,7 +195,7 @@ def test_batches(
     batches = GlobalBatches(
         index,
         "test",
-        test_order(index.sizes("test", classes)),
+        plain_order(index.sizes("test", classes)),
         {class_id: label for label, class_id in enumerate(classes)},
         batch_size=batch_size,
         rank=rank,

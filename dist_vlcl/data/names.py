@@ -12,8 +12,7 @@ def known_classes(reader: str) -> dict[str, str] | None:
     path = HERE / "names" / f"{reader}.txt"
     if not path.exists():
         return None
-    folder_and_name = (line.split("\t") for line in _lines(path))
-    return {folder: name for folder, name in folder_and_name}
+    return dict(line.split("\t") for line in _lines(path))
 
 
 def paper_order(reader: str) -> list[int] | None:

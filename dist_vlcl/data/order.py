@@ -46,7 +46,7 @@ def _windows(sizes: ShardSizes, seed: int, task: int, epoch: int) -> list[list[t
     return windows
 
 
-def test_order(sizes: ShardSizes) -> list[SampleId]:
+def plain_order(sizes: ShardSizes) -> list[SampleId]:
     """Every sample once, class by class."""
     return [
         SampleId(class_id, shard, position)

@@ -141,7 +141,7 @@ def _drawn_splits(found: list[Found], data: DataConfig) -> dict[str, str]:
     by_class: dict[str, list[Found]] = defaultdict(list)
     for image in found:
         by_class[image.folder].append(image)
-    splits = {}
+    splits: dict[str, str] = {}
     for name, images in by_class.items():
         images.sort(key=lambda image: image.short)
         generator(data.split_seed, "split", name).shuffle(images)
@@ -221,16 +221,18 @@ def _images_of(split: str | None, source: Source, known: Mapping[str, str] | Non
         *parents, file = PurePosixPath(name).parts
         if file.startswith(".") or _suffix(file) not in IMAGE_SUFFIXES or "__MACOSX" in parents:
             continue
-        class_folder = annotated.get(name) or _class_folder(parents, known)
-        if class_folder is not None:
-            own_split = next((SPLIT_FOLDERS[part] for part in parents if part in SPLIT_FOLDERS), None)
-            yield Found(split or own_split, class_folder, f"{split}:{name}", partial(source.read, name))
+        place = len(parents) if name in annotated else _class_place(parents, known)
+        if place is None:
+            continue
+        # only above the class folder: CIFAR-100 has a class called train
+        own_split = next((SPLIT_FOLDERS[part] for part in parents[:place] if part in SPLIT_FOLDERS), None)
+        yield Found(split or own_split, annotated.get(name) or parents[place], f"{split}:{name}", partial(source.read, name))
 
 
-def _class_folder(parents: list[str], known: Mapping[str, str] | None) -> str | None:
-    if known is None:
-        return parents[-1] if parents else None
-    return next((part for part in parents if part in known), None)
+def _class_place(parents: list[str], known: Mapping[str, str] | None) -> int | None:
+    """Which of the folders above an image is its class; None if none is."""
+    places = [place for place, part in enumerate(parents) if known is None or part in known]
+    return places[-1] if places else None
 
 
 def _annotations(source: Source, names: list[str]) -> dict[str, str]:

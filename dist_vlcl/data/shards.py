@@ -28,6 +28,8 @@ from urllib.request import url2pathname
 import webdataset
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from dist_vlcl.data.order import rank_slice
+
 FORMAT = 1
 SPLITS = ("train", "test")
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -177,7 +179,9 @@ def _write(raw: RawSet, folder: Path, name: str, reader: str, samples_per_shard:
         (folder / split).mkdir()
     written = {}
     for (split, class_id), samples in track(list(groups.items())):
-        chunks = [samples[start : start + samples_per_shard] for start in range(0, len(samples), samples_per_shard)]
+        # shards of equal size, so that the windows of train_order mix the classes in equal parts
+        num_shards = -(-len(samples) // samples_per_shard)
+        chunks = [[samples[place] for place in rank_slice(len(samples), number, num_shards)] for number in range(num_shards)]
         keys = unique_keys(samples)
         written[split, class_id] = tuple(
             _write_shard(folder, f"{split}/{class_id:04d}-{number:03d}.tar", chunk, keys) for number, chunk in enumerate(chunks)
@@ -250,7 +254,8 @@ def _parse(content: bytes, shard: Shard) -> tuple[list[StoredSample], str]:
     except ShardError:
         raise
     except Exception as error:  # tarfile raises what it likes on damaged bytes
-        return samples, f" ({type(error).__name__}: {error.args[0] if error.args else ''})"
+        reason = str(error.args[0] if error.args else "").split(" @ ")[0]  # webdataset adds the repr of the stream
+        return samples, f" ({type(error).__name__}: {reason})"
     return samples, ""
 
 

@@ -21,6 +21,7 @@ class ClusterConfig:
     device: str = "auto"  # or cpu, cuda
     timeout_s: float = 600.0
     threads: int | None = None  # CPU threads of a rank; default: the cores, shared among the ranks of this machine
+    traceback: bool = False  # show where an error came from, not only what it says
 
     def check(self) -> None:
         if self.device not in ("auto", "cpu", "cuda"):

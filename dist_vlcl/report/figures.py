@@ -91,7 +91,7 @@ def plot_accuracy(records: Records, zero_shot: float | None = None) -> "Figure |
     if zero_shot is not None:
         axes.axhline(100 * zero_shot, color=GREY, linestyle="--", label="zero-shot, all classes")
     elif np.isfinite(own).any():
-        axes.plot(after, own, color=GREY, linestyle="--", label="zero-shot, same classes")
+        axes.plot(after, own, color=GREY, linestyle="--", marker="s", markersize=3, label="zero-shot, same classes")
     if len(seen) <= MAX_LABELLED:
         _label_points(axes, after, seen)
     axes.margins(y=0.15)
@@ -109,7 +109,7 @@ def plot_loss(records: Records) -> "Figure | None":
         return None
     figure = _figure(7.2, 3.8)
     axes = figure.subplots()
-    axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.7, label="every step")
+    axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=0.7, label="every step")
     for index, part in enumerate(_by_task(records, steps)):
         axes.plot(steps[part], _smoothed(losses[part]), color=BLUE, linewidth=1.8, label="" if index else "smoothed within a task")
     axes.set(xlabel="step", ylabel="loss")
@@ -196,7 +196,7 @@ def _plot_sizes(axes: "Axes", records: Records, steps: np.ndarray, sizes: np.nda
     color, line = look
     axes.plot(steps, sizes, color=color, alpha=0.2, linewidth=0, marker=".", markersize=3)
     for index, part in enumerate(_by_task(records, steps)):
-        mean = np.exp(_smoothed(np.log(sizes[part]), at_least=5))
+        mean = np.exp(_smoothed(np.log(sizes[part]), at_least=20))
         axes.plot(steps[part], mean, color=color, linestyle=line, linewidth=1.8, label="" if index else label)
 
 

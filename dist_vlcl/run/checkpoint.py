@@ -82,7 +82,7 @@ def load_newest(folder: Path | str) -> Checkpoint | None:
 
 
 def _write(aside: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    # Cloned, since safetensors refuses views of one storage, and ZO units are views of a flat buffer.
+    # Cloned, since safetensors refuses overlapping and strided views, and units may be views of a flat buffer.
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     files = {TENSORS: tensors_to_bytes(own), STATE: json.dumps(state, indent=1).encode()}
     entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}

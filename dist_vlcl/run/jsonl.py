@@ -15,7 +15,7 @@ class JsonLines:
         aside = path.with_name(path.name + ".tmp")
         aside.write_text("".join(map(_line, self.kept)))
         aside.replace(path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115, it stays open as long as the run
+        self._file = open(path, "a")  # noqa: SIM115, it stays open as long as the run
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line; tensors and NumPy numbers become numbers."""

@@ -37,7 +37,7 @@ class WandbMirror:
     @property
     def url(self) -> str | None:
         """Where the run can be watched; None offline."""
-        return getattr(self._run, "url", None)
+        return None if self._run is None or self._run.offline else self._run.url
 
     def log(self, record: dict[str, Any]) -> None:
         """Repeat a record; nested keys are joined by '/', lists and texts are left out."""
@@ -54,7 +54,7 @@ class WandbMirror:
         if run is None:
             return
         try:
-            run.finish(quiet=True)
+            run.finish()
         except Exception as error:
             self._give_up(error)
 
@@ -78,17 +78,15 @@ def flat_numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def _started(wandb: Any, mode: str, arguments: dict[str, Any]) -> Any:
-    # init_timeout: a compute node often has a login and no way out; wandb's own 90 s are long to stand still.
-    settings = wandb.Settings(console="off", silent=True, init_timeout=30)
-    chosen = _chosen_mode(wandb) if mode == "auto" else mode
+    # init_timeout: wandb's own 90 s are long to stand still on a compute node without a way out.
+    arguments = {**arguments, "settings": wandb.Settings(console="off", silent=True, init_timeout=30)}
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or "auto"  # which is how wandb itself is told
+    if mode != "auto":
+        return wandb.init(mode=mode, **arguments)
     try:
-        return wandb.init(mode=chosen, settings=settings, **arguments)
-    except Exception:
-        if mode != "auto" or chosen != "online":
-            raise
-        return wandb.init(mode="offline", settings=settings, **arguments)
-
-
-def _chosen_mode(wandb: Any) -> str:
-    asked = os.environ.get("WANDB_MODE", "")
-    return asked or ("online" if wandb.api.api_key else "offline")
+        if wandb.login(prompt=False):
+            return wandb.init(mode="online", **arguments)
+    except Exception as error:
+        warnings.warn(f"wandb goes on offline: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+    return wandb.init(mode="offline", **arguments)

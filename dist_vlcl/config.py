@@ -1,0 +1,191 @@
+"""The configuration: Hydra's groups in, the parts' dataclasses out, and the checks that span parts."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.dist.first_order import FirstOrderConfig
+from dist_vlcl.dist.world import ClusterConfig
+from dist_vlcl.model.clip import ModelConfig
+from dist_vlcl.model.lora import LoRAConfig
+from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.orders import OrderPlan
+from dist_vlcl.run.folder import RunConfig
+from dist_vlcl.zo.strategies import ZerothOrderConfig
+
+# Beside the package in a checkout, inside of it in a wheel.
+CONFIG_FOLDER = next(p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs") if (p / "config.yaml").exists())
+
+
+@dataclass
+class TaskConfig:
+    """How the classes become tasks."""
+
+    increment: int = 2
+    base: int = 0
+    order: Any = "natural"  # or paper, seed:N, a list
+    num_tasks: int | None = None
+
+
+@dataclass
+class TrainConfig:
+    """How long a task is trained, and on what batches."""
+
+    batch_size: int = 128  # of the global batch, whatever the number of ranks
+    epochs: int = 1
+    warmup_steps: int = 30
+    micro_batches: int = 1  # gradient accumulation: the parts in which a rank takes its share of a batch
+    max_skips: int = 10  # steps in a row that a non-finite loss may cost
+    check_every_steps: int = 50  # ranks compare a digest of all adapters
+
+    def check(self) -> None:
+        for option in ("batch_size", "epochs", "micro_batches", "max_skips", "check_every_steps"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"train.{option}={getattr(self, option)}: give a positive number")
+        if self.warmup_steps < 0:
+            raise ValueError(f"train.warmup_steps={self.warmup_steps}: give a number of steps, or 0 for none")
+
+
+@dataclass
+class EvalConfig:
+    """How the test sets are read."""
+
+    batch_size: int = 512
+    train_transform: bool = False  # the baseline's defect Q2, to reproduce it
+    zero_shot: bool = True  # also before the first task
+
+    def check(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"eval.batch_size={self.batch_size}: give a positive number")
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on."""
+
+    seed: int = 0
+    paper: str | None = None  # the published run that this one repeats
+    data: DataConfig = field(default_factory=DataConfig)
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: Any = MISSING
+    orders: OrderPlan = field(default_factory=OrderPlan)
+    zo: ZerothOrderConfig = field(default_factory=ZerothOrderConfig)
+    first_order: FirstOrderConfig = field(default_factory=FirstOrderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check(self) -> None:
+        """Raise ValueError for what cannot be, before anything is built."""
+        for part in (self.model, self.adapter, self.orders, self.zo, self.train, self.eval, self.first_order, self.cluster, self.run):
+            part_check: Callable = getattr(part, "check", lambda: None)
+            part_check()
+        if self.orders.order == "zeroth" and self.zo.granularity == "joint" and self.orders.branch != "dual":
+            raise ValueError("zo.granularity=joint: moves both branches by one estimate, so it needs orders.branch=dual")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _register() -> None:
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(group="adapter", name="moe_schema", node=MoEConfig)
+    store.store(group="adapter", name="lora_schema", node=LoRAConfig)
+
+
+_register()
+
+
+def from_hydra(options: DictConfig) -> Config:
+    """Return the dataclasses of a composed configuration, checked; raises ValueError in the words of the option."""
+    try:
+        config = OmegaConf.to_object(options)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    assert isinstance(config, Config)
+    if config.run.name == "auto":
+        config.run.name = default_name(config)
+    config.check()
+    return config
+
+
+def default_name(config: Config) -> str:
+    """Return a name that tells runs apart: the paper's id, or what was learned and how."""
+    if config.paper:
+        return f"{config.paper}-seed{config.seed}"
+    plan, layers = config.orders, config.orders.layers
+    kind = "lora" if isinstance(config.adapter, LoRAConfig) else "moe"
+    how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]
+    orders = "fo" if plan.branch == "none" else f"{how}-{plan.branch}-{layers if isinstance(layers, str) else 'list'}"
+    if plan.branch == "none" and plan.rest == "frozen":
+        orders = "zero-shot"
+    return f"{config.data.name}-inc{config.tasks.increment}-{kind}-{orders}-seed{config.seed}"
+
+
+def paper_runs() -> dict[str, dict]:
+    """Return the published runs by id."""
+    return {run["id"]: run for run in yaml.safe_load((CONFIG_FOLDER / "paper_runs.yaml").read_text())["runs"]}
+
+
+def expand_paper(arguments: list[str]) -> list[str]:
+    """Return command-line overrides with `paper=ID` preceded by what that cell of the paper means; the user's own come after, and win."""
+    ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
+    if not ids:
+        return arguments
+    runs = paper_runs()
+    if ids[-1] not in runs:
+        import difflib
+
+        near = difflib.get_close_matches(ids[-1], runs, 5, 0.3)
+        raise ValueError(f"paper={ids[-1]!r}: no such run in configs/paper_runs.yaml; the nearest are {', '.join(near) or 'none'}")
+    run = runs[ids[-1]]
+    layers = run["zo_layers"].removesuffix("6")
+    overrides = [f"data={run['dataset']}", f"tasks.increment={run['inc']}", "model=vit_b16", f"adapter={run['adapter']}"]
+    overrides += [f"tasks.order={'natural' if run['dataset'] == 'imagenet_r' else 'paper'}"]
+    overrides += [f"train.batch_size={64 if run['dataset'] == 'tiny_imagenet' else 128}"]
+    if run["zo_branch"] == "none":
+        return [*overrides, "orders=first", *arguments]
+    overrides += [f"orders={run['zo_branch']}_{layers}", f"zo={run['zo_variant']}"]
+    overrides += ["orders.span=6"] if layers in ("prefix", "suffix") else []
+    return [*overrides, *arguments]
+
+
+def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:
+    """Run a command on the composed configuration. Errors of the user are one message on rank 0, and exit status 2."""
+    import hydra
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        sys.argv[1:] = expand_paper(sys.argv[1:])
+    except ValueError as error:
+        _refuse(error, is_main)
+
+    @hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="config")
+    def run(options: DictConfig) -> None:
+        try:
+            config = from_hydra(options)
+        except ValueError as error:
+            _refuse(error, is_main)
+        work(config)
+
+    if not is_main and any(a in ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv):
+        return  # one voice is enough
+    run()
+
+
+def _refuse(error: Exception, is_main: bool) -> None:
+    if is_main:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -1,0 +1,98 @@
+"""Metrics of continual learning from counts: a sum is taken first, a quotient last (METHOD 1.8)."""
+
+# T tasks, C classes in the order of the stream
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+Counts = list[tuple[int, int]]  # per class: correct, total
+
+
+@dataclass
+class AccuracyMatrix:
+    """Correct and total per class after every task. Row t holds the classes seen after task t and, where measured, those of the next.
+
+    task_sizes: the number of classes of each task, in order.
+    """
+
+    task_sizes: Sequence[int]
+    rows: list[Counts] = field(default_factory=list)
+
+    def append(self, counts: Sequence[Sequence[int]]) -> None:
+        """Add the counts after the next task."""
+        seen = sum(self.task_sizes[: len(self.rows) + 1])
+        if len(counts) < seen:
+            raise ValueError(f"{len(counts)} classes were evaluated after task {len(self.rows)}, {seen} have been seen")
+        self.rows.append([(int(correct), int(total)) for correct, total in counts])
+
+    def task_accuracy(self, after: int, task: int) -> float | None:
+        """Return the accuracy on the classes of `task` after task `after`, None where it was not measured."""
+        start = sum(self.task_sizes[:task])
+        return _accuracy(self.rows[after][start : start + self.task_sizes[task]])
+
+    def seen(self, after: int) -> float:
+        """Return A_t: the sample-weighted accuracy over all classes seen."""
+        return _accuracy(self.rows[after][: sum(self.task_sizes[: after + 1])]) or 0.0
+
+    def class_mean(self, after: int) -> float:
+        """Return the class-weighted accuracy over all classes seen (for imbalanced sets such as ImageNet-R)."""
+        row = self.rows[after][: sum(self.task_sizes[: after + 1])]
+        return _mean([correct / total for correct, total in row if total])
+
+    @property
+    def last(self) -> float:
+        """A_T of the newest row."""
+        return self.seen(len(self.rows) - 1)
+
+    @property
+    def average(self) -> float:
+        """The average incremental accuracy: the mean of A_t."""
+        return _mean([self.seen(t) for t in range(len(self.rows))])
+
+    @property
+    def forgetting(self) -> float:
+        """The mean over earlier tasks of the best accuracy they ever had less the newest; 0 after one task."""
+        newest = len(self.rows) - 1
+        best = [max(self._own(t, j) for t in range(j, newest)) for j in range(newest)]
+        return _mean([b - self._own(newest, j) for j, b in enumerate(best)])
+
+    @property
+    def backward_transfer(self) -> float:
+        """The mean over later rows t and earlier tasks j of R[t][j] - R[j][j], as continuum has it; 0 after one task."""
+        return _mean([self._own(t, j) - self._own(j, j) for t in range(1, len(self.rows)) for j in range(t)])
+
+    @property
+    def forward_transfer(self) -> float | None:
+        """The mean of R[t][t + 1], the accuracy on a task just before it is learned; None where it was not measured."""
+        ahead = [self.task_accuracy(t, t + 1) for t in range(len(self.rows)) if t + 1 < len(self.task_sizes)]
+        measured = [a for a in ahead if a is not None]
+        return _mean(measured) if measured else None
+
+    def summary(self) -> dict:
+        """Return the metrics after the newest task, as fractions, and its counts."""
+        after = len(self.rows) - 1
+        seen = sum(self.task_sizes[: after + 1])
+        return {
+            "per_task": [self.task_accuracy(after, j) for j in range(after + 1)],
+            "seen": self.seen(after),
+            "seen_class_mean": self.class_mean(after),
+            "last": self.last,
+            "avg": self.average,
+            "forgetting": self.forgetting,
+            "backward_transfer": self.backward_transfer,
+            "forward_transfer": self.forward_transfer,
+            "correct": [c for c, _ in self.rows[after][:seen]],
+            "total": [n for _, n in self.rows[after][:seen]],
+        }
+
+    def _own(self, after: int, task: int) -> float:
+        return self.task_accuracy(after, task) or 0.0
+
+
+def _accuracy(counts: Counts) -> float | None:
+    total = sum(n for _, n in counts)
+    return sum(c for c, _ in counts) / total if total else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

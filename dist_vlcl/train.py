@@ -1,0 +1,304 @@
+"""Train CLIP continually:  accelerate launch --multi_gpu --num_processes 2 -m dist_vlcl.train [OPTION=VALUE ...]   (--help lists them)"""
+
+# B samples of this rank
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dist_vlcl import __version__
+from dist_vlcl.config import Config, hydra_main
+from dist_vlcl.continual.evaluator import count_correct
+from dist_vlcl.continual.metrics import AccuracyMatrix
+from dist_vlcl.data.loader import Batch, test_batches, train_batches
+from dist_vlcl.data.names import class_order, paper_order
+from dist_vlcl.data.shards import Index
+from dist_vlcl.data.store import open_index
+from dist_vlcl.data.tasks import Task, TaskStream
+from dist_vlcl.data.transforms import TestTransform, TrainTransform
+from dist_vlcl.dist.agree import agree, digest
+from dist_vlcl.dist.first_order import FirstOrder
+from dist_vlcl.dist.world import World
+from dist_vlcl.model.clip import TwoTowers, build_clip
+from dist_vlcl.orders import Order, assign, describe
+from dist_vlcl.report.figures import plot_run
+from dist_vlcl.report.tables import summarize_run
+from dist_vlcl.run import checkpoint
+from dist_vlcl.run.files import replace_file
+from dist_vlcl.run.folder import RunFolder
+from dist_vlcl.run.log import RunLog
+from dist_vlcl.run.preemption import Preemption
+from dist_vlcl.run.state import TrainState
+from dist_vlcl.schedule import warmup_cosine
+from dist_vlcl.step import HybridStep, StepReport
+from dist_vlcl.zo.noise import Key, derive_seed
+
+
+@dataclass
+class Requeued(Exception):
+    """The run was asked to stop, has saved itself, and wants to be started again."""
+
+    path: str
+
+
+def train(cfg: Config, world: World) -> AccuracyMatrix | None:
+    """Learn a sequence of tasks; return the accuracy on every task after every task, or None if that was known before.
+
+    All ranks call this. Raises Requeued after a signal; a second call with the same configuration then goes on where it stopped.
+    """
+    index, tasks = open_tasks(cfg, world)
+    for what, value in {"the configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": __version__}.items():
+        agree(world, what, json.dumps(value, sort_keys=True, default=str), "Start every rank with the same command and the same files.")
+    run = RunFolder.open(cfg.run, cfg.as_dict(), world)
+    if run.is_complete:
+        if world.is_main:
+            print(f"{run.message}\nDelete it, or take another run.name or seed, to train again.")
+        return None
+
+    towers = build_clip(cfg.model, cfg.adapter, seed=derive_seed(cfg.seed, "adapters")).to(world.device)
+    step = HybridStep(
+        towers, assign(towers.units, cfg.orders), cfg.zo, lambda model: FirstOrder(world, cfg.first_order, model), world, cfg.train.max_skips
+    )
+    agree(world, "the adapters", digest(towers.units.state_dict()))
+    agree(world, "the first direction", first_direction(step), "CPUs of another kind? Take zo.directions=rademacher: it has no rounding.")
+    state, saved = resume_or_start(cfg, run, world)
+    accuracy = AccuracyMatrix([len(task.classes) for task in tasks], [[tuple(c) for c in row] for row in state.accuracy])
+
+    log = RunLog(run.path, cfg.run, world, cfg.as_dict(), state)
+    state.wandb_id = log.wandb_id
+    log.say(run.message)
+    introduce(log, cfg, world, step, tasks, index)
+    try:
+        with Preemption() as preemption:
+            zero_shot = evaluate_untrained(cfg, towers, index, tasks, world, log) if state.task == 0 and not saved else state_zero_shot(saved)
+            for task in tasks[state.task :]:
+                step.begin(task.names)
+                if saved:
+                    step.load_state_dict(saved.tensors)
+                    saved = None
+                for batch, key, lr in training_steps(cfg, step, index, task, world, state, log):
+                    started = time.perf_counter()
+                    report = step(split(batch, cfg.train.micro_batches), key, lr, task.first_label, stop=preemption.requested)
+                    state.advance()
+                    state.seconds += time.perf_counter() - started
+                    log_step(log, state, report, key, lr, time.perf_counter() - started)
+                    if state.step % cfg.train.check_every_steps == 0:
+                        agree(world, f"the adapters after step {state.step}", digest(towers.units.state_dict()), "A rank went astray.")
+                    if report.stop or run.is_time_to_save(state.step):
+                        save(run, state, step, zero_shot)
+                    if report.stop:
+                        run.request_requeue()
+                        raise Requeued(str(run.path))
+                accuracy.append(evaluate(cfg, towers, index, tasks, task, world, log))
+                state.accuracy = accuracy.rows
+                log.task({"step": state.step, "task": task.index, **accuracy.summary(), "zero_shot": zero_shot.get(task.index)})
+                run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
+                state.next_task()
+                save(run, state, step, zero_shot)
+        run.complete({**accuracy.summary(), "rows": accuracy.rows, "zero_shot": zero_shot, "seconds": state.seconds, "steps": state.step})
+        farewell(log, run, world)
+    finally:
+        log.close()
+        run.close()
+    return accuracy
+
+
+def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
+    """Return the index of the shards, written by rank 0 where it can be, and the stream of tasks. All ranks call this."""
+    outcome = None
+    if world.is_main:
+        try:
+            open_index(cfg.data)
+        except (OSError, ValueError) as error:
+            outcome = str(error)
+    outcome = world.share(outcome)
+    if outcome:
+        raise ValueError(outcome)
+    index = open_index(cfg.data)
+    order = class_order(cfg.tasks.order, index.num_classes, paper_order(cfg.data.reader_name))
+    return index, TaskStream(index.class_names, cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
+
+
+def first_direction(step: HybridStep) -> str:
+    """Return a digest of the first random direction of every zeroth-order branch."""
+    return digest({branch: step.zeroth.draws.draw(branch, Key(0, 0), 0) for branch in step.flats})
+
+
+def resume_or_start(cfg: Config, run: RunFolder, world: World) -> tuple[TrainState, checkpoint.Checkpoint | None]:
+    """Return the state to go on from, read by rank 0. All ranks call this."""
+    saved = world.share(checkpoint.load_newest(run.path) if world.is_main and not run.is_new else None)
+    if saved is None:
+        return TrainState(run_seed=cfg.seed), None
+    if saved.state["world_size"] != world.size and world.is_main:
+        print(f"resuming on {world.size} ranks what was saved on {saved.state['world_size']}: the same batches, other rounding of sums")
+    return TrainState.from_dict(saved.state), saved
+
+
+def save(run: RunFolder, state: TrainState, step: HybridStep, zero_shot: dict[int, float]) -> None:
+    """Write a checkpoint. All ranks call this; rank 0 writes."""
+    tensors = step.state_dict(optimizers=state.epoch > 0 or state.batch > 0)  # a new task starts with fresh ones
+    if run.is_main:
+        extra = {"world_size": step.world.size, "device": step.world.device.type, "zero_shot": zero_shot}
+        checkpoint.save(run.path, state.step, tensors, {**state.to_dict(), **extra}, keep=run.settings.keep)
+
+
+def state_zero_shot(saved: checkpoint.Checkpoint | None) -> dict[int, float]:
+    return {int(task): value for task, value in (saved.state["zero_shot"] if saved else {}).items()}
+
+
+def training_steps(
+    cfg: Config, step: HybridStep, index: Index, task: Task, world: World, state: TrainState, log: RunLog
+) -> Iterator[tuple[Batch, Key, float]]:
+    """Yield this rank's part of every global batch left in the task, with the step's key and learning rate. All ranks call this."""
+    if not step.learns:
+        return
+    shared: dict[str, Any] = {
+        "batch_size": cfg.train.batch_size,
+        "seed": state.run_seed,
+        "rank": world.rank,
+        "size": world.size,
+        "transform": TrainTransform(step.towers.image_size),
+        "num_workers": cfg.data.num_workers,
+        "on_error": cfg.data.on_error,
+    }
+    per_epoch = math.ceil(index.count("train", task.classes) / cfg.train.batch_size)
+    steps = cfg.train.epochs * per_epoch
+    if state.epoch == state.batch == 0 and steps < 2 * cfg.train.warmup_steps:
+        log.say(f"task {task.index + 1}: {steps} steps are few for train.warmup_steps={cfg.train.warmup_steps}")
+    # Rank 0 draws the seeds of the task's steps; the others learn them here.
+    seeds = world.broadcast(torch.tensor([derive_seed(state.run_seed, "step", task.index, k) for k in range(steps)]))
+    while state.epoch < cfg.train.epochs:
+        batches = train_batches(index, task, epoch=state.epoch, start=state.batch, **shared)
+        done = state.epoch * per_epoch + state.batch
+        described = f"task {task.index + 1}" + (f" epoch {state.epoch + 1}/{cfg.train.epochs}" if cfg.train.epochs > 1 else "")
+        for batch in log.progress(batches, total=batches.num_batches, completed=state.batch, description=described):
+            yield batch, Key(int(seeds[done]), state.step), warmup_cosine(done, steps, cfg.first_order.lr, cfg.train.warmup_steps)
+            done += 1
+        state.next_epoch()
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """Cut a rank's part of a global batch into micro-batches that share its count; the same number on every rank."""
+    if parts == 1:
+        return [batch]
+    cuts = [len(batch.labels) * k // parts for k in range(parts + 1)]
+    return [
+        Batch(batch.images[a:b], batch.labels[a:b], batch.positions[a:b], batch.count if k == 0 else 0, batch.index, batch.samples[a:b])
+        for k, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
+    ]
+
+
+def evaluate(cfg: Config, towers: TwoTowers, index: Index, tasks: TaskStream, task: Task, world: World, log: RunLog) -> list:
+    """Return (correct, total) per class: of the classes seen, among those seen; of the next task's, among those and the seen."""
+    seen = tasks.seen(task.index)
+    ahead = tasks.seen(min(task.index + 1, len(tasks) - 1))
+    counts = count(cfg, towers, index, ahead, [len(seen.classes), len(ahead.classes)], world, log, f"evaluation after task {task.index + 1}")
+    return counts[0][: len(seen.classes)] + counts[1][len(seen.classes) :]
+
+
+def evaluate_untrained(cfg: Config, towers: TwoTowers, index: Index, tasks: TaskStream, world: World, log: RunLog) -> dict[int, float]:
+    """Return A_t of the untrained model, zero-shot CLIP, for every task t."""
+    if not cfg.eval.zero_shot:
+        return {}
+    prefixes = [len(tasks.seen(t).classes) for t in range(len(tasks))]
+    counts = count(cfg, towers, index, tasks.seen(len(tasks) - 1), prefixes, world, log, "zero-shot evaluation")
+    accuracy = {t: sum(c for c, _ in row[:n]) / max(1, sum(k for _, k in row[:n])) for t, (n, row) in enumerate(zip(prefixes, counts, strict=True))}
+    log.say(f"zero-shot accuracy in %: Last {100 * accuracy[len(tasks) - 1]:.2f}, Avg {100 * sum(accuracy.values()) / len(accuracy):.2f}")
+    return accuracy
+
+
+def count(cfg: Config, towers: TwoTowers, index: Index, task: Task, prefixes: list[int], world: World, log: RunLog, described: str) -> list:
+    transform = (TrainTransform if cfg.eval.train_transform else TestTransform)(towers.image_size)
+    batches = test_batches(
+        index,
+        task.classes,
+        batch_size=cfg.eval.batch_size,
+        rank=world.rank,
+        size=world.size,
+        transform=transform,
+        num_workers=cfg.data.num_workers,
+        on_error=cfg.data.on_error,
+    )
+    noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
+    shown = log.progress(batches, total=batches.num_batches, description=described)
+    return count_correct(towers, shown, task.names, prefixes, world, noise).tolist()
+
+
+def introduce(log: RunLog, cfg: Config, world: World, step: HybridStep, tasks: TaskStream, index: Index) -> None:
+    """Print what is about to run: who learns how, on what."""
+    units = step.towers.units
+    by_order = {o: sum(units[u].numel for u in units if step.orders[u] is o) for o in Order}
+    log.table("orders: 1 first (back-propagation), 0 zeroth (loss differences), - frozen", ["branch", "layers"], describe(step.orders))
+    log.say(
+        f"{cfg.model.name}: {by_order[Order.FIRST]:,} parameters learn by first order, {by_order[Order.ZEROTH]:,} by zeroth "
+        f"({cfg.zo.name}), {by_order[Order.FROZEN]:,} adapter parameters stay\n"
+        f"{index.name}: {len(tasks)} tasks, {index.count('train'):,} training images; "
+        f"{world.size} x {world.device.type}, global batch {cfg.train.batch_size}"
+    )
+
+
+def log_step(log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float) -> None:
+    """Record a step in metrics.jsonl, and its seed and accepted coefficients in journal.jsonl."""
+    moves = [move.record() for move in report.moves]
+    zo = {
+        m["group"]: {"projected_gradient": sum(s[0] for s in m["projected_gradient"].values()) / len(m["projected_gradient"]), "coefficient": m["coefficient"]}
+        for m in moves
+    }
+    log.step(
+        {
+            "step": state.step,
+            "task": state.task,
+            "loss": report.loss,
+            "lr": lr,
+            "gradient_norm": report.gradient_norm,
+            "zo": zo,
+            "seconds": seconds,
+            "images_per_second": report.count / seconds,
+        }
+    )
+    log.journal({"step": state.step, "task": state.task, "seed": key.seed, "lr": lr, "moves": moves})
+    if report.skipped:
+        log.note(f"step {state.step} was skipped: {report.skipped}", state.step, state.task)
+
+
+def farewell(log: RunLog, run: RunFolder, world: World) -> None:
+    """Write pictures and a page about the run, and say where to look."""
+    if world.is_main:
+        replace_file(run.path / "summary.md", summarize_run(run.path))
+        plot_run(run.path)
+    log.say(
+        f"Done. Look at {run.path}/summary.md and {run.path}/plots/*.png; every step is in {run.path}/metrics.jsonl.\n"
+        "Next: compare with first order alone (orders=first), the untrained model (orders=zero_shot), or the same units not trained\n"
+        "(orders.order=frozen); then your own images: python -m dist_vlcl.data.build data=folder data.name=NAME data.source=FOLDER"
+    )
+
+
+def main() -> None:
+    """Run the command line. Exit status 0 also after a requeue: a marker file in the run's folder says so."""
+
+    def work(cfg: Config) -> None:
+        world = World.from_environment(cfg.cluster)
+        try:
+            train(cfg, world)
+        except Requeued as stopped:
+            if world.is_main:
+                print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")
+        except (ValueError, RuntimeError, FloatingPointError) as error:
+            if cfg.cluster.traceback:
+                raise
+            if world.is_main:
+                print(f"error: {error}", flush=True)
+            raise SystemExit(2) from error
+        finally:
+            world.close()
+
+    hydra_main(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+import logging
+import random
+
+import pytest
+import torch
+
+from dist_vlcl.data import loader
+from dist_vlcl.data.shards import ShardError
+from dist_vlcl.data.tasks import TaskStream
+from dist_vlcl.data.transforms import TestTransform, TrainTransform
+from tests.helpers.shards import make_index
+
+WORLDS = [1, 2, 3, 8]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    return make_index(tmp_path_factory.mktemp("data"))  # 4 classes of 7 training and 3 test images, 3 to a shard
+
+
+@pytest.fixture(scope="module")
+def task(index):
+    return TaskStream(index.class_names, increment=3, order=[2, 0, 3, 1])[0]  # 21 training images
+
+
+def train(index, task, rank=0, size=1, **options):
+    settings = {"batch_size": 8, "seed": 0, "epoch": 0, "transform": TrainTransform(16)} | options
+    return loader.train_batches(index, task, rank=rank, size=size, **settings)
+
+
+def joined(parts):
+    """The global batch from the ranks' parts: keys, labels, images in the order of their positions."""
+    return (
+        [key for part in parts for key in part.samples],
+        torch.cat([part.labels for part in parts]).tolist(),
+        torch.cat([part.images for part in parts]),
+    )
+
+
+def assert_equal_batches(actual, expected):
+    for mine, other in zip(actual, expected, strict=True):
+        assert mine.samples == other.samples and mine.index == other.index and mine.count == other.count
+        assert torch.equal(mine.images, other.images) and torch.equal(mine.labels, other.labels)
+        assert torch.equal(mine.positions, other.positions)
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_every_sample_comes_once_per_epoch(index, task, size):
+    keys = [key for rank in range(size) for batch in train(index, task, rank, size) for key in batch.samples]
+    assert sorted(keys) == [f"class{class_id}/train_{number:02d}" for class_id in (0, 2, 3) for number in range(7)]
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_global_batches_are_the_same_for_every_number_of_ranks(index, task, size):
+    alone = list(train(index, task))
+    ranks = [list(train(index, task, rank, size)) for rank in range(size)]
+    for expected, parts in zip(alone, zip(*ranks, strict=True), strict=True):
+        keys, labels, images = joined(parts)
+        assert keys == expected.samples
+        assert labels == expected.labels.tolist()
+        assert torch.equal(images, expected.images)  # crops do not depend on the rank
+        assert torch.cat([part.positions for part in parts]).tolist() == list(range(expected.count))
+        assert {part.count for part in parts} == {expected.count} and {part.index for part in parts} == {expected.index}
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_ranks_have_equally_many_batches_as_predicted(index, task, size):
+    loaders = [train(index, task, rank, size) for rank in range(size)]
+    assert [loader.num_batches for loader in loaders] == [len(loader) for loader in loaders] == [3] * size
+    batches = [list(loader) for loader in loaders]
+    assert [len(of_rank) for of_rank in batches] == [3] * size
+    assert [batch.count for batch in batches[0]] == [8, 8, 5]
+
+
+def test_a_rank_without_samples_gets_an_empty_batch(index, task):
+    last = list(train(index, task, rank=7, size=8))[-1]
+    assert last.images.shape == (0, 3, 16, 16) and last.images.dtype == torch.uint8
+    assert last.labels.shape == (0,) and last.labels.dtype == torch.int64
+    assert (last.samples, last.count) == ([], 5)
+
+
+def test_labels_are_places_in_the_streams_order(index):
+    stream = TaskStream(index.class_names, increment=2, order=[2, 0, 3, 1])
+    for batch in train(index, stream[1]):
+        assert [{"class3": 2, "class1": 3}[key.split("/")[0]] for key in batch.samples] == batch.labels.tolist()
+
+
+def test_order_and_crops_change_with_epoch_and_seed_and_repeat_for_equal_ones(index, task):
+    first = list(train(index, task))
+    assert_equal_batches(train(index, task), first)
+    for other in (train(index, task, epoch=1), train(index, task, seed=1)):
+        batches = list(other)
+        assert [key for batch in batches for key in batch.samples] != [key for batch in first for key in batch.samples]
+        mine, theirs = ({key: image for b in some for key, image in zip(b.samples, b.images, strict=True)} for some in (batches, first))
+        assert sum(not torch.equal(mine[key], theirs[key]) for key in theirs) > 10
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("start", [1, 3])
+def test_a_resume_continues_with_the_next_batch(index, task, start, num_workers):
+    whole = list(train(index, task))
+    rest = train(index, task, start=start, num_workers=num_workers)
+    assert (len(rest), rest.num_batches) == (3 - start, 3)
+    assert_equal_batches(rest, whole[start:])
+
+
+def test_workers_do_not_change_the_batches(index, task):
+    assert_equal_batches(train(index, task, num_workers=2), list(train(index, task)))
+
+
+def test_loading_leaves_the_global_generators_alone(index, task):
+    torch.manual_seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), random.getstate()
+    list(train(index, task, num_workers=1)), list(train(index, task))
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+
+
+def test_each_shard_is_read_once_per_epoch(index, task, monkeypatch):
+    read = []
+    original = loader.read_shard
+    monkeypatch.setattr(loader, "read_shard", lambda index, shard: read.append(shard.path) or original(index, shard))
+    list(train(index, task, batch_size=4))
+    assert len(read) == len(set(read)) == 9
+
+
+@pytest.mark.parametrize("size", WORLDS)
+def test_evaluation_sees_every_test_sample_once(index, size):
+    options = {"batch_size": 4, "size": size, "transform": TestTransform(16)}
+    ranks = [list(loader.test_batches(index, [3, 1, 0], rank=rank, **options)) for rank in range(size)]
+    assert {len(batches) for batches in ranks} == {3}
+    keys = [key for batches in ranks for batch in batches for key in batch.samples]
+    assert sorted(keys) == [f"class{class_id}/test_{number:02d}" for class_id in (0, 1, 3) for number in range(3)]
+    labels = [label for batches in ranks for batch in batches for label in batch.labels.tolist()]
+    assert labels == [{"class3": 0, "class1": 1, "class0": 2}[key.split("/")[0]] for key in keys]
+
+
+def test_a_batch_moves_to_a_device(index, task):
+    batch = next(iter(train(index, task)))
+    moved = batch.to("meta")
+    assert {moved.images.device.type, moved.labels.device.type, moved.positions.device.type} == {"meta"}
+    assert (moved.samples, moved.count) == (batch.samples, batch.count)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"rank": 2, "size": 2}, "rank=2: choose from 0 to 1"),
+        ({"start": 4}, "start=4: choose from 0 to 3"),
+        ({"on_error": "go on"}, "choose from stop, skip"),
+    ],
+)
+def test_impossible_requests_are_refused_in_words(index, task, options, words):
+    with pytest.raises(ValueError, match=words):
+        train(index, task, **options)
+
+
+# damage
+
+
+@pytest.fixture
+def truncated(tmp_path):
+    """A set one of whose training shards (class 2, samples 0..2) has lost all but its first sample, at a member's border."""
+    index = make_index(tmp_path)
+    path = tmp_path / "tiny/train/0002-000.tar"
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"class2/train_01.cls")])
+    return index
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_truncated_shard_stops_the_run_by_name_and_counts(truncated, task, num_workers):
+    with pytest.raises(ShardError, match=r"train/0002-000\.tar: the index says 3 samples in \d+ bytes, found 1 in \d+"):
+        list(train(truncated, task, num_workers=num_workers))
+
+
+def test_skipping_leaves_out_and_reports_what_is_lost(truncated, task, caplog):
+    with caplog.at_level(logging.WARNING):
+        batches = list(train(truncated, task, on_error="skip"))
+    skipped = [text for batch in batches for text in batch.skipped]
+    keys = [key for batch in batches for key in batch.samples]
+    assert len(skipped) == 2 and all("0002-000.tar" in text and "found 1" in text for text in skipped)
+    assert "0002-000.tar" in caplog.text
+    assert len(keys) == len(set(keys)) == 19 and "class2/train_00" in keys and "class2/train_01" not in keys
+    assert [batch.count for batch in batches] == [8, 8, 5]
+    assert all(len(batch.images) == len(batch.labels) == len(batch.positions) == len(batch.samples) for batch in batches)
+
+
+def test_a_missing_shard_is_skipped_too(tmp_path, task):
+    index = make_index(tmp_path)
+    (tmp_path / "tiny/train/0003-001.tar").unlink()
+    assert sum(len(batch.skipped) for batch in train(index, task, on_error="skip")) == 2
+    with pytest.raises(ShardError, match=r"0003-001\.tar: cannot be read"):
+        list(train(index, task))
+
+
+def test_a_broken_image_is_skipped_by_name():
+    with pytest.raises(ShardError, match="apple/1: no image"):
+        loader.decode(b"\x89PNG\r\n\x1a\nnothing", "apple/1")
+    with pytest.raises(ShardError, match="apple/2: no image"):
+        loader.decode(b"GIF89a", "apple/2")

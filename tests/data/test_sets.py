@@ -1,0 +1,238 @@
+import io
+import json
+import os
+import pickle
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dist_vlcl.data.build import build
+from dist_vlcl.data.names import known_classes
+from dist_vlcl.data.sets import read_raw
+from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.data.store import open_index
+from tests.helpers.shards import png
+
+SHARED = Path(os.environ.get("DIST_VLCL_SHARED", Path(__file__).parents[2].parent / "shared")) / "data"
+needs_shared = pytest.mark.skipif(not (SHARED / "cifar100").is_dir(), reason=f"no shared data sets in {SHARED}")
+
+
+def images_below(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(8, name))
+    return root
+
+
+def listed(raw):
+    return sorted((sample.split, raw.class_names[sample.class_id], sample.key) for sample in raw.samples)
+
+
+def test_digits_are_ten_classes_of_1797_images_built_on_the_spot(tmp_path):
+    index = open_index(DataConfig(root=str(tmp_path)))
+    assert (index.num_classes, index.class_names[0], index.class_names[9]) == (10, "handwritten digit zero", "handwritten digit nine")
+    assert (index.count("train"), index.count("test")) == (1438, 359)
+    assert all(34 <= index.count("test", [class_id]) <= 37 for class_id in range(10))
+
+
+def test_digit_images_are_white_on_black_rgb():
+    raw = read_raw(DataConfig())
+    image = Image.open(io.BytesIO(raw.samples[0].read()))
+    assert (image.size, image.mode) == ((32, 32), "RGB")
+    assert np.asarray(image)[0, 0].max() < 20 and np.asarray(image).max() > 230
+
+
+def test_a_folder_without_a_split_is_split_by_class_and_seed(tmp_path):
+    source = images_below(tmp_path, *[f"{name}/{number}.png" for name in ("red_fox", "cat") for number in range(10)])
+    config = {"name": "mine", "reader": "folder", "source": str(source), "test_fraction": 0.3}
+    raw = read_raw(DataConfig(**config))
+    assert raw.class_names == ["cat", "red fox"]
+    assert Counter((sample.split, sample.class_id) for sample in raw.samples) == {
+        ("train", 0): 7, ("train", 1): 7, ("test", 0): 3, ("test", 1): 3,
+    }  # fmt: skip
+    assert listed(read_raw(DataConfig(**config))) == listed(raw) != listed(read_raw(DataConfig(**config, split_seed=1)))
+    assert read_raw(DataConfig(**config, underscore_names=True)).class_names == ["cat", "red_fox"]
+
+
+def test_train_and_val_folders_a_zip_of_them_and_two_sources_are_the_same_set(tmp_path):
+    names = ["train/dog/1.png", "train/cat/1.png", "val/dog/2.png", "val/cat/2.JPEG"]
+    source = images_below(tmp_path / "source", *names)
+    (source / "train" / "dog" / "notes.txt").write_text("no image")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in names:
+            archive.write(source / name, f"prefix/{name}")
+    configs = [
+        {"source": str(source)},
+        {"source": str(tmp_path / "all.zip")},
+        {"source": str(source / "train"), "test_source": str(source / "val")},
+    ]
+    sets = [listed(read_raw(DataConfig(name="mine", reader="folder", **config))) for config in configs]
+    assert sets[0] == sets[1] == sets[2]
+    assert sets[0] == [("test", "cat", "cat/2"), ("test", "dog", "dog/2"), ("train", "cat", "cat/1"), ("train", "dog", "dog/1")]
+
+
+def test_a_split_list_decides(tmp_path):
+    source = images_below(tmp_path / "s", *[f"cat/{number}.png" for number in range(4)])
+    split = tmp_path / "split.txt"
+    split.write_text("train\ncat/3.png\ntest\ncat/0.png\ncat/1.png\n")
+    raw = read_raw(DataConfig(name="mine", reader="folder", source=str(source), split_file=str(split)))
+    assert listed(raw) == [("test", "cat", "cat/0"), ("test", "cat", "cat/1"), ("train", "cat", "cat/3")]
+    split.write_text("train\ncat/9.png\n")
+    with pytest.raises(ValueError, match=r"data\.split_file.*such as cat/9\.png"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(source), split_file=str(split)))
+
+
+def test_names_and_class_ids_come_from_the_json(tmp_path):
+    source = images_below(tmp_path / "s", *[f"{wnid}/{number}.png" for wnid in ("n1", "n2") for number in range(3)])
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps([{"folder": "n2", "name": "grey wolf"}, {"folder": "n1", "name": "owl"}]))
+    raw = read_raw(DataConfig(name="mine", reader="folder", source=str(source), class_names=str(names)))
+    assert raw.class_names == ["grey wolf", "owl"]
+    assert {sample.class_id for sample in raw.samples if sample.key.startswith("n2")} == {0}
+
+
+def test_tiny_imagenets_own_layout(tmp_path):
+    wnids = list(known_classes("tiny_imagenet"))
+    with zipfile.ZipFile(tmp_path / "tiny.zip", "w") as archive:
+        root = "tiny-imagenet-200"
+        for number, wnid in enumerate(wnids):
+            archive.writestr(f"{root}/train/{wnid}/images/{wnid}_0.JPEG", b"")
+            archive.writestr(f"{root}/val/images/val_{number}.JPEG", b"")
+        archive.writestr(f"{root}/test/images/test_0.JPEG", b"")
+        lines = [f"val_{number}.JPEG\t{wnid}\t0\t0\t62\t62\n" for number, wnid in enumerate(wnids)]
+        archive.writestr(f"{root}/val/val_annotations.txt", "".join(lines))
+    raw = read_raw(DataConfig(name="tiny_imagenet", source=str(tmp_path / "tiny.zip")))
+    assert raw.class_names[:2] == ["Egyptian Mau", "fishing casting reel"]
+    by_split = {split: [s for s in raw.samples if s.split == split] for split in ("train", "test")}
+    assert len(by_split["train"]) == len(by_split["test"]) == 200
+    assert all(sample.key.split("/")[0] == wnids[sample.class_id] for sample in raw.samples)
+    assert next(s for s in by_split["test"] if s.key.endswith("val_7")).class_id == 7
+
+
+def test_imagenet_r_is_split_in_every_class(tmp_path):
+    wnids = list(known_classes("imagenet_r"))
+    with zipfile.ZipFile(tmp_path / "r.zip", "w") as archive:
+        for wnid in wnids:
+            for number in range(5):
+                archive.writestr(f"imagenet-r/{wnid}/art_{number}.jpg", b"")
+    raw = read_raw(DataConfig(name="imagenet_r", source=str(tmp_path / "r.zip")))
+    assert raw.class_names[1] == "great white shark"
+    assert set(Counter((s.split, s.class_id) for s in raw.samples).values()) == {1, 4}
+
+
+def test_the_official_cifar_files(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR100
+
+    monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR100, "_load_meta", lambda self: None)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    pixels = np.arange(200 * 3072, dtype=np.uint32).astype(np.uint8).reshape(200, 3072)
+    for split in ("train", "test"):
+        (folder / split).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [label % 100 for label in range(200)]}))
+    raw = read_raw(DataConfig(name="cifar100", source=str(tmp_path)))
+    assert (raw.class_names[1], len(raw.samples)) == ("aquarium fish", 400)
+    sample = next(s for s in raw.samples if s.split == "test" and s.key == "baby/00102")
+    assert sample.class_id == 2
+    image = np.asarray(Image.open(io.BytesIO(sample.read())))
+    assert np.array_equal(image, pixels[102].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+@needs_shared
+def test_the_shared_cifar_tars_are_taken_as_they_lie():
+    as_folder = read_raw(DataConfig(name="mine", reader="folder", source=str(SHARED / "cifar100")))
+    as_cifar = read_raw(DataConfig(name="cifar100", source=str(SHARED / "cifar100")))
+    assert as_folder.class_names == as_cifar.class_names
+    assert listed(as_folder) == listed(as_cifar)
+    assert Counter(sample.split for sample in as_cifar.samples) == {"train": 20000, "test": 5000}
+    assert set(Counter((sample.split, sample.class_id) for sample in as_cifar.samples).values()) == {200, 50}
+    first = as_cifar.samples[0]
+    assert (first.key.split("/")[0], Image.open(io.BytesIO(first.read())).size) == ("apple", (32, 32))
+
+
+@needs_shared
+def test_the_shared_tiny_imagenet_gets_the_official_class_ids():
+    raw = read_raw(DataConfig(name="tiny_imagenet", source=str(SHARED / "tiny-imagenet-200")))
+    assert Counter(sample.split for sample in raw.samples) == {"train": 16000, "test": 4000}
+    assert {sample.key.split("/")[0] for sample in raw.samples if sample.class_id == 0} == {"n02124075"}
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    names = [f"{split}/{name}/1.png" for split in ("train", "test") for name in known_classes("cifar100")]
+    raw = read_raw(DataConfig(name="cifar100", source=str(images_below(tmp_path, *names))))
+    assert Counter(sample.class_id for sample in raw.samples) == dict.fromkeys(range(100), 2)
+    assert Counter(sample.split for sample in raw.samples) == {"train": 100, "test": 100}
+
+
+def test_build_writes_once_and_a_run_opens_it(tmp_path, capsys):
+    source = images_below(tmp_path / "s", *[f"{name}/{number}.png" for name in ("dog", "cat") for number in range(5)])
+    config = DataConfig(name="mine", reader="folder", source=str(source), root=str(tmp_path / "data"))
+    with pytest.raises(FileNotFoundError, match=r"-m dist_vlcl\.data\.build data=folder data\.name=mine data\.root=.* data\.source="):
+        open_index(config)
+    folder = build(config)
+    assert "2 classes, 8 training and 2 test images" in " ".join(capsys.readouterr().out.split())
+    index = open_index(config)
+    index.verify()
+    assert (folder, index.name, index.reader) == (tmp_path / "data/mine", "mine", "folder")
+    assert open_index(DataConfig(name="elsewhere", reader="folder", url=str(folder))).fingerprint == index.fingerprint
+    with pytest.raises(FileExistsError, match="has shards already"):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "words"),
+    [
+        (["cat/1.png", "cat/2.png"], {"source": "nowhere"}, "no such file or folder"),
+        (["cat/readme.txt"], {}, "no images below"),
+        (["cat/1.png"], {}, "1 classes have no train images, such as 'cat'"),
+        (["cat/1.png", "train/cat/2.png"], {}, "some images lie below train/"),
+        (["apple/1.png"], {"name": "cifar100"}, r"99 of 100 classes have no images \['aquarium_fish'"),
+        (["cat/1.png"], {"source": None}, "reader=folder needs"),
+    ],
+)
+def test_sources_that_cannot_work_are_refused_in_words(tmp_path, names, options, words):
+    options = {"name": "mine", "source": str(images_below(tmp_path, *names))} | options
+    reader = "folder" if options["name"] == "mine" else None
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        read_raw(DataConfig(reader=reader, **options))
+
+
+def test_a_compressed_tar_is_refused(tmp_path):
+    import tarfile
+
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        tar.add(images_below(tmp_path / "s", "cat/1.png"), "s")
+    with pytest.raises(ValueError, match="unpack it first"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path / "x.tar.gz")))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "cifar"}, r"data\.reader='cifar': choose from digits, cifar100"),
+        ({"on_error": "x"}, r"data\.on_error='x': choose from stop, skip"),
+        ({"test_fraction": 1.0}, r"data\.test_fraction=1\.0: between 0 and 1"),
+        ({"samples_per_shard": 0}, r"data\.samples_per_shard=0: 1 or more"),
+        ({"name": "a/b", "reader": "folder"}, r"data\.name='a/b': a plain folder name"),
+        ({"num_workers": -1}, r"data\.num_workers=-1: 0 or more"),
+    ],
+)
+def test_impossible_options_are_refused_in_words(options, words):
+    with pytest.raises(ValueError, match=words):
+        DataConfig(**options)
+
+
+def test_the_config_files_are_options():
+    from omegaconf import OmegaConf
+
+    folder = Path(__file__).parents[2] / "configs/data"
+    files = sorted(folder.glob("*.yaml"))
+    assert [file.stem for file in files] == ["cifar100", "digits", "folder", "imagenet_r", "tiny_imagenet"]
+    for file in files:
+        values = OmegaConf.load(file)
+        merged = OmegaConf.merge(OmegaConf.structured(DataConfig), values, {"name": file.stem})
+        assert OmegaConf.to_object(merged).reader_name == file.stem

@@ -1,0 +1,192 @@
+import hashlib
+import io
+import json
+import tarfile
+from dataclasses import replace
+
+import pytest
+
+from dist_vlcl.data import shards
+from dist_vlcl.data.shards import Index, RawSample, RawSet, Shard, ShardError, read_bytes, read_shard, write_shards
+from tests.helpers.shards import Quiet, make_index, png, raw_set, served
+
+
+def shard_of(tmp_path, members, count=1, path="train/0000-000.tar"):
+    """An index of one shard with these members, hash included, as a hostile author would write it."""
+    target = tmp_path / path
+    target.parent.mkdir(parents=True)
+    with tarfile.open(target, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    content = target.read_bytes()
+    shard = Shard(path, count, len(content), hashlib.sha256(content).hexdigest())
+    return Index("x", "folder", ("a",), ("png",), {"train": ((shard,),), "test": ((),)}, str(tmp_path)), shard
+
+
+def test_shards_hold_the_original_bytes_of_one_class(tmp_path):
+    index = make_index(tmp_path, num_classes=2)
+    read = {sample.key: sample.image for shard in index.shards["train"][1] for sample in read_shard(index, shard)[0]}
+    assert read == {f"class1/train_{number:02d}": png(32, "train", 1, number) for number in range(7)}
+    assert [shard.path for shard in index.shards["train"][1]] == [f"train/0001-00{number}.tar" for number in range(3)]
+    assert [shard.count for shard in index.shards["train"][1]] == [3, 2, 2]  # equal to within one
+
+
+def test_webdataset_reads_our_shards(tmp_path):
+    import webdataset
+
+    make_index(tmp_path)
+    samples = list(webdataset.WebDataset(str(tmp_path / "tiny/train/0002-000.tar"), shardshuffle=False).decode("pil"))
+    assert [sample["cls"] for sample in samples] == [2, 2, 2] and samples[0]["png"].size == (32, 32)
+
+
+def test_the_index_survives_its_file(tmp_path):
+    index = make_index(tmp_path)
+    assert Index.load(index.location) == index
+    assert (index.count("train"), index.count("test", [0, 3])) == (28, 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]  # nothing left beside it
+
+
+def test_equal_sets_give_equal_bytes(tmp_path):
+    one, two, other = make_index(tmp_path / "a"), make_index(tmp_path / "b"), make_index(tmp_path / "c", train=6)
+    assert one.fingerprint == two.fingerprint != other.fingerprint
+    assert (tmp_path / "a/tiny/index.json").read_bytes() == (tmp_path / "b/tiny/index.json").read_bytes()
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def fail():
+        raise OSError("disk")
+
+    raw = raw_set(1)
+    with pytest.raises(OSError, match="disk"):
+        write_shards(RawSet(raw.class_names, [raw.samples[0]._replace(read=fail)]), tmp_path / "x", name="x", reader="folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_slower_of_two_writers_keeps_the_first_ones_folder(tmp_path):
+    index = make_index(tmp_path)
+    assert make_index(tmp_path).fingerprint == index.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]
+
+
+def test_verify_names_the_damaged_shards(tmp_path):
+    index = make_index(tmp_path)
+    index.verify()
+    path = tmp_path / "tiny/test/0001-000.tar"
+    path.write_bytes(path.read_bytes().replace(b"IDAT", b"IDAX", 1))
+    with pytest.raises(ShardError, match=r"1 of 16 shards are damaged:\n.*test/0001-000\.tar.*the bytes differ"):
+        index.verify()
+
+
+@pytest.mark.parametrize("kept", [0, 100, 512, 1024, 2000, 9000, -1024 * 9])
+def test_any_truncation_is_noticed(tmp_path, kept):
+    index = make_index(tmp_path)
+    path = tmp_path / "tiny/train/0001-000.tar"
+    path.write_bytes(path.read_bytes()[:kept])
+    samples, problem = read_shard(index, index.shards["train"][1][0])
+    assert "train/0001-000.tar: the index says 3 samples" in problem and f"found {len(samples)} in" in problem
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pth", "pyd", "png.pkl", "PKL", "json"])
+def test_members_other_than_labels_and_images_are_refused(tmp_path, suffix):
+    index, shard = shard_of(tmp_path, [("a.cls", b"0"), ("a.png", png(8)), (f"a.{suffix}", b"cos\nsystem\n.")])
+    with pytest.raises(ShardError, match=r"train/0000-000\.tar: refused, the member a\."):
+        read_shard(index, shard)
+
+
+@pytest.mark.parametrize("name", ["../a", "b/../../a", "/etc/a"])
+def test_names_that_lead_out_are_refused(tmp_path, name):
+    index, shard = shard_of(tmp_path, [(f"{name}.cls", b"0"), (f"{name}.png", png(8))])
+    with pytest.raises(ShardError, match="leads out of the shard"):
+        read_shard(index, shard)
+
+
+def test_a_shard_of_another_class_is_refused(tmp_path):
+    index, shard = shard_of(tmp_path, [("a.cls", b"7"), ("a.png", png(8))])
+    with pytest.raises(ShardError, match="a is labelled b'7'"):
+        read_shard(index, shard)
+
+
+def test_a_sound_handmade_shard_is_read(tmp_path):
+    index, shard = shard_of(tmp_path, [("a.cls", b"0\n"), ("a.PNG", png(8))])
+    assert read_shard(index, shard) == ([("a", png(8))], "")
+
+
+@pytest.mark.parametrize("path", ["../x.tar", "train/0000-000.tar;rm", "/train/0000-000.tar", "pipe:ls"])
+def test_an_index_cannot_lead_out_of_its_folder(tmp_path, path):
+    index = make_index(tmp_path)
+    content = json.loads((tmp_path / "tiny/index.json").read_text())
+    content["shards"]["train"][0][0]["path"] = path
+    (tmp_path / "tiny/index.json").write_text(json.dumps(content))
+    with pytest.raises(ShardError, match="a shard is called"):
+        Index.load(index.location)
+
+
+def test_an_index_of_another_format_is_refused(tmp_path):
+    make_index(tmp_path)
+    file = tmp_path / "tiny/index.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(ValueError, match="format 2, this version reads 1"):
+        Index.load(str(tmp_path / "tiny"))
+
+
+def test_commands_run_only_if_allowed(tmp_path):
+    index = make_index(tmp_path)
+    location = f"pipe:cat {tmp_path}/tiny/{{}}"
+    with pytest.raises(ValueError, match=r"data\.allow_pipe=true"):
+        Index.load(location)
+    piped = Index.load(location, allow_pipe=True)
+    assert piped.fingerprint == index.fingerprint
+    piped.verify()
+    with pytest.raises(OSError):
+        read_bytes("pipe:cat /nonexistent", allow_pipe=True)
+
+
+def test_shards_are_read_over_http(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    index = make_index(tmp_path)
+    with served(tmp_path) as address:
+        remote = Index.load(f"{address}/tiny")
+        assert remote == replace(index, location=f"{address}/tiny")
+        remote.verify()
+        (tmp_path / "tiny/train/0000-000.tar").unlink()
+        _, problem = read_shard(remote, remote.shards["train"][0][0])
+        assert "train/0000-000.tar: cannot be read: HTTP Error 404" in problem
+
+
+@pytest.mark.parametrize(("bad_answers", "found"), [(2, True), (3, False)])
+@pytest.mark.parametrize("failure", ["cut", "503"])
+def test_a_failed_transfer_is_tried_again_then_named(tmp_path, monkeypatch, failure, bad_answers, found):
+    answers = []
+
+    class Unsteady(Quiet):
+        def do_GET(self):
+            answers.append(self.path)
+            if len(answers) > bad_answers:
+                return super().do_GET()
+            if failure == "503":
+                return self.send_error(503)
+            self.send_response(200)
+            self.send_header("Content-Length", "10240")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    index = make_index(tmp_path)
+    with served(tmp_path / "tiny", Unsteady) as address:
+        samples, problem = read_shard(replace(index, location=address), index.shards["train"][0][0])
+    assert len(answers) == 3
+    assert (len(samples), problem == "") == ((3, True) if found else (0, False))
+    assert found or "train/0000-000.tar: cannot be read" in problem
+
+
+def test_keys_survive_dots_spaces_length_and_repetition(tmp_path):
+    names = ["a b/x.y.z", "a b/x.y z", "../up", "é" * 300, "l" * 300, ".hidden"]
+    raw = RawSet(["one"], [RawSample("train", 0, name, "png", lambda: png(8)) for name in names])
+    index = write_shards(raw, tmp_path / "x", name="x", reader="folder")
+    samples, problem = read_shard(index, index.shards["train"][0][0])
+    assert problem == ""
+    assert [sample.key for sample in samples] == ["a_b/x_y_z", "a_b/x_y_z--2", "up", "sample", "l" * 80, "hidden"]

@@ -1,0 +1,43 @@
+import json
+
+from dist_vlcl.report.records import read_records
+from dist_vlcl.report.tables import accuracy_table, summarize_run, summary_markdown
+
+ROWS = [[0.9876], [0.5, 1.0]]
+
+
+def test_a_row_holds_percents_of_two_digits_and_ends_in_the_accuracy_of_all_seen():
+    table = accuracy_table(ROWS, ["cats", "dogs"], seen=[0.9876, 0.6])
+    assert table.columns == ["after", "cats", "dogs", "A_t"]
+    assert table.rows == [["cats", "98.76", "", "98.76"], ["dogs", "50.00", "100.00", "60.00"]]
+
+
+def test_without_counts_the_tasks_weigh_the_same():
+    assert accuracy_table(ROWS).rows[1][-1] == "75.00"
+
+
+def test_a_task_to_come_is_blank_and_one_not_measured_is_a_dash():
+    assert accuracy_table([[0.5, None], [None, 0.5]]).rows == [["task 1", "50.00", "", "50.00"], ["task 2", "–", "50.00", "50.00"]]
+
+
+def test_markdown_has_a_line_a_row_and_keeps_bars_in_names_apart():
+    lines = accuracy_table(ROWS, ["a|b", "c"]).markdown().splitlines()
+    assert lines[0] == "| after | a\\|b | c | A_t |"
+    assert lines[1] == "| :--- | ---: | ---: | ---: |" and len(lines) == 4
+
+
+def test_a_summary_has_last_avg_and_forgetting():
+    page = summary_markdown("a run", ROWS, last=0.6, avg=0.7938, forgetting=0.4876, zero_shot=0.25)
+    assert page.startswith("# a run\n")
+    assert "| Last | Avg | forgetting | zero-shot |" in page and "| 60.00 | 79.38 | 48.76 | 25.00 |" in page
+
+
+def test_a_run_that_has_no_task_yet_has_a_summary(tmp_path):
+    assert "No task is finished yet." in summarize_run(tmp_path)
+
+
+def test_a_summary_is_read_from_the_log(tmp_path):
+    record = {"kind": "task", "step": 4, "task": 0, "per_task": [0.5], "seen": 0.5, "last": 0.5, "avg": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + '\n{"kind": "st')
+    assert "| task 1 | 50.00 | 50.00 |" in summarize_run(tmp_path)
+    assert len(read_records(tmp_path).tasks) == 1

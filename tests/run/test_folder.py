@@ -1,0 +1,198 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from dist_vlcl.run.environment import code_version, masked
+from dist_vlcl.run.folder import RunConfig, RunFolder, RunRefused, differences
+from tests.run.alone import Alone, Follower
+
+CONFIG = {"run": {"name": "a"}, "data": {"name": "digits", "root": "/x"}, "zo": {"epsilon": 1e-3, "layers": (1, 3)}}
+
+
+def settings(tmp_path, **changes) -> RunConfig:
+    return RunConfig(**{"name": "a", "root": str(tmp_path / "runs"), **changes})
+
+
+def changed(**groups) -> dict:
+    return {name: {**values, **groups.get(name, {})} for name, values in CONFIG.items()}
+
+
+def test_a_new_run_has_its_configuration_and_environment(tmp_path):
+    run = RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    assert run.path == tmp_path / "runs/a" and run.is_new and not run.is_complete
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["zo"] == {"epsilon": 1e-3, "layers": [1, 3]}
+    (start,) = json.loads((run.path / "env.json").read_text())
+    assert {"python", "host", "command", "code"} <= start.keys() and "torch" in start["packages"]
+    assert (run.path / "checkpoints").is_dir() and (run.path / "plots").is_dir()
+
+
+def test_the_same_configuration_continues_and_every_start_is_recorded(tmp_path):
+    RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    run = RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    assert not run.is_new and "continuing" in run.message
+    assert len(json.loads((run.path / "env.json").read_text())) == 2
+
+
+def test_another_configuration_is_refused_with_was_and_is(tmp_path):
+    RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    with pytest.raises(RunRefused, match=r"zo\.epsilon: 0\.001 -> 0\.01") as refusal:
+        RunFolder.open(settings(tmp_path), changed(zo={"epsilon": 1e-2}, data={"root": "/y"}), Alone())
+    assert "data.root" not in str(refusal.value)
+    assert yaml.safe_load((tmp_path / "runs/a/config.yaml").read_text())["zo"]["epsilon"] == 1e-3
+
+
+def test_keys_that_may_change_are_taken_over_and_said(tmp_path):
+    RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    run = RunFolder.open(settings(tmp_path), changed(data={"root": "/y"}, run={"keep": 5}), Alone())
+    assert "data.root: /x -> /y" in run.message
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["data"]["root"] == "/y"
+
+
+def test_differences_name_keys_that_came_and_went():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": []}}) == {"a.c": "2 -> (absent)", "a.d": "(absent) -> []"}
+
+
+def test_without_resume_an_existing_run_is_refused(tmp_path):
+    RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    with pytest.raises(RunRefused, match=r"run\.resume=true"):
+        RunFolder.open(settings(tmp_path, resume=False), CONFIG, Alone())
+
+
+def test_overwrite_sets_the_old_run_aside(tmp_path):
+    for number in range(3):
+        run = RunFolder.open(settings(tmp_path, overwrite=True), changed(zo={"epsilon": number}), Alone())
+        assert run.is_new
+        (run.path / "metrics.jsonl").write_text(str(number))
+    assert (tmp_path / "runs/a.old-1/metrics.jsonl").read_text() == "0"
+    assert (tmp_path / "runs/a.old-2/metrics.jsonl").read_text() == "1"
+    assert "a.old-2" in run.message
+
+
+def test_a_requeued_job_with_overwrite_keeps_its_own_work(tmp_path, monkeypatch):
+    RunFolder.open(settings(tmp_path, overwrite=True), CONFIG, Alone())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run = RunFolder.open(settings(tmp_path, overwrite=True), CONFIG, Alone())
+    assert not run.is_new and not (tmp_path / "runs/a.old-1").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a b", "$(touch x)", "a\n", "ä"])
+def test_a_name_that_is_no_plain_folder_name_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"run\.name"):
+        RunFolder.open(settings(tmp_path, name=name), CONFIG, Alone())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", [{"wandb": "yes"}, {"keep": 0}, {"save_every_steps": -1}])
+def test_an_impossible_setting_is_named(tmp_path, change):
+    with pytest.raises(ValueError, match=f"run.{next(iter(change))}="):
+        RunFolder.open(settings(tmp_path, **change), CONFIG, Alone())
+
+
+class Recorder(Alone):
+    def share(self, value):
+        self.shared = value
+        return value
+
+
+def test_every_rank_gets_the_folder_or_the_same_error(tmp_path):
+    world = Recorder()
+    run = RunFolder.open(settings(tmp_path), CONFIG, world)
+    follower = RunFolder.open(settings(tmp_path), CONFIG, Follower(json.loads(json.dumps(world.shared))))
+    assert (follower.path, follower.message, follower.is_new) == (run.path, run.message, run.is_new)
+    with pytest.raises(RunRefused) as first:
+        RunFolder.open(settings(tmp_path), changed(zo={"epsilon": 1}), world)
+    with pytest.raises(RunRefused) as second:
+        RunFolder.open(settings(tmp_path), changed(zo={"epsilon": 1}), Follower(world.shared))
+    assert str(first.value) == str(second.value)
+
+
+def test_a_root_that_cannot_be_made_is_an_error_on_every_rank(tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    world = Recorder()
+    with pytest.raises(RunRefused, match="runs/a"):
+        RunFolder.open(settings(tmp_path), CONFIG, world)
+    assert "error" in world.shared
+
+
+def test_ranks_but_the_first_write_nothing(tmp_path):
+    told = {"path": str(tmp_path / "runs/a"), "is_new": True, "is_complete": False, "message": ""}
+    run = RunFolder.open(settings(tmp_path), CONFIG, Follower(told))
+    run.complete({"last": 0.5})
+    run.request_requeue()
+    assert run.is_complete and list(tmp_path.iterdir()) == []
+
+
+def test_a_complete_run_says_so_and_where_to_look(tmp_path):
+    run = RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    run.write_accuracy({"last": 0.4})
+    assert not RunFolder.open(settings(tmp_path), CONFIG, Alone()).is_complete
+    run.complete({"last": 0.5})
+    again = RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    assert again.is_complete and "complete" in again.message and "summary.md" in again.message
+    assert json.loads((run.path / "accuracy.json").read_text()) == {"last": 0.5, "complete": True}
+
+
+def test_the_wish_for_a_requeue_ends_with_the_next_start(tmp_path):
+    run = RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    run.request_requeue()
+    assert (run.path / "REQUEUE").exists()
+    RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    assert not (run.path / "REQUEUE").exists()
+
+
+def test_checkpoints_are_due_every_so_many_steps_or_never(tmp_path):
+    run = RunFolder.open(settings(tmp_path, save_every_steps=3), CONFIG, Alone())
+    assert [step for step in range(1, 10) if run.is_time_to_save(step)] == [3, 6, 9]
+    run.settings.save_every_steps = 0
+    assert not any(map(run.is_time_to_save, range(1, 10)))
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_that_another_process_uses_is_refused(tmp_path):
+    RunFolder.open(settings(tmp_path), CONFIG, Alone()).close()
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "runs/a/.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        for overwrite in (False, True):
+            with pytest.raises(RunRefused, match="in use"):
+                RunFolder.open(settings(tmp_path, overwrite=overwrite), CONFIG, Alone())
+        other.stdin.close()
+    assert not RunFolder.open(settings(tmp_path), CONFIG, Alone()).is_new
+
+
+def test_no_secret_of_the_environment_or_command_line_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "hush-1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "wandb_api_key=hush-2", "HF_TOKEN=hush-3", "zo.epsilon=1"])
+    run = RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    written = "".join(path.read_text() for path in run.path.rglob("*") if path.is_file())
+    assert "hush" not in written and "zo.epsilon=1" in written
+    assert masked("db_password=x y") == "db_password=*** y"
+
+
+def test_the_code_version_is_that_of_tracked_files_only(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text("")
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert code_version(package) is None
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], check=True, env={**os.environ, "GIT_CONFIG_GLOBAL": os.devnull})
+    commit = code_version(package)
+    assert len(commit) == 40
+    (package / "a.py").write_text("changed")
+    assert code_version(package) == commit + "-dirty"
+    (tmp_path / "site").mkdir()
+    assert code_version(tmp_path / "site") is None

@@ -1,0 +1,51 @@
+import os
+import signal
+import threading
+
+import pytest
+
+from dist_vlcl.run.preemption import Preemption
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_raises_the_flag_and_nothing_else(number):
+    with Preemption() as preemption:
+        assert not preemption.requested
+        os.kill(os.getpid(), number)
+        assert preemption.requested
+        assert preemption.received == number.name
+
+
+def test_term_and_usr1_may_come_again():
+    with Preemption() as preemption:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert preemption.requested
+
+
+def test_the_second_interrupt_interrupts():
+    with pytest.raises(KeyboardInterrupt), Preemption() as preemption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.requested
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_old_handlers_are_back_afterwards():
+    before = {number: signal.getsignal(number) for number in Preemption.SIGNALS}
+    with Preemption():
+        assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert {number: signal.getsignal(number) for number in Preemption.SIGNALS} == before
+
+
+def test_a_thread_that_cannot_install_handlers_goes_without():
+    seen = []
+
+    def enter() -> None:
+        with Preemption() as preemption:
+            seen.append(preemption.requested)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [False]
