@@ -42,7 +42,8 @@ class BatchLosses:
         self.towers, self.flats, self.tokens, self.world = towers, flats, tokens, world
         self.start = {branch: min(unit.layer for unit in flat.slices) for branch, flat in flats.items()}
         self.parts: list[dict[str, Any]] = []  # per micro-batch: images, labels, weight, noise, base features and carries
-        self.flag, self.stop, self.count, self.faulty = 0.0, False, 0, []
+        self.flag, self.stop, self.count = 0.0, False, 0
+        self.faulty: list[int] = []  # ranks whose loss was not finite
 
     def add(self, images: Tensor, labels: Tensor, noise: StepNoise, base: Mapping[str, tuple], real: int) -> None:
         """Take a micro-batch with its base evaluation; only the first `real` samples count."""
@@ -138,6 +139,8 @@ class HybridStep:
         """Start a task: prompts of its classes, fresh optimisers. All ranks call this."""
         self.tokens = self.towers.prompts(class_names).to(self.world.device)
         self.first.begin()
+        for flat in self.flats.values():
+            flat.tie()
         self.zeroth.begin()
 
     def __call__(self, batches: Sequence[Any], key: Key, lr: float, first_label: int = 0, stop: bool = False) -> StepReport:

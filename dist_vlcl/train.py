@@ -2,6 +2,7 @@
 
 # B samples of this rank
 
+import itertools
 import json
 import math
 import time
@@ -62,7 +63,12 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
 
     towers = build_clip(cfg.model, cfg.adapter, seed=derive_seed(cfg.seed, "adapters")).to(world.device)
     step = HybridStep(
-        towers, assign(towers.units, cfg.orders), cfg.zo, lambda model: FirstOrder(world, cfg.first_order, model), world, cfg.train.max_skips
+        towers,
+        assign(towers.units, cfg.orders),
+        cfg.zo,
+        lambda model: FirstOrder(world, cfg.first_order, model),
+        world,
+        cfg.train.max_skips,
     )
     agree(world, "the adapters", digest(towers.units.state_dict()))
     agree(world, "the first direction", first_direction(step), "CPUs of another kind? Take zo.directions=rademacher: it has no rounding.")
@@ -75,7 +81,9 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     introduce(log, cfg, world, step, tasks, index)
     try:
         with Preemption() as preemption:
-            zero_shot = evaluate_untrained(cfg, towers, index, tasks, world, log) if state.task == 0 and not saved else state_zero_shot(saved)
+            zero_shot = (
+                evaluate_untrained(cfg, towers, index, tasks, world, log) if state.task == 0 and not saved else state_zero_shot(saved)
+            )
             for task in tasks[state.task :]:
                 step.begin(task.names)
                 if saved:
@@ -120,7 +128,7 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
     if outcome:
         raise ValueError(outcome)
     index = open_index(cfg.data)
-    order = class_order(cfg.tasks.order, index.num_classes, paper_order(cfg.data.reader_name))
+    order = class_order(cfg.tasks.order, index.num_classes, paper_order(index.reader))
     return index, TaskStream(index.class_names, cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
 
 
@@ -189,7 +197,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     cuts = [len(batch.labels) * k // parts for k in range(parts + 1)]
     return [
         Batch(batch.images[a:b], batch.labels[a:b], batch.positions[a:b], batch.count if k == 0 else 0, batch.index, batch.samples[a:b])
-        for k, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for k, (a, b) in enumerate(itertools.pairwise(cuts))
     ]
 
 
@@ -197,7 +205,9 @@ def evaluate(cfg: Config, towers: TwoTowers, index: Index, tasks: TaskStream, ta
     """Return (correct, total) per class: of the classes seen, among those seen; of the next task's, among those and the seen."""
     seen = tasks.seen(task.index)
     ahead = tasks.seen(min(task.index + 1, len(tasks) - 1))
-    counts = count(cfg, towers, index, ahead, [len(seen.classes), len(ahead.classes)], world, log, f"evaluation after task {task.index + 1}")
+    counts = count(
+        cfg, towers, index, ahead, [len(seen.classes), len(ahead.classes)], world, log, f"evaluation after task {task.index + 1}"
+    )
     return counts[0][: len(seen.classes)] + counts[1][len(seen.classes) :]
 
 
@@ -207,7 +217,9 @@ def evaluate_untrained(cfg: Config, towers: TwoTowers, index: Index, tasks: Task
         return {}
     prefixes = [len(tasks.seen(t).classes) for t in range(len(tasks))]
     counts = count(cfg, towers, index, tasks.seen(len(tasks) - 1), prefixes, world, log, "zero-shot evaluation")
-    accuracy = {t: sum(c for c, _ in row[:n]) / max(1, sum(k for _, k in row[:n])) for t, (n, row) in enumerate(zip(prefixes, counts, strict=True))}
+    accuracy = {
+        t: sum(c for c, _ in row[:n]) / max(1, sum(k for _, k in row[:n])) for t, (n, row) in enumerate(zip(prefixes, counts, strict=True))
+    }
     log.say(f"zero-shot accuracy in %: Last {100 * accuracy[len(tasks) - 1]:.2f}, Avg {100 * sum(accuracy.values()) / len(accuracy):.2f}")
     return accuracy
 
@@ -245,10 +257,10 @@ def introduce(log: RunLog, cfg: Config, world: World, step: HybridStep, tasks: T
 def log_step(log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float) -> None:
     """Record a step in metrics.jsonl, and its seed and accepted coefficients in journal.jsonl."""
     moves = [move.record() for move in report.moves]
-    zo = {
-        m["group"]: {"projected_gradient": sum(s[0] for s in m["projected_gradient"].values()) / len(m["projected_gradient"]), "coefficient": m["coefficient"]}
-        for m in moves
-    }
+    zo = {}
+    for m in moves:
+        first_probes = [slopes[0] for slopes in m["projected_gradient"].values()]
+        zo[m["group"]] = {"projected_gradient": sum(first_probes) / len(first_probes), "coefficient": m["coefficient"]}
     log.step(
         {
             "step": state.step,

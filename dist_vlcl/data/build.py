@@ -3,6 +3,7 @@
 Duration: CIFAR-100 or Tiny-ImageNet from disk, a minute or two. Result: data/cifar100/index.json and one folder per split.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,16 +29,17 @@ def build(data: DataConfig) -> Path:
 
 
 def main() -> None:
-    import hydra
-    from omegaconf import DictConfig
+    """The command; what the user can mend is one line on stderr and exit status 2."""
+    from dist_vlcl.config import Config, hydra_main
 
-    from dist_vlcl import config
+    def work(config: Config) -> None:
+        try:
+            build(config.data)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
-    @hydra.main(version_base=None, config_path=str(config.CONFIG_FOLDER), config_name="config")
-    def run(options: DictConfig) -> None:
-        build(config.from_hydra(options).data)
-
-    run()
+    hydra_main(work)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.reader_name in READERS, "reader", self.reader_name, f"choose from {', '.join(READERS)}")
         _require(self.on_error in ON_ERROR, "on_error", self.on_error, f"choose from {', '.join(ON_ERROR)}")
-        _require(self.name not in ("", ".", "..") and "/" not in self.name, "name", self.name, "a plain folder name")
+        _require(self.name not in ("", ".", "..") and "/" not in self.name, "name", self.name, "give a plain folder name")
         _require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "between 0 and 1, both excluded")
         _require(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "1 or more")
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")

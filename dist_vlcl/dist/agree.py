@@ -28,4 +28,4 @@ def agree(world: World, what: str, value: Any, hint: str = "") -> None:
     odd = [rank for rank, other in enumerate(values) if other != values[0]]
     if odd:
         shown = "; ".join(f"rank {rank}: {str(values[rank])[:200]}" for rank in [0, *odd[:3]])
-        raise DisagreementError(f"{what} differs between ranks: {odd} against rank 0. {shown}. {hint}".strip())
+        raise DisagreementError(f"{what}: ranks {odd} differ from rank 0 ({shown}). {hint}".strip())

@@ -46,9 +46,12 @@ class ModelConfig:
 class ImageEnds(nn.Module):
     """Patches in front of the vision blocks, class token and projection behind them."""
 
-    def __init__(self, visual: nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, visual: Any):
         super().__init__()
-        self.visual = visual
+        self.visual: Any = visual
         config = visual.preprocess_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
@@ -65,9 +68,9 @@ class ImageEnds(nn.Module):
 class TextEnds(nn.Module):
     """Token embedding in front of the language blocks, end-of-text state and projection behind them."""
 
-    def __init__(self, clip: nn.Module):
+    def __init__(self, clip: Any):
         super().__init__()
-        self.clip = clip
+        self.clip: Any = clip
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the embedding of tokens `[C, L]`, `[C, L, D]`."""
@@ -86,7 +89,7 @@ class TwoTowers(nn.Module):
         super().__init__()
         self.vision, self.language = vision, language
         self.tokenizer, self.config, self.image_size = tokenizer, config, image_size
-        self.units = Units([block.unit for tower in (vision, language) for block in tower.blocks])
+        self.units = Units([block.unit for tower in (vision, language) for block in tower])
 
     def tower(self, branch: str) -> Tower:
         return self.vision if branch == "vision" else self.language
@@ -94,7 +97,8 @@ class TwoTowers(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """Return the factor of the cosine similarities, ()."""
-        return self.language.ends.clip.logit_scale.exp()
+        ends: Any = self.language.ends
+        return ends.clip.logit_scale.exp()
 
     def prompts(self, names: Sequence[str]) -> Tensor:
         """Return the tokens of one prompt per class name `[C, L]`, cut to the longest (exact, since the text tower is causal)."""
@@ -134,9 +138,9 @@ def build_clip(model: ModelConfig, adapter: MoEConfig | LoRAConfig, seed: int = 
     for parameter in clip.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    make = MoEAdapter if isinstance(adapter, MoEConfig) else LoRAAdapter
+    make: Any = MoEAdapter if isinstance(adapter, MoEConfig) else LoRAAdapter
 
-    def adapted(branch: str, transformer: nn.Module, causal: bool) -> list[AdaptedBlock]:
+    def adapted(branch: str, transformer: Any, causal: bool) -> list[AdaptedBlock]:
         blocks, transformer.resblocks = transformer.resblocks, nn.ModuleList()  # each block has one owner, and one name
         return [
             AdaptedBlock(block, make(block.attn.embed_dim, adapter, generator), UnitId(branch, layer), causal)
@@ -151,7 +155,7 @@ def build_clip(model: ModelConfig, adapter: MoEConfig | LoRAConfig, seed: int = 
     return TwoTowers(vision, language, tokenizer, model, size)
 
 
-def _load(model: ModelConfig) -> tuple[nn.Module, Any]:
+def _load(model: ModelConfig) -> tuple[Any, Any]:
     """Return open_clip's model and tokenizer, or say in words how to get the weights."""
     import open_clip
 
@@ -179,7 +183,7 @@ def _load(model: ModelConfig) -> tuple[nn.Module, Any]:
     return clip, open_clip.get_tokenizer(model.name)
 
 
-def _refuse_unknown_blocks(name: str, clip: nn.Module) -> None:
+def _refuse_unknown_blocks(name: str, clip: Any) -> None:
     for branch, owner in (("vision", getattr(clip, "visual", None)), ("language", clip)):
         blocks = getattr(getattr(owner, "transformer", None), "resblocks", None)
         if not blocks or any(type(block).__name__ != "ResidualAttentionBlock" for block in blocks):

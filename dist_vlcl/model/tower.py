@@ -2,8 +2,8 @@
 
 # K parameter sets, B samples, L tokens, D width, H heads, F features; an axis of size 1 stands for every K
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,11 @@ class AdaptedBlock(nn.Module):
     first perturbed block, so attention and MLP of that block are not computed again.
     """
 
-    def __init__(self, block: nn.Module, adapter: nn.Module, unit_id: UnitId, causal: bool):
+    def __init__(self, block: Any, adapter: Any, unit_id: UnitId, causal: bool):
         super().__init__()
-        self.block, self.adapter, self.causal = block, adapter, causal
+        self.block: Any = block
+        self.adapter: Any = adapter
+        self.causal = causal
         self.unit = Unit(unit_id, adapter)
 
     def carry(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -60,11 +62,18 @@ class Tower(nn.Module):
     `ends` offers `embed(inputs) -> [B, L, D]` and `pool(hidden [K*B, L, D], inputs [K*B, ...]) -> [K*B, F]`.
     """
 
-    def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: nn.Module):
+    def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: Any):
         super().__init__()
         self.branch = branch
         self.blocks = nn.ModuleList(blocks)
-        self.ends = ends
+        self.ends: Any = ends
+
+    def __iter__(self) -> Iterator[AdaptedBlock]:
+        return (self.block(layer) for layer in range(1, self.depth + 1))
+
+    def block(self, layer: int) -> AdaptedBlock:
+        """Return the block of a layer, from 1."""
+        return cast(AdaptedBlock, self.blocks[layer - 1])
 
     @property
     def depth(self) -> int:
@@ -90,11 +99,11 @@ class Tower(nn.Module):
         hidden: what `embed` made of `inputs`, or the carry of block `start`. sets: K values for some of the units; the others act with
         their own. The K axis appears at the first block that has K sets.
         """
-        carry, x = (hidden, None) if isinstance(hidden, tuple) else (None, hidden)
-        kept_carry = None
+        carry = hidden if isinstance(hidden, tuple) else self.block(start).carry(hidden)
+        kept_carry, x = None, carry[0]
         for layer in range(start, self.depth + 1):
-            block = self.blocks[layer - 1]
-            if carry is None:
+            block = self.block(layer)
+            if layer > start:
                 carry = block.carry(x)
             if layer == keep:
                 kept_carry = tuple(t.detach() for t in carry)
@@ -102,7 +111,6 @@ class Tower(nn.Module):
             tensors = given or {name: t[None] for name, t in block.unit.tensors().items()}
             tokens = carry[0].shape[2]
             x = block.finish(carry, tensors, *block.adapter.draw(noise, self.branch, layer, tokens, training))
-            carry = None
         sets_count = x.shape[0]
         features = self.ends.pool(x.flatten(0, 1), inputs.repeat(sets_count, *[1] * (inputs.ndim - 1)) if sets_count > 1 else inputs)
         return F.normalize(features, dim=-1).unflatten(0, (sets_count, -1)), kept_carry

@@ -92,10 +92,19 @@ class FlatUnits:
         device = next(iter(units[0].tensors().values())).device if units else None
         self.values_n = torch.empty(stop, dtype=torch.float32, device=device)
         for unit, name, shape, offset in self.layout:
-            view = self.values_n[offset : offset + shape.numel()].view(shape)
-            view.copy_(getattr(unit.adapter, name).detach())
+            parameter = getattr(unit.adapter, name)
+            self.values_n[offset : offset + shape.numel()] = parameter.detach().flatten()
             delattr(unit.adapter, name)
-            unit.adapter.register_buffer(name, view)
+            unit.adapter.register_buffer(name, None)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the module buffers views of the flat values, which are the truth.
+
+        Call it after anything that may have replaced the buffers: accelerate's `prepare` does, and training would go on without effect.
+        """
+        for unit, name, shape, offset in self.layout:
+            setattr(unit.adapter, name, self.values_n[offset : offset + shape.numel()].view(shape))
 
     @property
     def numel(self) -> int:

@@ -64,7 +64,9 @@ class World(Protocol):
 
     rank: int
     size: int
-    is_main: bool
+
+    @property
+    def is_main(self) -> bool: ...
 
     def share(self, value: Any) -> Any:
         """Rank 0's value, on every rank; all ranks call this."""

@@ -78,7 +78,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class FiniteDifference:
-    """(L(theta + eps z) - L(theta)) / eps, or two-sided (L(theta + eps z) - L(theta - eps z)) / (2 eps), for each of `probes` directions."""
+    """One-sided (L(theta + eps z) - L(theta)) / eps or two-sided (L(theta + eps z) - L(theta - eps z)) / (2 eps), per direction z."""
 
     epsilon: Mapping[str, float]
     sides: int = 1

@@ -148,15 +148,15 @@ class ZerothOrder:
                     g[: part.start], g[part.stop :] = 0, 0
                 gradients[branch] = g
             result.append(gradients)
-        return self._adam(result) if self.adam is not None else result
+        return result if self.adam is None else self._adapted(self.adam, result)
 
-    def _adam(self, gradients: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def _adapted(self, adam: Adam, gradients: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Replace each gradient by Adam's direction, its moments kept per branch whatever the granularity."""
         total: dict[str, Tensor] = {}
         for g in gradients:
             for branch, value in g.items():
                 total[branch] = total[branch] + value if branch in total else value
-        directions = self.adam(total)
+        directions = adam(total)
         return [{b: directions[b] * (value != 0) for b, value in g.items()} for g in gradients]
 
     def apply(self, moves: list[Move]) -> None:

@@ -1,8 +1,10 @@
+import io
 import logging
 import random
 
 import pytest
 import torch
+from PIL import Image
 
 from dist_vlcl.data import loader
 from dist_vlcl.data.shards import ShardError
@@ -195,8 +197,19 @@ def test_a_missing_shard_is_skipped_too(tmp_path, task):
         list(train(index, task))
 
 
+def test_changed_bytes_stop_the_run_even_if_every_image_opens(tmp_path, task):
+    index = make_index(tmp_path)
+    path = tmp_path / "tiny/train/0003-000.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ShardError, match=r"0003-000\.tar: the index says 3 samples in (\d+) bytes, found 3 in \1, the bytes differ"):
+        list(train(index, task))
+    assert sum(len(batch.samples) for batch in train(index, task, on_error="skip")) == 21
+
+
 def test_a_broken_image_is_skipped_by_name():
     with pytest.raises(ShardError, match="apple/1: no image"):
         loader.decode(b"\x89PNG\r\n\x1a\nnothing", "apple/1")
+    gif = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(gif, format="GIF")
     with pytest.raises(ShardError, match="apple/2: no image"):
-        loader.decode(b"GIF89a", "apple/2")
+        loader.decode(gif.getvalue(), "apple/2")

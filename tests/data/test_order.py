@@ -7,6 +7,8 @@ from dist_vlcl.data.order import generator, plain_order, rank_slice, train_order
 SIZES = {0: [3, 3, 1], 5: [3, 3, 1], 2: [3, 2, 2]}
 UNEQUAL = {0: [8] * 8, 1: [8], 2: [8] * 2}
 
+ONE_SHARD = {0: [8], 1: [8]}
+
 
 @pytest.mark.parametrize("sizes", [SIZES, UNEQUAL, {}])
 def test_every_sample_comes_once(sizes):
@@ -15,9 +17,10 @@ def test_every_sample_comes_once(sizes):
     assert sorted(order) == sorted(plain_order(sizes))
 
 
-def test_the_order_is_a_function_of_seed_task_and_epoch():
-    same = [train_order(SIZES, 1, 2, 3), train_order(SIZES, 1, 2, 3)]
-    others = [train_order(SIZES, 9, 2, 3), train_order(SIZES, 1, 9, 3), train_order(SIZES, 1, 2, 9)]
+@pytest.mark.parametrize("sizes", [SIZES, ONE_SHARD])
+def test_the_order_is_a_function_of_seed_task_and_epoch(sizes):
+    same = [train_order(sizes, 1, 2, 3), train_order(sizes, 1, 2, 3)]
+    others = [train_order(sizes, 9, 2, 3), train_order(sizes, 1, 9, 3), train_order(sizes, 1, 2, 9)]
     assert same[0] == same[1]
     assert all(other != same[0] for other in others)
 

@@ -58,6 +58,13 @@ def test_a_folder_without_a_split_is_split_by_class_and_seed(tmp_path):
     assert read_raw(DataConfig(**config, underscore_names=True)).class_names == ["cat", "red_fox"]
 
 
+def test_folders_above_the_class_do_not_change_the_split(tmp_path):
+    flat = images_below(tmp_path / "flat", *[f"cat/{number}.png" for number in range(10)])
+    nested = images_below(tmp_path / "nested", *[f"{'photo' if number % 2 else 'sketch'}/cat/{number}.png" for number in range(10)])
+    sets = [read_raw(DataConfig(name="mine", reader="folder", source=str(source))) for source in (flat, nested)]
+    assert listed(sets[0]) == listed(sets[1])
+
+
 def test_train_and_val_folders_a_zip_of_them_and_two_sources_are_the_same_set(tmp_path):
     names = ["train/dog/1.png", "train/cat/1.png", "val/dog/2.png", "val/cat/2.JPEG"]
     source = images_below(tmp_path / "source", *names)
@@ -217,7 +224,8 @@ def test_a_compressed_tar_is_refused(tmp_path):
         ({"on_error": "x"}, r"data\.on_error='x': choose from stop, skip"),
         ({"test_fraction": 1.0}, r"data\.test_fraction=1\.0: between 0 and 1"),
         ({"samples_per_shard": 0}, r"data\.samples_per_shard=0: 1 or more"),
-        ({"name": "a/b", "reader": "folder"}, r"data\.name='a/b': a plain folder name"),
+        ({"name": "a/b", "reader": "folder"}, r"data\.name='a/b': give a plain folder name"),
+        ({"name": "", "reader": "folder"}, r"data\.name='': give a plain folder name"),
         ({"num_workers": -1}, r"data\.num_workers=-1: 0 or more"),
     ],
 )
@@ -234,5 +242,5 @@ def test_the_config_files_are_options():
     assert [file.stem for file in files] == ["cifar100", "digits", "folder", "imagenet_r", "tiny_imagenet"]
     for file in files:
         values = OmegaConf.load(file)
-        merged = OmegaConf.merge(OmegaConf.structured(DataConfig), values, {"name": file.stem})
+        merged = OmegaConf.merge(OmegaConf.structured(DataConfig), values.data, {"name": file.stem})
         assert OmegaConf.to_object(merged).reader_name == file.stem

@@ -1,0 +1,30 @@
+# make train   a first run: hybrid MoZO on handwritten digits, two processes (or one per GPU), a few minutes
+# make test    the tests            make check   style and types
+PYTHON ?= python3
+BIN = .venv/bin
+PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ "$$n" -gt 0 ] && echo $$n || echo 2)
+
+.PHONY: train test check install clean
+
+train: install
+	$(BIN)/accelerate launch --multi_gpu --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no \
+		-m dist_vlcl.train $(ARGS)
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+check: install
+	$(BIN)/ruff check dist_vlcl tests tools
+	$(BIN)/ruff format --check dist_vlcl tests tools
+	$(BIN)/mypy
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dist_vlcl needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,157 @@
+"""Claims about the distributed step: ranks agree bit for bit, and the number of ranks does not change what is learned."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from dist_vlcl.dist.agree import DisagreementError, agree, digest
+from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
+from dist_vlcl.dist.world import World
+from dist_vlcl.orders import OrderPlan, assign
+from dist_vlcl.step import HybridStep
+from dist_vlcl.zo.noise import Key
+from dist_vlcl.zo.strategies import ZerothOrderConfig
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_clip import tiny_clip
+
+NAMES = ["cat", "golden retriever", "bus"]
+STRATEGIES = {
+    "mozo": ZerothOrderConfig(),
+    "conservative": ZerothOrderConfig(transform="identity", acceptance="best_of_three"),
+    "naive": ZerothOrderConfig(transform="identity"),
+}
+
+
+@dataclass
+class Part:
+    images: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    count: int
+
+
+def global_batch(step: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(0, 256, (samples, 3, 16, 16), dtype=torch.uint8, generator=generator), torch.randint(
+        0, len(NAMES), (samples,), generator=generator
+    )
+
+
+def part_of(world: World, step: int, samples: int, micro_batches: int = 1) -> list[Part]:
+    """This rank's share, sizes differing by one at most, cut into micro-batches."""
+    images, labels = global_batch(step, samples)
+    low, high = samples * world.rank // world.size, samples * (world.rank + 1) // world.size
+    cuts = [low + (high - low) * k // micro_batches for k in range(micro_batches + 1)]
+    spans = list(zip(cuts, cuts[1:], strict=False))
+    return [Part(images[a:b], labels[a:b], torch.arange(a, b), samples if k == 0 else 0) for k, (a, b) in enumerate(spans)]
+
+
+def make_step(world: World, plan: OrderPlan, zeroth: ZerothOrderConfig, max_skips: int = 10) -> HybridStep:
+    # Ranks start from different adapters on purpose: the step has to make them equal.
+    towers = tiny_clip(seed=world.rank)
+    step = HybridStep(towers, assign(towers.units, plan), zeroth, lambda m: FirstOrder(world, FirstOrderConfig(lr=1e-2), m), world, max_skips)
+    step.begin(NAMES)
+    return step
+
+
+def train(world: World, plan: OrderPlan, strategy: str, samples: int = 10, micro_batches: int = 1, steps: int = 4) -> tuple[dict, list, str]:
+    step = make_step(world, plan, STRATEGIES[strategy])
+    reports = [step(part_of(world, k, samples, micro_batches), Key(1000 + k, k), lr=1e-2) for k in range(steps)]
+    state = {name: t.clone() for name, t in step.towers.units.state_dict().items()}
+    return state, [r.loss for r in reports], digest(state)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_dual_zeroth_order_is_the_same_on_1_2_and_4_ranks(strategy):
+    plan = OrderPlan("dual", "all")
+    by_size = {size: run_ranks(train, size, plan, strategy) for size in (1, 2, 4)}
+    assert {d for results in by_size.values() for _, _, d in results} == {by_size[1][0][2]}
+    assert all(losses == by_size[1][0][1] for results in by_size.values() for _, losses, _ in results)
+
+
+@pytest.mark.parametrize("plan", [OrderPlan("dual", "hop_odd"), OrderPlan("language", "all"), OrderPlan("none")], ids=["hop_odd", "language", "fo"])
+def test_hybrids_agree_between_ranks_to_the_bit_and_with_one_rank_to_rounding(plan):
+    alone = run_ranks(train, 1, plan, "conservative")[0]
+    together = run_ranks(train, 2, plan, "conservative")
+    assert together[0][2] == together[1][2]
+    assert together[0][1] == together[1][1]
+    torch.testing.assert_close(torch.tensor(together[0][1]), torch.tensor(alone[1]), rtol=1e-5, atol=1e-6)
+    for name, tensor in alone[0].items():
+        torch.testing.assert_close(together[0][0][name], tensor, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradient_accumulation_and_ranks_without_a_sample_give_the_loss_of_the_whole_batch():
+    plan, samples = OrderPlan("dual", "hop_odd"), 3  # on four ranks one has no sample at all
+    alone = run_ranks(train, 1, plan, "mozo", samples)[0]
+    four = run_ranks(train, 4, plan, "mozo", samples)
+    accumulated = run_ranks(train, 2, plan, "mozo", samples, 2)
+    for other in (*four, *accumulated):
+        torch.testing.assert_close(torch.tensor(other[1]), torch.tensor(alone[1]), rtol=1e-5, atol=1e-6)
+    assert len({d for _, _, d in four}) == 1 and len({d for _, _, d in accumulated}) == 1
+
+
+def poisoned(world: World) -> tuple[str, str, str]:
+    step = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"], max_skips=3)
+    before = digest(step.towers.units.state_dict())
+    if world.rank == 1:  # a broken vision projection, on one rank only
+        step.towers.vision.ends.visual.proj.data.fill_(float("nan"))
+    report = step(part_of(world, 0, 8), Key(1, 0), lr=1e-2)
+    return report.skipped, before, digest(step.towers.units.state_dict())
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_makes_all_skip_and_names_it():
+    for skipped, before, after in run_ranks(poisoned, 2):
+        assert skipped == "the loss is not finite on rank [1]"
+        assert before == after
+
+
+def astray(world: World) -> str:
+    step = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"])
+    if world.rank == 1:
+        step.flats["vision"].values_n.view(torch.int32)[7] ^= 1  # one bit
+    try:
+        agree(world, "the adapters", digest(step.towers.units.state_dict()))
+    except DisagreementError as error:
+        return str(error)
+    return ""
+
+
+def test_one_flipped_bit_on_one_rank_is_found_and_the_rank_named():
+    assert all("the adapters: ranks [1] differ from rank 0" in message for message in run_ranks(astray, 2))
+
+
+def asked_to_stop(world: World) -> list[bool]:
+    step = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"])
+    return [step(part_of(world, k, 4), Key(1, k), lr=1e-3, stop=(k == 1 and world.rank == 1)).stop for k in range(2)]
+
+
+def test_a_stop_asked_of_one_rank_reaches_all_in_the_same_step():
+    assert run_ranks(asked_to_stop, 2) == [[False, True], [False, True]]
+
+
+def wire(world: World) -> list[int]:
+    step, sent = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"]), []
+    gather = world.gather
+    world.gather = lambda vector: (sent.append(vector.numel() * vector.element_size()), gather(vector))[1]  # type: ignore[method-assign]
+    step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
+    return sent
+
+
+def test_dual_zeroth_order_sends_one_small_vector_a_step():
+    assert run_ranks(wire, 2) == [[40], [40]]  # three losses, a count and a flag, in float64
+
+
+def moved_and_tied(world: World) -> list[bool]:
+    step, outcomes = make_step(world, OrderPlan("dual", "hop_odd"), STRATEGIES["mozo"]), []
+    for task in range(2):  # accelerate wraps the model anew for each task
+        step.begin(NAMES[task:])
+        before = {str(u): unit.tensors()["down_weight"].clone() for u, unit in step.towers.units.items() if u.layer == 1}
+        step(part_of(world, task, 4), Key(1, task), lr=1e-3)
+        outcomes += [not torch.equal(before[str(u)], step.towers.units[u].tensors()["down_weight"]) for u in step.towers.units if u.layer == 1]
+    return outcomes
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_zeroth_order_moves_reach_the_model_that_is_wrapped(size):
+    assert all(all(outcomes) for outcomes in run_ranks(moved_and_tied, size))

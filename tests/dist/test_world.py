@@ -1,0 +1,78 @@
+"""Claims about ranks: what they exchange has the same bits everywhere, and a launch that would train alone is refused."""
+
+import pytest
+import torch
+
+from dist_vlcl.dist.agree import DisagreementError, agree, digest
+from dist_vlcl.dist.world import ClusterConfig, World, ordered_sum
+from tests.helpers.ranks import run_ranks
+
+
+def exchange(world: World) -> dict:
+    mine = torch.tensor([0.1 * (world.rank + 1), 1e16 * (-1) ** world.rank, 1.0], dtype=torch.float64)
+    tensor = torch.full((3,), float(world.rank))
+    return {
+        "sum": world.sum(mine).tolist(),
+        "rows": world.gather(mine).tolist(),
+        "broadcast": world.broadcast(tensor).tolist(),
+        "share": world.share({"from": world.rank}),
+        "objects": world.gather_objects(world.rank * 10),
+        "main": world.is_main,
+    }
+
+
+def test_exchanges_give_every_rank_the_same_bits():
+    results = run_ranks(exchange, 3)
+    first = results[0]
+    for result in results:
+        assert result["sum"] == first["sum"] == ordered_sum(torch.tensor(first["rows"], dtype=torch.float64)).tolist()
+        assert result["broadcast"] == [0.0, 0.0, 0.0]
+        assert result["share"] == {"from": 0}
+        assert result["objects"] == [0, 10, 20]
+    assert [r["main"] for r in results] == [True, False, False]
+
+
+def test_one_rank_is_not_a_special_case():
+    assert exchange(World.alone()) == {
+        "sum": [0.1, 1e16, 1.0],
+        "rows": [[0.1, 1e16, 1.0]],
+        "broadcast": [0.0, 0.0, 0.0],
+        "share": {"from": 0},
+        "objects": [0],
+        "main": True,
+    }
+
+
+def disagree(world: World) -> str:
+    try:
+        agree(world, "the class order", "abc" if world.rank != 2 else "xyz", "Use one file.")
+    except DisagreementError as error:
+        return str(error)
+    return ""
+
+
+def test_a_disagreement_names_the_field_and_the_ranks_on_every_rank():
+    messages = run_ranks(disagree, 3)
+    assert len(set(messages)) == 1
+    assert "the class order: ranks [2] differ from rank 0" in messages[0]
+    assert "xyz" in messages[0] and "Use one file." in messages[0]
+
+
+def test_digest_sees_a_flipped_bit_and_swapped_tensors():
+    a, b = torch.arange(6.0), torch.arange(6.0) + 1
+    flipped = a.clone()
+    flipped.view(torch.int32)[3] ^= 1
+    assert digest({"a": a, "b": b}) != digest({"a": flipped, "b": b})
+    assert digest({"a": a, "b": b}) != digest({"a": b, "b": a})
+    assert digest({"a": a, "b": b}) == digest({"b": b, "a": a.clone()})
+
+
+def test_a_launch_of_another_size_is_refused_in_words(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match=r"cluster.num_processes=2, but the launcher started 1(.|\n)*--multi_gpu"):
+        World.from_environment(ClusterConfig(num_processes=2, device="cpu"))
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(ValueError, match=r"cluster.device='tpu': choose from auto, cpu, cuda"):
+        World.from_environment(ClusterConfig(device="tpu"))

@@ -1,0 +1,169 @@
+"""Claims about whole runs: they end where they should, say what they did, and an interruption changes nothing."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
+from dist_vlcl.dist.world import World
+from dist_vlcl.run.folder import RunRefused
+from dist_vlcl.step import HybridStep
+from dist_vlcl.train import Requeued, train
+from tests.helpers.ranks import free_port, run_ranks
+
+SMALL_RUN = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=60", "run.wandb=off", "run.progress=false", "train.warmup_steps=2"]
+
+
+def configured(tmp_path: Path, *overrides: str) -> Config:
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+        options = compose("config", expand_paper([*SMALL_RUN, f"data.root={tmp_path}/data", f"run.root={tmp_path}/runs", *overrides]))
+    return from_hydra(options)
+
+
+def run_once(world: World, cfg: Config, stop_at: int | None = None) -> str:
+    """Train; with `stop_at`, the last rank gets a real signal while it takes that step."""
+    if stop_at is not None and world.rank == world.size - 1:
+        whole, calls = HybridStep.__call__, []
+
+        def with_signal(self, *arguments, **options):
+            calls.append(1)
+            if len(calls) == stop_at:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return whole(self, *arguments, **options)
+
+        HybridStep.__call__ = with_signal  # type: ignore[method-assign]
+    try:
+        result = train(cfg, world)
+    except Requeued:
+        return "requeued"
+    return "known" if result is None else "finished"
+
+
+def last_tensors(cfg: Config) -> dict[str, torch.Tensor]:
+    folder = Path(cfg.run.root) / cfg.run.name / "checkpoints"
+    return load_file(sorted(folder.glob("step-*"))[-1] / "tensors.safetensors")
+
+
+def records(cfg: Config, file: str = "metrics.jsonl") -> list[dict]:
+    lines = (Path(cfg.run.root) / cfg.run.name / file).read_text().splitlines()
+    timed = ("time", "seconds", "images_per_second")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+@pytest.mark.parametrize("overrides", [["zo=mozo"], ["zo=conservative", "zo.optimizer=adam", "train.micro_batches=2"]], ids=["mozo", "adam"])
+def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path, overrides):
+    unbroken = configured(tmp_path, *overrides, "run.name=unbroken")
+    broken = configured(tmp_path, *overrides, "run.name=broken")
+    assert run_ranks(run_once, 2, unbroken) == ["finished"] * 2
+    assert run_ranks(run_once, 2, broken, 3) == ["requeued"] * 2
+    folder = Path(broken.run.root) / "broken"
+    assert (folder / "REQUEUE").exists() and not json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "task"
+    assert run_ranks(run_once, 2, broken) == ["finished"] * 2
+    assert not (folder / "REQUEUE").exists()
+    expected, got = last_tensors(unbroken), last_tensors(broken)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert [{**r, "name": ""} for r in records(unbroken)] == [{**r, "name": ""} for r in records(broken)]
+    assert records(unbroken, "journal.jsonl") == records(broken, "journal.jsonl")
+    assert run_ranks(run_once, 2, broken) == ["known"] * 2
+
+
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
+    unbroken = configured(tmp_path, "orders=dual_all", "zo=mozo", "run.name=unbroken")
+    moved = configured(tmp_path, "orders=dual_all", "zo=mozo", "run.name=moved")
+    run_ranks(run_once, 1, unbroken)
+    assert run_ranks(run_once, 2, moved, 4) == ["requeued"] * 2
+    assert run_ranks(run_once, 1, moved) == ["finished"]
+    expected, got = last_tensors(unbroken), last_tensors(moved)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_metrics_hold_every_step_and_the_whole_accuracy(tmp_path):
+    cfg = configured(tmp_path, "run.name=metrics")
+    train(cfg, World.alone())
+    folder = tmp_path / "runs" / "metrics"
+    rows = records(cfg)
+    steps, tasks = [r for r in rows if r["kind"] == "step"], [r for r in rows if r["kind"] == "task"]
+    assert [r["step"] for r in steps] == list(range(1, 11)) and {r["task"] for r in steps} == {0, 1}
+    assert all(set(r["zo"]) == {"language", "vision"} and torch.isfinite(torch.tensor(r["loss"])) for r in steps)
+    accuracy = json.loads((folder / "accuracy.json").read_text())
+    assert accuracy["complete"] and accuracy["last"] == sum(accuracy["correct"]) / sum(accuracy["total"])
+    assert len(accuracy["total"]) == 4 and sum(accuracy["total"]) == 144  # the test images of digits 0 to 3
+    assert [t["last"] for t in tasks][-1] == accuracy["last"] and tasks[0]["forward_transfer"] is not None
+    assert {p.name for p in (folder / "plots").glob("*.png")} >= {"accuracy_matrix.png", "accuracy.png", "loss.png"}
+    assert "Last" in (folder / "summary.md").read_text()
+    journal = records(cfg, "journal.jsonl")
+    assert [j["step"] for j in journal] == list(range(1, 11)) and all(len(j["moves"]) == 2 and j["seed"] > 0 for j in journal)
+
+
+def test_zero_shot_trains_nothing_and_equals_the_untrained_model(tmp_path):
+    cfg = configured(tmp_path, "orders=zero_shot", "run.name=zero")
+    accuracy = train(cfg, World.alone())
+    assert not [r for r in records(cfg) if r["kind"] == "step"]
+    tasks = [r for r in records(cfg) if r["kind"] == "task"]
+    assert [t["zero_shot"] for t in tasks] == [t["seen"] for t in tasks] == [accuracy.seen(0), accuracy.seen(1)]
+
+
+def test_another_configuration_does_not_take_over_a_run(tmp_path):
+    train(configured(tmp_path, "orders=zero_shot", "run.name=mine"), World.alone())
+    with pytest.raises(RunRefused, match=r"zo.probes: 1 -> 2"):
+        train(configured(tmp_path, "orders=zero_shot", "run.name=mine", "zo.probes=2"), World.alone())
+
+
+def other_config(world: World, cfg: Config) -> str:
+    if world.rank == 1:
+        cfg = dataclasses.replace(cfg, seed=cfg.seed + 1)
+    try:
+        train(cfg, world)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_different_configurations_do_not_start(tmp_path):
+    messages = run_ranks(other_config, 2, configured(tmp_path))
+    assert all("the configuration: ranks [1] differ from rank 0" in message for message in messages)
+    assert not (tmp_path / "runs").exists()
+
+
+def launched(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_accelerate_launch_trains_on_two_processes(tmp_path):
+    two = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    port = ["--main_process_port", str(free_port())]
+    done = launched(tmp_path, *two, *port, "-m", "dist_vlcl.train", *SMALL_RUN, "run.name=launched", "cluster.num_processes=2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 x cpu" in done.stdout and "Done. Look at runs/launched/summary.md" in done.stdout
+    assert done.stdout.count("Done.") == 1  # one rank speaks
+    assert json.loads((tmp_path / "runs/launched/accuracy.json").read_text())["complete"]
+    assert {p.name for p in tmp_path.iterdir()} == {"data", "runs"}  # and Hydra leaves nothing behind
+
+
+def test_a_launch_that_would_train_on_one_process_is_refused(tmp_path):
+    done = launched(tmp_path, "--cpu", "--num_processes", "2", "-m", "dist_vlcl.train", *SMALL_RUN, "cluster.num_processes=2")
+    assert done.returncode != 0
+    assert "cluster.num_processes=2, but the launcher started 1" in done.stdout + done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_user_error_is_one_message_before_any_work(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_vlcl.train", "orders.layers=odd"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "orders.layers='odd': choose from all, hop_odd, hop_even, prefix, suffix" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())

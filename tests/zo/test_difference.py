@@ -1,0 +1,159 @@
+"""Projected gradients against the true derivative along the direction, in float64."""
+
+import math
+
+import pytest
+import torch
+
+from dist_vlcl.zo.difference import LAWS, Directions, FiniteDifference, Group, groups_of
+from dist_vlcl.zo.noise import Key, normals
+from tests.zo.flats import SIZES, Problem, bowl, matrix, quadratic, smooth, two_branches
+
+KEY = Key(3, 1)
+
+
+def slopes(problem, groups, epsilon, sides=1, probes=1, clip=None, law="gaussian", key=KEY):
+    """Return (estimates, directions)."""
+    difference = FiniteDifference(epsilon, sides, probes, clip)
+    draws = Directions(problem.flats, law)
+    directions = {(branch, q): draws.draw(branch, key, q) for branch in problem.flats for q in range(probes)}
+    base, *losses = problem([{}, *difference.candidates(groups, directions)])
+    return difference.estimates(groups, base, losses), directions
+
+
+def error_along(loss, branch, epsilon, sides):
+    flats = two_branches()
+    problem = Problem(flats, loss)
+    (estimate,), z = slopes(problem, [g for g in groups_of(flats, "branch") if g.name == branch], dict.fromkeys(flats, epsilon), sides)
+    return estimate.projected_gradient[branch][0] - float(problem.gradient()[branch] @ z[branch, 0].double())
+
+
+@pytest.mark.parametrize("branch", SIZES)
+def test_two_sided_is_exact_on_a_quadratic_and_one_sided_is_off_by_half_eps_times_the_curvature(branch):
+    z = torch.zeros(13, dtype=torch.float64)
+    z[slice(0, 5) if branch == "language" else slice(5, 13)] = Directions(two_branches(), "gaussian").draw(branch, KEY, 0).double()
+    for epsilon in (1.0, 0.1, 1e-3):
+        assert error_along(quadratic, branch, epsilon, 2) == pytest.approx(0, abs=1e-6)
+        assert error_along(quadratic, branch, epsilon, 1) == pytest.approx(epsilon / 2 * float(z @ matrix() @ z), abs=1e-6)
+
+
+@pytest.mark.parametrize("branch", SIZES)
+@pytest.mark.parametrize(("sides", "order"), [(1, 1), (2, 2)])
+def test_the_error_falls_as_eps_one_sided_and_as_eps_squared_two_sided(branch, sides, order):
+    errors = [abs(error_along(smooth, branch, epsilon, sides)) for epsilon in (4e-2, 2e-2, 1e-2)]
+    for larger, smaller in zip(errors, errors[1:], strict=False):
+        assert math.log2(larger / smaller) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize(("law", "expected"), [("gaussian", 1.0), ("rademacher", 1.0), ("unit", None)])
+def test_the_mean_estimate_is_the_gradient(law, expected):
+    """Over N directions the mean of s z has squared error at most (d + 1) |g|^2 / N: below 2 sigma of it. A unit tensor has E[z z^T] = I / d."""
+    flats = two_branches()
+    problem = Problem(flats, quadratic)
+    probes, steps = 250, 6
+    total = {branch: torch.zeros_like(flat.values_n) for branch, flat in flats.items()}
+    for step in range(steps):
+        estimates, z = slopes(problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-4), 2, probes, law=law, key=Key(9, step))
+        for estimate in estimates:
+            for branch, s in estimate.projected_gradient.items():
+                total[branch] += torch.stack([z[branch, q] for q in range(probes)]).double().T @ torch.tensor(s, dtype=torch.float64)
+    for branch, g in problem.gradient().items():
+        scale = torch.cat([torch.full((n,), expected or 1 / n, dtype=torch.float64) for _, n in SIZES[branch]])
+        mean = total[branch] / (probes * steps)
+        assert float((mean - scale * g).norm()) < 2 * math.sqrt((len(g) + 1) / (probes * steps)) * float(g.norm())
+        assert float(mean @ (scale * g)) > 0.9 * float(mean.norm() * (scale * g).norm())
+
+
+def test_the_laws_are_normal_plus_or_minus_one_and_unit_per_tensor():
+    flats = two_branches()
+    for branch, names in SIZES.items():
+        gaussian, rademacher, unit = (Directions(flats, law).draw(branch, KEY, 2) for law in LAWS)
+        assert torch.equal(gaussian, torch.cat([normals(name, n, KEY, 2) for name, n in names]))
+        assert set(rademacher.tolist()) == {-1.0, 1.0}
+        parts = zip(unit.split([n for _, n in names]), gaussian.split([n for _, n in names]), strict=True)
+        for part, normal in parts:
+            assert torch.allclose(part, normal / normal.norm())
+            assert float(part.norm()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_direction_is_redrawn_bit_for_bit_and_each_probe_has_its_own(law):
+    flats = two_branches()
+    draw = Directions(flats, law).draw
+    assert torch.equal(draw("vision", KEY, 0), Directions(flats, law).draw("vision", KEY, 0))
+    assert not torch.equal(draw("vision", KEY, 0), draw("vision", KEY, 1))
+
+
+def test_branches_do_not_share_a_probe():
+    """With one bit for both, vision would be right only 65 % of the time at eps_v = eps_l / 2 (METHOD 2.6)."""
+    flats = two_branches()
+    problem = Problem(flats, quadratic)
+    slopes(problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-3))
+    assert [set(candidate) for candidate in problem.asked] == [set(), {"language"}, {"vision"}]
+
+
+def test_granularity_says_what_moves_together():
+    flats = two_branches()
+    assert groups_of(flats, "branch") == [Group("language", {"language": slice(0, 5)}), Group("vision", {"vision": slice(0, 8)})]
+    assert groups_of(flats, "joint") == [Group("language+vision", {"language": slice(0, 5), "vision": slice(0, 8)})]
+    assert groups_of(flats, "unit") == [
+        Group("language.1", {"language": slice(0, 3)}),
+        Group("language.3", {"language": slice(3, 5)}),
+        Group("vision.1", {"vision": slice(0, 5)}),
+        Group("vision.2", {"vision": slice(5, 8)}),
+    ]
+    for granularity in ("branch", "unit", "joint"):
+        assert groups_of({}, granularity) == []
+
+
+def test_a_unit_touches_only_its_slice_and_has_its_own_slope():
+    flats = two_branches()
+    problem = Problem(flats, quadratic)
+    groups = groups_of(flats, "unit")
+    estimates, z = slopes(problem, groups, dict.fromkeys(flats, 1e-5), 2)
+    g = problem.gradient()
+    assert len({e.projected_gradient[b][0] for e in estimates for b in e.projected_gradient}) == len(groups)
+    for estimate, plus, minus in zip(estimates, problem.asked[1::2], problem.asked[2::2], strict=True):
+        ((branch, part),) = estimate.group.slices.items()
+        inside = torch.zeros(flats[branch].values_n.numel(), dtype=torch.bool)
+        inside[part] = True
+        for offset in (plus[branch], minus[branch]):
+            assert bool((offset[inside] != 0).all()) and bool((offset[~inside] == 0).all())
+        assert estimate.projected_gradient[branch][0] == pytest.approx(float(g[branch][part] @ z[branch, 0][part].double()), abs=1e-6)
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_joint_divides_one_loss_difference_by_each_branch_s_eps(sides):
+    flats = two_branches()
+    problem = Problem(flats, smooth)
+    epsilon = {"language": 1e-3, "vision": 2.5e-4}
+    (estimate,), z = slopes(problem, groups_of(flats, "joint"), epsilon, sides)
+    moved = {branch: z[branch, 0] * epsilon[branch] for branch in flats}
+    plus = float(smooth(problem.at(moved)))
+    minus = float(smooth(problem.at({branch: -offset for branch, offset in moved.items()})))
+    difference = plus - float(smooth(problem.at({}))) if sides == 1 else (plus - minus) / 2
+    for branch, eps in epsilon.items():
+        assert estimate.projected_gradient[branch][0] == pytest.approx(difference / eps, rel=1e-9)
+    assert len(problem.asked) == 1 + sides
+
+
+def test_a_slope_is_clipped_on_both_sides():
+    flats = two_branches()
+    for sign in (1, -1):
+        problem = Problem(flats, lambda x, sign=sign: sign * 1e4 * x.sum())
+        free, _ = slopes(problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-3))
+        clipped, _ = slopes(problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-3), clip=10)
+        for a, b in zip(free, clipped, strict=True):
+            for branch, (s,) in a.projected_gradient.items():
+                assert abs(s) > 10
+                assert b.projected_gradient[branch] == (math.copysign(10, s),)
+
+
+def test_each_branch_is_moved_by_its_own_eps():
+    flats = two_branches()
+    problem = Problem(flats, bowl)
+    epsilon = {"language": 1e-3, "vision": 5e-4}
+    _, z = slopes(problem, groups_of(flats, "branch"), epsilon, sides=2, probes=2)
+    expected = [(b, q, sign) for b in flats for q in range(2) for sign in (1, -1)]
+    for candidate, (branch, q, sign) in zip(problem.asked[1:], expected, strict=True):
+        assert torch.equal(candidate[branch], z[branch, q] * (sign * epsilon[branch]))

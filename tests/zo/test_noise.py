@@ -1,0 +1,203 @@
+import hashlib
+import math
+
+import pytest
+import torch
+from scipy import stats
+
+from dist_vlcl.zo.noise import (
+    Key,
+    NoiseField,
+    Segment,
+    StepNoise,
+    Streams,
+    derive_seed,
+    kept_by_row,
+    name_id,
+    normals,
+    normals_by_row,
+    philox4x32,
+)
+
+KEY = Key(seed=0x1234_5678_9ABC_DEF0, step=7)
+SIZES = {"language.1/router": 6, "language.1/up_weight": 1003, "vision.1/router": 6, "vision.2/down_weight": 4096}
+
+
+def whole_field(names=SIZES) -> NoiseField:
+    return NoiseField([Segment(name, 0, SIZES[name]) for name in names])
+
+
+def philox_by_hand(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 in Python's integers, round by round as in Salmon et al. 2011."""
+    for r in range(10):
+        k0, k1 = ((key[0] + r * 0x9E3779B9) % 2**32, (key[1] + r * 0xBB67AE85) % 2**32)
+        high0, low0 = divmod(0xD2511F53 * counter[0], 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * counter[2], 2**32)
+        counter = [high1 ^ counter[1] ^ k0, low1, high0 ^ counter[3] ^ k1, low0]
+    return counter
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_the_known_answers_of_random123(counter, key, words):
+    low, high = (int(k, 16) for k in key.split())
+    drawn = philox4x32(tuple(torch.tensor([int(c, 16)]) for c in counter.split()), low | high << 32)
+    assert " ".join(f"{int(word):08x}" for word in drawn) == words
+    assert philox_by_hand([int(c, 16) for c in counter.split()], [low, high]) == [int(w, 16) for w in words.split()]
+
+
+def test_normals_are_box_muller_of_the_documented_counter():
+    name, stream = "vision.3/up_weight", 5
+    drawn = normals(name, 11, KEY, stream)
+    identity = int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
+    for i, value in enumerate(drawn.tolist()):
+        words = philox_by_hand([i // 4, identity, KEY.step, stream], [KEY.seed % 2**32, KEY.seed >> 32])
+        w, angle = words[2 * (i % 4 // 2) :][:2]
+        expected = math.sqrt(-2 * math.log((w + 1) / 2**32)) * (math.cos, math.sin)[i % 2](2 * math.pi * angle / 2**32)
+        assert value == pytest.approx(expected, abs=2e-6)
+
+
+def test_signs_are_the_bits_of_the_documented_counter():
+    name, stream = "vision.3/up_weight", 5
+    drawn = NoiseField([Segment(name, 0, 200)]).signs(KEY, stream).tolist()
+    words = [philox_by_hand([block, name_id(name), KEY.step, stream], [KEY.seed % 2**32, KEY.seed >> 32]) for block in range(2)]
+    assert drawn == [2.0 * (words[i // 128][i % 128 // 32] >> i % 32 & 1) - 1 for i in range(200)]
+
+
+def test_names_and_seeds_keep_their_identity_in_every_version():
+    """A journal outlives the code that wrote it."""
+    assert name_id("vision.3/down_weight") == 0x553921FC
+    assert derive_seed(0, "adapters") == 7119340175292978580
+
+
+def test_a_field_draws_for_each_parameter_what_it_draws_alone():
+    drawn = whole_field().normals(KEY, 3)
+    assert torch.equal(drawn, torch.cat([normals(name, n, KEY, 3) for name, n in SIZES.items()]))
+
+
+@pytest.mark.parametrize("draw", ["normals", "signs"])
+@pytest.mark.parametrize("cuts", [[1], [511, 512], [3, 4, 5, 8, 127, 128, 129, 1000], [64, 300, 301, 777, 1002]])
+def test_any_slice_of_a_parameter_is_the_slice_of_the_whole(draw, cuts):
+    name, n = "language.1/up_weight", SIZES["language.1/up_weight"]
+    whole = getattr(whole_field([name]), draw)(KEY, 0)
+    shards = [getattr(NoiseField([Segment(name, a, b)]), draw)(KEY, 0) for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
+    assert torch.equal(torch.cat(shards), whole)
+    together = NoiseField([Segment(name, a, b) for a, b in zip([0, *cuts], [*cuts, n], strict=True)])
+    assert torch.equal(getattr(together, draw)(KEY, 0), whole)
+
+
+@pytest.mark.parametrize("draw", ["normals", "signs"])
+def test_a_parameter_draws_the_same_whichever_others_are_drawn_and_in_whatever_order(draw):
+    names = list(SIZES)
+    parts = dict(zip(names, getattr(whole_field(names), draw)(KEY, 1).split(list(SIZES.values())), strict=True))
+    reverse = dict(zip(names[::-1], getattr(whole_field(names[::-1]), draw)(KEY, 1).split(list(SIZES.values())[::-1]), strict=True))
+    for name in names:
+        assert torch.equal(parts[name], reverse[name])
+        assert torch.equal(parts[name], getattr(whole_field([name]), draw)(KEY, 1))
+
+
+N = 1 << 16
+BASE = ("vision.2/down_weight", KEY, 0)
+OTHERS = {
+    "seed": ("vision.2/down_weight", Key(KEY.seed + 1, KEY.step), 0),
+    "high bit of the seed": ("vision.2/down_weight", Key(KEY.seed ^ 1 << 63, KEY.step), 0),
+    "step": ("vision.2/down_weight", Key(KEY.seed, KEY.step + 1), 0),
+    "layer": ("vision.3/down_weight", KEY, 0),
+    "branch": ("language.2/down_weight", KEY, 0),
+    "stream": ("vision.2/down_weight", KEY, 1),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_another_seed_step_name_or_stream_is_uncorrelated(what):
+    """The correlation of n independent pairs has sigma 1 / sqrt(n): below 4 sigma."""
+    (name, key, stream), (other, other_key, other_stream) = BASE, OTHERS[what]
+    assert abs(float((normals(name, N, key, stream) * normals(other, N, other_key, other_stream)).mean())) < 4 / math.sqrt(N)
+    a = NoiseField([Segment(name, 0, N)]).signs(key, stream)
+    b = NoiseField([Segment(other, 0, N)]).signs(other_key, other_stream)
+    assert abs(float((a * b).mean())) < 4 / math.sqrt(N)
+
+
+def test_neighbours_are_uncorrelated():
+    z = normals(*BASE[:1], N, *BASE[1:])
+    for lag in (1, 2, 3, 4, 5, 8, 16):
+        assert abs(float((z[lag:] * z[:-lag]).mean())) < 4 / math.sqrt(N - lag)
+
+
+def test_a_million_normals_have_the_moments_and_the_law_of_a_normal():
+    """Moments within 4 sigma: 1, 2, 6, 24 over n are the variances of mean, variance, skewness, kurtosis; Kolmogorov-Smirnov at 0.1 %."""
+    n = 1 << 20
+    z = normals("vision.1/up_weight", n, KEY, 0).double()
+    moments = (z.mean(), z.var() - 1, (z**3).mean(), (z**4).mean() - 3)
+    bounds = (1, 2, 15, 96)  # variances of z, z^2, z^3, z^4
+    for moment, variance in zip(moments, bounds, strict=True):
+        assert abs(float(moment)) < 4 * math.sqrt(variance / n)
+    assert stats.kstest(z.numpy(), "norm").statistic < 1.95 / math.sqrt(n)
+    assert 4.3 < float(z.abs().max()) < 6.67  # the tail is there; 32 bits end at sqrt(2 ln 2^32)
+
+
+def test_signs_are_plus_or_minus_one_and_fair():
+    signs = NoiseField([Segment("vision.1/up_weight", 0, 1 << 20)]).signs(KEY, 0)
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert abs(float(signs.mean())) < 4 / math.sqrt(len(signs))
+    by_bit = signs.view(-1, 128).mean(0)  # each bit of the 128 of a counter
+    assert float(by_bit.abs().max()) < 5 / math.sqrt(len(signs) / 128)
+
+
+def test_two_names_with_one_identity_are_refused():
+    with pytest.raises(ValueError, match="rename one of them"):
+        NoiseField([Segment("p15387", 0, 1), Segment("p62768", 0, 1)])
+
+
+@pytest.mark.parametrize("drop", [0.1, 0.5, 0.0])
+def test_dropout_drops_at_its_rate(drop):
+    kept = kept_by_row("dropout/vision/1", torch.arange(64), 4096, drop, KEY, Streams.DROPOUT)
+    sigma = math.sqrt(drop * (1 - drop) / kept.numel())
+    assert abs(float((~kept).double().mean()) - drop) <= 4 * sigma + 2**-17  # the rate is rounded to 2^-16
+
+
+def test_the_mask_of_a_shorter_prompt_is_the_head_of_the_longer():
+    rows, width = torch.arange(5), 8
+    full = StepNoise(KEY, {"language": rows}).kept("language", 2, 77, width, 0.1)
+    for tokens in (1, 9, 10, 76):
+        short = StepNoise(KEY, {"language": rows}).kept("language", 2, tokens, width, 0.1)
+        assert torch.equal(short, full[:, :tokens])
+
+
+@pytest.mark.parametrize("place", [[3], [5, 3, 0], [0, 1, 2, 3, 4, 5, 6], [3, 2**24 - 1]])
+def test_a_sample_sees_the_same_noise_wherever_it_sits(place):
+    """Rank, micro-batch and order of the batch do not matter: only the position in the global batch does."""
+    alone, among = StepNoise(KEY, {"vision": torch.tensor([3])}), StepNoise(KEY, {"vision": torch.tensor(place)})
+    where = place.index(3)
+    assert torch.equal(among.router("vision", 4, 2)[where], alone.router("vision", 4, 2)[0])
+    assert torch.equal(among.kept("vision", 4, 197, 8, 0.1)[where], alone.kept("vision", 4, 197, 8, 0.1)[0])
+    assert torch.equal(
+        normals_by_row("x", torch.tensor(place), 9, KEY, 2)[where], normals_by_row("x", torch.tensor([3]), 9, KEY, 2)[0]
+    )
+
+
+def test_a_mask_too_large_for_one_chunk_is_the_same_row_by_row():
+    rows, numel = torch.arange(7), 100_000
+    whole = kept_by_row("dropout/vision/1", rows, numel, 0.1, KEY, Streams.DROPOUT)
+    assert torch.equal(whole, torch.cat([kept_by_row("dropout/vision/1", row[None], numel, 0.1, KEY, Streams.DROPOUT) for row in rows]))
+
+
+def test_samples_blocks_branches_and_purposes_have_noise_of_their_own():
+    rows = torch.arange(2)
+    noise = StepNoise(KEY, {"vision": rows, "language": rows})
+    routers = [noise.router(branch, layer, 512) for branch in ("vision", "language") for layer in (1, 2)]
+    drawn = torch.cat([*routers, (noise.kept("vision", 1, 64, 8, 0.5).flatten(1) * 2.0 - 1)])
+    correlation = drawn @ drawn.T / 512
+    assert float((correlation - torch.diag(correlation.diag())).abs().max()) < 4.5 / math.sqrt(512)  # 45 pairs
+
+
+def test_every_evaluation_of_a_step_sees_one_realisation():
+    noise = StepNoise(KEY, {"vision": torch.arange(4)})
+    assert noise.router("vision", 1, 2) is noise.router("vision", 1, 2)
+    assert torch.equal(noise.kept("vision", 1, 5, 8, 0.1), noise.kept("vision", 1, 5, 8, 0.1))

@@ -1,0 +1,328 @@
+"""Every row of the strategy table on problems with known answers; the decision and its replay."""
+
+# n numbers of a branch
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from dist_vlcl.zo.difference import groups_of
+from dist_vlcl.zo.naive import naive_step
+from dist_vlcl.zo.noise import Key, normals
+from dist_vlcl.zo.strategies import ZerothOrder, ZerothOrderConfig
+from tests.zo.flats import SIZES, Problem, bowl, quadratic, smooth, two_branches
+
+EPSILON = {"language": 1e-3, "vision": 1e-3}
+STRATEGIES = {
+    "naive": ZerothOrderConfig("naive", transform="identity", epsilon=EPSILON),
+    "sign": ZerothOrderConfig("sign", transform="sign", epsilon=EPSILON),
+    "conservative": ZerothOrderConfig("conservative", transform="identity", acceptance="best_of_three", epsilon=EPSILON),
+    "mozo": ZerothOrderConfig(),
+}
+OPTIONS = {
+    "default": {},
+    "two_sided": {"sides": 2},
+    "probes": {"probes": 4},
+    "rademacher": {"directions": "rademacher"},
+    "unit_law": {"directions": "unit"},
+    "per_unit": {"granularity": "unit"},
+    "joint": {"granularity": "joint"},
+    "best_of": {"acceptance": "best_of_three"},
+    "sign_scalar": {"transform": "sign_scalar"},
+    "adam": {"optimizer": "adam"},
+}
+KEY = Key(11, 4)
+
+
+def step(problem, config, key=KEY, lr=1e-2, zeroth=None):
+    """Take one step on a problem's own flats; return (base loss, moves)."""
+    zeroth = zeroth or ZerothOrder(problem.flats, config)
+    base, moves = zeroth.decide(problem, groups_of(problem.flats, config.granularity), key, lr)
+    zeroth.apply(moves)
+    return base, moves
+
+
+def values(problem):
+    return {branch: flat.values_n.clone() for branch, flat in problem.flats.items()}
+
+
+def row(strategy, **options):
+    return dataclasses.replace(STRATEGIES[strategy], **options)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_goes_downhill(strategy, option):
+    """From distance |x| about 3.6 on |x|^2 / 2, in 13 dimensions; sign-like steps have length lr sqrt(d) whatever the slope."""
+    config = row(strategy, **OPTIONS[option])
+    problem = Problem(two_branches(), bowl)
+    start = float(bowl(problem.at({})))
+    zeroth = ZerothOrder(problem.flats, config)
+    bounded = config.transform != "identity" or config.optimizer == "adam"
+    for k in range(300):
+        step(problem, config, Key(1, k), 0.02 if bounded else 0.05, zeroth)
+    assert float(bowl(problem.at({}))) < start / 10
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+def test_naive_moves_by_minus_lr_times_the_slope_times_the_direction(sides):
+    problem = Problem(two_branches(), quadratic)
+    before, g = values(problem), problem.gradient()
+    step(problem, row("naive", sides=sides, clip=None, epsilon={"language": 1e-6, "vision": 1e-6}), lr=0.1)
+    for branch, names in SIZES.items():
+        z = torch.cat([normals(name, n, KEY, 0) for name, n in names]).double()
+        torch.testing.assert_close(problem.flats[branch].values_n - before[branch], -0.1 * (g[branch] @ z) * z, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("strategy", ["sign", "mozo"])
+def test_sign_moves_every_coordinate_by_lr(strategy):
+    problem = Problem(two_branches(), quadratic)
+    before, g = values(problem), problem.gradient()
+    step(problem, STRATEGIES[strategy], lr=2**-6)
+    for branch, names in SIZES.items():
+        z = torch.cat([normals(name, n, KEY, 0) for name, n in names]).double()
+        expected = -(2**-6) * (g[branch] @ z).sign() * z.sign()  # one bit of information: the sign of the slope
+        assert torch.equal(problem.flats[branch].values_n - before[branch], expected)
+
+
+def test_sign_scalar_keeps_the_lengths_of_the_direction():
+    problem = Problem(two_branches(), quadratic)
+    before, g = values(problem), problem.gradient()
+    step(problem, row("sign", transform="sign_scalar"), lr=2**-6)
+    for branch, names in SIZES.items():
+        z = torch.cat([normals(name, n, KEY, 0) for name, n in names]).double()
+        torch.testing.assert_close(problem.flats[branch].values_n - before[branch], -(2**-6) * (g[branch] @ z).sign() * z)
+
+
+def test_mozo_s_eps_do_not_change_the_size_of_a_step_but_the_probe():
+    """Section 0.3: with sign and one probe, eps acts only through the bit."""
+    sizes, probed = [], []
+    for epsilon in ({"language": 1e-3, "vision": 5e-4}, {"language": 1e-3, "vision": 1e-4}):
+        problem = Problem(two_branches(), quadratic)
+        before = values(problem)
+        step(problem, row("mozo", epsilon=epsilon))
+        sizes.append({branch: (problem.flats[branch].values_n - before[branch]).abs() for branch in before})
+        probed.append(problem.asked[2]["vision"])
+    assert all(torch.allclose(sizes[0][branch], sizes[1][branch]) for branch in sizes[0])
+    assert torch.allclose(probed[0], probed[1] * 5)
+
+
+def test_probes_average():
+    problem = Problem(two_branches(), quadratic)
+    before = values(problem)
+    _, moves = step(problem, row("naive", probes=3), lr=0.1)
+    for move, (branch, names) in zip(moves, SIZES.items(), strict=True):
+        slopes = move.estimate.projected_gradient[branch]
+        z = [torch.cat([normals(name, n, KEY, q) for name, n in names]) for q in range(3)]
+        assert len(set(slopes)) == 3
+        expected = -0.1 * sum(s * z_n.double() for s, z_n in zip(slopes, z, strict=True)) / 3
+        torch.testing.assert_close(problem.flats[branch].values_n - before[branch], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("base", "minus", "plus"), itertools.product([1.0, 2.0], repeat=3))
+def test_conservative_takes_the_best_and_on_a_tie_stays_then_steps_then_mirrors(base, minus, plus):
+    problem = Problem(two_branches(), bowl)
+    problem.fail_at = {0: base, 3: minus, 4: plus, 5: minus, 6: plus}  # base, two probes, then minus and plus of each branch
+    before = values(problem)
+    _, moves = step(problem, STRATEGIES["conservative"], lr=0.1)
+    expected = 0.0 if base <= min(minus, plus) else -0.1 if minus <= plus else 0.1
+    for move, (branch, offset) in zip(moves, ((b, m.directions[b]) for m in moves for b in m.directions), strict=True):
+        assert move.coefficient == expected
+        assert move.losses == (base, minus, plus)
+        torch.testing.assert_close(problem.flats[branch].values_n, before[branch] + expected * offset)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_conservative_never_goes_uphill_branch_by_branch(seed):
+    problem = Problem(two_branches(seed), smooth)
+    base, moves = step(problem, STRATEGIES["conservative"], Key(seed, 0), lr=0.5)
+    for move in moves:
+        chosen = dict(zip((0.0, -0.5, 0.5), move.losses, strict=True))[move.coefficient]
+        assert chosen == min(move.losses) <= base == move.losses[0]
+
+
+@pytest.mark.parametrize("granularity", ["branch", "unit", "joint"])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_candidate_whose_loss_was_accepted_is_bit_for_bit_what_apply_gives(granularity, seed):
+    problem = Problem(two_branches(seed), smooth)
+    config = row("conservative", granularity=granularity, probes=2)
+    groups = groups_of(problem.flats, granularity)
+    _, moves = ZerothOrder(problem.flats, config).decide(problem, groups, Key(seed, 0), 0.1)
+    tried = problem.asked[1 + 2 * len(groups) :]
+    for k, move in enumerate(moves):
+        flats = two_branches(seed)
+        ZerothOrder(flats, config).apply([move])
+        candidate = {-0.1: tried[2 * k], 0.1: tried[2 * k + 1], 0.0: {}}[move.coefficient]
+        assert torch.equal(torch.cat([flat.values_n for flat in flats.values()]), problem.at(candidate))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_decide_changes_no_value(strategy, optimizer):
+    problem = Problem(two_branches(), smooth)
+    before = values(problem)
+    config = row(strategy, optimizer=optimizer)
+    ZerothOrder(problem.flats, config).decide(problem, groups_of(problem.flats, "branch"), KEY, 0.1)
+    for branch, flat in problem.flats.items():
+        assert torch.equal(flat.values_n, before[branch])
+
+
+@pytest.mark.parametrize(("strategy", "at"), [*(("naive", k) for k in range(3)), *(("conservative", k) for k in range(7))])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_moves_nothing(strategy, bad, at):
+    problem = Problem(two_branches(), smooth)
+    problem.fail_at = {at: bad}
+    before = values(problem)
+    _, moves = step(problem, STRATEGIES[strategy])
+    assert moves == []
+    for branch, flat in problem.flats.items():
+        assert torch.equal(flat.values_n, before[branch])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_evaluations_per_step_are_those_of_method_2_3(strategy):
+    """One base, a probe or two per branch, and two candidates per branch where one chooses."""
+    for sides, probes in itertools.product((1, 2), (1, 3)):
+        problem = Problem(two_branches(), smooth)
+        config = row(strategy, sides=sides, probes=probes)
+        step(problem, config)
+        assert len(problem.asked) == 1 + 2 * (sides * probes + (2 if config.acceptance == "best_of_three" else 0))
+
+
+def test_lr_scale_multiplies_the_rate():
+    moved = []
+    for lr, scale in ((0.2, 1.0), (0.1, 2.0)):
+        problem = Problem(two_branches(), smooth)
+        step(problem, row("conservative", lr_scale=scale), lr=lr)
+        moved.append(problem.at({}))
+    assert torch.equal(*moved)
+
+
+def test_each_repeat_of_a_step_draws_probes_of_its_own():
+    """Steps within one key use streams repeat * probes + q: no direction is used twice."""
+    problem = Problem(two_branches(), smooth)
+    zeroth = ZerothOrder(problem.flats, row("naive", probes=2, epsilon={"language": 1.0, "vision": 1.0}))
+    drawn = []
+    for repeat in range(3):
+        problem.asked.clear()
+        zeroth.decide(problem, groups_of(problem.flats, "branch"), KEY, 0.1, repeat)
+        drawn += [candidate["language"] for candidate in problem.asked[1:3]]
+    for stream, z in enumerate(drawn):
+        assert torch.equal(z, torch.cat([normals(name, n, KEY, stream) for name, n in SIZES["language"]]))
+
+
+def test_rounds_are_one_or_branch_after_branch():
+    flats = two_branches()
+    assert [[g.name for g in groups] for groups in ZerothOrder(flats, row("mozo")).rounds()] == [["language", "vision"]]
+    one_by_one = ZerothOrder(flats, row("mozo", update="sequential", granularity="unit")).rounds()
+    assert [[g.name for g in groups] for groups in one_by_one] == [["language.1", "language.3"], ["vision.1", "vision.2"]]
+    assert ZerothOrder({}, row("mozo")).rounds() == []
+
+
+@pytest.mark.parametrize("granularity", ["branch", "unit", "joint"])
+def test_adam_takes_the_steps_of_torch_on_the_same_estimates(granularity):
+    config = row("naive", optimizer="adam", granularity=granularity)
+    problem = Problem(two_branches(), smooth)
+    theirs = {branch: v.requires_grad_() for branch, v in values(problem).items()}
+    torch_adam, zeroth = torch.optim.Adam(theirs.values(), lr=0.05), ZerothOrder(problem.flats, config)
+    for k in range(5):
+        for v in theirs.values():
+            v.grad = torch.zeros_like(v)
+        _, moves = step(problem, config, Key(0, k), 0.05, zeroth)
+        for move in moves:
+            for branch, (s,) in move.estimate.projected_gradient.items():
+                z = torch.cat([normals(name, n, Key(0, k), 0) for name, n in SIZES[branch]])
+                part = move.group.slices[branch]
+                theirs[branch].grad[part] = (z * s)[part].double()
+        torch_adam.step()
+    for branch, v in theirs.items():
+        torch.testing.assert_close(problem.flats[branch].values_n, v.detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_begin_forgets_adam_s_moments():
+    zeroth = ZerothOrder(two_branches(), row("naive", optimizer="adam"))
+    step(Problem(zeroth.flats, smooth), zeroth.config, zeroth=zeroth)
+    assert zeroth.adam.steps == 1
+    zeroth.begin()
+    assert (zeroth.adam.steps, zeroth.adam.moments) == (0, {})
+
+
+def replay(flats, journal, config, key):
+    """Rebuild the values from the journal's records and the key alone, with none of the code under test but the noise."""
+    groups = {group.name: group.slices for group in groups_of(flats, config.granularity)}
+    for entry in journal:
+        for branch, slopes in entry["projected_gradient"].items():
+            mean = torch.zeros(flats[branch].values_n.numel())
+            for q, slope in enumerate(slopes):
+                mean = mean + torch.cat([normals(name, n, key, q) for name, n in SIZES[branch]]) * (slope / len(slopes))
+            outside = torch.ones(len(mean), dtype=torch.bool)
+            outside[groups[entry["group"]][branch]] = False
+            mean[outside] = 0
+            flats[branch].values_n += (mean.sign() if config.transform == "sign" else mean) * entry["coefficient"]
+
+
+@pytest.mark.parametrize("granularity", ["branch", "unit", "joint"])
+@pytest.mark.parametrize("probes", [1, 3])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_journal_replays_bit_for_bit(strategy, granularity, probes):
+    config = row(strategy, granularity=granularity, probes=probes)
+    problem, again = Problem(two_branches(), smooth), two_branches()
+    for k in range(6):
+        _, moves = step(problem, config, Key(2, k), 0.1)
+        journal = json.loads(json.dumps([move.record() for move in moves]))
+        replay(again, journal, config, Key(2, k))
+    for branch, flat in problem.flats.items():
+        assert torch.equal(flat.values_n, again[branch].values_n)
+
+
+@pytest.mark.parametrize("options", [{}, {"sides": 2}, {"probes": 3}, {"granularity": "unit"}, {"clip": 0.2}, {"lr_scale": 3.0}], ids=str)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_is_that_of_the_naive_twin(strategy, options):
+    config = row(strategy, **options)
+    problem = Problem(two_branches(), smooth)
+    tensors = {}
+    for branch, names in SIZES.items():
+        parts = problem.flats[branch].values_n.split([n for _, n in names])
+        tensors |= {name: part.clone() for (name, _), part in zip(names, parts, strict=True)}
+
+    def loss(named):
+        return float(smooth(torch.cat([named[name] for names in SIZES.values() for name, _ in names])))
+
+    for k in range(3):
+        tensors = naive_step(loss, tensors, config, Key(6, k), 0.05)
+        step(problem, config, Key(6, k), 0.05)
+    expected = torch.cat([tensors[name] for names in SIZES.values() for name, _ in names])
+    torch.testing.assert_close(problem.at({}), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"transform": "square"}, "zo.transform='square': choose from identity, sign, sign_scalar"),
+        ({"acceptance": "sometimes"}, "zo.acceptance='sometimes': choose from always, best_of_three"),
+        ({"sides": 3}, "zo.sides=3: choose from 1, 2"),
+        ({"directions": "cauchy"}, "zo.directions='cauchy': choose from gaussian, rademacher, unit"),
+        ({"granularity": "layer"}, "zo.granularity='layer': choose from branch, unit, joint"),
+        ({"optimizer": "lion"}, "zo.optimizer='lion': choose from sgd, adam"),
+        ({"update": "random"}, "zo.update='random': choose from simultaneous, sequential"),
+        ({"epsilon": {"language": 1e-3}}, "zo.epsilon.vision=None: give a positive number"),
+        ({"epsilon": {"language": -1e-3, "vision": 1e-3}}, "zo.epsilon.language=-0.001: give a positive number"),
+        ({"epsilon": {"language": math.nan, "vision": 1e-3}}, "zo.epsilon.language=nan: give a positive number"),
+        ({"clip": 0.0}, "zo.clip=0.0: give a positive number, or null"),
+        ({"probes": 0}, "zo.probes=0: give a positive number"),
+        ({"steps_per_fo_step": 0}, "zo.steps_per_fo_step=0: give a positive number"),
+        ({"probes": 128, "steps_per_fo_step": 2}, "at most 254"),
+        ({"granularity": "joint", "update": "sequential"}, "zo.update=sequential"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_refused_in_its_own_words(options, words):
+    config = row("mozo", **options)
+    for refuse in (config.check, lambda: ZerothOrder(two_branches(), config)):
+        with pytest.raises(ValueError) as caught:
+            refuse()
+        assert words in str(caught.value)
