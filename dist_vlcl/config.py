@@ -121,6 +121,17 @@ def from_hydra(options: DictConfig) -> Config:
     return config
 
 
+def load_config(path: Path) -> Config:
+    """Return the configuration that a run has written, checked."""
+    saved = OmegaConf.create(yaml.safe_load(path.read_text()))
+    adapter = LoRAConfig if "rank" in saved.adapter else MoEConfig
+    schema = OmegaConf.structured(Config)
+    schema.adapter = OmegaConf.structured(adapter)
+    merged = OmegaConf.merge(schema, saved)
+    assert isinstance(merged, DictConfig)
+    return from_hydra(merged)
+
+
 def default_name(config: Config) -> str:
     """Return a name that tells runs apart: the paper's id, or what was learned and how."""
     if config.paper:

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,9 @@ from dist_vlcl.run.state import TrainState
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.noise import Key, derive_seed
+
+
+Progress = Callable[..., Iterable[Any]]  # shows how far an iterable of batches is: RunLog.progress, or nothing
 
 
 @dataclass
@@ -102,7 +105,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     if report.stop:
                         run.request_requeue()
                         raise Requeued(str(run.path))
-                accuracy.append(evaluate(cfg, towers, index, tasks, task, world, log))
+                accuracy.append(evaluate(cfg, towers, index, tasks, task, world, log.progress))
                 state.accuracy = accuracy.rows
                 log.task({"step": state.step, "task": task.index, **accuracy.summary(), "zero_shot": zero_shot.get(task.index)})
                 run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
@@ -201,12 +204,12 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
-def evaluate(cfg: Config, towers: TwoTowers, index: Index, tasks: TaskStream, task: Task, world: World, log: RunLog) -> list:
+def evaluate(cfg: Config, towers: TwoTowers, index: Index, tasks: TaskStream, task: Task, world: World, progress: Progress) -> list:
     """Return (correct, total) per class: of the classes seen, among those seen; of the next task's, among those and the seen."""
     seen = tasks.seen(task.index)
     ahead = tasks.seen(min(task.index + 1, len(tasks) - 1))
     counts = count(
-        cfg, towers, index, ahead, [len(seen.classes), len(ahead.classes)], world, log, f"evaluation after task {task.index + 1}"
+        cfg, towers, index, ahead, [len(seen.classes), len(ahead.classes)], world, progress, f"evaluation after task {task.index + 1}"
     )
     return counts[0][: len(seen.classes)] + counts[1][len(seen.classes) :]
 
@@ -216,7 +219,7 @@ def evaluate_untrained(cfg: Config, towers: TwoTowers, index: Index, tasks: Task
     if not cfg.eval.zero_shot:
         return {}
     prefixes = [len(tasks.seen(t).classes) for t in range(len(tasks))]
-    counts = count(cfg, towers, index, tasks.seen(len(tasks) - 1), prefixes, world, log, "zero-shot evaluation")
+    counts = count(cfg, towers, index, tasks.seen(len(tasks) - 1), prefixes, world, log.progress, "zero-shot evaluation")
     accuracy = {
         t: sum(c for c, _ in row[:n]) / max(1, sum(k for _, k in row[:n])) for t, (n, row) in enumerate(zip(prefixes, counts, strict=True))
     }
@@ -224,7 +227,10 @@ def evaluate_untrained(cfg: Config, towers: TwoTowers, index: Index, tasks: Task
     return accuracy
 
 
-def count(cfg: Config, towers: TwoTowers, index: Index, task: Task, prefixes: list[int], world: World, log: RunLog, described: str) -> list:
+def count(
+    cfg: Config, towers: TwoTowers, index: Index, task: Task, prefixes: list[int], world: World, progress: Progress, described: str
+) -> list:
+    """Return [prefix][class] -> (correct, total) over the test images of a task's classes. All ranks call this."""
     transform = (TrainTransform if cfg.eval.train_transform else TestTransform)(towers.image_size)
     batches = test_batches(
         index,
@@ -237,7 +243,7 @@ def count(cfg: Config, towers: TwoTowers, index: Index, task: Task, prefixes: li
         on_error=cfg.data.on_error,
     )
     noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
-    shown = log.progress(batches, total=batches.num_batches, description=described)
+    shown = progress(batches, total=batches.num_batches, description=described)
     return count_correct(towers, shown, task.names, prefixes, world, noise).tolist()
 
 

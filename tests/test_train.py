@@ -59,7 +59,9 @@ def records(cfg: Config, file: str = "metrics.jsonl") -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
-@pytest.mark.parametrize("overrides", [["zo=mozo"], ["zo=conservative", "zo.optimizer=adam", "train.micro_batches=2"]], ids=["mozo", "adam"])
+@pytest.mark.parametrize(
+    "overrides", [["zo=mozo"], ["zo=conservative", "zo.optimizer=adam", "train.micro_batches=2"]], ids=["mozo", "adam"]
+)
 def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path, overrides):
     unbroken = configured(tmp_path, *overrides, "run.name=unbroken")
     broken = configured(tmp_path, *overrides, "run.name=broken")

@@ -101,7 +101,7 @@ def moe_by_loop(u: Tensor, values: Mapping[str, Tensor], config: MoEConfig, nois
         logits = u_LD[0] @ values["router"]
         if noise is not None:
             logits = logits + (torch.log(1 + torch.exp(u_LD[0] @ values["noise"])) + 0.01) * noise[b]
-        best = sorted(range(config.experts), key=lambda e: -float(logits[e]))[: config.top_k]
+        best = sorted(range(config.experts), key=lambda e: -float(logits[e].detach()))[: config.top_k]
         total = sum(logits[e].exp() for e in best)
         y = torch.zeros_like(u_LD)
         for e in best:
@@ -156,9 +156,9 @@ class WholeCLIP:
         self.values, self.noise = values, noise
         if branch == "language":
             return F.normalize(self.clip.encode_text(self.tokenizer([f"a bad photo of a {name}." for name in inputs])), dim=-1)
-        mean, std = (torch.tensor(self.clip.visual.preprocess_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
-        images = (inputs / 255 - mean) / std
-        return F.normalize(self.clip.encode_image(images.to(self.clip.logit_scale.dtype)), dim=-1)
+        dtype = self.clip.logit_scale.dtype
+        mean, std = (torch.tensor(self.clip.visual.preprocess_cfg[k]).view(3, 1, 1).to(dtype) for k in ("mean", "std"))
+        return F.normalize(self.clip.encode_image(((inputs / 255).to(dtype) - mean) / std), dim=-1)
 
     def loss(self, values: Mapping[str, Tensor], batch: Batch, names: list[str], noise: StepNoise | None, first_label: int = 0) -> Tensor:
         """Return the mean cross-entropy over the classes `names`."""

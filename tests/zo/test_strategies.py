@@ -243,12 +243,28 @@ def test_adam_takes_the_steps_of_torch_on_the_same_estimates(granularity):
         torch.testing.assert_close(problem.flats[branch].values_n, v.detach(), rtol=1e-5, atol=1e-7)
 
 
+def test_adam_corrects_the_bias_of_each_branch_by_that_branch_s_own_steps():
+    """Branch after branch as well: the first step of each has length lr, the sign of the estimate (METHOD 2.8)."""
+    config = row("naive", optimizer="adam", update="sequential")
+    problem = Problem(two_branches(), smooth)
+    before, zeroth = values(problem), ZerothOrder(problem.flats, config)
+    for groups in zeroth.rounds():
+        zeroth.apply(zeroth.decide(problem, groups, KEY, 0.1)[1])
+    for branch, flat in problem.flats.items():
+        torch.testing.assert_close((flat.values_n - before[branch]).abs(), torch.full_like(flat.values_n, 0.1), rtol=1e-4, atol=0)
+
+
 def test_begin_forgets_adam_s_moments():
-    zeroth = ZerothOrder(two_branches(), row("naive", optimizer="adam"))
-    step(Problem(zeroth.flats, smooth), zeroth.config, zeroth=zeroth)
-    assert zeroth.adam.steps == 1
-    zeroth.begin()
-    assert (zeroth.adam.steps, zeroth.adam.moments) == (0, {})
+    """The first step of a task is the first step of a run."""
+    config = row("naive", optimizer="adam")
+    zeroth, moved = ZerothOrder(two_branches(), config), []
+    for _ in range(2):
+        problem = Problem(two_branches(), smooth)
+        zeroth.flats = problem.flats
+        step(problem, config, zeroth=zeroth)
+        moved.append(problem.at({}))
+        zeroth.begin()
+    assert torch.equal(*moved)
 
 
 def replay(flats, journal, config, key):

@@ -1,0 +1,54 @@
+"""Evaluate a run again, from its newest checkpoint:  accelerate launch -m dist_vlcl.evaluate runs/NAME"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from dist_vlcl.config import load_config
+from dist_vlcl.continual.metrics import AccuracyMatrix
+from dist_vlcl.dist.world import World
+from dist_vlcl.model.clip import build_clip
+from dist_vlcl.run import checkpoint
+from dist_vlcl.train import evaluate, open_tasks
+
+
+def evaluate_run(folder: Path, world: World) -> AccuracyMatrix:
+    """Return the accuracy matrix of a run with its newest row measured anew. All ranks call this.
+
+    Raises FileNotFoundError without a whole checkpoint, ValueError when it is of a task that has not ended.
+    """
+    cfg = load_config(folder / "config.yaml")
+    index, tasks = open_tasks(cfg, world)
+    saved = world.share(checkpoint.load_newest(folder) if world.is_main else None)
+    if saved is None:
+        raise FileNotFoundError(f"{folder}/checkpoints holds no whole checkpoint; train first")
+    finished = len(saved.state["accuracy"])
+    if finished == 0 or saved.state["batch"] or saved.state["epoch"]:
+        raise ValueError(f"{folder}: the newest checkpoint lies within task {saved.state['task'] + 1}; finish the task first")
+    towers = build_clip(cfg.model, cfg.adapter).to(world.device)
+    towers.units.load_state_dict({n.removeprefix("adapters/"): t for n, t in saved.tensors.items() if n.startswith("adapters/")})
+    accuracy = AccuracyMatrix([len(task.classes) for task in tasks], [[tuple(c) for c in row] for row in saved.state["accuracy"][:-1]])
+    accuracy.append(evaluate(cfg, towers, index, tasks, tasks[finished - 1], world, lambda batches, **_: batches))
+    return accuracy
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a run, such as runs/NAME")
+    folder = parser.parse_args().run
+    if not (folder / "config.yaml").exists():
+        sys.exit(f"error: {folder}/config.yaml is missing: give the folder of a run")
+    world = World.from_environment(load_config(folder / "config.yaml").cluster)
+    try:
+        accuracy = evaluate_run(folder, world)
+        if world.is_main:
+            print(f"Last {100 * accuracy.last:.2f}  Avg {100 * accuracy.average:.2f}  forgetting {100 * accuracy.forgetting:.2f}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}" if world.is_main else 2)
+    finally:
+        world.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""open_clip in, two towers out: the counts of the paper, open_clip's own features, and refusals in words."""
+
+import open_clip
+import pytest
+import torch
+
+from dist_vlcl.model.clip import ModelConfig, build_clip
+from dist_vlcl.model.lora import LoRAAdapter, LoRAConfig
+from dist_vlcl.model.moe import MoEConfig
+from tests.helpers.tiny_clip import LORA, MLP_LORA, MOE, NAMES, WholeCLIP, pictures, tiny_clip
+
+
+@pytest.fixture(scope="module")
+def vit_b16():
+    return build_clip(ModelConfig(name="ViT-B-16-quickgelu", pretrained="random"), MoEConfig())
+
+
+def test_vit_b16_has_the_published_number_of_expert_parameters(vit_b16):
+    """METHOD 1.3, from running the baseline's own class."""
+    by_branch = {b: sum(unit.numel for id, unit in vit_b16.units.items() if id.branch == b) for b in ("vision", "language")}
+    assert by_branch == {"vision": 2_416_128, "language": 1_611_264}
+    assert sum(p.numel() for p in vit_b16.parameters() if p.requires_grad) == 4_027_392
+    assert sum(p.numel() for p in vit_b16.parameters() if not p.requires_grad) == 149_620_737
+    assert {unit.numel for id, unit in vit_b16.units.items() if id.branch == "vision"} == {201_344}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(LoRAConfig(), 614_400), (LoRAConfig(rank=8), 491_520), (LoRAConfig(rank=64, targets=["mlp"], scale=0.1), 1_966_080)],
+    ids=["kv, rank 10", "kv, rank 8", "mlp, rank 64"],
+)
+def test_vit_b16_has_the_published_number_of_lora_parameters(vit_b16, config, expected):
+    """METHOD 1.10."""
+    widths = [block.block.attn.embed_dim for tower in (vit_b16.vision, vit_b16.language) for block in tower.blocks]
+    assert widths == [768] * 12 + [512] * 12
+    adapters = [LoRAAdapter(width, config, torch.Generator()) for width in widths]
+    assert sum(p.numel() for adapter in adapters for p in adapter.parameters()) == expected
+
+
+def test_only_adapters_are_trainable_and_none_is_registered_twice(vit_b16):
+    for name, parameter in vit_b16.named_parameters():
+        assert parameter.requires_grad == (".adapter." in name), name
+        assert parameter.dtype == torch.float32
+    assert len(vit_b16.state_dict()) == len({t.data_ptr() for t in vit_b16.state_dict().values()})
+
+
+@pytest.mark.parametrize("adapter", [MOE, LORA, MLP_LORA], ids=["moe", "lora", "mlp_lora"])
+def test_fresh_adapters_leave_open_clip_s_features_unchanged(adapter):
+    towers, whole = tiny_clip(adapter=adapter, randomize=False, double=True), WholeCLIP(double=True)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    images, tokens = pictures(3), whole.tokenizer([f"a bad photo of a {name}." for name in NAMES])
+    theirs = whole.clip.encode_image(((images / 255 - mean) / std).double(), normalize=True)
+    torch.testing.assert_close(towers.features("vision", images), theirs, rtol=1e-6, atol=1e-7)  # pixels are fp32
+    theirs = whole.clip.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(towers.features("language", towers.prompts(NAMES)), theirs, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(towers.logit_scale, whole.clip.logit_scale.exp())
+
+
+def test_a_real_vit_b16_leaves_open_clip_s_features_unchanged_too(vit_b16):
+    """QuickGELU, 224 pixels, 12 blocks. The weights are moved, not drawn again."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip = open_clip.create_model("ViT-B-16-quickgelu").eval()
+    own = dict(vit_b16.named_parameters())
+    before = {name: p.detach().clone() for name, p in own.items() if ".adapter." not in name}
+    renamed = {
+        f"{'vision.ends.' if n.startswith('visual.') else 'language.ends.clip.'}{n}": p
+        for n, p in clip.named_parameters()
+        if "resblocks" not in n
+    }
+    for branch, transformer in (("vision", clip.visual.transformer), ("language", clip.transformer)):
+        for layer, block in enumerate(transformer.resblocks):
+            renamed |= {f"{branch}.blocks.{layer}.block.{n}": p for n, p in block.named_parameters()}
+    assert set(renamed) == set(before)
+    for name, p in renamed.items():
+        own[name].data.copy_(p.data)
+    images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    with torch.no_grad():
+        theirs = clip.encode_image((images / 255 - mean) / std, normalize=True)
+        torch.testing.assert_close(vit_b16.features("vision", images), theirs, rtol=1e-4, atol=1e-5)
+        theirs = clip.encode_text(open_clip.get_tokenizer("ViT-B-16")(["a bad photo of a dog."]), normalize=True)
+        torch.testing.assert_close(vit_b16.features("language", vit_b16.prompts(["dog"])), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_come_from_a_local_file(tmp_path):
+    whole, path = WholeCLIP(seed=4), tmp_path / "weights.pt"
+    torch.save(whole.clip.state_dict(), path)
+    tiny_clip()  # makes the architecture known
+    towers = build_clip(ModelConfig(name="tiny-4-3", pretrained=str(path)), MOE)
+    theirs = whole.clip.encode_text(whole.tokenizer(["a bad photo of a cat."]), normalize=True)
+    torch.testing.assert_close(towers.features("language", towers.prompts(["cat"])), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_are_a_function_of_the_seed():
+    first, same, other = (
+        build_clip(ModelConfig(name="tiny-4-3", pretrained="random"), MOE, seed=seed).units.state_dict() for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(t, same[name]) for name, t in first.items())
+    assert not torch.equal(first["vision.1/down_weight"], other["vision.1/down_weight"])
+    assert not torch.equal(first["vision.1/down_weight"], first["vision.2/down_weight"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"name": "RN50", "pretrained": "random"}, ValueError, "its vision tower has no plain residual attention blocks"),
+        ({"name": "ViT-B-16", "pretrained": "openai"}, ValueError, "use model.name=ViT-B-16-quickgelu"),
+        ({"name": "ViT-B-61", "pretrained": "random"}, ValueError, "did you mean ViT-B-16"),
+        ({"name": "tiny-4-3", "pretrained": "/no/such/file.pt"}, RuntimeError, "model.pretrained='/no/such/file.pt'"),
+        ({"name": "tiny-4-3", "pretrained": "shipped"}, ValueError, "only model.name=small_clip ships"),
+        ({"name": "tiny-4-3", "pretrained": "random", "prompt": "a photo"}, ValueError, "model.prompt='a photo': needs {}"),
+        ({"name": "tiny-4-3", "pretrained": "random", "context": "half"}, ValueError, "model.context='half': choose from truncated, full"),
+    ],
+    ids=lambda value: value["name"] + "-" + value["pretrained"] if isinstance(value, dict) else "",
+)
+def test_a_model_that_cannot_be_adapted_is_refused_in_words(options, error, words):
+    tiny_clip()
+    with pytest.raises(error) as caught:
+        build_clip(ModelConfig(**options), MOE)
+    assert words in str(caught.value)

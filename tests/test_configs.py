@@ -1,0 +1,225 @@
+"""Every configuration file composes and checks; every published run means what the table says; every slip is answered in words."""
+
+import dataclasses
+import itertools
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from dist_vlcl.config import CONFIG_FOLDER, Config, default_name, expand_paper, from_hydra, paper_runs
+from dist_vlcl.model.lora import LoRAConfig
+from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.model.units import UnitId
+from dist_vlcl.orders import Order, OrderPlan, assign
+from dist_vlcl.run.folder import RunConfig
+from dist_vlcl.zo.strategies import ZerothOrderConfig
+
+GROUPS = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONFIG_FOLDER.iterdir() if folder.is_dir()}
+RUNS = paper_runs()
+UNITS = [UnitId(branch, layer) for branch in ("language", "vision") for layer in range(1, 13)]
+EXTRA = {("data", "folder"): ["data.name=mine"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hydra():
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+        yield
+
+
+def configured(*overrides: str) -> Config:
+    return from_hydra(compose("config", list(overrides)))
+
+
+def test_the_defaults_are_mozo_on_the_digits():
+    config = configured()
+    assert (config.data.name, config.model.name, config.zo.name) == ("digits", "small_clip", "mozo")
+    assert (config.orders.branch, config.orders.layers, config.tasks.increment) == ("dual", "hop_odd", 2)
+    assert config.run.name == "digits-inc2-moe-mozo-dual-hop_odd-seed0"
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names])
+def test_every_file_of_a_group_composes_and_checks(group, name):
+    config = configured(f"{group}={name}", *EXTRA.get((group, name), []))
+    if group == "orders":
+        orders = assign(UNITS, config.orders)
+        named = [unit for unit, order in orders.items() if order is Order.ZEROTH]
+        assert bool(named) == (name not in ("first", "zero_shot"))
+    if group == "data":
+        assert config.data.name == ("mine" if name == "folder" else name)
+
+
+def test_every_branch_and_layer_plan_has_its_file():
+    plans = {f"{b}_{p}" for b, p in itertools.product(("dual", "vision", "language"), ("all", "hop_odd", "hop_even", "prefix", "suffix"))}
+    assert set(GROUPS["orders"]) == plans | {"first", "zero_shot"}
+    for name in plans:
+        config = configured(f"orders={name}")
+        assert f"{config.orders.branch}_{config.orders.layers}" == name
+
+
+def test_the_strategy_files_are_the_rows_of_the_table():
+    """DESIGN 1.2."""
+    table = {
+        "naive": ("identity", "always", 1e-3, 1e-3),
+        "sign": ("sign", "always", 1e-3, 1e-3),
+        "conservative": ("identity", "best_of_three", 1e-3, 1e-3),
+        "mozo": ("sign", "always", 1e-3, 5e-4),
+    }
+    assert set(GROUPS["zo"]) == set(table)
+    for name, expected in table.items():
+        zo = configured(f"zo={name}").zo
+        assert (zo.name, zo.transform, zo.acceptance, zo.epsilon["language"], zo.epsilon["vision"]) == (name, *expected)
+        assert (zo.sides, zo.probes, zo.directions, zo.granularity, zo.update, zo.lr_scale, zo.steps_per_fo_step) == (
+            (1, 1, "gaussian", "branch", "simultaneous", 1.0, 1)
+        )
+
+
+def test_first_order_is_the_baseline_s_optimiser():
+    """METHOD 1.6."""
+    config = configured("data=cifar100")
+    first = config.first_order
+    assert (first.lr, first.weight_decay, first.betas, first.max_grad_norm) == (1e-3, 0.0, [0.9, 0.999], None)
+    assert (config.train.epochs, config.train.warmup_steps, config.train.batch_size) == (1, 30, 128)
+    assert config.model.prompt == "a bad photo of a {}."
+
+
+def test_the_adapter_files_are_those_of_the_paper():
+    assert configured("adapter=moe").adapter == MoEConfig(2, 2, 64, 0.1, 0.1)
+    assert configured("adapter=lora").adapter == LoRAConfig(10, ["k", "v"], 1.0)
+    assert configured("adapter=lora_mlp").adapter == LoRAConfig(64, ["mlp"], 0.1)
+
+
+def test_there_are_92_published_runs():
+    assert len(RUNS) == 92
+
+
+LAYERS = {"all": range(1, 13), "hop_odd": range(1, 13, 2), "hop_even": range(2, 13, 2), "prefix6": range(1, 7), "suffix6": range(7, 13)}
+
+
+@pytest.mark.parametrize("id", RUNS)
+def test_a_published_run_is_what_its_row_says(id):
+    run, config = RUNS[id], configured(*expand_paper([f"paper={id}"]))
+    assert (config.paper, config.run.name) == (id, f"{id}-seed0")
+    assert (config.data.name, config.tasks.increment, config.tasks.base) == (run["dataset"], run["inc"], 0)
+    assert config.tasks.order == ("natural" if run["dataset"] == "imagenet_r" else "paper")
+    assert (config.model.name, config.model.pretrained) == ("ViT-B-16-quickgelu", "openai")
+    assert config.train.batch_size == (64 if run["dataset"] == "tiny_imagenet" else 128)  # METHOD 1.6
+    assert (config.train.epochs, config.train.warmup_steps, config.first_order.lr) == (1, 30, 1e-3)
+    assert config.adapter == (MoEConfig() if run["adapter"] == "moe" else LoRAConfig())
+    orders = assign(UNITS, config.orders)
+    branches = {"none": (), "dual": ("language", "vision")}.get(run["zo_branch"], (run["zo_branch"],))
+    expected = {UnitId(branch, layer) for branch in branches for layer in LAYERS[run["zo_layers"]]}
+    assert {unit for unit, order in orders.items() if order is Order.ZEROTH} == expected
+    assert {orders[unit] for unit in UNITS if unit not in expected} <= {Order.FIRST}
+    if run["zo_variant"] != "none":
+        assert config.zo == dataclasses.replace(configured(f"zo={run['zo_variant']}").zo)
+        assert config.zo.name == run["zo_variant"]
+
+
+def test_a_user_s_own_overrides_come_after_a_published_run_s_and_win():
+    arguments = expand_paper(["train.batch_size=32", "paper=t1-moe-cifar20-dual", "orders.order=frozen", "seed=3"])
+    config = configured(*arguments)
+    assert (config.train.batch_size, config.orders.order, config.run.name) == (32, "frozen", "t1-moe-cifar20-dual-seed3")
+    assert expand_paper(["seed=3"]) == ["seed=3"]
+
+
+def test_a_published_run_that_there_is_not_is_refused_with_the_nearest():
+    with pytest.raises(ValueError) as caught:
+        expand_paper(["paper=t2-moe-cifar10-dual-hopodd"])
+    assert "paper='t2-moe-cifar10-dual-hopodd': no such run" in str(caught.value) and "t2-moe-cifar10-dual-hop_odd" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "digits-inc2-moe-mozo-dual-hop_odd-seed0"),
+        (["orders=first", "adapter=lora", "seed=2"], "digits-inc2-lora-fo-seed2"),
+        (["orders=zero_shot"], "digits-inc2-moe-zero-shot-seed0"),
+        (["orders=vision_all", "zo=naive", "orders.order=frozen"], "digits-inc2-moe-frozen-vision-all-seed0"),
+        (["orders.layers=[1,2]"], "digits-inc2-moe-mozo-dual-list-seed0"),
+    ],
+    ids=str,
+)
+def test_a_run_s_name_says_what_was_learned_and_how(overrides, name):
+    assert default_name(configured(*overrides)) == name
+
+
+BAD = {
+    "orders.branch=both": "orders.branch='both': choose from",
+    "orders.layers=odd": "orders.layers='odd': choose from",
+    "orders.layers=7": "orders.layers=7",
+    "orders.layers=[]": "orders.layers=[]",
+    "orders.layers={vision:odd}": "orders.layers",
+    "orders.layers={vison:[1]}": "orders.layers",
+    "orders.span=0": "orders.span=0: give a positive number",
+    "orders.order=second": "orders.order='second': choose from",
+    "orders.rest=none": "orders.rest='none': choose from",
+    "zo.transform=cube": "zo.transform='cube': choose from",
+    "zo.sides=3": "zo.sides=3: choose from 1, 2",
+    "zo.directions=cauchy": "zo.directions='cauchy': choose from",
+    "zo.granularity=layer": "zo.granularity='layer': choose from",
+    "zo.epsilon.vision=0": "zo.epsilon.vision=0.0: give a positive number",
+    "zo.clip=-1": "zo.clip=-1.0: give a positive number",
+    "zo.probes=0": "zo.probes=0: give a positive number",
+    "zo.probes=255": "at most 254",
+    "zo.lr_scale=-1": "zo.lr_scale=-1.0",
+    "zo.lr_scale=nan": "zo.lr_scale=nan",
+    "zo.granularity=joint zo.update=sequential": "zo.update=sequential",
+    "zo.granularity=joint orders=vision_all": "zo.granularity=joint: moves both branches",
+    "adapter.top_k=3": "adapter.top_k=3: choose from 1 to adapter.experts=2",
+    "adapter.dropout=1": "adapter.dropout=1.0: choose from",
+    "adapter=lora adapter.rank=0": "adapter.rank=0: give a positive number",
+    "adapter=lora adapter.targets=[o]": "adapter.targets=['o']: choose from q, k, v",
+    "model.context=half": "model.context='half': choose from",
+    "model.prompt=photo": "model.prompt='photo': needs {}",
+    "model.name=ViT-B-16-quickgelu": "model.pretrained=shipped: only model.name=small_clip",
+    "first_order.lr=0": "first_order.lr=0.0: give a positive number",
+    "first_order.betas=[0.9]": "first_order.betas",
+    "first_order.max_grad_norm=0": "first_order.max_grad_norm=0.0: give a positive number",
+    "train.batch_size=0": "train.batch_size=0: give a positive number",
+    "train.epochs=0": "train.epochs=0: give a positive number",
+    "train.micro_batches=0": "train.micro_batches=0: give a positive number",
+    "train.warmup_steps=-1": "train.warmup_steps=-1: give a number of steps",
+    "eval.batch_size=0": "eval.batch_size=0: give a positive number",
+    "cluster.device=tpu": "cluster.device='tpu': choose from auto, cpu, cuda",
+    "cluster.timeout_s=0": "cluster.timeout_s=0.0: give a positive number",
+    "data.reader=mnist": "data.reader='mnist': choose from",
+    "data.name=a/b data.reader=folder": "data.name='a/b': give a plain folder name",
+    "data.on_error=ignore": "data.on_error='ignore': choose from stop, skip",
+    "data.test_fraction=1": "data.test_fraction=1.0",
+    "data=folder": "data.name",
+    "run.name=a/b": "run.name='a/b': use letters",
+    "run.wandb=maybe": "run.wandb='maybe': choose from",
+    "run.keep=0": "run.keep=0: keep at least 1",
+}
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_an_impossible_option_is_refused_by_name_before_anything_is_built(overrides):
+    with pytest.raises(ValueError) as caught:
+        assign(UNITS, configured(*overrides.split()).orders)  # what needs the model's depth is refused when it is known
+    assert BAD[overrides] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.batch_size=many", "train.batch_size"),
+        ("train.batchsize=3", "train.batchsize"),
+        ("zo.epsilon.visoin=1", "zo.epsilon.visoin"),
+        ("adapter=lora adapter.experts=3", "adapter.experts"),
+        ("orders=hop_odd", "dual_hop_odd"),
+    ],
+)
+def test_a_misspelt_option_is_refused_by_hydra_with_its_name(override, words):
+    with pytest.raises(Exception, match=words):
+        configured(*override.split())
+
+
+def test_values_live_in_one_place():
+    """Configuration files hold values; a part's defaults live beside the part."""
+    config = configured()
+    assert config.zo == ZerothOrderConfig()
+    assert config.orders == OrderPlan()
+    assert dataclasses.replace(config.run, name="default") == RunConfig()
+    assert OmegaConf.structured(Config).seed == config.seed == 0

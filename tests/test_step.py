@@ -1,0 +1,386 @@
+"""A hybrid step against its naive twin: open_clip's own code, 77 tokens, the whole model for every loss, autograd and torch's AdamW."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
+from dist_vlcl.dist.world import World
+from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.orders import Order, OrderPlan, assign
+from dist_vlcl.step import HybridStep
+from dist_vlcl.zo.naive import naive_step
+from dist_vlcl.zo.noise import Key, StepNoise, normals
+from dist_vlcl.zo.strategies import ZerothOrderConfig
+from tests.helpers.tiny_clip import MLP_LORA, MOE, NAMES, WholeCLIP, adapter_values, batch_of, tiny_clip
+
+CLASSES, IMAGES, LR = NAMES[:3], 4, 0.01
+SAME = {"language": 1e-3, "vision": 1e-3}
+STRATEGIES = {
+    "naive": ZerothOrderConfig("naive", transform="identity", epsilon=SAME),
+    "sign": ZerothOrderConfig("sign", epsilon=SAME),
+    "conservative": ZerothOrderConfig("conservative", transform="identity", acceptance="best_of_three", epsilon=SAME),
+    "mozo": ZerothOrderConfig(),
+}
+QUIET = MoEConfig(bottleneck=4, dropout=0.0, router_noise=False)
+_twins: dict[str, WholeCLIP] = {}
+
+
+def hybrid(plan, config=STRATEGIES["naive"], adapter=MOE, first_order=None, double=True, max_skips=10, seed=0):
+    towers, world = tiny_clip(adapter=adapter, seed=seed), World.alone()
+    first_order = first_order or FirstOrderConfig()
+    step = HybridStep(
+        towers, assign(towers.units, plan), config, lambda model: FirstOrder(world, first_order, model), world, max_skips
+    )
+    if double:
+        in_float64(step)
+    step.begin(CLASSES)
+    return step
+
+
+def in_float64(step):
+    """Move a step to float64, where a finite difference has digits to compare: eps 1e-3 leaves three in fp32, eight here."""
+    step.towers.double()
+    for flat in step.flats.values():
+        flat.values_n = flat.values_n.double()
+        flat.tie()
+
+
+def whole_clip(adapter=MOE, double=True):
+    if repr((adapter, double)) not in _twins:
+        _twins[repr((adapter, double))] = WholeCLIP(adapter, double=double)
+    return _twins[repr((adapter, double))]
+
+
+def images(count=IMAGES, seed=0, first_label=0):
+    return batch_of(count, len(CLASSES), first_label, seed)
+
+
+class Twin:
+    """A hybrid step as one would first write it, on named tensors."""
+
+    def __init__(self, step, adapter=MOE):
+        self.whole, self.zeroth = whole_clip(adapter), step.zeroth.config
+        self.values = adapter_values(step.towers)
+        orders = {str(id): order for id, order in step.orders.items()}
+        self.names = {order: [name for name in self.values if orders[name.split("/")[0]] is order] for order in Order}
+        self.leaves = {name: self.values[name].requires_grad_() for name in self.names[Order.FIRST]}
+        self.adamw = torch.optim.AdamW(self.leaves.values(), lr=0.0, weight_decay=0.0) if self.leaves else None
+
+    def loss(self, batch, key, values=None):
+        noise = StepNoise(key, {"vision": batch.positions, "language": torch.arange(len(CLASSES))})
+        return self.whole.loss(self.values | (values or {}), batch, CLASSES, noise)
+
+    def zeroth_order(self, batch, key, lr, branches=("language", "vision"), config=None):
+        """Return the values of the zeroth-order units of some branches after a naive step."""
+        with torch.no_grad():
+            chosen = {name: self.values[name] for name in self.names[Order.ZEROTH] if name.split(".")[0] in branches}
+            return naive_step(lambda values: float(self.loss(batch, key, values)), chosen, config or self.zeroth, key, lr)
+
+    def first_order(self, batch, key, lr):
+        loss = self.loss(batch, key)
+        if self.adamw:
+            self.adamw.zero_grad()
+            loss.backward()
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+        return float(loss.detach())
+
+    def __call__(self, batch, key, lr):
+        moved = self.zeroth_order(batch, key, lr)
+        loss = self.first_order(batch, key, lr)
+        if self.adamw:
+            self.adamw.step()
+        self.values |= moved
+        return loss
+
+    def check(self, step, atol=1e-7):
+        for name, tensor in step.towers.units.state_dict().items():
+            torch.testing.assert_close(tensor, self.values[name].detach(), rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def follow(step, twin, steps=2, lr=LR):
+    """Take steps on both; the losses agree at each."""
+    for k in range(steps):
+        report = step([images(seed=k)], Key(9, k), lr)
+        assert report.loss == pytest.approx(twin(images(seed=k), Key(9, k), lr), abs=1e-8)
+        assert report.skipped is None and report.count == IMAGES
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("layers", ["all", "hop_odd", "hop_even", "prefix", "suffix"])
+@pytest.mark.parametrize("branch", ["vision", "language", "dual"])
+def test_a_hybrid_step_is_that_of_the_whole_model_computed_anew_for_every_loss(branch, layers, strategy):
+    step = hybrid(OrderPlan(branch, layers), STRATEGIES[strategy])
+    twin = Twin(step)
+    follow(step, twin)
+    twin.check(step)
+
+
+@pytest.mark.parametrize("options", [{"sides": 2}, {"probes": 3}, {"granularity": "unit"}, {"clip": 0.01}, {"lr_scale": 4.0}], ids=str)
+@pytest.mark.parametrize("strategy", ["conservative", "mozo"])
+def test_options_too_are_those_of_the_whole_model(strategy, options):
+    step = hybrid(OrderPlan("dual", "hop_odd"), dataclasses.replace(STRATEGIES[strategy], **options))
+    twin = Twin(step)
+    follow(step, twin, steps=1)
+    twin.check(step)
+
+
+@pytest.mark.parametrize("adapter", [MLP_LORA, QUIET, MoEConfig(experts=3, top_k=2, bottleneck=4)], ids=["lora", "quiet", "top 2 of 3"])
+def test_other_adapters_too_are_those_of_the_whole_model(adapter):
+    step = hybrid(OrderPlan("dual", "suffix"), STRATEGIES["conservative"], adapter)
+    twin = Twin(step, adapter)
+    follow(step, twin)
+    twin.check(step)
+
+
+def test_in_fp32_the_slopes_are_those_of_float64_to_a_percent():
+    """What fp32 with common random numbers costs at eps 1e-3 (METHOD 2.2)."""
+    slopes = []
+    for double in (False, True):
+        report = hybrid(OrderPlan("dual", "all"), double=double)([images()], Key(9, 0), LR)
+        slopes.append([s for move in report.moves for (s,) in move.estimate.projected_gradient.values()])
+    assert slopes[0] == pytest.approx(slopes[1], abs=0.01 * max(map(abs, slopes[1])))
+
+
+@pytest.mark.parametrize("plan", [OrderPlan("vision", "hop_odd"), OrderPlan("dual", "suffix", rest="frozen")], ids=str)
+def test_every_learning_unit_moves_and_nothing_else_does(plan):
+    step = hybrid(plan, STRATEGIES["mozo"], QUIET, double=False)
+    before = {name: t.clone() for name, t in step.towers.state_dict().items()}
+    for k in range(3):
+        step([images(seed=k)], Key(9, k), LR)
+    moved = {name for name, t in step.towers.state_dict().items() if not torch.equal(t, before[name])}
+    learning = {id for id, order in step.orders.items() if order is not Order.FROZEN}
+    expected = {f"{id.branch}.blocks.{id.layer - 1}.adapter" for id in learning}
+    assert {name.rsplit(".", 1)[0] for name in moved} == expected
+
+
+def test_the_frozen_control_trains_the_other_units_as_first_order_alone_does():
+    """Units that are not trained stay bit for bit; the others take the steps they take beside units that stay (METHOD 0.1)."""
+    step = hybrid(OrderPlan("dual", "hop_odd", order="frozen"))
+    twin = Twin(step)
+    before = adapter_values(step.towers)
+    follow(step, twin, steps=3)
+    twin.check(step)
+    for name in twin.names[Order.FROZEN]:
+        assert torch.equal(step.towers.units.state_dict()[name], before[name])
+    assert twin.names[Order.FROZEN] and twin.names[Order.FIRST] and not twin.names[Order.ZEROTH] and not step.flats
+
+
+def test_a_run_without_first_order_units_needs_no_optimiser_and_no_graph():
+    step = hybrid(OrderPlan("dual", "all"), STRATEGIES["conservative"])
+    assert (step.first.parameters, step.first.optimizer, step.learns) == ([], None, True)
+    follow(step, Twin(step), steps=1)
+    assert step.first.wrapped is step.towers and not any(p.grad is not None for p in step.towers.parameters())
+
+
+def test_a_zero_shot_run_learns_nothing():
+    step = hybrid(OrderPlan("none", "all", rest="frozen"))
+    before = adapter_values(step.towers)
+    report = step([images()], Key(9, 0), LR)
+    assert not step.learns and report.moves == []
+    assert all(torch.equal(t, before[name]) for name, t in step.towers.units.state_dict().items())
+
+
+@pytest.mark.parametrize("cuts", [[0, 1, 7], [0, 2, 2, 7], [0, 1, 2, 3, 4, 5, 6, 7]], ids=str)
+@pytest.mark.parametrize("strategy", ["conservative", "mozo"])
+def test_micro_batches_however_unequal_give_the_loss_and_the_update_of_the_whole_batch(strategy, cuts):
+    """An empty part, which a rank with few samples may hold, does not count."""
+    whole = images(7)
+    parts = [
+        dataclasses.replace(
+            whole, count=7 if k == 0 else 0, **{field: getattr(whole, field)[a:b] for field in ("images", "labels", "positions", "samples")}
+        )
+        for k, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
+    ]
+    one, many = (hybrid(OrderPlan("dual", "hop_odd"), STRATEGIES[strategy]) for _ in range(2))
+    for k in range(2):
+        expected, report = one([whole], Key(9, k), LR), many(parts, Key(9, k), LR)
+        assert report.loss == pytest.approx(expected.loss, abs=1e-9)
+        assert report.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-9)
+        assert report.count == 7
+    for name, tensor in many.towers.units.state_dict().items():
+        torch.testing.assert_close(tensor, one.towers.units.state_dict()[name], rtol=0, atol=1e-8)
+
+
+def test_samples_skipped_as_damaged_leave_the_mean_over_those_that_are_there():
+    step = hybrid(OrderPlan("dual", "hop_odd"))
+    twin = Twin(step)
+    report = step([dataclasses.replace(images(), count=IMAGES + 3)], Key(9, 0), LR)
+    assert report.loss == pytest.approx(twin(images(), Key(9, 0), LR), abs=1e-8) and report.count == IMAGES
+    twin.check(step)
+
+
+@pytest.mark.parametrize("first_label", [0, 6])
+def test_the_loss_is_cross_entropy_over_the_classes_of_the_task(first_label):
+    step = hybrid(OrderPlan("dual", "hop_odd"), adapter=QUIET)
+    batch = images(first_label=first_label)
+    image_BF, text_CF = step.towers.features("vision", batch.images), step.towers.features("language", step.towers.prompts(CLASSES))
+    similarity = (step.towers.logit_scale * image_BF @ text_CF.T).tolist()
+    by_hand = [
+        torch.tensor(row).exp().sum().log().item() - row[label - first_label]
+        for row, label in zip(similarity, batch.labels.tolist(), strict=True)
+    ]
+    report = step([batch], Key(9, 0), LR, first_label)
+    assert report.loss == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-6)
+
+
+def test_zeroth_order_steps_within_a_step_start_where_the_last_ended_and_draw_anew():
+    """lambda read as zeroth-order steps per first-order step (METHOD 2.7)."""
+    step = hybrid(OrderPlan("vision", "all", rest="frozen"), dataclasses.replace(STRATEGIES["naive"], steps_per_fo_step=3))
+    twin, batch, key = Twin(step), images(), Key(9, 0)
+    report = step([batch], key, LR)
+    assert len(report.moves) == 3
+    with torch.no_grad():
+        for repeat, move in enumerate(report.moves):
+            zeroth = twin.names[Order.ZEROTH]
+            z = {name: normals(name, twin.values[name].numel(), key, repeat).view_as(twin.values[name]) for name in zeroth}
+            there = float(twin.loss(batch, key, {name: twin.values[name] + z[name] * 1e-3 for name in zeroth}))
+            slope = (there - float(twin.loss(batch, key))) / 1e-3
+            assert move.estimate.projected_gradient["vision"][0] == pytest.approx(slope, abs=1e-5)
+            twin.values |= {name: twin.values[name] - z[name] * (slope * LR) for name in zeroth}
+    twin.check(step, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["conservative", "mozo"])
+def test_sequential_is_first_order_then_language_then_vision_each_at_the_new_values(strategy):
+    step = hybrid(OrderPlan("dual", "hop_even"), dataclasses.replace(STRATEGIES[strategy], update="sequential"))
+    twin, batch, key = Twin(step), images(), Key(9, 0)
+    report = step([batch], key, LR)
+    twin.first_order(batch, key, LR)
+    twin.adamw.step()
+    for branch in ("language", "vision"):
+        twin.values |= twin.zeroth_order(batch, key, LR, (branch,))
+    twin.check(step)
+    assert [move.group.name for move in report.moves] == ["language", "vision"]
+
+
+def test_joint_moves_both_branches_by_one_loss_difference():
+    config = dataclasses.replace(STRATEGIES["mozo"], transform="identity", granularity="joint")
+    step = hybrid(OrderPlan("dual", "hop_odd"), config)
+    twin, batch, key = Twin(step), images(), Key(9, 0)
+    (move,) = step([batch], key, LR).moves
+    with torch.no_grad():
+        moved = {}
+        for name in twin.names[Order.ZEROTH]:
+            z = normals(name, twin.values[name].numel(), key, 0).view_as(twin.values[name])
+            moved[name] = twin.values[name] + z * config.epsilon[name.split(".")[0]]
+        difference = float(twin.loss(batch, key, moved)) - float(twin.loss(batch, key))
+    for branch, epsilon in config.epsilon.items():
+        assert move.estimate.projected_gradient[branch][0] == pytest.approx(difference / epsilon, abs=1e-5)
+
+
+def test_a_probe_of_one_tower_does_not_compute_the_other(monkeypatch):
+    """What does not change is not computed again (DESIGN 1.5): one base forward of vision, and the probe and candidates of language."""
+    step = hybrid(OrderPlan("language", "suffix"), STRATEGIES["conservative"])
+    runs = []
+    for branch in ("vision", "language"):
+        tower = step.towers.tower(branch)
+        run = tower.run
+        monkeypatch.setattr(tower, "run", lambda *a, run=run, branch=branch, **k: runs.append((branch, k.get("start", 1))) or run(*a, **k))
+    step([images()], Key(9, 0), LR)
+    assert sorted(runs) == [("language", 1), ("language", 3), ("language", 3), ("vision", 1)]
+
+
+@pytest.mark.parametrize("strategy", ["mozo", "conservative"])
+@pytest.mark.parametrize("where", ["vision.1/up_bias", "language.2/router"])
+def test_a_loss_that_is_not_finite_skips_the_step_and_too_many_in_a_row_stop_the_run(where, strategy):
+    step = hybrid(OrderPlan("dual", "hop_odd"), STRATEGIES[strategy], max_skips=3)
+    state = step.towers.units.state_dict()
+    good, before = state[where].clone(), None
+    for k, poisoned in enumerate((True, True, False, True, True)):
+        state[where].copy_(torch.full_like(good, torch.nan) if poisoned else good)
+        before = adapter_values(step.towers)
+        report = step([images()], Key(9, k), LR)
+        assert bool(report.skipped) == poisoned and bool(report.moves) != poisoned
+        if poisoned:
+            assert "not finite" in report.skipped
+            for name, tensor in step.towers.units.state_dict().items():
+                torch.testing.assert_close(tensor, before[name], rtol=0, atol=0, equal_nan=True)
+        good = state[where].clone() if not poisoned else good
+    with pytest.raises(FloatingPointError, match="3 steps in a row were skipped"):
+        step([images()], Key(9, 5), LR)
+
+
+@pytest.mark.parametrize("strategy", ["mozo", "conservative"])
+def test_a_probe_whose_loss_is_not_finite_skips_and_counts_the_step_too(strategy):
+    """DESIGN 6: a non-finite loss skips that update, is counted, and stops the run after some in a row."""
+    step = hybrid(OrderPlan("vision", "hop_odd"), dataclasses.replace(STRATEGIES[strategy], epsilon=dict.fromkeys(SAME, 1e300)), max_skips=2)
+    before = adapter_values(step.towers)
+    report = step([images()], Key(9, 0), LR)
+    assert report.skipped and report.moves == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in step.towers.units.state_dict().items())
+    with pytest.raises(FloatingPointError):
+        step([images()], Key(9, 1), LR)
+
+
+@pytest.mark.parametrize("lr_scale", [1.0, 1e300], ids=["at the base", "at a candidate"])
+def test_a_skipped_step_leaves_adam_s_moments_as_they_were(lr_scale):
+    """A loss that is not finite, of a poisoned model or of a candidate far away."""
+    step = hybrid(OrderPlan("vision", "all"), dataclasses.replace(STRATEGIES["conservative"], optimizer="adam"))
+    step([images()], Key(9, 0), LR)
+    before = {name: t.clone() for name, t in step.state_dict().items() if name.startswith(("zo/", "adamw/"))}
+    step.zeroth.config.lr_scale = lr_scale
+    if lr_scale == 1.0:
+        step.towers.units.state_dict()["language.1/up_bias"].fill_(torch.nan)
+    assert step([images()], Key(9, 1), LR).skipped
+    after = step.state_dict()
+    assert before and all(torch.equal(t, after[name]) for name, t in before.items())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_resumed_step_goes_on_bit_for_bit(optimizer):
+    config = dataclasses.replace(STRATEGIES["conservative"], optimizer=optimizer)
+    unbroken, first, second = (hybrid(OrderPlan("dual", "hop_odd"), config, double=False, seed=seed) for seed in (0, 0, 0))
+    for k in range(4):
+        unbroken([images(seed=k)], Key(9, k), LR)
+    for k in range(2):
+        first([images(seed=k)], Key(9, k), LR)
+    second.load_state_dict({name: t.clone() for name, t in first.state_dict().items()})
+    for k in range(2, 4):
+        second([images(seed=k)], Key(9, k), LR)
+    for name, tensor in unbroken.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_a_task_begins_with_fresh_moments():
+    config = dataclasses.replace(STRATEGIES["naive"], optimizer="adam")
+    step = hybrid(OrderPlan("dual", "hop_odd"), config)
+    step([images()], Key(9, 0), LR)
+    assert len(step.state_dict()) > len(step.state_dict(optimizers=False))
+    step.begin(CLASSES)
+    assert not any(t.any() for name, t in step.state_dict().items() if name.startswith(("adamw/", "zo/")))
+
+
+def test_the_gradient_s_norm_is_reported_and_clipped():
+    free = hybrid(OrderPlan("dual", "hop_odd"))
+    twin = Twin(free)
+    twin.first_order(images(), Key(9, 0), LR)
+    norm = torch.cat([leaf.grad.flatten() for leaf in twin.leaves.values()]).norm()
+    assert free([images()], Key(9, 0), LR).gradient_norm == pytest.approx(float(norm), rel=1e-9)
+    clipped = hybrid(OrderPlan("dual", "hop_odd"), first_order=FirstOrderConfig(max_grad_norm=float(norm) / 8))
+    clipped([images()], Key(9, 0), LR)
+    for name in twin.leaves:
+        ratio = clipped.state_dict()[f"adamw/{name}/exp_avg"] * 8 - free.state_dict()[f"adamw/{name}/exp_avg"]
+        assert float(ratio.abs().max()) < 1e-4 * float(norm)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_wish_to_stop_comes_back_with_the_step(stop):
+    assert hybrid(OrderPlan("dual", "hop_odd"))([images()], Key(9, 0), LR, stop=stop).stop is stop
+
+
+def test_journalled_moves_rebuild_the_zeroth_order_units_bit_for_bit():
+    step = hybrid(OrderPlan("dual", "hop_odd"), STRATEGIES["conservative"], double=False)
+    rebuilt = {name: t for name, t in adapter_values(step.towers).items()}
+    zeroth = [name for name in rebuilt if step.orders[next(id for id in step.orders if name.startswith(f"{id}/"))] is Order.ZEROTH]
+    for k in range(4):
+        for entry in [move.record() for move in step([images(seed=k)], Key(9, k), LR).moves]:
+            for branch, (slope,) in entry["projected_gradient"].items():
+                for name in zeroth:
+                    if name.startswith(f"{branch}."):
+                        z = normals(name, rebuilt[name].numel(), Key(9, k), 0).view_as(rebuilt[name])
+                        rebuilt[name] = rebuilt[name] + (z * slope) * entry["coefficient"]
+    for name in zeroth:
+        assert torch.equal(step.towers.units.state_dict()[name], rebuilt[name]), name
