@@ -22,6 +22,10 @@ from dist_vlcl.zo.strategies import Move, ZerothOrder, ZerothOrderConfig
 
 RESOLUTION = 2.0**32  # losses are rounded to 2^-32: sums of up to 2^20 of them are exact, so their order and grouping do not matter
 
+# Matrix products of fewer rows take another path through the CPU libraries, with other last bits: a sample's loss would depend on how many
+# share its rank. It also serves a rank without any sample, which DDP wants in the backward pass all the same.
+MIN_SAMPLES = 8
+
 
 @dataclass
 class StepReport:
@@ -200,17 +204,14 @@ class HybridStep:
         return report
 
     def _on_device(self, batch: Any, first_label: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return images, labels within the task, positions, and how many count; a rank with no sample takes a blank one that does not."""
+        """Return images, labels within the task, positions, and how many count: a small share is filled up with blanks that do not."""
         device, real = self.world.device, len(batch.labels)
-        images, labels, positions = batch.images, batch.labels - first_label, batch.positions
-        if real == 0:
-            size = self.towers.image_size
-            images, labels, positions = (
-                torch.zeros(1, 3, size, size, dtype=torch.uint8),
-                torch.zeros(1, dtype=torch.long),
-                torch.zeros(1).long(),
-            )
-        return images.to(device, non_blocking=True), labels.to(device), positions.to(device), real
+        blanks = max(0, MIN_SAMPLES - real)
+        parts = (batch.images, batch.labels - first_label, batch.positions)
+        size = self.towers.image_size
+        fill = (torch.zeros(blanks, 3, size, size, dtype=torch.uint8), torch.zeros(blanks, dtype=torch.long), torch.zeros(blanks).long())
+        images, labels, positions = (torch.cat(pair).to(device) if blanks else pair[0].to(device) for pair in zip(parts, fill, strict=True))
+        return images, labels, positions, real
 
     def state_dict(self, optimizers: bool = True) -> dict[str, Tensor]:
         """Return all that a resume needs: adapters, and within a task AdamW's moments and the zeroth-order ones."""

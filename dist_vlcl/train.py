@@ -73,6 +73,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
         world,
         cfg.train.max_skips,
     )
+    agree(world, "the frozen weights", digest({name: p for name, p in towers.named_parameters() if not p.requires_grad}))
     agree(world, "the adapters", digest(towers.units.state_dict()))
     agree(world, "the first direction", first_direction(step), "CPUs of another kind? Take zo.directions=rademacher: it has no rounding.")
     state, saved = resume_or_start(cfg, run, world)

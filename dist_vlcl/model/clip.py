@@ -132,7 +132,9 @@ def build_clip(model: ModelConfig, adapter: MoEConfig | LoRAConfig, seed: int = 
     """
     model.check()
     adapter.check()
-    clip, tokenizer = _load(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # pretrained=random is the same on every rank
+        clip, tokenizer = _load(model)
     _refuse_unknown_blocks(model.name, clip)
     clip.eval().float()
     for parameter in clip.parameters():

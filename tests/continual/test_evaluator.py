@@ -1,6 +1,7 @@
 """Counts against a direct computation with open_clip's own code."""
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -20,7 +21,7 @@ def batches():
         dataclasses.replace(
             whole, index=k, **{field: getattr(whole, field)[a:b] for field in ("images", "labels", "positions", "samples")}, count=b - a
         )
-        for k, (a, b) in enumerate(zip(CUTS, CUTS[1:], strict=False))
+        for k, (a, b) in enumerate(itertools.pairwise(CUTS))
     ]
 
 

@@ -13,7 +13,7 @@ from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.strategies import ZerothOrderConfig
 from tests.helpers.ranks import run_ranks
-from tests.helpers.tiny_clip import tiny_clip
+from tests.helpers.tiny_clip import randomize_adapters, tiny_clip
 
 NAMES = ["cat", "golden retriever", "bus"]
 STRATEGIES = {
@@ -49,7 +49,8 @@ def part_of(world: World, step: int, samples: int, micro_batches: int = 1) -> li
 
 def make_step(world: World, plan: OrderPlan, zeroth: ZerothOrderConfig, max_skips: int = 10) -> HybridStep:
     # Ranks start from different adapters on purpose: the step has to make them equal.
-    towers = tiny_clip(seed=world.rank)
+    towers = tiny_clip()
+    randomize_adapters(towers, seed=world.rank)
     step = HybridStep(towers, assign(towers.units, plan), zeroth, lambda m: FirstOrder(world, FirstOrderConfig(lr=1e-2), m), world, max_skips)
     step.begin(NAMES)
     return step

@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -18,34 +20,39 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(work: Callable, size: int, *arguments: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(work: Callable, size: int, *arguments: Any, timeout_s: float = 90) -> list[Any]:
     """Return `work(world, *arguments)` of every rank; raise RuntimeError with the rank's traceback if one fails.
 
     `work` must be importable (a function at the top of a test module), its arguments and results picklable.
     """
-    port, queue = free_port(), _context.SimpleQueue()
-    processes = [_context.Process(target=_rank, args=(work, rank, size, port, queue, arguments)) for rank in range(size)]
-    for process in processes:
+    port, pipes = free_port(), [_context.Pipe(duplex=False) for _ in range(size)]
+    processes = [_context.Process(target=_rank, args=(work, rank, size, port, pipes[rank][1], arguments)) for rank in range(size)]
+    for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()
-    for process in processes:
-        process.join(timeout_s)
-    alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for process in processes:
-        process.kill()
-    if alive:
-        raise TimeoutError(f"ranks {alive} were still running after {timeout_s} s")
-    results: dict[int, Any] = {}
-    while not queue.empty():
-        rank, error, result = queue.get()
-        if error:
-            raise RuntimeError(f"rank {rank} failed:\n{error}")
-        results[rank] = result
-    if len(results) < size:
-        raise RuntimeError(f"ranks {sorted(set(range(size)) - set(results))} died without a word")
-    return [results[rank] for rank in range(size)]
+        sender.close()
+    deadline = time.monotonic() + timeout_s
+    try:
+        answers = [_answer(rank, receiver, deadline) for rank, (receiver, _) in enumerate(pipes)]
+    finally:
+        for process in processes:
+            process.join(max(0.0, min(5.0, deadline - time.monotonic())))
+            process.kill()
+    failures = [error for error, _ in answers if error]
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return [pickle.loads(result) for _, result in answers]
 
 
-def _rank(work: Callable, rank: int, size: int, port: int, queue: Any, arguments: tuple) -> None:
+def _answer(rank: int, receiver: Any, deadline: float) -> tuple[str | None, bytes]:
+    if not receiver.poll(max(0.0, deadline - time.monotonic())):
+        raise TimeoutError(f"rank {rank} is still running")
+    try:
+        return receiver.recv()
+    except EOFError:
+        return f"rank {rank} died without a word", b""
+
+
+def _rank(work: Callable, rank: int, size: int, port: int, sender: Any, arguments: tuple) -> None:
     import torch
 
     from dist_vlcl.dist.world import ClusterConfig, World
@@ -57,9 +64,9 @@ def _rank(work: Callable, rank: int, size: int, port: int, queue: Any, arguments
         world = World.from_environment(ClusterConfig(device="cpu", threads=1, timeout_s=60))
         result = work(world, *arguments)
         world.barrier()
-        queue.put((rank, None, result))
+        sender.send((None, pickle.dumps(result)))  # tensors as bytes: shared memory would end with this process
     except BaseException:
-        queue.put((rank, traceback.format_exc(), None))
+        sender.send((f"rank {rank} failed:\n{traceback.format_exc()}", b""))
     finally:
         if "world" in locals():
             world.close()

@@ -32,7 +32,9 @@ def sets_of(towers, branch, layers, count):
     """Return K random values of the units of some layers."""
     generator = torch.Generator().manual_seed(3)
     return {
-        id: {name: t.detach() + torch.randn(count, *t.shape, generator=generator, dtype=t.dtype) * 0.1 for name, t in unit.tensors().items()}
+        id: {
+            name: t.detach() + torch.randn(count, *t.shape, generator=generator, dtype=t.dtype) * 0.1 for name, t in unit.tensors().items()
+        }
         for id, unit in towers.units.items()
         if id.branch == branch and id.layer in layers
     }

@@ -37,7 +37,9 @@ def test_a_loaded_state_reaches_the_flat_values_and_the_tower():
     source, (towers, flats) = tiny_clip(seed=1), planned("hop_odd")
     towers.units.load_state_dict(adapter_values(source))
     for branch, flat in flats.items():
-        expected = torch.cat([t.flatten() for id, u in source.units.items() if id.branch == branch and id in flat.slices for t in u.tensors().values()])
+        expected = torch.cat(
+            [t.flatten() for id, u in source.units.items() if id.branch == branch and id in flat.slices for t in u.tensors().values()]
+        )
         assert torch.equal(flat.values_n, expected)
 
 
@@ -47,7 +49,9 @@ def test_flat_values_and_the_tensors_of_units_are_one_memory():
         flat.values_n.add_(1)
         seen = torch.cat([t.flatten() for id, u in towers.units.items() if id.branch == branch for t in u.tensors().values()])
         assert torch.equal(seen, flat.values_n)
-        assert flat.names() == [(f"{id}/{n}", t.numel()) for id, u in towers.units.items() if id.branch == branch for n, t in u.tensors().items()]
+        assert flat.names() == [
+            (f"{id}/{n}", t.numel()) for id, u in towers.units.items() if id.branch == branch for n, t in u.tensors().items()
+        ]
         assert flat.numel == sum(n for _, n in flat.names())
 
 

@@ -1,5 +1,6 @@
 """Projected gradients against the true derivative along the direction, in float64."""
 
+import itertools
 import math
 
 import pytest
@@ -41,13 +42,16 @@ def test_two_sided_is_exact_on_a_quadratic_and_one_sided_is_off_by_half_eps_time
 @pytest.mark.parametrize(("sides", "order"), [(1, 1), (2, 2)])
 def test_the_error_falls_as_eps_one_sided_and_as_eps_squared_two_sided(branch, sides, order):
     errors = [abs(error_along(smooth, branch, epsilon, sides)) for epsilon in (4e-2, 2e-2, 1e-2)]
-    for larger, smaller in zip(errors, errors[1:], strict=False):
+    for larger, smaller in itertools.pairwise(errors):
         assert math.log2(larger / smaller) == pytest.approx(order, abs=0.1)
 
 
 @pytest.mark.parametrize(("law", "expected"), [("gaussian", 1.0), ("rademacher", 1.0), ("unit", None)])
 def test_the_mean_estimate_is_the_gradient(law, expected):
-    """Over N directions the mean of s z has squared error at most (d + 1) |g|^2 / N: below 2 sigma of it. A unit tensor has E[z z^T] = I / d."""
+    """Over N directions the mean of s z has squared error at most (d + 1) |g|^2 / N: below 2 sigma of it.
+
+    Directions of length 1 per tensor have E[z z^T] = I / d on each.
+    """
     flats = two_branches()
     problem = Problem(flats, quadratic)
     probes, steps = 250, 6

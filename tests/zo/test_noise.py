@@ -70,6 +70,21 @@ def test_signs_are_the_bits_of_the_documented_counter():
     assert drawn == [2.0 * (words[i // 128][i % 128 // 32] >> i % 32 & 1) - 1 for i in range(200)]
 
 
+def test_router_noise_and_masks_are_drawn_from_the_documented_counter_row_by_row():
+    """Streams 254 and 255, one row of counters per sample; a mask compares the 16-bit halves of the words, the low half first."""
+    rows, low, high = [3, 70_000], KEY.seed % 2**32, KEY.seed >> 32
+    noise = StepNoise(KEY, {"vision": torch.tensor(rows)})
+    router, kept = noise.router("vision", 2, 2), noise.kept("vision", 2, 3, 4, 0.1).flatten(1)
+    for place, row in enumerate(rows):
+        words = philox_by_hand([0, name_id("router/vision/2"), KEY.step, 254 + 256 * row], [low, high])
+        radius = math.sqrt(-2 * math.log((words[0] + 1) / 2**32))
+        expected = [radius * f(2 * math.pi * words[1] / 2**32) for f in (math.cos, math.sin)]
+        assert router[place].tolist() == pytest.approx(expected, abs=2e-6)
+        drawn = [philox_by_hand([b, name_id("dropout/vision/2"), KEY.step, 255 + 256 * row], [low, high]) for b in range(2)]
+        halves = [half for words in drawn for word in words for half in (word & 0xFFFF, word >> 16)]
+        assert kept[place].tolist() == [half >= round(0.1 * 65536) for half in halves[:12]]
+
+
 def test_names_and_seeds_keep_their_identity_in_every_version():
     """A journal outlives the code that wrote it."""
     assert name_id("vision.3/down_weight") == 0x553921FC
