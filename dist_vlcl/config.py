@@ -115,9 +115,9 @@ def from_hydra(options: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(str(error).splitlines()[0]) from error
     assert isinstance(config, Config)
+    config.check()
     if config.run.name == "auto":
         config.run.name = default_name(config)
-    config.check()
     return config
 
 

@@ -42,8 +42,12 @@ class OrderPlan:
         """Raise ValueError in the words of the option, before anything is built."""
         if self.branch not in PLAN_BRANCHES:
             raise ValueError(f"orders.branch={self.branch!r}: choose from {', '.join(PLAN_BRANCHES)}")
-        if isinstance(self.layers, str) and self.layers not in PLAN_LAYERS:
-            raise ValueError(f"orders.layers={self.layers!r}: choose from {', '.join(PLAN_LAYERS)}, or give a list such as [1,3,5]")
+        by_branch = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(BRANCHES, self.layers)
+        if set(by_branch) - set(BRANCHES) or not all(map(_names_layers, by_branch.values())):
+            raise ValueError(
+                f"orders.layers={self.layers!r}: choose from {', '.join(PLAN_LAYERS)}, or give a list such as [1,3,5], "
+                f"or one of these for each of {', '.join(BRANCHES)}"
+            )
         for option in ("order", "rest"):
             if getattr(self, option) not in {o.value for o in Order}:
                 raise ValueError(f"orders.{option}={getattr(self, option)!r}: choose from {', '.join(o.value for o in Order)}")
@@ -68,6 +72,12 @@ class OrderPlan:
         if unknown:
             raise ValueError(f"orders.layers={list(named)}: the {branch} tower has no block {unknown[0]}; choose from 1 to {depth}")
         return set(named)
+
+
+def _names_layers(layers: Any) -> bool:
+    if isinstance(layers, str):
+        return layers in PLAN_LAYERS
+    return isinstance(layers, Sequence) and all(isinstance(layer, int) for layer in layers)
 
 
 def assign(units: Iterable[UnitId], plan: OrderPlan) -> dict[UnitId, Order]:

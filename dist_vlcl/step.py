@@ -170,37 +170,43 @@ class HybridStep:
         rounds = self.zeroth.rounds()
         sequential = self.zeroth.config.update == "sequential"
         loss, moves = self._decide(losses, [] if sequential or not rounds else rounds[0], key, lr)
-        report = StepReport(loss, moves, stop=losses.stop, count=losses.count)
-        if not math.isfinite(loss):
+        report = StepReport(loss, stop=losses.stop, count=losses.count)
+        if moves is None:
             return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
         report.gradient_norm = self.first.update(lr, planned / max(losses.count, 1))
         if report.gradient_norm is None:
             return self._skip(report, "the gradient is not finite")
         self.zeroth.apply(moves)
-        self._more_rounds(report, losses, rounds, key, lr, sequential)
+        report.moves = moves
+        if not self._more_rounds(report, losses, rounds, key, lr, sequential):
+            return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
         self.skips = 0
         return report
 
-    def _decide(self, losses: BatchLosses, groups: list, key: Key, lr: float, repeat: int = 0) -> tuple[float, list[Move]]:
+    def _decide(self, losses: BatchLosses, groups: list, key: Key, lr: float, repeat: int = 0) -> tuple[float, list[Move] | None]:
         if groups:
             return self.zeroth.decide(losses, groups, key, lr, repeat)
-        return losses([{}])[0], []
+        loss = losses([{}])[0]
+        return loss, [] if math.isfinite(loss) else None
 
-    def _more_rounds(self, report: StepReport, losses: BatchLosses, rounds: list, key: Key, lr: float, sequential: bool) -> None:
-        """Take the rounds that need a new base: branch after branch, or further zeroth-order steps of the same batch."""
+    def _more_rounds(self, report: StepReport, losses: BatchLosses, rounds: list, key: Key, lr: float, sequential: bool) -> bool:
+        """Take the rounds that need a new base (next branch, or next step of the batch); return False at a loss that is not finite."""
         for repeat in range(0 if sequential else 1, self.zeroth.config.steps_per_fo_step):
             for groups in rounds:
                 losses.rebase()
                 _, moves = self._decide(losses, groups, key, lr, repeat)
+                if moves is None:
+                    return False
                 self.zeroth.apply(moves)
                 report.moves = report.moves + moves
+        return True
 
     def _skip(self, report: StepReport, why: str) -> StepReport:
         self.first.zero_grad()
         self.skips += 1
         if self.skips >= self.max_skips:
             raise FloatingPointError(f"{self.skips} steps in a row were skipped: {why}. Lower first_order.lr or zo.lr_scale.")
-        report.moves, report.skipped = [], why
+        report.skipped = why  # what moved before, in an earlier round, stays and is in report.moves
         return report
 
     def _on_device(self, batch: Any, first_label: int) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -39,7 +39,6 @@ from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.noise import Key, derive_seed
 
-
 Progress = Callable[..., Iterable[Any]]  # shows how far an iterable of batches is: RunLog.progress, or nothing
 
 

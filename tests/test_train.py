@@ -68,7 +68,7 @@ def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path
     assert run_ranks(run_once, 2, unbroken) == ["finished"] * 2
     assert run_ranks(run_once, 2, broken, 3) == ["requeued"] * 2
     folder = Path(broken.run.root) / "broken"
-    assert (folder / "REQUEUE").exists() and not json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "task"
+    assert (folder / "REQUEUE").exists() and json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] != "task"
     assert run_ranks(run_once, 2, broken) == ["finished"] * 2
     assert not (folder / "REQUEUE").exists()
     expected, got = last_tensors(unbroken), last_tensors(broken)

@@ -24,6 +24,8 @@ class FirstOrderConfig:
     def check(self) -> None:
         if not self.lr > 0:
             raise ValueError(f"first_order.lr={self.lr}: give a positive number")
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"first_order.betas={self.betas}: give two numbers in [0, 1)")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"first_order.max_grad_norm={self.max_grad_norm}: give a positive number, or null")
 

@@ -190,7 +190,7 @@ def _refuse_unknown_blocks(name: str, clip: Any) -> None:
         blocks = getattr(getattr(owner, "transformer", None), "resblocks", None)
         if not blocks or any(type(block).__name__ != "ResidualAttentionBlock" for block in blocks):
             raise ValueError(
-                f"model.name={name!r}: its {branch} tower has no plain residual attention blocks to adapt; choose a ViT such as ViT-B-16-quickgelu"
+                f"model.name={name!r}: its {branch} tower has no residual attention blocks; choose a ViT such as ViT-B-16-quickgelu"
             )
     if getattr(clip, "text_pool_type", "argmax") != "argmax":
         raise ValueError(

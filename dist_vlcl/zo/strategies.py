@@ -56,6 +56,8 @@ class ZerothOrderConfig:
             raise ValueError(
                 "zo.update=sequential: moves one branch after the other, so zo.granularity=joint cannot be; choose branch or unit"
             )
+        if not 0 < self.lr_scale < math.inf:
+            raise ValueError(f"zo.lr_scale={self.lr_scale}: give a positive number")
         for option in ("probes", "steps_per_fo_step"):
             if getattr(self, option) < 1:
                 raise ValueError(f"zo.{option}={getattr(self, option)}: give a positive number")
@@ -111,8 +113,8 @@ class ZerothOrder:
             return [groups] if groups else []
         return [[g for g in groups if branch in g.slices] for branch in self.flats]
 
-    def decide(self, evaluate: Evaluate, groups: list[Group], key: Key, lr: float, repeat: int = 0) -> tuple[float, list[Move]]:
-        """Return the base loss and a move per group; no move at all when a loss is not finite. Changes no value.
+    def decide(self, evaluate: Evaluate, groups: list[Group], key: Key, lr: float, repeat: int = 0) -> tuple[float, list[Move] | None]:
+        """Return the base loss and a move per group, or None for the moves where a loss is not finite. Changes no value.
 
         `repeat` numbers the zeroth-order steps within one key. Ranks that see the same losses decide the same.
         """
@@ -122,7 +124,7 @@ class ZerothOrder:
         directions = {(b, q): self.draws.draw(b, key, first + q) for b in branches for q in range(config.probes)}
         base, *probed = evaluate([{}, *self.difference.candidates(groups, directions)])
         if not all(map(math.isfinite, (base, *probed))):
-            return base, []
+            return base, None
         estimates = self.difference.estimates(groups, base, probed)
         moves = [Move(e, d, 0.0, None) for e, d in zip(estimates, self._directions(estimates, directions), strict=True)]
         step = lr * config.lr_scale
@@ -130,7 +132,7 @@ class ZerothOrder:
             return base, [Move(m.estimate, m.directions, -step, None) for m in moves]
         losses = evaluate([m.offsets(c) for m in moves for c in (-step, step)])
         if not all(map(math.isfinite, losses)):
-            return math.nan, []
+            return base, None
         return base, [
             Move(m.estimate, m.directions, best_of_three(base, minus, plus, step), (base, minus, plus))
             for m, minus, plus in zip(moves, losses[::2], losses[1::2], strict=True)
@@ -160,7 +162,9 @@ class ZerothOrder:
         return [{b: directions[b] * (value != 0) for b, value in g.items()} for g in gradients]
 
     def apply(self, moves: list[Move]) -> None:
-        """Add each accepted move to the values, in place."""
+        """Add each accepted move to the values, in place, and keep the moments that it was made with."""
+        if self.adam is not None:
+            self.adam.commit()
         for move in moves:
             for branch, offset in move.offsets(move.coefficient).items():
                 self.flats[branch].values_n.add_(offset)

@@ -3,6 +3,7 @@
 # n numbers of a branch
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,31 +19,48 @@ def gradient(slopes: Sequence[float], directions: Sequence[Tensor], transform: s
     return mean_n.sign() if transform == "sign" else mean_n
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Adam's averages of a branch's estimates `[n]` and of their squares, after some steps."""
+
+    first_n: Tensor
+    second_n: Tensor
+    steps: int
+
+
 class Adam:
-    """Adam's direction of a stream of estimates, one moment pair per branch: the option zo.optimizer=adam (METHOD 2.8)."""
+    """Adam's direction of a stream of estimates, with moments per branch: the option zo.optimizer=adam (METHOD 2.8).
+
+    A call proposes; the moments advance with `commit`, so that a step that is skipped leaves no trace.
+    """
 
     def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
         self.betas, self.eps = betas, eps
-        self.moments: dict[str, tuple[Tensor, Tensor]] = {}
-        self.steps = 0
+        self.moments: dict[str, Moments] = {}
+        self._proposed: dict[str, Moments] = {}
 
     def __call__(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the direction per branch and advance the moments."""
-        self.steps += 1
-        return {branch: self._direction(branch, g) for branch, g in gradients.items()}
+        """Return the direction per branch."""
+        self._proposed = {branch: self._advanced(branch, g) for branch, g in gradients.items()}
+        return {branch: self._direction(m) for branch, m in self._proposed.items()}
 
-    def _direction(self, branch: str, g: Tensor) -> Tensor:
-        first, second = self.moments.setdefault(branch, (torch.zeros_like(g), torch.zeros_like(g)))
-        first.lerp_(g, 1 - self.betas[0])
-        second.mul_(self.betas[1]).addcmul_(g, g, value=1 - self.betas[1])
-        corrected = [m / (1 - beta**self.steps) for m, beta in zip((first, second), self.betas, strict=True)]
-        return corrected[0] / (corrected[1].sqrt() + self.eps)
+    def commit(self) -> None:
+        """Keep the moments of the latest call."""
+        self.moments |= self._proposed
+        self._proposed = {}
+
+    def _advanced(self, branch: str, g: Tensor) -> Moments:
+        old = self.moments.get(branch) or Moments(torch.zeros_like(g), torch.zeros_like(g), 0)
+        return Moments(torch.lerp(old.first_n, g, 1 - self.betas[0]), torch.lerp(old.second_n, g * g, 1 - self.betas[1]), old.steps + 1)
+
+    def _direction(self, m: Moments) -> Tensor:
+        first, second = (t / (1 - beta**m.steps) for t, beta in zip((m.first_n, m.second_n), self.betas, strict=True))
+        return first / (second.sqrt() + self.eps)
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {f"{branch}/{k}": m for branch, pair in self.moments.items() for k, m in enumerate(pair)}
-        return {**state, "steps": torch.tensor(self.steps)}
+        entries = [(b, {"first": m.first_n, "second": m.second_n, "steps": torch.tensor(m.steps)}) for b, m in self.moments.items()]
+        return {f"{branch}/{name}": t for branch, entry in entries for name, t in entry.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.steps = int(state["steps"])
-        branches = {name.split("/")[0] for name in state if name != "steps"}
-        self.moments = {b: (state[f"{b}/0"].clone(), state[f"{b}/1"].clone()) for b in sorted(branches)}
+        branches = sorted({name.split("/")[0] for name in state})
+        self.moments = {b: Moments(state[f"{b}/first"].clone(), state[f"{b}/second"].clone(), int(state[f"{b}/steps"])) for b in branches}
