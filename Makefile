@@ -7,7 +7,7 @@ PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ "$$n" -
 .PHONY: train test check install clean
 
 train: install
-	$(BIN)/accelerate launch --multi_gpu --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no \
+	$(BIN)/accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no \
 		-m dist_vlcl.train $(ARGS)
 
 test: install

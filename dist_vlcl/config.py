@@ -35,6 +35,10 @@ class TaskConfig:
     order: Any = "natural"  # or paper, seed:N, a list
     num_tasks: int | None = None
 
+    def check(self) -> None:
+        if self.increment < 1:
+            raise ValueError(f"tasks.increment={self.increment}: give a positive number of classes")
+
 
 @dataclass
 class TrainConfig:
@@ -88,10 +92,21 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for what cannot be, before anything is built."""
-        for part in (self.model, self.adapter, self.orders, self.zo, self.train, self.eval, self.first_order, self.cluster, self.run):
+        for part in (
+            self.tasks,
+            self.model,
+            self.adapter,
+            self.orders,
+            self.zo,
+            self.train,
+            self.eval,
+            self.first_order,
+            self.cluster,
+            self.run,
+        ):
             part_check: Callable = getattr(part, "check", lambda: None)
             part_check()
-        if self.orders.order == "zeroth" and self.zo.granularity == "joint" and self.orders.branch != "dual":
+        if self.orders.order == "zeroth" and self.zo.granularity == "joint" and self.orders.branch in ("vision", "language"):
             raise ValueError("zo.granularity=joint: moves both branches by one estimate, so it needs orders.branch=dual")
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,6 +133,7 @@ def from_hydra(options: DictConfig) -> Config:
     config.check()
     if config.run.name == "auto":
         config.run.name = default_name(config)
+        config.run.check()
     return config
 
 
@@ -137,12 +153,14 @@ def default_name(config: Config) -> str:
     if config.paper:
         return f"{config.paper}-seed{config.seed}"
     plan, layers = config.orders, config.orders.layers
-    kind = "lora" if isinstance(config.adapter, LoRAConfig) else "moe"
+    kind = ("lora_mlp" if config.adapter.targets == ["mlp"] else "lora") if isinstance(config.adapter, LoRAConfig) else "moe"
+    data = config.data.name if config.model.name == "small_clip" else f"{config.data.name}-{config.model.name}"
+    named = layers + (str(plan.span) if plan.span else "") if isinstance(layers, str) else "list"
     how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]
-    orders = "fo" if plan.branch == "none" else f"{how}-{plan.branch}-{layers if isinstance(layers, str) else 'list'}"
+    orders = "fo" if plan.branch == "none" else f"{how}-{plan.branch}-{named}"
     if plan.branch == "none" and plan.rest == "frozen":
         orders = "zero-shot"
-    return f"{config.data.name}-inc{config.tasks.increment}-{kind}-{orders}-seed{config.seed}"
+    return f"{data}-inc{config.tasks.increment}-{kind}-{orders}-seed{config.seed}"
 
 
 def paper_runs() -> dict[str, dict]:

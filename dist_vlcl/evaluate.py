@@ -2,14 +2,14 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from dist_vlcl.config import load_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.world import World
-from dist_vlcl.model.clip import build_clip
 from dist_vlcl.run import checkpoint
-from dist_vlcl.train import evaluate, open_tasks
+from dist_vlcl.train import build_towers, evaluate, open_tasks
 
 
 def evaluate_run(folder: Path, world: World) -> AccuracyMatrix:
@@ -25,7 +25,7 @@ def evaluate_run(folder: Path, world: World) -> AccuracyMatrix:
     finished = len(saved.state["accuracy"])
     if finished == 0 or saved.state["batch"] or saved.state["epoch"]:
         raise ValueError(f"{folder}: the newest checkpoint lies within task {saved.state['task'] + 1}; finish the task first")
-    towers = build_clip(cfg.model, cfg.adapter).to(world.device)
+    towers = build_towers(cfg, world)
     towers.units.load_state_dict({n.removeprefix("adapters/"): t for n, t in saved.tensors.items() if n.startswith("adapters/")})
     accuracy = AccuracyMatrix([len(task.classes) for task in tasks], [[tuple(c) for c in row] for row in saved.state["accuracy"][:-1]])
     accuracy.append(evaluate(cfg, towers, index, tasks, tasks[finished - 1], world, lambda batches, **_: batches))
@@ -39,13 +39,15 @@ def main() -> None:
     folder = parser.parse_args().run
     if not (folder / "config.yaml").exists():
         sys.exit(f"error: {folder}/config.yaml is missing: give the folder of a run")
-    world = World.from_environment(load_config(folder / "config.yaml").cluster)
+    world = World.alone()
     try:
+        cluster = load_config(folder / "config.yaml").cluster
+        world = World.from_environment(replace(cluster, num_processes=None))
         accuracy = evaluate_run(folder, world)
         if world.is_main:
             print(f"Last {100 * accuracy.last:.2f}  Avg {100 * accuracy.average:.2f}  forgetting {100 * accuracy.forgetting:.2f}")
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}" if world.is_main else 2)
+    except (OSError, ValueError, RuntimeError) as error:
+        sys.exit(f"error on rank {world.rank}: {error}")
     finally:
         world.close()
 

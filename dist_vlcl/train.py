@@ -5,10 +5,11 @@
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -57,13 +58,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     index, tasks = open_tasks(cfg, world)
     for what, value in {"the configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": __version__}.items():
         agree(world, what, json.dumps(value, sort_keys=True, default=str), "Start every rank with the same command and the same files.")
-    run = RunFolder.open(cfg.run, cfg.as_dict(), world)
-    if run.is_complete:
-        if world.is_main:
-            print(f"{run.message}\nDelete it, or take another run.name or seed, to train again.")
-        return None
-
-    towers = build_clip(cfg.model, cfg.adapter, seed=derive_seed(cfg.seed, "adapters")).to(world.device)
+    towers = build_towers(cfg, world)
     step = HybridStep(
         towers,
         assign(towers.units, cfg.orders),
@@ -75,6 +70,11 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     agree(world, "the frozen weights", digest({name: p for name, p in towers.named_parameters() if not p.requires_grad}))
     agree(world, "the adapters", digest(towers.units.state_dict()))
     agree(world, "the first direction", first_direction(step), "CPUs of another kind? Take zo.directions=rademacher: it has no rounding.")
+    run = RunFolder.open(cfg.run, cfg.as_dict(), world)
+    if run.is_complete:
+        if world.is_main:
+            print(f"{run.message}\nDelete it, or take another run.name or seed, to train again.")
+        return None
     state, saved = resume_or_start(cfg, run, world)
     accuracy = AccuracyMatrix([len(task.classes) for task in tasks], [[tuple(c) for c in row] for row in state.accuracy])
 
@@ -97,22 +97,24 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     report = step(split(batch, cfg.train.micro_batches), key, lr, task.first_label, stop=preemption.requested)
                     state.advance()
                     state.seconds += time.perf_counter() - started
-                    log_step(log, state, report, key, lr, time.perf_counter() - started)
+                    log_step(log, state, report, key, lr, time.perf_counter() - started, batch.count)
                     if state.step % cfg.train.check_every_steps == 0:
                         agree(world, f"the adapters after step {state.step}", digest(towers.units.state_dict()), "A rank went astray.")
                     if report.stop or run.is_time_to_save(state.step):
                         save(run, state, step, zero_shot)
                     if report.stop:
-                        run.request_requeue()
-                        raise Requeued(str(run.path))
+                        requeue(run)
+                save(run, state, step, zero_shot)  # an evaluation may outlast the time that a signal leaves
                 accuracy.append(evaluate(cfg, towers, index, tasks, task, world, log.progress))
                 state.accuracy = accuracy.rows
                 log.task({"step": state.step, "task": task.index, **accuracy.summary(), "zero_shot": zero_shot.get(task.index)})
                 run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
                 state.next_task()
                 save(run, state, step, zero_shot)
-        run.complete({**accuracy.summary(), "rows": accuracy.rows, "zero_shot": zero_shot, "seconds": state.seconds, "steps": state.step})
+                if task is not tasks[-1] and world.sum(torch.tensor([float(preemption.requested)]))[0] > 0:
+                    requeue(run)
         farewell(log, run, world)
+        run.complete({**accuracy.summary(), "rows": accuracy.rows, "zero_shot": zero_shot, "seconds": state.seconds, "steps": state.step})
     finally:
         log.close()
         run.close()
@@ -133,6 +135,11 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
     index = open_index(cfg.data)
     order = class_order(cfg.tasks.order, index.num_classes, paper_order(index.reader))
     return index, TaskStream(index.class_names, cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
+
+
+def build_towers(cfg: Config, world: World) -> TwoTowers:
+    """Return CLIP with fresh adapters, the same on every rank and in every start of a configuration."""
+    return build_clip(cfg.model, cfg.adapter, seed=derive_seed(cfg.seed, "adapters")).to(world.device)
 
 
 def first_direction(step: HybridStep) -> str:
@@ -158,6 +165,12 @@ def save(run: RunFolder, state: TrainState, step: HybridStep, zero_shot: dict[in
         checkpoint.save(run.path, state.step, tensors, {**state.to_dict(), **extra}, keep=run.settings.keep)
 
 
+def requeue(run: RunFolder) -> NoReturn:
+    """Leave the run, saved, with word that it wants to be started again."""
+    run.request_requeue()
+    raise Requeued(str(run.path))
+
+
 def state_zero_shot(saved: checkpoint.Checkpoint | None) -> dict[int, float]:
     return {int(task): value for task, value in (saved.state["zero_shot"] if saved else {}).items()}
 
@@ -176,6 +189,7 @@ def training_steps(
         "transform": TrainTransform(step.towers.image_size),
         "num_workers": cfg.data.num_workers,
         "on_error": cfg.data.on_error,
+        "pin_memory": world.device.type == "cuda",
     }
     per_epoch = math.ceil(index.count("train", task.classes) / cfg.train.batch_size)
     steps = cfg.train.epochs * per_epoch
@@ -241,6 +255,7 @@ def count(
         transform=transform,
         num_workers=cfg.data.num_workers,
         on_error=cfg.data.on_error,
+        pin_memory=world.device.type == "cuda",
     )
     noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
     shown = progress(batches, total=batches.num_batches, description=described)
@@ -260,7 +275,7 @@ def introduce(log: RunLog, cfg: Config, world: World, step: HybridStep, tasks: T
     )
 
 
-def log_step(log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float) -> None:
+def log_step(log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float, planned: int) -> None:
     """Record a step in metrics.jsonl, and its seed and accepted coefficients in journal.jsonl."""
     moves = [move.record() for move in report.moves]
     zo = {}
@@ -279,6 +294,8 @@ def log_step(log: RunLog, state: TrainState, report: StepReport, key: Key, lr: f
             "images_per_second": report.count / seconds,
         }
     )
+    if report.count < planned:
+        log.note(f"step {state.step}: {planned - report.count} damaged samples were left out", state.step, state.task)
     log.journal({"step": state.step, "task": state.task, "seed": key.seed, "lr": lr, "moves": moves})
     if report.skipped:
         log.note(f"step {state.step} was skipped: {report.skipped}", state.step, state.task)
@@ -300,8 +317,9 @@ def main() -> None:
     """Run the command line. Exit status 0 also after a requeue: a marker file in the run's folder says so."""
 
     def work(cfg: Config) -> None:
-        world = World.from_environment(cfg.cluster)
+        world = World.alone()
         try:
+            world = World.from_environment(cfg.cluster)
             train(cfg, world)
         except Requeued as stopped:
             if world.is_main:
@@ -309,8 +327,8 @@ def main() -> None:
         except (ValueError, RuntimeError, FloatingPointError) as error:
             if cfg.cluster.traceback:
                 raise
-            if world.is_main:
-                print(f"error: {error}", flush=True)
+            # Any rank may be the one that knows; cluster.traceback=true shows where.
+            print(f"error on rank {world.rank} of {world.size}: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from error
         finally:
             world.close()

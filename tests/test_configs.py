@@ -189,6 +189,7 @@ BAD = {
     "data.test_fraction=1": "data.test_fraction=1.0",
     "data=folder": "data.name",
     "run.name=a/b": "run.name='a/b': use letters",
+    "data.name=a+b data.reader=folder": "run.name='a+b-inc2-moe-mozo-dual-hop_odd-seed0': use letters",
     "run.wandb=maybe": "run.wandb='maybe': choose from",
     "run.keep=0": "run.keep=0: keep at least 1",
 }

@@ -203,6 +203,21 @@ def test_micro_batches_however_unequal_give_the_loss_and_the_update_of_the_whole
         torch.testing.assert_close(tensor, one.towers.units.state_dict()[name], rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("cuts", [[0, 12], [0, 1, 12], [0, 5, 12], [0, 3, 7, 12], [0, 0, 12]], ids=str)
+def test_in_fp32_too_the_losses_are_the_same_bits_however_the_batch_is_cut(cuts):
+    """So that ranks, however many, decide alike."""
+    whole, fields = images(12), ("images", "labels", "positions", "samples")
+    parts = [
+        dataclasses.replace(whole, count=12 if k == 0 else 0, **{field: getattr(whole, field)[a:b] for field in fields})
+        for k, (a, b) in enumerate(itertools.pairwise(cuts))
+    ]
+    one, many = (
+        hybrid(OrderPlan("dual", "all"), STRATEGIES["conservative"], double=False)([*batch], Key(9, 0), LR) for batch in ([whole], parts)
+    )
+    assert many.loss == one.loss
+    assert [move.record() for move in many.moves] == [move.record() for move in one.moves]
+
+
 def test_samples_skipped_as_damaged_leave_the_mean_over_those_that_are_there():
     step = hybrid(OrderPlan("dual", "hop_odd"))
     twin = Twin(step)

@@ -23,7 +23,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 CONFIG = Path(__file__).parents[1] / "dist_vlcl/model/small/small_clip.json"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -176,6 +176,34 @@ def draw_captions(synonyms: list[list[str]], groups: list[str], generator: torch
     return [TEMPLATES[pick(len(TEMPLATES))].format(word) for word in words]
 
 
+def teacher_labels(images: torch.Tensor, weights: Path, cache: Path) -> torch.Tensor:
+    """Return an ImageNet network's class probabilities `[N, 1000]` (fp16) for images enlarged to 128 pixels; kept in `cache`."""
+    if cache.exists():
+        return torch.load(cache, weights_only=True)
+    import timm
+
+    teacher = timm.create_model("mobilenetv2_100", pad_type="same")
+    teacher.load_state_dict({name: t.float() for name, t in load_file(weights).items()})
+    teacher.eval()
+    parts = []
+    with torch.inference_mode():
+        for k, part in enumerate(images.split(200)):
+            large = F.interpolate(part.float(), size=128, mode="bicubic").clamp(0, 255)
+            parts.append(teacher(large / 127.5 - 1).softmax(1).half())
+            if k % 40 == 0:
+                print(f"teacher: {k * 200}/{len(images)} images", flush=True)
+    probabilities = torch.cat(parts)
+    torch.save(probabilities, cache)
+    return probabilities
+
+
+def teacher_words(names_file: Path, chosen: torch.Tensor, generator: torch.Generator) -> list[str]:
+    """Return a word per chosen ImageNet class: its name, or the name's last word, which is the everyday one ("red fox", "fox")."""
+    names = [entry["name"] for entry in json.loads(names_file.read_text())]
+    short = torch.randint(0, 2, (len(chosen),), generator=generator).bool()
+    return [names[c].split()[-1] if s else names[c] for c, s in zip(chosen.tolist(), short.tolist(), strict=True)]
+
+
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Flip, and crop at a random place after padding by four pixels (reflection). uint8 `[B, 3, 32, 32]` in, float out."""
     x = F.pad(images.float(), (4, 4, 4, 4), mode="reflect")
@@ -203,6 +231,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--held-out", type=int, default=10, help="images per class kept for validation")
+    parser.add_argument("--init", type=Path, help="weights to start from, such as an earlier OUT")
+    parser.add_argument("--teacher", type=Path, help="mobilenetv2_100 safetensors: its probabilities become a third set of captions")
+    parser.add_argument("--teacher-names", type=Path, help="classnames.json of its 1,000 classes")
+    parser.add_argument("--teacher-words", type=int, default=150, help="ImageNet names a step, drawn by the batch's mean probability")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action="store_true", help="torch.compile the vision blocks (15 %% faster, needs a C++ compiler)")
@@ -213,6 +245,7 @@ def main() -> None:
 
     images, labels, wnids = read_sheets(args.data)
     synonyms, groups, member = caption_words(args.names, wnids)
+    taught = teacher_labels(images, args.teacher, args.out.with_suffix(".teacher.pt")) if args.teacher else None
     order = torch.cat([torch.nonzero(labels == c).flatten() for c in range(len(wnids))])
     position_in_class = torch.cat([torch.arange(int((labels == c).sum())) for c in range(len(wnids))])
     held_out = order[position_in_class < args.held_out]
@@ -221,6 +254,8 @@ def main() -> None:
     open_clip.add_model_config(CONFIG)
     model = open_clip.create_model("small_clip", pretrained=None)
     tokenizer = open_clip.get_tokenizer("small_clip")
+    if args.init:
+        model.load_state_dict({name: t.float() for name, t in load_file(args.init).items()}, strict=False)
     if args.compile:
         model.visual.transformer.compile()
     decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
@@ -269,16 +304,24 @@ def main() -> None:
         for group in optimiser.param_groups:
             group["lr"] = lr
         chosen = permutation[within * args.batch : (within + 1) * args.batch]
-        text_CD = encode_text(draw_captions(synonyms, groups, generator))
+        captions = draw_captions(synonyms, groups, generator)
+        if taught is not None:
+            p_B1000 = taught[chosen].float()
+            subset = torch.multinomial(p_B1000.mean(0), args.teacher_words, generator=generator)
+            captions += [f"a photo of a {word}." for word in teacher_words(args.teacher_names, subset, generator)]
+        text_CD = encode_text(captions)
         image_BD = model.encode_image(augment(images[chosen], generator), normalize=True)
         logits_BC = model.logit_scale.exp() * image_BD @ text_CD.T
         target = labels[chosen]
         leaf = F.cross_entropy(logits_BC[:, : len(synonyms)], target, label_smoothing=0.05)
         in_group = member[target]
         has_group = in_group.any(1)
-        log_p = logits_BC[:, len(synonyms) :].log_softmax(1)
+        log_p = logits_BC[:, len(synonyms) : len(synonyms) + len(groups)].log_softmax(1)
         coarse = -torch.logsumexp(log_p.masked_fill(~in_group, -1e4), 1)[has_group].mean()
         loss = leaf + 0.5 * coarse
+        if taught is not None:
+            p_BC = p_B1000[:, subset] / p_B1000[:, subset].sum(1, keepdim=True).clamp_min(1e-6)
+            loss = loss - (p_BC * logits_BC[:, -args.teacher_words :].log_softmax(1)).sum(1).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

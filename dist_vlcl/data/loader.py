@@ -4,6 +4,7 @@
 
 import io
 import random
+import signal
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -121,6 +122,12 @@ class GlobalBatches(Dataset[Batch]):
         return str(error)
 
 
+def _leave_signals_to_the_trainer(_worker: int) -> None:
+    # A launcher signals the whole process group; a worker that dies of it takes the trainer down before it has saved.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class BatchLoader:
     """Iterate over the batches from `start` on; a DataLoader that leaves torch's global generator alone."""
 
@@ -136,6 +143,7 @@ class BatchLoader:
             pin_memory=pin_memory,
             # without its own generator a DataLoader draws from the global one, and a resumed run would leave the path of an unbroken one
             generator=torch.Generator(),
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
 
     def __len__(self) -> int:

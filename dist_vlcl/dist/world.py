@@ -66,11 +66,16 @@ class World:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
         if on_cpu:
             torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
+        # Zeroth-order slopes drown in the rounding of bf16, fp16 and TF32 (METHOD 2.2), whatever the user's accelerate configuration says.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         accelerator = Accelerator(
             cpu=on_cpu,
+            mixed_precision="no",
             kwargs_handlers=[
                 # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
-                DistributedDataParallelKwargs(broadcast_buffers=False),
+                # Without find_unused_parameters DDP re-orders its buckets after the first backward: sums over three ranks and more then
+                # differ in their last bits between a resumed run and one never stopped.
+                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
             ],
         )
@@ -78,6 +83,13 @@ class World:
             raise RuntimeError(
                 f"the launcher announced {announced} processes, accelerate sees {accelerator.num_processes} "
                 f"({accelerator.distributed_type}): gradients would not be synchronised. Start with accelerate launch --multi_gpu or torchrun."
+            )
+        supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        if accelerator.distributed_type not in supported or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+            raise RuntimeError(
+                f"accelerate is configured for {accelerator.distributed_type} with dynamo backend "
+                f"{os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'no')}; this version trains with plain data parallelism. "
+                "Start with accelerate launch --multi_gpu --dynamo_backend no, or with a file of launch/."
             )
         if announced > 1:
             backend = "gloo" if on_cpu else "nccl"

@@ -25,7 +25,7 @@ import yaml
 from dist_vlcl.run.environment import describe_environment, is_restart
 from dist_vlcl.run.files import replace_file
 
-MAY_CHANGE = ("run.*", "data.root", "data.num_workers")
+MAY_CHANGE = ("run.*", "cluster.*", "data.root", "data.url", "data.num_workers", "data.on_error", "eval.batch_size")
 WANDB_MODES = ("auto", "online", "offline", "off")
 
 

@@ -142,7 +142,7 @@ MEANS = {"last": "Last", "avg": "Avg", "forgetting": "forgetting"}
 
 def is_before(record: dict[str, Any], state: TrainState) -> bool:
     """Whether a line was written before the moment that a state describes; at step 0 nothing was."""
-    if state.step == 0 or record.get("step", 0) > state.step:
+    if state.step == state.task == 0 or record.get("step", 0) > state.step:
         return False
     return record.get("kind") != "task" or record.get("task", 0) < state.task
 

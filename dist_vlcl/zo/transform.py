@@ -51,6 +51,7 @@ class Adam:
 
     def _advanced(self, branch: str, g: Tensor) -> Moments:
         old = self.moments.get(branch) or Moments(torch.zeros_like(g), torch.zeros_like(g), 0)
+        old = Moments(old.first_n.to(g.device), old.second_n.to(g.device), old.steps)  # a checkpoint's are on the CPU
         return Moments(torch.lerp(old.first_n, g, 1 - self.betas[0]), torch.lerp(old.second_n, g * g, 1 - self.betas[1]), old.steps + 1)
 
     def _direction(self, m: Moments) -> Tensor:

@@ -255,6 +255,18 @@ def test_adam_corrects_the_bias_of_each_branch_by_that_branch_s_own_steps():
         torch.testing.assert_close((flat.values_n - before[branch]).abs(), torch.full_like(flat.values_n, 0.1), rtol=1e-4, atol=0)
 
 
+def test_a_decision_that_is_not_applied_leaves_no_moment_behind():
+    """Sequential steps apply no move before the first round: what a skipped step proposed must not slip in there."""
+    problem = Problem(two_branches(), smooth)
+    zeroth = ZerothOrder(problem.flats, row("conservative", optimizer="adam", update="sequential"))
+    language, _ = zeroth.rounds()
+    problem.fail_at = {3: math.inf}  # the second candidate
+    _, moves = zeroth.decide(problem, language, KEY, 0.1)
+    assert not moves
+    zeroth.apply([])
+    assert zeroth.adam.state_dict() == {}
+
+
 def test_begin_forgets_adam_s_moments():
     """The first step of a task is the first step of a run."""
     config = row("naive", optimizer="adam")
