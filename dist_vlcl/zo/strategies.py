@@ -163,7 +163,7 @@ class ZerothOrder:
 
     def apply(self, moves: list[Move]) -> None:
         """Add each accepted move to the values, in place, and keep the moments that it was made with."""
-        if self.adam is not None:
+        if self.adam is not None and moves:
             self.adam.commit()
         for move in moves:
             for branch, offset in move.offsets(move.coefficient).items():
