@@ -60,23 +60,25 @@ def records(cfg: Config, file: str = "metrics.jsonl") -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "overrides", [["zo=mozo"], ["zo=conservative", "zo.optimizer=adam", "train.micro_batches=2"]], ids=["mozo", "adam"]
+    ("size", "overrides"),
+    [(3, ["zo=mozo"]), (2, ["zo=conservative", "zo.optimizer=adam", "train.micro_batches=2", "data.num_workers=1"])],
+    ids=["mozo", "adam"],
 )
-def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path, overrides):
+def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path, size, overrides):
     unbroken = configured(tmp_path, *overrides, "run.name=unbroken")
     broken = configured(tmp_path, *overrides, "run.name=broken")
-    assert run_ranks(run_once, 2, unbroken) == ["finished"] * 2
-    assert run_ranks(run_once, 2, broken, 3) == ["requeued"] * 2
+    assert run_ranks(run_once, size, unbroken) == ["finished"] * size
+    assert run_ranks(run_once, size, broken, 3) == ["requeued"] * size
     folder = Path(broken.run.root) / "broken"
     assert (folder / "REQUEUE").exists() and json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] != "task"
-    assert run_ranks(run_once, 2, broken) == ["finished"] * 2
+    assert run_ranks(run_once, size, broken) == ["finished"] * size
     assert not (folder / "REQUEUE").exists()
     expected, got = last_tensors(unbroken), last_tensors(broken)
     assert expected.keys() == got.keys()
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert [{**r, "name": ""} for r in records(unbroken)] == [{**r, "name": ""} for r in records(broken)]
     assert records(unbroken, "journal.jsonl") == records(broken, "journal.jsonl")
-    assert run_ranks(run_once, 2, broken) == ["known"] * 2
+    assert run_ranks(run_once, size, broken) == ["known"] * size
 
 
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
