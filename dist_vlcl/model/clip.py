@@ -202,7 +202,7 @@ def _refuse_unknown_blocks(name: str, clip: Any) -> None:
 def _quiet() -> Iterator[None]:
     """open_clip logs on the root logger; a user wants one line from us instead."""
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
