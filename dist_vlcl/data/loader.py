@@ -3,8 +3,8 @@
 # B images of this rank in a batch, S side in pixels
 
 import io
+import os
 import random
-import signal
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -122,10 +122,9 @@ class GlobalBatches(Dataset[Batch]):
         return str(error)
 
 
-def _leave_signals_to_the_trainer(_worker: int) -> None:
+def _leave_process_group(_worker: int) -> None:
     # A launcher signals the whole process group; a worker that dies of it takes the trainer down before it has saved.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgid(0, 0)
 
 
 class BatchLoader:
@@ -143,7 +142,7 @@ class BatchLoader:
             pin_memory=pin_memory,
             # without its own generator a DataLoader draws from the global one, and a resumed run would leave the path of an unbroken one
             generator=torch.Generator(),
-            worker_init_fn=_leave_signals_to_the_trainer,
+            worker_init_fn=_leave_process_group,
         )
 
     def __len__(self) -> int:

@@ -1,6 +1,10 @@
 import io
 import logging
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +217,40 @@ def test_a_broken_image_is_skipped_by_name():
     Image.new("RGB", (8, 8)).save(gif, format="GIF")
     with pytest.raises(ShardError, match="apple/2: no image"):
         loader.decode(gif.getvalue(), "apple/2")
+
+
+GROUP_SIGNAL = """
+import os, signal, sys
+from pathlib import Path
+from dist_vlcl.data import loader
+from dist_vlcl.data.transforms import TestTransform
+from dist_vlcl.run.preemption import Preemption
+from tests.helpers.shards import make_index
+
+if __name__ == "__main__":
+    index = make_index(Path(sys.argv[1]), num_classes=4, train=7, test=6)
+    batches = loader.test_batches(index, range(4), batch_size=2, rank=0, size=1, transform=TestTransform(32), num_workers=1)
+    with Preemption() as preemption:
+        seen = 0
+        for number, batch in enumerate(batches):
+            seen += len(batch.labels)
+            if number == 1:
+                os.killpg(0, signal.SIGTERM)
+    print(seen, preemption.requested)
+"""
+
+
+def test_a_signal_to_the_process_group_leaves_the_workers_at_work(tmp_path):
+    """As torchelastic sends it: the trainer has to live on to save itself, and so must not lose a worker."""
+    script = tmp_path / "group_signal.py"
+    script.write_text(GROUP_SIGNAL)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "shards")],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, ["24", "True"]), done.stderr[-1000:]
