@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -202,16 +203,16 @@ for start in range(2):
     state.advance()
     log.step({"step": state.step, "task": 0, "loss": 0.5, "zo": {"vision": {"projected_gradient": 1.0}}})
     log.close()
-print(state.wandb_id)
+print(f"the id is <{state.wandb_id}>", flush=True)
 """
 
 
 def test_wandb_runs_offline_inside_the_run_folder_and_keeps_its_id(tmp_path):
-    result = subprocess.run([sys.executable, "-c", WANDB_TWICE, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", WANDB_TWICE, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    wandb_id = result.stdout.split()[-1]
+    wandb_id = re.search(r"the id is <(\w+)>", result.stdout)[1]  # wandb may print after us
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert runs and all(run.name.endswith(wandb_id) for run in runs)
+    assert runs and all(f"-{wandb_id}" in run.name for run in runs)  # a second start within the second adds "-1"
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
