@@ -42,8 +42,13 @@ class OrderPlan:
         """Raise ValueError in the words of the option, before anything is built."""
         if self.branch not in PLAN_BRANCHES:
             raise ValueError(f"orders.branch={self.branch!r}: choose from {', '.join(PLAN_BRANCHES)}")
+        branches = PLAN_BRANCHES[self.branch]
         by_branch = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(BRANCHES, self.layers)
-        if set(by_branch) - set(BRANCHES) or not all(map(_names_layers, by_branch.values())):
+        if isinstance(self.layers, Mapping) and (unplanned := sorted(set(by_branch) - set(branches))):
+            raise ValueError(
+                f"orders.layers.{unplanned[0]}: orders.branch={self.branch} plans {' and '.join(branches) or 'no branch'} only"
+            )
+        if not all(map(_names_layers, by_branch.values())):
             raise ValueError(
                 f"orders.layers={self.layers!r}: choose from {', '.join(PLAN_LAYERS)}, or give a list such as [1,3,5], "
                 f"or one of these for each of {', '.join(BRANCHES)}"

@@ -15,6 +15,7 @@ PACKAGE = Path(dist_vlcl.__file__).parent
 FLOORS = [  # first match rules; a module that no line covers has no floor, and is refused
     ("data.tasks", 0),
     ("data.build", 4),
+    ("data.verify", 4),
     ("report.build", 4),
     ("model.clip", 1),
     ("continual.evaluator", 2),

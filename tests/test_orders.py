@@ -97,6 +97,7 @@ def test_branch_none_leaves_every_unit_to_the_rest():
         (OrderPlan(layers="suffix", span=13), "orders.span=13: the language tower has 12 blocks; choose from 1 to 12"),
         (OrderPlan(layers={"vison": [1], "language": [1]}), "orders.layers"),
         (OrderPlan(layers={"vision": "odd"}), "orders.layers"),
+        (OrderPlan("vision", {"vision": [1], "language": [1]}), "orders.layers.language: orders.branch=vision plans vision only"),
         (OrderPlan(layers=7), "orders.layers"),
         (OrderPlan(layers=["a", 1, 99]), "orders.layers"),
     ],

@@ -4,8 +4,10 @@
 
 DATA holds one sprite sheet `<wnid>.jpg` of 32x32 tiles per class and a `manifest.json` (tile, columns, tiles per class); NAMES lists
 folder, name and synonyms of every class. Every step pairs a batch of images with one caption per class (a synonym in a template, both
-drawn anew) and one caption per everyday group word of `GROUPS` ("dog", "bottle", ...), and asks each image for its own caption among all
-of each kind (InfoNCE over captions). Deterministic for a given seed, thread count and torch build; resumes from OUT.ckpt.
+drawn anew), one caption per everyday group word of `GROUPS` ("dog", "bottle", ...) and, with `--teacher`, captions of ImageNet names
+that an ImageNet network sees in the batch; each image is asked for its own captions among all of them (InfoNCE with soft targets).
+Muon for the matrices of the blocks, AdamW for the rest. Deterministic for a given seed, thread count and torch build; resumes from
+OUT.ckpt.
 
 The run that made the shipped file is described in dist_vlcl/model/small/README.md.
 """
@@ -172,8 +174,13 @@ def draw_captions(synonyms: list[list[str]], groups: list[str], generator: torch
     def pick(n: int) -> int:
         return int(torch.randint(0, n, (), generator=generator))
 
-    words = [s[0] if pick(2) else s[pick(len(s))] for s in synonyms] + groups
-    return [TEMPLATES[pick(len(TEMPLATES))].format(word) for word in words]
+    return in_templates([s[0] if pick(2) else s[pick(len(s))] for s in synonyms] + groups, generator)
+
+
+def in_templates(words: list[str], generator: torch.Generator) -> list[str]:
+    """Return each word in a template of its own draw."""
+    drawn = torch.randint(0, len(TEMPLATES), (len(words),), generator=generator).tolist()
+    return [TEMPLATES[k].format(word) for k, word in zip(drawn, words, strict=True)]
 
 
 def teacher_labels(images: torch.Tensor, weights: Path, cache: Path) -> torch.Tensor:
@@ -184,12 +191,12 @@ def teacher_labels(images: torch.Tensor, weights: Path, cache: Path) -> torch.Te
 
     teacher = timm.create_model("mobilenetv2_100", pad_type="same")
     teacher.load_state_dict({name: t.float() for name, t in load_file(weights).items()})
-    teacher.eval()
+    teacher.eval().to(memory_format=torch.channels_last)
     parts = []
     with torch.inference_mode():
         for k, part in enumerate(images.split(200)):
             large = F.interpolate(part.float(), size=128, mode="bicubic").clamp(0, 255)
-            parts.append(teacher(large / 127.5 - 1).softmax(1).half())
+            parts.append(teacher((large / 127.5 - 1).contiguous(memory_format=torch.channels_last)).softmax(1).half())
             if k % 40 == 0:
                 print(f"teacher: {k * 200}/{len(images)} images", flush=True)
     probabilities = torch.cat(parts)
@@ -197,11 +204,22 @@ def teacher_labels(images: torch.Tensor, weights: Path, cache: Path) -> torch.Te
     return probabilities
 
 
-def teacher_words(names_file: Path, chosen: torch.Tensor, generator: torch.Generator) -> list[str]:
+def teacher_words(names: list[str], chosen: torch.Tensor, generator: torch.Generator) -> list[str]:
     """Return a word per chosen ImageNet class: its name, or the name's last word, which is the everyday one ("red fox", "fox")."""
-    names = [entry["name"] for entry in json.loads(names_file.read_text())]
     short = torch.randint(0, 2, (len(chosen),), generator=generator).bool()
     return [names[c].split()[-1] if s else names[c] for c, s in zip(chosen.tolist(), short.tolist(), strict=True)]
+
+
+def targets(labels: torch.Tensor, member: torch.Tensor, p_BT: torch.Tensor) -> torch.Tensor:
+    """Return what an image should see in the captions of its step, `[B, classes + groups + T]`, rows of sum 1.
+
+    Half for its class, a quarter shared by its group words, a quarter by the teacher's words; what is empty falls to the class. One
+    distribution over words of all kinds, so that a group word is as probable as a class word when both are asked for.
+    """
+    own = F.one_hot(labels, len(member)).float()
+    groups = member[labels].float()
+    parts = [0.25 * part / part.sum(1, keepdim=True).clamp_min(1e-6) for part in (groups, p_BT)]
+    return torch.cat([own * (1 - sum(part.sum(1, keepdim=True) for part in parts)), *parts], 1)
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -246,6 +264,7 @@ def main() -> None:
     images, labels, wnids = read_sheets(args.data)
     synonyms, groups, member = caption_words(args.names, wnids)
     taught = teacher_labels(images, args.teacher, args.out.with_suffix(".teacher.pt")) if args.teacher else None
+    names = [entry["name"] for entry in json.loads(args.teacher_names.read_text())] if args.teacher else []
     order = torch.cat([torch.nonzero(labels == c).flatten() for c in range(len(wnids))])
     position_in_class = torch.cat([torch.arange(int((labels == c).sum())) for c in range(len(wnids))])
     held_out = order[position_in_class < args.held_out]
@@ -258,11 +277,13 @@ def main() -> None:
         model.load_state_dict({name: t.float() for name, t in load_file(args.init).items()}, strict=False)
     if args.compile:
         model.visual.transformer.compile()
-    decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
-    rest = [p for n, p in model.named_parameters() if not (p.ndim >= 2 and "embedding" not in n)]
-    optimiser = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
-    )
+    matrices = [p for n, p in model.named_parameters() if "resblocks" in n and p.ndim == 2]
+    ends = [p for n, p in model.named_parameters() if "resblocks" not in n and p.ndim >= 2 and "embedding" not in n]
+    rest = [p for n, p in model.named_parameters() if p.ndim < 2 or "embedding" in n]
+    optimisers = [
+        torch.optim.AdamW([{"params": ends, "weight_decay": args.weight_decay}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98)),
+        torch.optim.Muon(matrices, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"),
+    ]
     steps_per_epoch = len(train) // args.batch
     total = args.epochs * steps_per_epoch
     average = {k: v.clone() for k, v in model.state_dict().items()}  # exponential moving average, the weights that ship
@@ -276,7 +297,8 @@ def main() -> None:
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
+        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
         average, step = saved["average"], saved["step"]
         print(f"resumed at step {step}", flush=True)
 
@@ -301,31 +323,29 @@ def main() -> None:
             permutation = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))]
         generator = torch.Generator().manual_seed(args.seed * 10_000_019 + step)
         lr = args.lr * min((step + 1) / 300, 0.5 * (1 + math.cos(math.pi * step / total)) + 1e-3)
-        for group in optimiser.param_groups:
+        for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
             group["lr"] = lr
         chosen = permutation[within * args.batch : (within + 1) * args.batch]
         captions = draw_captions(synonyms, groups, generator)
+        p_BT = torch.zeros(len(chosen), 0)
         if taught is not None:
             p_B1000 = taught[chosen].float()
             subset = torch.multinomial(p_B1000.mean(0), args.teacher_words, generator=generator)
-            captions += [f"a photo of a {word}." for word in teacher_words(args.teacher_names, subset, generator)]
+            captions += in_templates(teacher_words(names, subset, generator), generator)
+            p_BT = p_B1000[:, subset]
         text_CD = encode_text(captions)
         image_BD = model.encode_image(augment(images[chosen], generator), normalize=True)
         logits_BC = model.logit_scale.exp() * image_BD @ text_CD.T
         target = labels[chosen]
-        leaf = F.cross_entropy(logits_BC[:, : len(synonyms)], target, label_smoothing=0.05)
-        in_group = member[target]
-        has_group = in_group.any(1)
-        log_p = logits_BC[:, len(synonyms) : len(synonyms) + len(groups)].log_softmax(1)
-        coarse = -torch.logsumexp(log_p.masked_fill(~in_group, -1e4), 1)[has_group].mean()
-        loss = leaf + 0.5 * coarse
-        if taught is not None:
-            p_BC = p_B1000[:, subset] / p_B1000[:, subset].sum(1, keepdim=True).clamp_min(1e-6)
-            loss = loss - (p_BC * logits_BC[:, -args.teacher_words :].log_softmax(1)).sum(1).mean()
-        optimiser.zero_grad(set_to_none=True)
+        log_p_BC = logits_BC.log_softmax(1)
+        loss = -(targets(target, member, p_BT) * log_p_BC).sum(1).mean()
+        with torch.no_grad():
+            leaf = F.cross_entropy(logits_BC[:, : len(synonyms)], target)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
+        for optimiser in optimisers:
+            optimiser.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=math.log(100))
             rate = min(0.998, (step + 1) / (step + 20))
@@ -336,14 +356,17 @@ def main() -> None:
         if step % 100 == 0 or step == total:
             speed = (len(losses) * args.batch) / (time.time() - start)
             print(
-                f"step {step}/{total} epoch {step / steps_per_epoch:.2f} loss {np.mean(losses[-100:]):.3f} coarse {float(coarse):.3f} "
+                f"step {step}/{total} epoch {step / steps_per_epoch:.2f} loss {np.mean(losses[-100:]):.3f} all {float(loss.detach()):.3f} "
                 f"scale {float(model.logit_scale.exp()):.1f} {speed:.0f} img/s, {(total - step) * args.batch / speed / 60:.0f} min left",
                 flush=True,
             )
         if step % steps_per_epoch == 0 or step == total:
             print(f"epoch {step // steps_per_epoch}: held-out top-1 {100 * accuracy(held_out):.2f} %", flush=True)
             temporary = checkpoint.with_suffix(".tmp")
-            torch.save({"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average, "step": step}, temporary)
+            torch.save(
+                {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "average": average, "step": step},
+                temporary,
+            )
             temporary.replace(checkpoint)
             save_file({k: v.half().contiguous() for k, v in average.items() if k != "attn_mask"}, args.out)
 

@@ -107,10 +107,10 @@ class Index:
     def url(self, path: str) -> str:
         return self.location.replace("{}", path) if "{}" in self.location else f"{self.location.rstrip('/')}/{path}"
 
-    def verify(self) -> None:
+    def verify(self, track: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> None:
         """Read every shard again; raises ShardError that names those whose bytes are not what the index says."""
         shards = [shard for split in SPLITS for of_class in self.shards[split] for shard in of_class]
-        problems = [problem for _, problem in (read_shard(self, shard) for shard in shards) if problem]
+        problems = [problem for _, problem in (read_shard(self, shard) for shard in track(shards)) if problem]
         if problems:
             raise ShardError(f"{len(problems)} of {len(shards)} shards are damaged:\n" + "\n".join(problems))
 

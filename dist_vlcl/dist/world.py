@@ -28,6 +28,8 @@ class ClusterConfig:
             raise ValueError(f"cluster.device={self.device!r}: choose from auto, cpu, cuda")
         if self.timeout_s <= 0:
             raise ValueError(f"cluster.timeout_s={self.timeout_s}: give a positive number of seconds")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"cluster.threads={self.threads}: give a positive number, or null for the cores shared among the ranks")
 
 
 @dataclass

@@ -61,7 +61,7 @@ class ImageEnds(nn.Module):
         return self.visual._embeds((images.float() / 255 - self.mean) / self.std)
 
     def pool(self, hidden: Tensor, images: Tensor) -> Tensor:
-        pooled = self.visual._pool(hidden)[0]
+        pooled = self.visual._pool(hidden.flatten(0, 1))[0].unflatten(0, hidden.shape[:2])
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
 
@@ -77,7 +77,7 @@ class TextEnds(nn.Module):
         return self.clip.token_embedding(tokens) + self.clip.positional_embedding[: tokens.shape[1]]
 
     def pool(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        ends = self.clip.ln_final(hidden[torch.arange(len(hidden), device=hidden.device), tokens.argmax(-1)])
+        ends = self.clip.ln_final(hidden[:, torch.arange(len(tokens), device=hidden.device), tokens.argmax(-1)])
         projection = self.clip.text_projection
         return projection(ends) if isinstance(projection, nn.Module) else ends @ projection
 

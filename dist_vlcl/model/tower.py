@@ -59,7 +59,7 @@ class AdaptedBlock(nn.Module):
 class Tower(nn.Module):
     """One branch of CLIP: blocks between two ends; everything but the adapters is frozen.
 
-    `ends` offers `embed(inputs) -> [B, L, D]` and `pool(hidden [K*B, L, D], inputs [K*B, ...]) -> [K*B, F]`.
+    `ends` offers `embed(inputs [B, ...]) -> [B, L, D]` and `pool(hidden [K, B, L, D], inputs [B, ...]) -> [K, B, F]`.
     """
 
     def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: Any):
@@ -111,6 +111,4 @@ class Tower(nn.Module):
             tensors = given or {name: t[None] for name, t in block.unit.tensors().items()}
             tokens = carry[0].shape[2]
             x = block.finish(carry, tensors, *block.adapter.draw(noise, self.branch, layer, tokens, training))
-        sets_count = x.shape[0]
-        features = self.ends.pool(x.flatten(0, 1), inputs.repeat(sets_count, *[1] * (inputs.ndim - 1)) if sets_count > 1 else inputs)
-        return F.normalize(features, dim=-1).unflatten(0, (sets_count, -1)), kept_carry
+        return F.normalize(self.ends.pool(x, inputs), dim=-1), kept_carry

@@ -183,7 +183,7 @@ class StepNoise:
         drawn = self._once(
             ("dropout", branch, layer), lambda name: kept_by_row(name, self.rows[branch], tokens * width, drop, self.key, Streams.DROPOUT)
         )
-        return drawn.view(-1, tokens, width)
+        return drawn.view(len(self.rows[branch]), tokens, width)  # fails where a step asks for two lengths
 
     def _once(self, purpose: tuple, draw) -> Tensor:
         if purpose not in self._drawn:

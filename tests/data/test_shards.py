@@ -1,6 +1,8 @@
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 
@@ -190,3 +192,16 @@ def test_keys_survive_dots_spaces_length_and_repetition(tmp_path):
     samples, problem = read_shard(index, index.shards["train"][0][0])
     assert problem == ""
     assert [sample.key for sample in samples] == ["a_b/x_y_z", "a_b/x_y_z--2", "up", "sample", "l" * 80, "hidden"]
+
+
+def test_the_verify_command_tells_a_sound_set_from_a_damaged_one(tmp_path):
+    make_index(tmp_path)
+    command = [sys.executable, "-m", "dist_vlcl.data.verify", "data=folder", "data.name=tiny", f"data.root={tmp_path}"]
+    sound = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert sound.returncode == 0, sound.stderr
+    assert "every shard as it was written" in " ".join(sound.stdout.split())
+    path = tmp_path / "tiny/train/0000-000.tar"
+    path.write_bytes(path.read_bytes()[:1000])
+    damaged = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert damaged.returncode == 1
+    assert "error: 1 of 16 shards are damaged" in damaged.stderr
