@@ -7,10 +7,10 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -88,21 +88,10 @@ class PeakBytes(TorchDispatchMode):
         self.alive -= size
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention on the meta device as on a real one: fused, without a matrix of all pairs."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is Tensor.backward:  # a mode is off while it handles a call, yet checkpoints compute attention in backward
-            with self:
-                return torch.autograd.backward(*args, **kwargs)
-        if function is not torch.nn.functional.scaled_dot_product_attention or args[0].device.type != "meta":
-            return function(*args, **kwargs)
-        q, k, v, *rest = args
-        mask = rest[0] if rest else kwargs.get("attn_mask")
-        mask = None if mask is None else mask.to(q.dtype)
-        fused: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return fused(q, k, v, 0.0, bool(kwargs.get("is_causal", False)), attn_mask=mask)[0]
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False) -> Tensor:
+    """Attention on the meta device as real devices do it: fused, without a matrix of all pairs."""
+    fused: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(q, k, v, dropout_p, is_causal, attn_mask=None if attn_mask is None else attn_mask.to(q.dtype))[0]
 
 
 class _Zeros(TorchDispatchMode):
@@ -119,8 +108,23 @@ class _Zeros(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
+class Exchanges(TorchDispatchMode):
+    """Within it, `found` lists the exchanges of the process group: (operation, bytes that this rank contributes)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            name = function.overloadpacket.__name__.rstrip("_")
+            given = args[1] if name.startswith("allgather") else args[0]  # all-gathers name their output first
+            self.found.append((name, sum(t.nbytes for t in tree_leaves(given) if isinstance(t, Tensor))))
+        return function(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def without_numbers() -> Iterator[None]:
     """Let training code run on the meta device: a loss that it reads there is zero."""
-    with _FusedAttention(), _Zeros():
+    with _Zeros(), mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _attention):
         yield

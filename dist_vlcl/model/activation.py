@@ -10,7 +10,7 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.sigmoid(1.702 * x).mul_(x)
+        return (1.702 * x).sigmoid_().mul_(x)  # one temporary: it is four times as wide as the rest of a block
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from dist_vlcl.model.units import Unit, UnitId
 
 Sets = Mapping[UnitId, dict[str, Tensor]]
 
+ROWS_AT_A_TIME = 4096
+
 
 class AdaptedBlock(nn.Module):
     """A frozen residual attention block and its adapter, cut in two where the adapter begins to matter.
@@ -35,11 +37,13 @@ class AdaptedBlock(nn.Module):
         normed = self.block.ln_1(x)
         asking = normed if reads is None else pick(normed, reads)
         x = x if reads is None else pick(x, reads)
-        qkv = self._project(normed, asking)
         if self.adapter.site == "attention":
-            return x, normed, asking, *qkv
+            return x, normed, asking, *self._project(normed, asking)
+        qkv = self._project(normed, asking)
+        del normed, asking  # a probe's peak is here
         u = x + self.block.ls_1(self._attend(*qkv, reads))
-        return u, u + self.block.ls_2(self.block.mlp(self.block.ln_2(u)))
+        del qkv
+        return u, u + self._mlp(u)
 
     def finish(
         self, carry: tuple[Tensor, ...], sets: dict[str, Tensor], noise: Tensor | None, kept: Tensor | None, reads: Tensor | None = None
@@ -52,7 +56,7 @@ class AdaptedBlock(nn.Module):
         inputs = {"q": asking, "k": normed, "v": normed}
         q, k, v = (p + self.adapter.delta(inputs[t], sets, t) if f"{t}_up" in sets else p for t, p in zip("qkv", qkv, strict=True))
         u = x + self.block.ls_1(self._attend(q, k, v, reads))
-        return u + self.block.ls_2(self.block.mlp(self.block.ln_2(u)))
+        return u + self._mlp(u)
 
     def forward(self, x: Tensor, *rest: Any) -> Tensor:
         """Return the block's output for its input."""
@@ -65,6 +69,14 @@ class AdaptedBlock(nn.Module):
             return F.linear(normed, weight, bias).chunk(3, -1)
         width = normed.shape[-1]
         return F.linear(asking, weight[:width], bias[:width]), *F.linear(normed, weight[width:], bias[width:]).chunk(2, -1)
+
+    def _mlp(self, u: Tensor) -> Tensor:
+        """Return what the MLP adds to u; where no graph keeps it, its hidden layer exists for some thousand rows at a time."""
+        if torch.is_grad_enabled():
+            return self.block.ls_2(self.block.mlp(self.block.ln_2(u)))
+        rows = u.flatten(0, -2)
+        parts = [self.block.ls_2(self.block.mlp(self.block.ln_2(part))) for part in rows.tensor_split(-(-len(rows) // ROWS_AT_A_TIME))]
+        return torch.cat(parts).view_as(u)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, reads: Tensor | None) -> Tensor:
         attn, sets, tokens = self.block.attn, max(t.shape[0] for t in (q, k, v)), k.shape[2]
