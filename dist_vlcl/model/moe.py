@@ -35,8 +35,9 @@ class MoEConfig:
 class MoEAdapter(nn.Module):
     """y = sum_e gate_e(u) * scale * (up_e dropout(relu(down_e u + b_e)) + c_e), with gates from the first token of u.
 
-    The experts are one fused bottleneck of width E*r: two matrix products whatever E is, and no expert is ever left out of the graph
-    (an unused expert gives wrong gradients under ZeRO, PITFALLS A2).
+    The experts that act are one fused bottleneck of width k*r: two matrix products whatever k is. Which of more than k experts act is
+    settled sample by sample: their weights are gathered by a product with the 0/1 matrix of choices, so that an expert that nobody chose
+    still has its place in the graph (left out, it gives wrong gradients under ZeRO) and gradients add up in one order on any device.
     """
 
     site = "mlp"
@@ -56,29 +57,35 @@ class MoEAdapter(nn.Module):
     def forward(self, u: Tensor, sets: dict[str, Tensor], noise: Tensor | None, kept: Tensor | None) -> Tensor:
         """Return the adapter's output `[K, B, L, D]` for u `[K, B, L, D]` and K parameter sets.
 
-        noise: N(0, 1) draws `[B, E]` for the router, or None; kept: dropout mask `[B, L, E*r]`, or None.
+        noise: N(0, 1) draws `[B, E]` for the router, or None; kept: dropout mask `[B, L, k*r]` over the chosen experts, or None.
         """
-        gates_KBE = self.gates(u[:, :, 0], sets, noise)
-        hidden = F.relu(linear(u, sets["down_weight"].flatten(1, 2), sets["down_bias"].flatten(1)))
+        gates_KBk, chosen = self.gates(u[:, :, 0], sets, noise)
+        down, down_bias, up, up_bias = (_of(chosen, sets[name]) for name in ("down_weight", "down_bias", "up_weight", "up_bias"))
+        hidden = F.relu(linear(u, down.flatten(-3, -2), down_bias.flatten(-2)))
         scale = self.config.scale
-        weight_KBE = gates_KBE * (scale / (1 - self.config.dropout) if kept is not None else scale)
-        hidden = hidden.unflatten(-1, (self.config.experts, -1)) * weight_KBE[:, :, None, :, None]
+        weight_KBk = gates_KBk * (scale / (1 - self.config.dropout) if kept is not None else scale)
+        hidden = hidden.unflatten(-1, (self.config.top_k, -1)) * weight_KBk[:, :, None, :, None]
         hidden = hidden.flatten(-2)
         if kept is not None:
             hidden = hidden * kept
-        bias_KBD = torch.matmul(gates_KBE * scale, sets["up_bias"])
-        return linear(hidden, sets["up_weight"].flatten(1, 2).transpose(1, 2)) + bias_KBD[:, :, None]
+        gates_KBk = gates_KBk * scale
+        bias_KBD = torch.matmul(gates_KBk, up_bias) if chosen is None else torch.matmul(gates_KBk[..., None, :], up_bias)[..., 0, :]
+        return linear(hidden, up.flatten(-3, -2).transpose(-1, -2)) + bias_KBD[:, :, None]
 
-    def gates(self, first_KBD: Tensor, sets: dict[str, Tensor], noise: Tensor | None) -> Tensor:
-        """Return the weight of each expert `[K, B, E]`: a softmax over the top-k noisy logits, zero elsewhere."""
+    def gates(self, first_KBD: Tensor, sets: dict[str, Tensor], noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weights of the chosen experts `[K, B, k]`, a softmax over the top-k noisy logits, and which they are.
+
+        The choices are 0/1 `[K, B, k, E]`, experts in ascending order; None where all experts act.
+        """
         logits = torch.matmul(first_KBD, sets["router"])
         # Without noise the noise router still has its place in the graph, with gradient zero: DDP and ZeRO want every parameter used.
         spread = F.softplus(torch.matmul(first_KBD, sets["noise"])) + 0.01
         logits = logits + spread * (noise if noise is not None else 0.0)
-        if self.config.top_k < self.config.experts:
-            chosen = logits.topk(self.config.top_k, dim=-1).indices
-            logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool).scatter(-1, chosen, False), float("-inf"))
-        return logits.softmax(-1)
+        if self.config.top_k == self.config.experts:
+            return logits.softmax(-1), None
+        best = logits.topk(self.config.top_k, dim=-1).indices.sort(-1).values
+        chosen = best[..., None] == torch.arange(self.config.experts, device=best.device)
+        return logits.gather(-1, best).softmax(-1), chosen.to(logits.dtype)
 
     def draw(self, noise: Any, branch: str, layer: int, tokens: int, training: bool) -> tuple[Tensor | None, Tensor | None]:
         """Return this block's (router noise, dropout mask) of a step; `noise` is the step's `StepNoise`, or None."""
@@ -86,17 +93,30 @@ class MoEAdapter(nn.Module):
         if noise is None:
             return None, None
         router = noise.router(branch, layer, config.experts) if config.router_noise and (training or config.noise_at_eval) else None
-        width = config.experts * config.bottleneck
+        width = config.top_k * config.bottleneck
         kept = noise.kept(branch, layer, tokens, width, config.dropout) if config.dropout > 0 and training else None
         return router, kept
 
 
-def linear(x_KBLD: Tensor, weight_KOD: Tensor, bias_KO: Tensor | None = None) -> Tensor:
-    """Return x W^T + b `[K, B, L, O]`, one weight per parameter set; a K axis of size 1 in x or W serves every set."""
-    sets = weight_KOD.shape[0]
-    if sets == 1:
-        return F.linear(x_KBLD, weight_KOD[0], None if bias_KO is None else bias_KO[0])
-    y = torch.matmul(x_KBLD.flatten(1, 2), weight_KOD.transpose(1, 2))
-    if bias_KO is not None:
-        y = y + bias_KO[:, None]
+def _of(chosen: Tensor | None, values: Tensor) -> Tensor:
+    """Return the values `[K, B, k, ...]` of the chosen experts, for values `[K, E, ...]` of all; these themselves if all are chosen."""
+    if chosen is None:
+        return values
+    picked = torch.matmul(chosen.flatten(1, 2), values.flatten(2))  # exact: one factor 1, the others 0
+    return picked.view(-1, *chosen.shape[1:3], *values.shape[2:])
+
+
+def linear(x_KBLD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + b `[K, B, L, O]`, with a weight per parameter set `[K, O, D]`, or per set and sample `[K, B, O, D]`.
+
+    A K axis of size 1 in x or W serves every set.
+    """
+    if weight.ndim == 4:
+        y = torch.matmul(x_KBLD, weight.transpose(-1, -2))
+        return y if bias is None else y + bias[:, :, None]
+    if weight.shape[0] == 1:
+        return F.linear(x_KBLD, weight[0], None if bias is None else bias[0])
+    y = torch.matmul(x_KBLD.flatten(1, 2), weight.transpose(1, 2))
+    if bias is not None:
+        y = y + bias[:, None]
     return y.unflatten(1, x_KBLD.shape[1:3])

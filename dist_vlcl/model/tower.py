@@ -8,17 +8,21 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dist_vlcl.model.units import Unit, UnitId
 
 Sets = Mapping[UnitId, dict[str, Tensor]]
+
+ROWS_AT_A_TIME = 4096
 
 
 class AdaptedBlock(nn.Module):
     """A frozen residual attention block and its adapter, cut in two where the adapter begins to matter.
 
     `carry` is everything that does not depend on the adapter, `finish` the rest: a perturbed evaluation restarts from the carry of its
-    first perturbed block, so attention and MLP of that block are not computed again.
+    first perturbed block, so attention and MLP of that block are not computed again. `reads`, positions `[B, R]`, says that no other
+    position of the block's output will be read: the others then serve as keys and values only.
     """
 
     def __init__(self, block: Any, adapter: Any, unit_id: UnitId, causal: bool):
@@ -28,43 +32,80 @@ class AdaptedBlock(nn.Module):
         self.causal = causal
         self.unit = Unit(unit_id, adapter)
 
-    def carry(self, x: Tensor) -> tuple[Tensor, ...]:
+    def carry(self, x: Tensor, reads: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return what the block knows before its adapter acts, from its input `[K, B, L, D]`."""
         normed = self.block.ln_1(x)
-        qkv = F.linear(normed, self.block.attn.in_proj_weight, self.block.attn.in_proj_bias)
+        asking = normed if reads is None else pick(normed, reads)
+        x = x if reads is None else pick(x, reads)
         if self.adapter.site == "attention":
-            return x, normed, qkv
-        u = x + self.block.ls_1(self._attend(qkv))
-        return u, u + self.block.ls_2(self.block.mlp(self.block.ln_2(u)))
+            return x, normed, asking, *self._project(normed, asking)
+        qkv = self._project(normed, asking)
+        del normed, asking  # a probe's peak is here
+        u = x + self.block.ls_1(self._attend(*qkv, reads))
+        del qkv
+        return u, u + self._mlp(u)
 
-    def finish(self, carry: tuple[Tensor, ...], sets: dict[str, Tensor], noise: Tensor | None, kept: Tensor | None) -> Tensor:
-        """Return the block's output `[K, B, L, D]` for K sets of the adapter's tensors."""
+    def finish(
+        self, carry: tuple[Tensor, ...], sets: dict[str, Tensor], noise: Tensor | None, kept: Tensor | None, reads: Tensor | None = None
+    ) -> Tensor:
+        """Return the block's output `[K, B, L, D]` (`[K, B, R, D]` where it is read) for K sets of the adapter's tensors."""
         if self.adapter.site == "mlp":
             u, rest = carry
             return rest + self.adapter(u, sets, noise, kept)
-        x, normed, qkv = carry
-        parts = qkv.chunk(3, -1)
-        added = [p + self.adapter.delta(normed, sets, t) if f"{t}_up" in sets else p for t, p in zip("qkv", parts, strict=True)]
-        added = torch.broadcast_tensors(*added)
-        u = x + self.block.ls_1(self._attend(torch.cat(added, -1)))
-        return u + self.block.ls_2(self.block.mlp(self.block.ln_2(u)))
+        x, normed, asking, *qkv = carry
+        inputs = {"q": asking, "k": normed, "v": normed}
+        q, k, v = (p + self.adapter.delta(inputs[t], sets, t) if f"{t}_up" in sets else p for t, p in zip("qkv", qkv, strict=True))
+        u = x + self.block.ls_1(self._attend(q, k, v, reads))
+        return u + self._mlp(u)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        attn = self.block.attn
-        q, k, v = (t.flatten(0, 1).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(-2)
-        return attn.out_proj(out).unflatten(0, qkv.shape[:2])
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        """Return the block's output for its input."""
+        return self.finish(self.carry(x, rest[-1]), *rest)
+
+    def _project(self, normed: Tensor, asking: Tensor) -> tuple[Tensor, ...]:
+        """Return queries `[K, B, R, D]` of the positions that are asking, keys and values `[K, B, L, D]` of all."""
+        weight, bias = self.block.attn.in_proj_weight, self.block.attn.in_proj_bias
+        if asking is normed:
+            return F.linear(normed, weight, bias).chunk(3, -1)
+        width = normed.shape[-1]
+        return F.linear(asking, weight[:width], bias[:width]), *F.linear(normed, weight[width:], bias[width:]).chunk(2, -1)
+
+    def _mlp(self, u: Tensor) -> Tensor:
+        """Return what the MLP adds to u; where no graph keeps it, its hidden layer exists for some thousand rows at a time."""
+        if torch.is_grad_enabled():
+            return self.block.ls_2(self.block.mlp(self.block.ln_2(u)))
+        rows = u.flatten(0, -2)
+        parts = [self.block.ls_2(self.block.mlp(self.block.ln_2(part))) for part in rows.tensor_split(-(-len(rows) // ROWS_AT_A_TIME))]
+        return torch.cat(parts).view_as(u)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, reads: Tensor | None) -> Tensor:
+        attn, sets, tokens = self.block.attn, max(t.shape[0] for t in (q, k, v)), k.shape[2]
+        mask = None
+        if self.causal and reads is not None:
+            seen_BRL = torch.arange(tokens, device=reads.device) <= reads[..., None]
+            mask = seen_BRL.repeat(sets, 1, 1)[:, None]
+        q, k, v = (
+            t.expand(sets, -1, -1, -1).flatten(0, 1).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None).transpose(1, 2).flatten(-2)
+        return attn.out_proj(out).unflatten(0, (sets, -1))
+
+
+def pick(x_KBLD: Tensor, reads_BR: Tensor) -> Tensor:
+    """Return the positions that are read, `[K, B, R, D]`."""
+    return x_KBLD[:, torch.arange(len(reads_BR), device=reads_BR.device)[:, None], reads_BR]
 
 
 class Tower(nn.Module):
     """One branch of CLIP: blocks between two ends; everything but the adapters is frozen.
 
-    `ends` offers `embed(inputs [B, ...]) -> [B, L, D]` and `pool(hidden [K, B, L, D], inputs [B, ...]) -> [K, B, F]`.
+    `ends` offers `embed(inputs) -> [B, L, D]`, `pool(hidden) -> [B, F]` and `reads(inputs) -> [B, R]`: the positions of the last block's
+    output that adapter and `pool` look at (position 0, where the experts are chosen, first), or None for all; `hidden` has just those.
     """
 
-    def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: Any):
+    def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: Any, checkpoint: bool = False):
         super().__init__()
-        self.branch = branch
+        self.branch, self.checkpoint = branch, checkpoint
         self.blocks = nn.ModuleList(blocks)
         self.ends: Any = ends
 
@@ -99,16 +140,23 @@ class Tower(nn.Module):
         hidden: what `embed` made of `inputs`, or the carry of block `start`. sets: K values for some of the units; the others act with
         their own. The K axis appears at the first block that has K sets.
         """
-        carry = hidden if isinstance(hidden, tuple) else self.block(start).carry(hidden)
-        kept_carry, x = None, carry[0]
+        read = self.ends.reads(inputs)
+        reads = {} if read is None else {self.depth: read}
+        kept_carry, recompute = None, self.checkpoint and torch.is_grad_enabled()
         for layer in range(start, self.depth + 1):
             block = self.block(layer)
-            if layer > start:
-                carry = block.carry(x)
-            if layer == keep:
-                kept_carry = tuple(t.detach() for t in carry)
             given = sets.get(block.unit.id) if sets is not None else None
             tensors = given or {name: t[None] for name, t in block.unit.tensors().items()}
-            tokens = carry[0].shape[2]
-            x = block.finish(carry, tensors, *block.adapter.draw(noise, self.branch, layer, tokens, training))
-        return F.normalize(self.ends.pool(x, inputs), dim=-1), kept_carry
+            router, kept = block.adapter.draw(noise, self.branch, layer, self.ends.length(inputs), training)
+            if kept is not None and layer in reads:
+                kept = pick(kept[None], reads[layer])[0]
+            if recompute and layer != keep and isinstance(hidden, Tensor):
+                hidden = checkpoint(block, hidden, tensors, router, kept, reads.get(layer), use_reentrant=False, preserve_rng_state=False)
+                continue
+            carry = hidden if isinstance(hidden, tuple) else block.carry(hidden, reads.get(layer))
+            if layer == keep:
+                kept_carry = tuple(t.detach() for t in carry)
+            hidden = block.finish(carry, tensors, router, kept, reads.get(layer))
+        assert isinstance(hidden, Tensor)
+        features = self.ends.pool(hidden.flatten(0, 1))
+        return F.normalize(features, dim=-1).unflatten(0, hidden.shape[:2]), kept_carry

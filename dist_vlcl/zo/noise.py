@@ -11,6 +11,7 @@ normals agree to the last bits of log, sin and cos, so ranks compare a first dir
 
 # n elements, M counters, R rows
 
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -20,7 +21,12 @@ import torch
 from torch import Tensor
 
 _MULTIPLIERS, _WEYL, _MASK = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
-_CHUNK = 1 << 15  # counters at a time: the int64 temporaries stay in the cache
+
+
+def _chunk(device: torch.device) -> int:
+    """Return how many counters are drawn at a time: on a CPU the int64 temporaries stay in the cache, elsewhere a launch has much to do."""
+    return 1 << 15 if device.type == "cpu" else 1 << 22
+
 
 NORMALS_PER_COUNTER, SIGNS_PER_COUNTER, UNIFORMS_PER_COUNTER = 4, 128, 8
 
@@ -79,9 +85,15 @@ def _to_normals(words: tuple[Tensor, ...]) -> Tensor:
 
 
 def _to_signs(words: tuple[Tensor, ...]) -> Tensor:
-    """Four words `[M]` to signs +-1 `[M, 128]` in fp32."""
-    bits = (torch.stack(words, -1)[..., None] >> torch.arange(32, device=words[0].device)) & 1
-    return (bits.flatten(-2) * 2 - 1).float()
+    """Four words `[M]` to signs +-1 `[M, 128]` in fp32, the lowest bit first: 8 at a time, from a table of all bytes."""
+    bytes_Mn = torch.stack([(w >> shift) & 0xFF for w in words for shift in (0, 8, 16, 24)], -1)
+    return _sign_table(bytes_Mn.device).index_select(0, bytes_Mn.flatten()).view(-1, SIGNS_PER_COUNTER)
+
+
+@functools.cache
+def _sign_table(device: torch.device) -> Tensor:
+    bits = (torch.arange(1 << 8, device=device)[:, None] >> torch.arange(8, device=device)) & 1
+    return (bits * 2 - 1).float()
 
 
 def _to_uniforms16(words: tuple[Tensor, ...]) -> Tensor:
@@ -112,11 +124,12 @@ class NoiseField:
     def _draw(self, key: Key, stream: int, width: int, convert) -> Tensor:
         block_M, id_M, keep = self._table(width)
         step, row = (torch.tensor(v, device=self.device) for v in (key.step, stream))
+        chunk = _chunk(self.device)
         parts = [
             convert(philox4x32((block, ids, step, row), key.seed)).flatten()
-            for block, ids in zip(block_M.split(_CHUNK), id_M.split(_CHUNK), strict=True)
+            for block, ids in zip(block_M.split(chunk), id_M.split(chunk), strict=True)
         ]
-        flat = torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros(0, device=self.device)
         return flat if keep is None else flat[keep]
 
     def _table(self, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -149,7 +162,7 @@ def kept_by_row(name: str, rows_R: Tensor, numel: int, drop: float, key: Key, st
     """Return a dropout mask `[R, numel]`, True where kept; P(drop) is `drop` rounded to 2^-16; a shorter numel is a prefix."""
     parts = [
         _to_uniforms16(_row_words(name, rows, -(-numel // UNIFORMS_PER_COUNTER), key, stream)).flatten(1)[:, :numel] >= round(drop * 65536)
-        for rows in rows_R.split(max(1, _CHUNK * UNIFORMS_PER_COUNTER // max(numel, 1)))
+        for rows in rows_R.split(max(1, _chunk(rows_R.device) * UNIFORMS_PER_COUNTER // max(numel, 1)))
     ]
     return torch.cat(parts) if parts else torch.zeros(0, numel, dtype=torch.bool, device=rows_R.device)
 

@@ -104,10 +104,10 @@ def moe_by_loop(u: Tensor, values: Mapping[str, Tensor], config: MoEConfig, nois
         best = sorted(range(config.experts), key=lambda e: -float(logits[e].detach()))[: config.top_k]
         total = sum(logits[e].exp() for e in best)
         y = torch.zeros_like(u_LD)
-        for e in best:
+        for place, e in enumerate(sorted(best)):
             hidden = torch.clamp(u_LD @ values["down_weight"][e].T + values["down_bias"][e], min=0)
             if kept is not None:
-                hidden = hidden * kept[b, :, e * config.bottleneck : (e + 1) * config.bottleneck] / (1 - config.dropout)
+                hidden = hidden * kept[b, :, place * config.bottleneck : (place + 1) * config.bottleneck] / (1 - config.dropout)
             y = y + logits[e].exp() / total * config.scale * (hidden @ values["up_weight"][e] + values["up_bias"][e])
         rows.append(y)
     return torch.stack(rows)
@@ -148,7 +148,7 @@ class WholeCLIP:
         if self.noise is not None and config.router_noise:
             router = self.noise.router(branch, layer, config.experts)
         if self.noise is not None and self.training and config.dropout > 0:
-            kept = self.noise.kept(branch, layer, tokens, config.experts * config.bottleneck, config.dropout)
+            kept = self.noise.kept(branch, layer, tokens, config.top_k * config.bottleneck, config.dropout)
         return out + moe_by_loop(u, own, config, router, kept)
 
     def features(self, branch: str, inputs: Any, values: Mapping[str, Tensor], noise: StepNoise | None = None) -> Tensor:

@@ -33,7 +33,7 @@ def test_the_fused_experts_are_the_sum_over_gated_experts(experts, top_k, with_n
     adapter = adapter_of(experts=experts, top_k=top_k, dropout=0.25)
     values, u = sets_of(adapter, 1), draw(B, L, D, seed=50)
     noise = draw(B, experts, seed=51) if with_noise else None
-    kept = draw(B, L, experts * 4, seed=52) > -0.7 if with_dropout else None
+    kept = draw(B, L, top_k * 4, seed=52) > -0.7 if with_dropout else None
     expected = moe_by_loop(u, {name: value[0] for name, value in values.items()}, adapter.config, noise, kept)
     torch.testing.assert_close(adapter(u[None], values, noise, kept), expected[None], rtol=1e-10, atol=1e-12)
 
@@ -43,7 +43,7 @@ def test_the_fused_experts_are_the_sum_over_gated_experts(experts, top_k, with_n
 def test_k_sets_at_once_are_k_sets_one_by_one(top_k, shared_input):
     adapter, sets = adapter_of(top_k=top_k), 3
     values, u = sets_of(adapter, sets), draw(1 if shared_input else sets, B, L, D, seed=50)
-    noise, kept = draw(B, 2, seed=51), draw(B, L, 8, seed=52) > 0
+    noise, kept = draw(B, 2, seed=51), draw(B, L, top_k * 4, seed=52) > 0
     together = adapter(u, values, noise, kept)
     for k in range(sets):
         alone = adapter(u[[0 if shared_input else k]], {name: value[[k]] for name, value in values.items()}, noise, kept)
@@ -56,15 +56,16 @@ def test_only_token_0_routes():
     values, u, noise = sets_of(adapter, 1), draw(1, B, L, D, seed=50), draw(B, 2, seed=51)
     moved = u.clone()
     moved[:, :, 1:] += 1
-    assert torch.equal(adapter.gates(u[:, :, 0], values, noise), adapter.gates(moved[:, :, 0], values, noise))
+    assert torch.equal(adapter.gates(u[:, :, 0], values, noise)[0], adapter.gates(moved[:, :, 0], values, noise)[0])
     torch.testing.assert_close(adapter(moved, values, noise, None)[:, :, 0], adapter(u, values, noise, None)[:, :, 0])
 
 
 def test_gates_are_a_softmax_over_the_chosen_and_zero_elsewhere():
     adapter = adapter_of(experts=4, top_k=2)
-    gates = adapter.gates(draw(1, B, D, seed=1), sets_of(adapter, 1), draw(B, 4, seed=2))
+    gates, chosen = adapter.gates(draw(1, B, D, seed=1), sets_of(adapter, 1), draw(B, 4, seed=2))
     torch.testing.assert_close(gates.sum(-1), torch.ones(1, B, dtype=torch.float64))
-    assert ((gates > 0).sum(-1) == 2).all()
+    assert gates.shape == (1, B, 2) and (gates > 0).all()
+    assert (chosen.sum(-1) == 1).all() and (chosen.sum(-2) <= 1).all()  # each place one expert, no expert twice
 
 
 def test_fresh_gates_are_softmax_of_0_703_times_normal_noise():
@@ -72,7 +73,7 @@ def test_fresh_gates_are_softmax_of_0_703_times_normal_noise():
     adapter, noise = adapter_of(), draw(B, 2, seed=3)
     fresh = {name: p.detach()[None] for name, p in adapter.named_parameters()}
     expected = torch.softmax((math.log(2) + 0.01) * noise, -1)
-    torch.testing.assert_close(adapter.gates(draw(1, B, D), fresh, noise)[0], expected)
+    torch.testing.assert_close(adapter.gates(draw(1, B, D), fresh, noise)[0][0], expected)
     assert (math.log(2) + 0.01) == pytest.approx(0.703, abs=1e-3)
 
 
@@ -87,12 +88,12 @@ def test_a_fresh_adapter_adds_nothing_and_starts_as_the_baseline_does():
 
 
 def test_every_parameter_has_a_gradient_with_and_without_noise():
-    """DDP and ZeRO want every parameter used in every backward."""
-    adapter = adapter_of()
-    for noise in (draw(B, 2), None):
-        adapter.zero_grad()
-        adapter(draw(1, B, L, D), {name: p[None] for name, p in adapter.named_parameters()}, noise, None).sum().backward()
-        assert all(p.grad is not None for p in adapter.parameters())
+    """DDP and ZeRO want every parameter used in every backward; so also experts that nobody chose."""
+    for adapter in (adapter_of(), adapter_of(experts=7, top_k=1)):
+        for noise in (draw(B, adapter.config.experts), None):
+            adapter.zero_grad()
+            adapter(draw(1, B, L, D), {name: p[None] for name, p in adapter.named_parameters()}, noise, None).sum().backward()
+            assert all(p.grad is not None for p in adapter.parameters())
 
 
 @pytest.mark.parametrize("sets", [1, 3])

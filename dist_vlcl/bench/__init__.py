@@ -1,0 +1,1 @@
+"""Measurements: `python -m dist_vlcl.bench --help`."""

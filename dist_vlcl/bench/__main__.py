@@ -1,0 +1,93 @@
+"""Benchmarks and counted costs:  python -m dist_vlcl.bench COMMAND [OPTIONS]   (--help lists them)"""
+
+import argparse
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from dist_vlcl.bench import eval as evaluation
+from dist_vlcl.bench import growth, memory, noise, scale, slope, step, stream, switch, wire
+from dist_vlcl.bench.result import Result, machine_line
+
+COMMANDS: dict[str, ModuleType] = {
+    "step": step,
+    "memory": memory,
+    "wire": wire,
+    "noise": noise,
+    "slope": slope,
+    "stream": stream,
+    "scale": scale,
+    "growth": growth,
+    "eval": evaluation,
+    "switch": switch,
+}
+EXAMPLES = """examples:
+  python -m dist_vlcl.bench step --images 4 --classes 4          naive and fast, turn by turn
+  python -m dist_vlcl.bench step --orders all --count            FLOPs of every setting, on any machine
+  python -m dist_vlcl.bench docs docs/PERFORMANCE.md             run every benchmark named in a file again, rewrite its tables
+Each writes its result to bench/COMMAND.json (--json FILE) and prints its tables."""
+MARKED = re.compile(r"<!-- bench: (?P<command>[^\n]+) -->\n.*?<!-- /bench -->", re.DOTALL)
+
+
+def main(arguments: list[str]) -> None:
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    try:
+        if args.command == "docs":
+            rewrite(Path(args.file), args.only)
+            return
+        result = COMMANDS[args.command].run(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    result.write(Path(args.json or f"bench/{args.command}.json"), shlex.join(arguments))
+    print(described(result))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m dist_vlcl.bench", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        first_line = str(module.__doc__).split(":")[0].strip().rstrip(".").replace("\n", " ")
+        command = commands.add_parser(name, help=first_line, description=module.__doc__, epilog=module.EXAMPLES, formatter_class=raw)
+        module.add_arguments(command)
+        command.add_argument("--json", help=f"where to write the result (default: bench/{name}.json)")
+    docs = commands.add_parser("docs", help="run every benchmark that a Markdown file names again, and rewrite its tables in place")
+    docs.add_argument("file", nargs="?", default="docs/PERFORMANCE.md", help="(default: %(default)s)")
+    docs.add_argument("--only", choices=sorted(COMMANDS), help="this command's tables only")
+    return parser
+
+
+def described(result: Result) -> str:
+    return f"{result.markdown()}\n\n*{machine_line()}*"
+
+
+def rewrite(file: Path, only: str | None = None) -> None:
+    """Replace what stands between `<!-- bench: COMMAND OPTIONS -->` and `<!-- /bench -->` by the result of that command.
+
+    What this machine cannot run (no GPU) is left as it stands. Every table is written as soon as it is there.
+    """
+    text = file.read_text()
+    commands = [match["command"] for match in MARKED.finditer(text)]
+    if not commands:
+        raise ValueError(f"{file}: names no benchmark; write <!-- bench: step --count --> and <!-- /bench --> on lines of their own")
+    for number, command in enumerate(commands, 1):
+        if only and shlex.split(command)[0] != only:
+            continue
+        print(f"{number}/{len(commands)}  python -m dist_vlcl.bench {command}", flush=True)
+        args = build_parser().parse_args(shlex.split(command))
+        try:
+            result = COMMANDS[args.command].run(args)
+        except ValueError as error:
+            print(f"  left as it stands: {error}", flush=True)
+            continue
+        block = f"<!-- bench: {command} -->\n\n{described(result)}\n\n<!-- /bench -->"
+        text = MARKED.sub(lambda m, c=command, b=block: b if m["command"] == c else m[0], file.read_text())
+        file.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,68 @@
+"""Evaluation against the usual one, which encodes every prompt again, at 77 tokens, for each batch of 64 images."""
+
+import argparse
+
+import torch
+
+from dist_vlcl.bench.count import flops, without_numbers
+from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
+from dist_vlcl.bench.setup import add_workload, device_of, workload_of
+from dist_vlcl.continual.evaluator import count_correct
+from dist_vlcl.dist.world import World
+from dist_vlcl.model.clip import TwoTowers
+
+EXAMPLES = """examples:
+  python -m dist_vlcl.bench eval                                                counted at 100 and 200 classes
+  python -m dist_vlcl.bench eval --time --model small --images 512 --repeats 3  and timed
+  python -m dist_vlcl.bench eval --time --device cuda"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workload(parser, images=2048)
+    parser.add_argument("--class-counts", default="100,200", help="(default: %(default)s)")
+    parser.add_argument("--naive-batch", type=int, default=64, help="images for which the usual way encodes all prompts (default: %(default)s)")
+    parser.add_argument("--time", action="store_true", help="also evaluate, in turn")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that are timed (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> Result:
+    rows, records = [], []
+    for classes in (int(n) for n in args.class_counts.split(",")):
+        workload = workload_of(args, classes=classes, orders="first")
+        with without_numbers():
+            ours, usual = (flops(work) for work in _evaluations(workload, "meta", args.naive_batch))
+        row = [classes, usual / 1e12, ours / 1e12, usual / ours]
+        record = {"classes": classes, "flops": ours, "naive_flops": usual}
+        if args.time:
+            device = device_of(args)
+            fast, naive = _evaluations(workload, device, args.naive_batch)
+            seconds = interleaved({"naive": naive, "fast": fast}, args.repeats, device)
+            row += [args.images / median(seconds["fast"]), spread(seconds["naive"], seconds["fast"])]
+            record |= seconds
+        rows.append(row)
+        records.append(record)
+    columns = ["classes", "naive TFLOP", "TFLOP", "ratio", *(["images/s", "times faster"] if args.time else [])]
+    return Result([Table(f"Evaluation of {args.images} images: {args.model}", columns, rows)], records)
+
+
+def _evaluations(workload, device: str, naive_batch: int):
+    """Return our evaluation and the usual one, to be called."""
+    towers, whole = workload.towers(device), workload.towers(device, context="full")
+    batch, world = workload.batch(towers.image_size), World.alone(device)
+
+    def fast() -> None:
+        if device == "meta":  # counts of right answers are numbers: what costs is before them
+            towers.features("language", towers.prompts(workload.class_names).to(device))
+            towers.features("vision", batch.images.to(device))
+        else:
+            count_correct(towers, [batch], workload.class_names, [workload.classes], world)
+
+    return fast, lambda: usual_evaluation(whole, batch.images, workload.class_names, naive_batch)
+
+
+@torch.no_grad()
+def usual_evaluation(towers: TwoTowers, images: torch.Tensor, class_names: list[str], batch_size: int) -> None:
+    device = towers.logit_scale.device
+    for part in images.split(batch_size):
+        text_CF = towers.features("language", towers.prompts(class_names).to(device))
+        (towers.features("vision", part.to(device)) @ text_CF.T).argmax(1)

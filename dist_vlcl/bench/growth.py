@@ -1,0 +1,59 @@
+"""How the cost of a step and its time grow with the classes of a task, the tasks that were seen, and the experts."""
+
+import argparse
+from typing import Any
+
+from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
+from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.bench.step import counted
+from dist_vlcl.dist.world import World
+from dist_vlcl.zo.noise import Key
+
+EXAMPLES = """examples:
+  python -m dist_vlcl.bench growth                                   counted at 128 images
+  python -m dist_vlcl.bench growth --time --images 8 --repeats 3     and timed"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workload(parser)
+    add_orders(parser, "language_all")
+    parser.add_argument("--class-counts", default="10,50,100,200", help="(default: %(default)s)")
+    parser.add_argument("--expert-counts", default="2,8,22", help="of which two act on a sample (default: %(default)s)")
+    parser.add_argument("--time", action="store_true", help="also take the steps, all sizes in turn")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that are timed (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> Result:
+    tables, records = [], []
+    for orders in settings_of(args):
+        by_classes = {n: workload_of(args, orders=orders, classes=n) for n in _numbers(args.class_counts, "--class-counts")}
+        experts = _numbers(args.expert_counts, "--expert-counts")
+        by_experts = {n: workload_of(args, orders=orders, options=(("experts", n),)) for n in experts}
+        for what, workloads in {"classes": by_classes, "experts": by_experts}.items():
+            flops = {n: counted(workload)["executed"] for n, workload in workloads.items()}
+            seconds = _seconds(workloads, device_of(args), args.repeats) if args.time else {}
+            first = min(workloads)
+            rows: list[list[Any]] = [[n, flops[n] / 1e12, flops[n] / flops[first]] for n in workloads]
+            for row in rows if seconds else []:
+                row += [median(seconds[row[0]]), spread(seconds[row[0]], seconds[first])]
+            columns = [what, "TFLOP", "relative", *(["s", "relative, by time"] if seconds else [])]
+            tables.append(Table(f"A step by its {what}: {args.model}, {orders}, {args.zo}, {args.images} images", columns, rows))
+            records += [{"orders": orders, what: n, "flops": flops[n], "s": seconds.get(n)} for n in workloads]
+    note = "Tasks that were seen before cost nothing: a step reads the classes of its own task only, and adapters do not grow."
+    return Result(tables, records, [note])
+
+
+def _seconds(workloads: dict[int, Workload], device: str, repeats: int) -> dict[int, list[float]]:
+    def ready(workload: Workload) -> Any:
+        step = workload.step(workload.towers(device), World.alone(device))
+        batch = workload.batch(step.towers.image_size)
+        return lambda: step([batch], Key(0, 0), 1e-3)
+
+    timed = interleaved({str(n): ready(workload) for n, workload in workloads.items()}, repeats, device)
+    return {int(n): s for n, s in timed.items()}
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise ValueError(f"{option} {text}: give positive numbers with commas between")
+    return [int(part) for part in text.split(",")]

@@ -1,0 +1,101 @@
+"""Memory of a step: what back-propagation keeps for an image and a prompt, and the peak per setting beside the paper's Table 5."""
+
+import argparse
+from typing import Any
+
+import torch
+
+from dist_vlcl.bench.count import PeakBytes, saved_bytes, without_numbers
+from dist_vlcl.bench.naive import NaiveStep
+from dist_vlcl.bench.result import Result, Table
+from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.dist.world import World
+from dist_vlcl.zo.noise import Key
+
+EXAMPLES = """examples:
+  python -m dist_vlcl.bench memory                           counted for ViT-B/16, 64 images, 125 classes: no GPU, no time
+  python -m dist_vlcl.bench memory --device cuda             with the peak that the GPU saw"""
+
+PAPER_GB = {"first": 19.96, "language_all": 12.39, "vision_all": 6.93, "dual_all": 2.17}  # Table 5, MoE
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workload(parser, images=64, classes=125)
+    add_orders(parser, ",".join(PAPER_GB))
+
+
+def run(args: argparse.Namespace) -> Result:
+    device, records = device_of(args), []
+    for orders in settings_of(args):
+        for checkpoint in (False, True):
+            workload = workload_of(args, orders=orders, checkpoint=checkpoint)
+            record = {"orders": orders, "checkpoint": checkpoint, "counted_bytes": peak_bytes(workload)}
+            if device == "cuda":
+                record["measured_bytes"] = measured_bytes(workload)
+            records.append(record)
+    kept = {"naive": {"naive": True}, "fast": {}, "with checkpoints": {"checkpoint": True}}
+    size = {"model": args.model, "adapter": args.adapter}
+    saved = [[name, *[saved_per_sample(b, **options, **size) / 1e6 for b in ("vision", "language")]] for name, options in kept.items()]
+    peaks = [
+        [
+            r["orders"],
+            "yes" if r["checkpoint"] else "no",
+            r["counted_bytes"] / 1e9,
+            r["measured_bytes"] / 1e9 if "measured_bytes" in r else "not measured",
+            PAPER_GB.get(r["orders"], ""),
+        ]
+        for r in records
+    ]
+    columns = ["orders", "checkpoint", "counted GB", "GPU GB", "paper GB"]
+    return Result(
+        [
+            Table(f"Kept for the backward pass, first order everywhere, fp32: {args.model}", ["", "MB an image", "MB a prompt"], saved),
+            Table(f"Peak of a step, weights included: {args.images} images, {args.classes} classes", columns, peaks),
+        ],
+        records + [{"kept": name, "image_mb": image, "prompt_mb": prompt} for name, image, prompt in saved],
+    )
+
+
+def saved_per_sample(branch: str, naive: bool = False, samples: int = 2, **workload: Any) -> float:
+    """Return the bytes kept for the backward pass of an image (branch vision) or a prompt, by first order everywhere, in fp32."""
+    setting = Workload(orders="first", images=samples, classes=samples, **workload)
+    towers = setting.towers("meta", context="full" if naive else "truncated")
+    with without_numbers():
+        if naive:
+            step = NaiveStep(towers, setting.orders_of(towers), setting.zeroth, setting.class_names)
+            inputs, run = step.tokens, step.features
+        else:
+            inputs = towers.prompts(setting.class_names).to("meta")
+
+            def run(branch: str, inputs: torch.Tensor, noise: Any) -> torch.Tensor:
+                return towers({branch: inputs}, noise)[branch][0]
+
+        if branch == "vision":
+            inputs = setting.batch(towers.image_size).images.to("meta")
+        noise = setting.noise(Key(0, 0), "meta")
+        weights = [*towers.parameters(), *towers.buffers()]
+        return saved_bytes(lambda: run(branch, inputs, noise), besides=weights) / samples
+
+
+def peak_bytes(workload: Workload) -> int:
+    """Return the most bytes alive in the second step, weights included, optimiser too; counted, on no device."""
+    with without_numbers(), PeakBytes() as memory:
+        towers = workload.towers("meta")
+        step = workload.step(towers, World.alone("meta"))
+        batch = workload.batch(towers.image_size).to("meta")
+        step([batch], Key(0, 0), 1e-3)
+        memory.peak = memory.alive
+        step([batch], Key(0, 1), 1e-3)
+    return memory.peak
+
+
+def measured_bytes(workload: Workload) -> int:
+    """Return the most that torch had allocated on the GPU in the second step."""
+    step = workload.step(workload.towers("cuda"), World.alone("cuda"))
+    batch = workload.batch(step.towers.image_size)
+    step([batch], Key(0, 0), 1e-3)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step([batch], Key(0, 1), 1e-3)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()

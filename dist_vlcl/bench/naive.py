@@ -1,0 +1,150 @@
+"""The step as usual code takes it, to measure against: every loss is a call of the whole CLIP.
+
+First order as in MoE-Adapters4CL: 77 tokens a prompt, experts one by one, each on the samples that chose it. Zeroth order as in MeZO and
+ZO-LLM: parameters perturbed in place, tensor by tensor, noise drawn again for each pass; a conservative step takes five losses. One
+estimate serves both branches. The base loss is that of the fast step (tests hold it); the draws are torch's, so that updates differ.
+"""
+
+# B samples, L tokens, D width, F features
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_vlcl.data.loader import Batch
+from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.model.tower import AdaptedBlock
+from dist_vlcl.model.units import UnitId, freeze
+from dist_vlcl.orders import Order
+from dist_vlcl.zo.noise import Key, StepNoise
+from dist_vlcl.zo.strategies import ZerothOrderConfig
+
+
+class NaiveStep:
+    """One hybrid step, with nothing shared between its losses. `towers` must be built with context=full."""
+
+    def __init__(self, towers: TwoTowers, orders: Mapping[UnitId, Order], zeroth: ZerothOrderConfig, class_names: list[str]):
+        if not isinstance(towers.vision.block(1).adapter.config, MoEConfig):
+            raise ValueError("--adapter: the naive step knows experts only; choose --adapter moe")
+        self.towers, self.config = towers, zeroth
+        self.device = towers.logit_scale.device
+        self.tokens = towers.prompts(class_names).to(self.device)
+        self.zeroth: dict[str, Tensor] = {}
+        for id, unit in towers.units.items():
+            if orders[id] is not Order.FIRST:
+                freeze(unit)
+            if orders[id] is Order.ZEROTH:
+                self.zeroth |= {f"{id}/{name}": t for name, t in unit.tensors().items()}
+        self.first = [p for p in towers.parameters() if p.requires_grad]
+        self.adamw = torch.optim.AdamW(self.first, weight_decay=0.0) if self.first else None
+
+    def __call__(self, batch: Batch, key: Key, lr: float) -> float:
+        """Update, and return the base loss."""
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        rows = {"vision": batch.positions.to(self.device), "language": torch.arange(len(self.tokens), device=self.device)}
+        noise = StepNoise(key, rows)
+        loss = self.loss(images, labels, noise)
+        if self.adamw is not None:
+            loss.backward()
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+        if self.zeroth:
+            with torch.no_grad():
+                self._zeroth_order(lambda: float(self.loss(images, labels, noise)), key, lr, None if self.first else float(loss))
+        if self.adamw is not None:
+            self.adamw.step()
+            self.adamw.zero_grad()
+        return float(loss.detach())
+
+    def _zeroth_order(self, loss, key: Key, lr: float, base: float | None) -> None:
+        config, seed, step = self.config, key.seed, lr * self.config.lr_scale
+        slopes = []
+        for probe in range(config.probes):
+            self._perturb(seed + probe, 1)
+            plus = loss()
+            if config.sides == 2:
+                self._perturb(seed + probe, -2)
+                slopes.append((plus - loss()) / 2)
+                self._perturb(seed + probe, 1)
+            else:
+                self._perturb(seed + probe, -1)
+                base = loss() if base is None else base
+                slopes.append(plus - base)
+                base = None
+        if config.acceptance == "always":
+            self._move(seed, slopes, -step)
+            return
+        losses = {0.0: loss()}
+        for coefficient in (-step, step):
+            self._move(seed, slopes, coefficient)
+            losses[coefficient] = loss()
+            self._move(seed, slopes, -coefficient)
+        self._move(seed, slopes, min(losses, key=losses.__getitem__))
+
+    def _perturb(self, seed: int, times: int) -> None:
+        """Add times * epsilon * z in place: MeZO's pass over the parameters."""
+        for name, tensor, z in self._noise(seed):
+            tensor.data = tensor.data + z * (times * self.config.epsilon[name.split(".")[0]])
+
+    def _move(self, seed: int, slopes: list[float], coefficient: float) -> None:
+        for probe, slope in enumerate(slopes):
+            for name, tensor, z in self._noise(seed + probe):
+                direction = z * (slope / self.config.epsilon[name.split(".")[0]])
+                tensor.data = tensor.data + (direction.sign() if self.config.transform == "sign" else direction) * coefficient
+
+    def _noise(self, seed: int):
+        """Yield every tensor with its noise, drawn anew from the seed."""
+        torch.manual_seed(seed)
+        for name, tensor in self.zeroth.items():
+            yield name, tensor, torch.normal(0.0, 1.0, tensor.shape, device=tensor.device)
+
+    def loss(self, images: Tensor, labels: Tensor, noise: StepNoise) -> Tensor:
+        """Return the mean loss of the batch: both towers, whole."""
+        image_BF, text_CF = self.features("vision", images, noise), self.features("language", self.tokens, noise)
+        return F.cross_entropy(self.towers.logit_scale * image_BF @ text_CF.T, labels)
+
+    def features(self, branch: str, inputs: Tensor, noise: StepNoise) -> Tensor:
+        """Return the unit features of uint8 images or of tokens, `[B, F]`."""
+        tower = self.towers.tower(branch)
+        x = tower.ends.embed(inputs)
+        mask = None
+        if branch == "language":
+            mask = torch.full((x.shape[1], x.shape[1]), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
+        for block in tower:
+            x = self._block(block, x, mask, *block.adapter.draw(noise, branch, block.unit.id.layer, x.shape[1], True))
+        rows = tower.ends.reads(inputs)
+        last = x[:, :1] if rows is None else x[torch.arange(len(x), device=x.device)[:, None], rows]
+        return F.normalize(tower.ends.pool(last), dim=-1)
+
+    def _block(self, block: AdaptedBlock, x: Tensor, mask: Tensor | None, router: Tensor | None, kept: Tensor | None) -> Tensor:
+        clip = block.block
+        u = x + clip.ls_1(clip.attention(q_x=clip.ln_1(x), attn_mask=mask))
+        return u + clip.ls_2(clip.mlp(clip.ln_2(u))) + self._experts(block.adapter, u, router, kept)
+
+    def _experts(self, adapter, u: Tensor, noise: Tensor | None, kept: Tensor | None) -> Tensor:
+        """Return the gated sum, expert by expert, each on the samples that chose it."""
+        config = adapter.config
+        values = {name: getattr(adapter, name) for name in ("down_weight", "down_bias", "up_weight", "up_bias", "router", "noise")}
+        logits = u[:, 0] @ values["router"]
+        logits = logits + (F.softplus(u[:, 0] @ values["noise"]) + 0.01) * (noise if noise is not None else 0.0)
+        best_Bk = logits.topk(config.top_k, dim=-1).indices.sort(-1).values
+        gates_Bk = logits.gather(-1, best_Bk).softmax(-1)
+        y = torch.zeros_like(u)
+        for e in range(config.experts):
+            samples, place = self._who_chose(e, best_Bk)
+            hidden = F.relu(F.linear(u[samples], values["down_weight"][e], values["down_bias"][e]))
+            if kept is not None:
+                mask = kept.unflatten(-1, (config.top_k, -1))[samples, :, place]
+                hidden = hidden * mask / (1 - config.dropout)
+            out = F.linear(hidden, values["up_weight"][e].T, values["up_bias"][e]) * config.scale
+            y = y.index_add(0, samples, out * gates_Bk[samples, place][:, None, None])
+        return y
+
+    def _who_chose(self, expert: int, best_Bk: Tensor) -> tuple[Tensor, Tensor]:
+        if best_Bk.device.type == "meta":  # which samples is unknown; on average B k / E of them
+            share = torch.zeros(best_Bk.numel() // self.towers.vision.block(1).adapter.config.experts, dtype=torch.long, device="meta")
+            return share, share
+        return torch.nonzero(best_Bk == expert, as_tuple=True)

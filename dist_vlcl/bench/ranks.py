@@ -1,0 +1,98 @@
+"""Steps on several ranks, for `wire` and `scale`: `launch` starts them through torchrun, each rank runs this module."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_vlcl.bench.count import Exchanges
+from dist_vlcl.bench.setup import Workload
+from dist_vlcl.data.loader import Batch
+from dist_vlcl.data.order import rank_slice
+from dist_vlcl.dist.agree import digest
+from dist_vlcl.dist.world import ClusterConfig, World
+from dist_vlcl.zo.noise import Key
+
+
+def launch(processes: int, workload: Workload, device: str, steps: int, trace: str | None = None, timeout_s: float = 3600) -> dict[str, Any]:
+    """Return what rank 0 reports of `steps` steps on `processes` ranks; raise RuntimeError with the ranks' output where they fail."""
+    with tempfile.TemporaryDirectory() as folder:
+        task, answer = Path(folder) / "task.json", Path(folder) / "answer.json"
+        task.write_text(json.dumps({"workload": asdict(workload), "device": device, "steps": steps, "trace": trace, "answer": str(answer)}))
+        runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
+        done = subprocess.run(
+            [*runner, "-m", "dist_vlcl.bench.ranks", str(task)],
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        if done.returncode or not answer.exists():
+            raise RuntimeError(f"{processes} ranks failed:\n{done.stderr[-4000:]}")
+        return json.loads(answer.read_text())
+
+
+def share_of(batch: Batch, rank: int, size: int) -> Batch:
+    """Return a rank's part of a global batch."""
+    part = rank_slice(len(batch.labels), rank, size)
+    cut = slice(part.start, part.stop)
+    return replace(batch, images=batch.images[cut], labels=batch.labels[cut], positions=batch.positions[cut])
+
+
+def work(world: World, workload: Workload, steps: int, trace: str | None) -> dict[str, Any]:
+    """Take steps, then one more of which the exchanges are counted. All ranks call this."""
+    step = workload.step(workload.towers(str(world.device)), world)
+    batch = share_of(workload.batch(step.towers.image_size), world.rank, world.size)
+    seconds = []
+    for k in range(1 + steps):  # the first one warms up
+        world.barrier()
+        start = time.perf_counter()
+        step([batch], Key(0, k), 1e-3)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    slowest = world.gather(torch.tensor(seconds[1:], dtype=torch.float64)).max(0).values
+    with Exchanges() as exchanges, traced(trace if world.is_main else None):
+        step([batch], Key(0, 1 + steps), 1e-3)
+    return {
+        "seconds": slowest.tolist(),
+        "exchanges": exchanges.found,
+        "first_order_parameters": sum(p.numel() for p in step.first.parameters),
+        "digest_is_equal": len(set(world.gather_objects(digest(step.towers.units.state_dict())))) == 1,
+    }
+
+
+@contextlib.contextmanager
+def traced(path: str | None) -> Iterator[None]:
+    """Write a trace for Perfetto or chrome://tracing, if a path is given."""
+    if path is None:
+        yield
+        return
+    with torch.profiler.profile() as profiler:
+        yield
+    profiler.export_chrome_trace(path)
+
+
+def main() -> None:
+    task = json.loads(Path(sys.argv[1]).read_text())
+    values = {**task["workload"], "options": tuple(tuple(pair) for pair in task["workload"]["options"])}
+    world = World.from_environment(ClusterConfig(device=task["device"]))
+    answer = work(world, Workload(**values), task["steps"], task["trace"])
+    if world.is_main:
+        Path(task["answer"]).write_text(json.dumps(answer))
+    world.barrier()
+    world.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Steps a second on several ranks: weak scaling (the same images a rank) or strong (the same images in all)."""
+
+import argparse
+
+from dist_vlcl.bench.ranks import launch
+from dist_vlcl.bench.result import Result, Table, median
+from dist_vlcl.bench.setup import add_orders, add_workload, device_of, settings_of, workload_of
+
+EXAMPLES = """examples:
+  python -m dist_vlcl.bench scale --processes 1,2                             weak scaling of the small CLIP, 64 images a rank
+  python -m dist_vlcl.bench scale --strong --device cuda --processes 1,2,4,8 --model vit_b16
+  python -m dist_vlcl.bench scale --processes 2 --trace trace.json            and a trace of one step for ui.perfetto.dev"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workload(parser, model="small", images=64, classes=10, zo="mozo")
+    add_orders(parser, "dual_all,dual_hop_odd")
+    parser.add_argument("--processes", default="1,2", help="numbers of ranks with commas between (default: %(default)s)")
+    parser.add_argument("--strong", action="store_true", help="--images are shared among the ranks, not for each")
+    parser.add_argument("--steps", type=int, default=10, help="that are timed (default: %(default)s)")
+    parser.add_argument("--trace", help="write a trace of one step of rank 0, on the most ranks, to this file")
+
+
+def run(args: argparse.Namespace) -> Result:
+    try:
+        sizes = [int(size) for size in args.processes.split(",")]
+    except ValueError:
+        raise ValueError(f"--processes {args.processes}: give numbers with commas between, such as 1,2,4") from None
+    rows, records = [], []
+    for orders in settings_of(args):
+        alone = None
+        for size in sizes:
+            images = args.images if args.strong else args.images * size
+            trace = args.trace if size == max(sizes) else None
+            answer = launch(size, workload_of(args, orders=orders, images=images), device_of(args), args.steps, trace)
+            rate = images / median(answer["seconds"])
+            alone = alone or rate / size
+            rows.append([orders, size, images, median(answer["seconds"]), rate, rate / size / alone, "yes" if answer["digest_is_equal"] else "NO"])
+            records.append({"orders": orders, "processes": size, "images": images, **answer})
+    columns = ["orders", "ranks", "images", "s a step", "images/s", "efficiency", "ranks agree bit for bit"]
+    kind = "Strong" if args.strong else "Weak"
+    note = "Seconds are those of the slowest rank, by the clock on the wall; efficiency is images/s a rank, relative to the first row."
+    return Result([Table(f"{kind} scaling: {args.model}, {args.zo}", columns, rows)], records, [note])

@@ -1,0 +1,80 @@
+"""The hybrid step against the naive one, in one process, turn by turn; with the FLOPs that both execute and those of the cost model."""
+
+import argparse
+from typing import Any
+
+from dist_vlcl.bench.cost import naive_cost, shapes_of, step_cost
+from dist_vlcl.bench.count import flops, without_numbers
+from dist_vlcl.bench.naive import NaiveStep
+from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
+from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.dist.world import World
+from dist_vlcl.zo.noise import Key
+
+EXAMPLES = """examples:
+  python -m dist_vlcl.bench step --images 4 --classes 4                                a few settings at ViT-B/16, on a CPU
+  python -m dist_vlcl.bench step --orders all --zo conservative --count                every setting, counted only: no time is taken
+  python -m dist_vlcl.bench step --device cuda --orders language_all,dual_hop_odd      on a GPU, 128 images"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workload(parser)
+    add_orders(parser, "language_all,vision_suffix,dual_hop_odd")
+    parser.add_argument("--repeats", type=int, default=5, help="turns that are timed (default: %(default)s)")
+    parser.add_argument("--count", action="store_true", help="count the fast step's FLOPs and take no time; any size on any machine")
+
+
+def run(args: argparse.Namespace) -> Result:
+    rows, records = [], []
+    for orders in settings_of(args):
+        workload = workload_of(args, orders=orders)
+        record = counted(workload) if args.count else timed(workload, device_of(args), args.repeats)
+        records.append({"orders": orders, **record})
+        tera = [record[k] / 1e12 for k in ("naive_model", "model", "executed")]
+        row: list[Any] = [orders, *tera, record["executed"] / record["model"], record["naive_model"] / record["model"]]
+        if not args.count:
+            row += [median(record["naive_s"]), median(record["fast_s"]), spread(record["naive_s"], record["fast_s"])]
+        rows.append(row)
+    columns = ["orders", "naive TFLOP", "model TFLOP", "executed TFLOP", "executed / model", "naive / model"]
+    title = f"{args.model}, {args.zo}, {args.images} images, {args.classes} classes, {args.sides}-sided"
+    if args.count:
+        return Result([Table(f"FLOPs of a step: {title}", columns, rows)], records)
+    return Result([Table(f"A step, naive and fast: {title}", [*columns, "naive s", "fast s", "times faster"], rows)], records)
+
+
+def counted(workload: Workload) -> dict[str, Any]:
+    """Return the FLOPs of a step: executed (on the meta device), by the model, and by the naive model."""
+    with without_numbers():
+        towers = workload.towers("meta")
+        step = workload.step(towers, World.alone("meta"))
+        batch = workload.batch(towers.image_size)
+        executed = flops(lambda: step([batch], Key(0, 0), 1e-3))
+    return {"executed": executed, **_modelled(workload, towers, step.tokens.shape[1])}
+
+
+def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
+    """Return the same as `counted`, and the seconds of each turn of naive and fast."""
+    towers, whole = workload.towers(device), workload.towers(device, context="full")
+    fast = workload.step(towers, World.alone(device))
+    naive = NaiveStep(whole, workload.orders_of(whole), workload.zeroth, workload.class_names)
+    batch = workload.batch(towers.image_size)
+    executed = flops(lambda: fast([batch], Key(0, 0), 1e-3))
+    naive_executed = flops(lambda: naive(batch, Key(0, 0), 1e-3))
+    seconds = interleaved(
+        {"naive": lambda: naive(batch, Key(0, 1), 1e-3), "fast": lambda: fast([batch], Key(0, 1), 1e-3)}, repeats, device
+    )
+    modelled = _modelled(workload, towers, fast.tokens.shape[1])
+    return {
+        "executed": executed,
+        "naive_executed": naive_executed,
+        **modelled,
+        "naive_s": seconds["naive"],
+        "fast_s": seconds["fast"],
+        "images_per_s": workload.images / median(seconds["fast"]),
+    }
+
+
+def _modelled(workload: Workload, towers: Any, prompt_tokens: int) -> dict[str, int]:
+    shapes, orders = shapes_of(towers, prompt_tokens), workload.orders_of(towers)
+    costs = {"model": step_cost, "naive_model": naive_cost}
+    return {name: cost(shapes, orders, workload.zeroth, workload.images, workload.classes).total for name, cost in costs.items()}
