@@ -112,9 +112,9 @@ def _add_section(report: Report, section: Section, slug: str, published: Sequenc
         _add_memory(report, section, memory)
     _add_comparisons(report, section)
     report.add("### Figures")
-    pictures = list(_shown(pictures_of(section), f"figures of {section.model}", len(FIGURES) * len(section.streams)))
+    pictures = list(_shown(pictures_of(section), f"figures of {section.label}", len(FIGURES) * len(section.streams)))
     if memory.runs.any():
-        pictures.append(Picture("memory", f"Table 5 as a picture, {section.model}", "As in Table 5.", draw_memory(memory), memory))
+        pictures.append(Picture("memory", f"Table 5 as a picture, {section.label}", "As in Table 5.", draw_memory(memory), memory))
     for picture in pictures:
         _add_picture(report, picture, f"{slug}-{picture.name}")
     report.add("### Missing", _missing(section, published))
@@ -160,7 +160,7 @@ def _add_picture(report: Report, picture: Picture, name: str) -> None:
 def _missing(section: Section, published: Sequence[Published]) -> str:
     cells, controls = tables.missing_cells(section, published), tables.missing_controls(section)
     lines = []
-    for stream in dict.fromkeys([*(cell.stream for cell in cells), *(of for of, _ in controls)]):
+    for stream in sorted({cell.stream for cell in cells} | {of for of, _ in controls}, key=lambda stream: stream.order):
         ids = [f"`{cell.id}`" for cell in cells if cell.stream == stream]
         twins = [method.label for of, method in controls if of == stream]
         lines += [f"- {stream.label}, {len(ids)} of the paper's cells: {', '.join(ids)}"] if ids else []

@@ -241,10 +241,16 @@ class Section:
         return self.is_paper_model and not any(not d.is_of_method for d in self.departures)
 
     @property
+    def label(self) -> str:
+        """The model, and the regime in as far as it is not the paper's; no two sections have the same."""
+        regime = [f"{d.key} {d.ours}" for d in self.departures if not d.is_of_method and not d.key.startswith("model.")]
+        return ", ".join([self.model, *regime])
+
+    @property
     def title(self) -> str:
         if self.is_paper:
-            return f"{self.model}: the paper's model and settings"
-        return f"{self.model}: the paper's model, not its settings" if self.is_paper_model else f"{self.model}: not the paper's model"
+            return f"{self.label}: the paper's model and settings"
+        return f"{self.label}: the paper's model, not its settings" if self.is_paper_model else f"{self.label}: not the paper's model"
 
     @property
     def streams(self) -> list[Stream]:

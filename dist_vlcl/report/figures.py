@@ -206,11 +206,11 @@ def _look(branch: str, branches: Sequence[str]) -> tuple[str, str]:
     return LOOKS[branch] if branch in LOOKS else OTHER_LOOKS[others.index(branch) % len(OTHER_LOOKS)]
 
 
-def put_legend(figure: "Figure", axes: "Axes") -> None:
-    """The legend of `axes`, above all axes of the figure."""
+def put_legend(figure: "Figure", axes: "Axes", columns: int | None = None) -> None:
+    """The legend of `axes`, above all axes of the figure, in one line or in so many columns."""
     handles, labels = axes.get_legend_handles_labels()
     # Outside, since data may be anywhere inside.
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=9)
+    figure.legend(handles, labels, loc="outside upper right", ncols=columns or len(labels), fontsize=9)
 
 
 def draw_borders(axes: "Axes", records: Records, labels: bool = True) -> None:

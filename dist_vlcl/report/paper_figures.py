@@ -82,7 +82,7 @@ def draw_losses(section: Section, stream: Stream, methods: Sequence[Method]) -> 
             axes.plot(by_seed.index, smooth.mean(1), color=color, linestyle=line, linewidth=1.6, label=label)
             axes.fill_between(by_seed.index, smooth.min(1), smooth.max(1), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="step", ylabel="loss")
-    put_legend(figure, axes)
+    put_legend(figure, axes, columns=2)
     draw_borders(axes, _longest(section, stream, methods).run.records)
     return (
         figure,
@@ -153,9 +153,10 @@ def _put_unit_legend(figure: "Figure", axes: "Axes", methods: dict[int, Method])
     for index, method in methods.items():
         color, line, marker = LOOKS[index]
         axes.plot([], [], color=color, linestyle=line, marker=marker, markersize=4, label=method.short)
-    for face, label in (("black", "first order in a layer"), ("white", "zeroth order in a layer")):
+    for face, label in (("black", "first-order layer"), ("white", "zeroth-order layer")):
         axes.plot([], [], color="black", marker="o", linewidth=0, markerfacecolor=face, markersize=4, label=label)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=9)
+    columns = 2 if len(methods) <= 2 else 3
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8.5, columnspacing=1.2)
 
 
 def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[Figure, pd.DataFrame, str]":
@@ -166,7 +167,7 @@ def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[
     cells = {cell: cells[cell] for cell in sorted(cells, key=lambda cell: (cell[0].order, cell[1])) if cell[0] != ZERO_SHOT}
     if max(map(len, cells.values()), default=0) < 2:
         raise NothingToDraw("no method has runs with two seeds")
-    figure = new_figure(6.9, 1.2 + 0.27 * len(cells))
+    figure = new_figure(6.9, 1.1 + 0.27 * len(cells))
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
     seeds = [(value, place) for place, values in enumerate(cells.values()) for value in values.values()]
     left.plot(*zip(*seeds, strict=True), color=GREY, marker="|", linewidth=0, markersize=9, label="a seed")
@@ -178,7 +179,7 @@ def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[
     _draw_differences(right, section, stream, list(cells))
     names = [method.label + "".join(f"\n{text}" for text in note) for method, note in cells]
     left.set_yticks(range(len(cells)), names)
-    left.invert_yaxis()
+    left.set_ylim(len(cells) - 0.4, -0.6)
     left.set_xlabel("Last (%)")
     right.set_xlabel("difference in Last (points)")
     looks: dict[str, Any] = {"ncols": 3, "fontsize": 8, "handletextpad": 0.4, "columnspacing": 1}
@@ -290,7 +291,7 @@ def _picture(section: Section, stream: Stream, plan: Plan, adapter: str) -> Pict
     methods = plan.of(adapter)
     suffix = "" if adapter == "moe" else f"-{adapter}"
     name = f"figure{plan.number}-{stream.slug}{suffix}"
-    title = f"Figure {plan.number}. {plan.title}; {stream.label}, {section.model}{suffix.replace('-', ', ')}"
+    title = f"Figure {plan.number}. {plan.title}; {stream.label}, {section.label}{suffix.replace('-', ', ')}"
     try:
         # What a figure is about is the variant of its last method; the others are for comparison.
         subjects = [method for method in methods if method.variant == methods[-1].variant]

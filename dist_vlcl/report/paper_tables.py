@@ -301,7 +301,7 @@ def paired_test(differences: Sequence[float]) -> dict[str, float]:
     from scipy import stats
 
     known = {"seeds": len(differences), "mean": _mean(differences)}
-    if len(differences) < 2 or np.ptp(differences) == 0:
+    if len(differences) < 2 or np.allclose(differences, differences[0], rtol=0, atol=1e-9):
         return {**known, "low": np.nan, "high": np.nan, "p": np.nan}
     test = stats.ttest_1samp(differences, 0.0)
     low, high = test.confidence_interval(0.95)
