@@ -3,7 +3,12 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from dist_vlcl.model.statistics import FIGURES
+
+if TYPE_CHECKING:  # a run without pictures does without it
+    import pyarrow
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,22 @@ def read_records(folder: Path | str) -> Records:
     records = [record for record in map(_parsed, lines) if isinstance(record, dict)]
     # Each kind is indexed by the field of its name.
     return Records(*([record for record in records if record.get("kind") == kind and kind in record] for kind in ("step", "task")))
+
+
+def read_units(folder: Path | str) -> "pyarrow.Table":
+    """Return the records of every unit of a run folder, in the order of the steps; a table without rows where there are none.
+
+    Columns: step (int64, from 1), task (int32, from 0), branch, layer (int32, from 1), order (first, zeroth, frozen), and as float32
+    gradient_norm, gradient_mean, gradient_variance (of the first-order gradient, or of the zeroth-order estimate before its sign is
+    taken; NaN for a frozen unit), update_norm (of what the step changed), parameter_norm (after the step). A skipped step has no rows.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {"step": "int64", "task": "int32", "branch": "string", "layer": "int32", "order": "string", **dict.fromkeys(FIGURES, "float")}
+    schema = pyarrow.schema([(name, pyarrow.type_for_alias(alias)) for name, alias in types.items()])
+    parts = [pyarrow.parquet.read_table(path, schema=schema) for path in sorted(Path(folder, "units").glob("step-*.parquet"))]
+    return pyarrow.concat_tables([schema.empty_table(), *parts])
 
 
 def _parsed(line: str) -> Any:
