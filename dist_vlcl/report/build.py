@@ -64,8 +64,8 @@ class Report:
 
 def build(runs: Sequence[Run], passed_over: Mapping[str, str] | None = None) -> Report:
     """The report of some runs. passed_over: other folders, each with what is wrong with it."""
-    paper = yaml.safe_load((CONFIG_FOLDER / "paper_runs.yaml").read_text())
-    published = published_cells({run["id"]: run for run in paper["runs"]})
+    paper = published_paper()
+    published = published_cells(paper["runs"])
     complete = [run for run in runs if run.is_complete]
     sections = sections_of([classify(run, published, reference) for run in _shown(complete, "runs", len(complete))])
     report = Report()
@@ -74,7 +74,7 @@ def build(runs: Sequence[Run], passed_over: Mapping[str, str] | None = None) -> 
     report.add(_overview(sections, published).markdown())
     for section, slug in zip(sections, _slugs(sections), strict=True):
         _add_section(report, section, slug, published, paper["table5_memory_gb"])
-    used = {entry.run.path for section in sections for entry in section.entries}
+    used = {entry.run.path for section in sections for entry in (*section.entries, *section.probes)}
     unused = {run.name: f"not complete: {run.num_tasks_done} tasks done" for run in runs if not run.is_complete}
     unused |= {run.name: "repeats a run of the same cell and seed" for run in complete if run.path not in used}
     unused |= passed_over or {}
@@ -184,6 +184,11 @@ def _run_line(entry: Entry) -> dict[str, Any]:
         **{key: accuracy.get(key) for key in ("steps", "seconds")},
         "departures": "; ".join(map(str, entry.departures)),
     }
+
+
+def published_paper() -> dict[str, Any]:
+    """The paper's runs and numbers."""
+    return yaml.safe_load((CONFIG_FOLDER / "paper_runs.yaml").read_text())
 
 
 def reference(run: Run, stream: Stream, method: Method) -> Mapping[str, Any]:

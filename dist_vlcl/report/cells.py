@@ -29,6 +29,7 @@ IMMATERIAL = (
 )
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")  # a departure in these is another method; in any other key another regime
 OF_TRAINING = ("train.*", "first_order.*")
+OF_PROBES = ("train.max_steps", "tasks.num_tasks", "the training set", "the test set")  # memory is the same however short the run
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,17 @@ class Published:
     avg: float
 
 
-def published_cells(runs: Mapping[str, Mapping[str, Any]]) -> list[Published]:
-    """The cells of paper_runs.yaml, given by id."""
+def published_cells(runs: Iterable[Mapping[str, Any]]) -> list[Published]:
+    """The cells of the runs of paper_runs.yaml."""
     return [
         Published(
-            id,
+            run["id"],
             Stream(run["dataset"], run["inc"]),
             Method(run["adapter"], run["zo_branch"], run["zo_layers"].removesuffix("6"), run["zo_variant"]),
             run["last"],
             run["avg"],
         )
-        for id, run in runs.items()
+        for run in runs
     ]
 
 
@@ -225,6 +226,11 @@ class Entry:
     departures: tuple[Departure, ...]
     note: tuple[str, ...] = ()
 
+    @property
+    def is_probe(self) -> bool:
+        """Whether it was cut short, as memory probes are: its accuracy means nothing."""
+        return self.run.config["train"].get("max_steps") is not None
+
 
 @dataclass
 class Section:
@@ -234,6 +240,7 @@ class Section:
     is_paper_model: bool
     departures: list[Departure]  # those that every run has to which they apply
     entries: list[Entry] = field(default_factory=list)
+    probes: list[Entry] = field(default_factory=list)  # runs of a few steps, of which memory alone counts
 
     @property
     def is_paper(self) -> bool:
@@ -272,8 +279,9 @@ Regime = tuple[tuple[str, str], ...]
 def classify(run: Run, published: Sequence[Published], reference: Reference) -> Entry:
     """Put a run into its cell. reference: gives the configuration that the cell means."""
     stream, method = cell_of(run.config, published)
-    found = departures(run.config, reference(run, stream, method), method)
-    return Entry(run, stream, method, (*found, *incomplete_data(run)))
+    found = [*departures(run.config, reference(run, stream, method), method), *incomplete_data(run)]
+    entry = Entry(run, stream, method, tuple(found))
+    return replace(entry, departures=tuple(d for d in found if d.key not in OF_PROBES)) if entry.is_probe else entry
 
 
 def sections_of(entries: Sequence[Entry]) -> list[Section]:
@@ -299,7 +307,7 @@ def _regime(entry: Entry, keys: Sequence[str]) -> Regime:
     """The values of the keys in which some run of the model departs. Equal values are one regime, also where the paper has two."""
     own = flat(entry.run.config)
     departing = {d.key: d.ours for d in entry.departures}
-    return tuple((key, departing.get(key) or _value(own, key)) for key in keys)
+    return tuple((key, departing.get(key) or ("None" if entry.is_probe and key in OF_PROBES else _value(own, key))) for key in keys)
 
 
 def _belongs(entry: Entry, regime: Regime, keys: Sequence[str]) -> bool:
@@ -315,9 +323,11 @@ def _is_of_training(key: str) -> bool:
 def _section(model: str, entries: list[Entry]) -> Section:
     everywhere = [d for d in dict.fromkeys(d for e in entries for d in e.departures) if not d.is_of_method or _is_everywhere(d, entries)]
     noted = [replace(e, note=tuple(sorted(str(d) for d in e.departures if d not in everywhere))) for e in entries]
-    unique = {(e.stream, e.method, e.note, e.run.seed): e for e in reversed(noted)}  # the first of equals stays
+    unique = {(e.stream, e.method, e.note, e.run.seed, e.is_probe): e for e in reversed(noted)}  # the first of equals stays
     section = Section(model, not any(d.key.startswith("model.") for e in entries for d in e.departures), everywhere)
-    section.entries = sorted(unique.values(), key=lambda e: (e.stream.order, e.method.order, e.note, e.run.seed))
+    ordered = sorted(unique.values(), key=lambda e: (e.stream.order, e.method.order, e.note, e.run.seed))
+    section.entries = [entry for entry in ordered if not entry.is_probe]
+    section.probes = [entry for entry in noted if entry.is_probe]
     return section
 
 

@@ -98,7 +98,7 @@ def draw_units(
     """Statistics of every unit's gradient or estimate against its layer, a column a tower."""
     data = _gathered(section, stream, methods, unit_statistics)
     if data is None:
-        raise NothingToDraw("no run of it has recorded its units (units.parquet)")
+        raise NothingToDraw("no run of it has recorded its units (units/*.parquet)")
     figure = new_figure(6.9, 0.9 + 2.0 * len(statistics))
     grid = figure.subplots(len(statistics), len(TOWERS), sharex="col", sharey="row", squeeze=False)
     for row, statistic in zip(grid, statistics, strict=True):
@@ -128,11 +128,9 @@ def draw_mozo(section: Section, stream: Stream, methods: Sequence[Method]) -> "t
     return draw_units(section, stream, methods, tuple(STATISTICS))
 
 
-def unit_statistics(entry: Entry) -> "pd.DataFrame | None":
-    """One line a unit of a run: tower, layer, order, steps, and STATISTICS over its steps; None where units were not recorded."""
+def unit_statistics(entry: Entry) -> "pd.DataFrame":
+    """One line a unit of a run: tower, layer, order, steps, and STATISTICS over its steps; none where units were not recorded."""
     units = entry.run.units()
-    if units is None or units.empty:
-        return None
     known = units[(units.order != "frozen") & np.isfinite(units.gradient_variance)]
     over_steps = known.groupby([known.branch.astype(str).rename("tower"), "layer", known.order.astype(str).rename("order")])
     named = {name: (statistic.column, statistic.over_steps) for name, statistic in STATISTICS.items()}
@@ -321,7 +319,7 @@ def _entries(section: Section, stream: Stream, method: Method) -> list[Entry]:
 
 
 def _gathered(
-    section: Section, stream: Stream, methods: Iterable[Method], read: Callable[[Entry], "pd.DataFrame | None"]
+    section: Section, stream: Stream, methods: Iterable[Method], read: Callable[[Entry], "pd.DataFrame"]
 ) -> "pd.DataFrame | None":
     """The records of all runs of the methods below each other, each line with its cell, run and seed; None where there are none."""
     import pandas as pd
@@ -330,7 +328,7 @@ def _gathered(
     for method in methods:
         for entry in _entries(section, stream, method):
             records = read(entry)
-            if records is not None and len(records):
+            if len(records):
                 columns = {**cell_columns(stream, method, entry.note), "run": entry.run.name, "seed": entry.run.seed}
                 parts.append(pd.DataFrame([columns]).merge(records, how="cross"))
     return pd.concat(parts, ignore_index=True) if parts else None

@@ -230,7 +230,7 @@ def memory_frame(section: Section, published_gb: Mapping[str, Mapping[str, float
     for adapter, row in published_gb.items():
         for setting, paper in row.items():
             method = first_order(adapter) if setting == "fo" else Method(adapter, setting, "all", "conservative")
-            runs = [e.run for e in section.entries if e.method == method and e.run.peak_gib is not None]
+            runs = [e.run for e in (*section.entries, *section.probes) if e.method == method and e.run.peak_gib is not None]
             peak = max((run.peak_gib for run in runs if run.peak_gib is not None), default=np.nan)
             devices = sorted({device for run in runs for device in run.accelerators})
             lines.append(

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-if TYPE_CHECKING:
-    import pandas as pd
+from dist_vlcl.model.statistics import FIGURES
 
-UNITS_FILE = "units.parquet"  # tidy: step, task, branch, layer, order, and the statistics of a unit at that step (METHOD 2.11)
+if TYPE_CHECKING:  # a run without pictures does without them
+    import pandas as pd
+    import pyarrow
 
 
 class NoRun(ValueError):
@@ -48,6 +49,22 @@ def read_records(folder: Path | str) -> Records:
     records = [record for record in map(_parsed, lines) if isinstance(record, dict)]
     # Each kind is indexed by the field of its name.
     return Records(*([record for record in records if record.get("kind") == kind and kind in record] for kind in ("step", "task")))
+
+
+def read_units(folder: Path | str) -> "pyarrow.Table":
+    """Return the records of every unit of a run folder, in the order of the steps; a table without rows where there are none.
+
+    Columns: step (int64, from 1), task (int32, from 0), branch, layer (int32, from 1), order (first, zeroth, frozen), and as float32
+    gradient_norm, gradient_mean, gradient_variance (of the first-order gradient, or of the zeroth-order estimate before its sign is
+    taken; NaN for a frozen unit), update_norm (of what the step changed), parameter_norm (after the step). A skipped step has no rows.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {"step": "int64", "task": "int32", "branch": "string", "layer": "int32", "order": "string", **dict.fromkeys(FIGURES, "float")}
+    schema = pyarrow.schema([(name, pyarrow.type_for_alias(alias)) for name, alias in types.items()])
+    parts = [pyarrow.parquet.read_table(path, schema=schema) for path in sorted(Path(folder, "units").glob("step-*.parquet"))]
+    return pyarrow.concat_tables([schema.empty_table(), *parts])
 
 
 @dataclass(frozen=True)
@@ -105,12 +122,9 @@ class Run:
         columns = ["step", "task", "loss"]
         return pd.DataFrame([[record.get(column) for column in columns] for record in self.records.steps], columns=columns).dropna()
 
-    def units(self) -> "pd.DataFrame | None":
-        """What was recorded of every unit at every step; None where nothing was."""
-        import pandas as pd
-
-        path = self.path / UNITS_FILE
-        return pd.read_parquet(path) if path.exists() else None
+    def units(self) -> "pd.DataFrame":
+        """What was recorded of every unit at every step, as `read_units` has it."""
+        return read_units(self.path).to_pandas()
 
 
 def read_run(folder: Path | str) -> Run:

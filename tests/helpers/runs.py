@@ -4,18 +4,19 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.world import World
+from dist_vlcl.model.statistics import FIGURES
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import RunLog
+from dist_vlcl.run.units import UnitRecords
 
 # number of classes, training and test images of each
 CLASSES = {"cifar100": (100, 500, 100), "tiny_imagenet": (200, 500, 50), "imagenet_r": (200, 120, 30), "digits": (10, 144, 36)}
@@ -61,7 +62,7 @@ def write_run(
     log.close()
     run.close()
     if records and learns:
-        pq.write_table(_units(cfg, len(accuracy.rows), steps), run.path / "units.parquet")
+        _record_units(run.path, cfg, len(accuracy.rows), steps)
     return run.path
 
 
@@ -80,42 +81,20 @@ def _log_steps(log: RunLog, cfg: Config, task: int, steps: int, peak_gib: float 
         log.step({"step": task * steps + k + 1, "task": task, "loss": loss, **({} if peak_gib is None else {"peak_gib": peak_gib})})
 
 
-def _units(cfg: Config, num_tasks: int, steps: int) -> pa.Table:
+def _record_units(folder: Path, cfg: Config, num_tasks: int, steps: int) -> None:
     """Statistics in the sizes that METHOD 2.11 leads one to expect: an estimate's variance is s^2, a gradient's |g|^2 / n."""
     rng = np.random.default_rng([cfg.seed, *cfg.run.name.encode()])
-    columns: dict[str, list] = {name: [] for name in SCHEMA.names}
+    orders = assign(UNITS, cfg.orders)
     slopes = {branch: np.abs(rng.normal(size=num_tasks * steps)) + 0.05 for branch in ("language", "vision")}
-    for unit, order in assign(UNITS, cfg.orders).items():
+    figures = np.empty((num_tasks * steps, len(UNITS), len(FIGURES)), dtype=np.float32)
+    for column, (unit, order) in enumerate(orders.items()):
         numel = 201344 if unit.branch == "vision" else 134272
         size = (0.5 if unit.branch == "vision" else 0.25) * (1 + 0.1 * unit.layer) * rng.lognormal(0, 0.3, num_tasks * steps)
-        norm = size if order is Order.FIRST else slopes[unit.branch] * math.sqrt(numel)
-        norm = np.full_like(norm, np.nan) if order is Order.FROZEN else norm
-        moved = 1e-3 * math.sqrt(numel) if cfg.zo.transform == "sign" and order is Order.ZEROTH else 1e-3 * norm
-        values = {
-            "step": np.arange(1, num_tasks * steps + 1),
-            "task": np.repeat(np.arange(num_tasks), steps),
-            "branch": [unit.branch] * (num_tasks * steps),
-            "layer": [unit.layer] * (num_tasks * steps),
-            "order": [order.value] * (num_tasks * steps),
-            "gradient_norm": norm,
-            "gradient_mean": np.zeros_like(norm),
-            "gradient_variance": norm**2 / numel,
-            "update_norm": np.zeros_like(norm) if order is Order.FROZEN else moved * np.ones_like(norm),
-            "parameter_norm": np.ones_like(norm),
-        }
-        for name, column in values.items():
-            columns[name].extend(column)
-    return pa.table(columns, schema=SCHEMA)
-
-
-STATISTICS = ("gradient_norm", "gradient_mean", "gradient_variance", "update_norm", "parameter_norm")
-SCHEMA = pa.schema(
-    [
-        ("step", pa.int64()),
-        ("task", pa.int32()),
-        ("branch", pa.string()),
-        ("layer", pa.int32()),
-        ("order", pa.string()),
-        *((name, pa.float32()) for name in STATISTICS),
-    ]
-)
+        norm = {Order.FIRST: size, Order.ZEROTH: slopes[unit.branch] * math.sqrt(numel), Order.FROZEN: np.full_like(size, np.nan)}[order]
+        is_sign = cfg.zo.transform == "sign" and order is Order.ZEROTH
+        moved = np.full_like(size, 1e-3 * math.sqrt(numel)) if is_sign else np.nan_to_num(1e-3 * norm)
+        figures[:, column] = np.stack([norm, 0 * norm, norm**2 / numel, moved, np.ones_like(norm)], 1)
+    records = UnitRecords(folder, [(unit.branch, unit.layer, order.value) for unit, order in orders.items()], every=1, step=0)
+    for step in range(num_tasks * steps):
+        records.add(step + 1, step // steps, torch.from_numpy(figures[step]))
+    records.flush()

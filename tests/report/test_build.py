@@ -143,7 +143,7 @@ def test_a_unit_figure_holds_each_unit_s_statistics_over_steps(report, runs):
     data = digits(report, 7)
     assert len(data) == 3 * 24 and set(data.variant) == {"conservative", "mozo"}
     name = "digits-inc2-moe-mozo-dual-hop_odd-seed0"
-    units = pd.read_parquet(runs / name / "units.parquet")
+    units = pd.read_parquet(runs / name / "units")
     unit = units[(units.branch == "language") & (units.layer == 3)]
     line = data[(data.run == name) & (data.tower == "language") & (data.layer == 3)].iloc[0]
     assert (line.order, line.steps) == ("zeroth", len(unit))
@@ -158,7 +158,7 @@ def test_a_caption_says_from_which_runs_and_what_is_absent(report):
 
 
 def test_a_figure_without_records_says_so(report):
-    assert "Not drawn: no run of it has recorded its units (units.parquet)." in page(report)
+    assert "Not drawn: no run of it has recorded its units (units/*.parquet)." in page(report)
     assert "Not drawn: no run of it has losses in metrics.jsonl." in page(report)
 
 
@@ -178,11 +178,12 @@ def test_a_paired_test_is_that_of_the_textbook():
 
 def test_memory_is_the_most_that_a_step_has_held(tmp_path):
     write_run(tmp_path, "paper=t1-moe-cifar20-dual", "tasks.num_tasks=1", last=0.9, avg=0.9, records=True, peak_gib=1.25)
-    runs, _ = build.read_runs([*tmp_path.iterdir()])
-    memory = build.build(runs).data["memory"]
-    line = memory[(memory.adapter == "moe") & (memory.setting == "dual")].iloc[0]
+    ((run,), _) = build.read_runs([*tmp_path.iterdir()])
+    run.config["train"]["max_steps"] = 5
+    report = build.build([run])
+    line = report.data["memory"].query("adapter == 'moe' and setting == 'dual'").iloc[0]
     assert (line.paper_gb, line.peak_gib, line.runs) == (2.17, 1.25, 1)
-    assert "memory" in "".join(build.build(runs).pictures)
+    assert [*report.pictures] == ["vit-b-16-quickgelu-openai-memory"] and "runs" not in report.data
 
 
 @pytest.mark.parametrize(("argument", "words"), [("nowhere", "no such folder"), (".", "none of these is the folder of a run")])

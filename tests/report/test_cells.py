@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, paper_runs
-from dist_vlcl.report.build import reference
+from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
+from dist_vlcl.report.build import published_paper, reference
 from dist_vlcl.report.cells import ZERO_SHOT, Entry, Method, Stream, classify, departures, published_cells, sections_of
 from dist_vlcl.report.records import Run
 
-CELLS = published_cells(paper_runs())
+CELLS = published_cells(published_paper()["runs"])
 HOP = "paper=t2-moe-cifar10-dual-hop_odd"
 CIFAR10 = Stream("cifar100", 10)
 PLAN = Method("moe", "dual", "hop_odd", "conservative")
@@ -125,3 +125,12 @@ def test_options_of_another_version_are_no_departure():
     found = entry(HOP)
     older = {**found.run.config, "train": {k: v for k, v in found.run.config["train"].items() if k != "epochs"}, "new": {"option": 1}}
     assert departures(older, reference(found.run, found.stream, found.method), found.method) == []
+
+
+def test_a_probe_of_memory_stands_in_the_paper_s_part_but_in_no_cell():
+    found = entry(HOP, "tasks.num_tasks=1", of_class=50, images=640)
+    found.run.config["train"]["max_steps"] = 5
+    probe = classify(found.run, CELLS, reference)
+    first, *others = sections_of([entry(HOP, "train.epochs=2"), entry(HOP), probe])
+    assert first.is_paper and first.probes == [probe] and len(first.entries) == 1
+    assert [len(section.probes) for section in others] == [0]
