@@ -14,7 +14,8 @@ from torch import Tensor
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World, ordered_sum
 from dist_vlcl.model.clip import TwoTowers
-from dist_vlcl.model.units import FlatUnits, UnitId, freeze
+from dist_vlcl.model.statistics import UnitStatistics
+from dist_vlcl.model.units import BRANCHES, FlatUnits, UnitId, freeze
 from dist_vlcl.orders import Order
 from dist_vlcl.zo.difference import Candidate
 from dist_vlcl.zo.noise import Key, StepNoise
@@ -37,6 +38,7 @@ class StepReport:
     skipped: str | None = None  # why nothing was updated
     stop: bool = False  # some rank was asked to stop
     count: int = 0
+    figures: Tensor | None = None  # model.statistics.FIGURES of every unit, where they were asked for
 
 
 class BatchLosses:
@@ -147,11 +149,13 @@ class HybridStep:
             flat.tie()
         self.zeroth.begin()
 
-    def __call__(self, batches: Sequence[Any], key: Key, lr: float, first_label: int = 0, stop: bool = False) -> StepReport:
+    def __call__(
+        self, batches: Sequence[Any], key: Key, lr: float, first_label: int = 0, stop: bool = False, observe: bool = False
+    ) -> StepReport:
         """Update on one global batch, of which this rank holds `batches` (micro-batches; positions number the global batch).
 
         key: the step's seed, the same on every rank. lr: that of this step. stop: this rank was asked to stop; the report says whether any
-        was. All ranks call this, with the same number of micro-batches.
+        was. observe: measure what the step does to every unit. All ranks call this, with the same number of micro-batches.
         """
         losses = BatchLosses(self.towers, self.flats, self.tokens, self.world)
         losses.flag = float(stop)
@@ -173,6 +177,9 @@ class HybridStep:
         report = StepReport(loss, stop=losses.stop, count=losses.count)
         if moves is None:
             return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
+        statistics = UnitStatistics(self.towers.units) if observe else None
+        if statistics:
+            self._observe_first(statistics, planned / max(losses.count, 1))
         report.gradient_norm = self.first.update(lr, planned / max(losses.count, 1))
         if report.gradient_norm is None:
             return self._skip(report, "the gradient is not finite")
@@ -181,7 +188,24 @@ class HybridStep:
         if not self._more_rounds(report, losses, rounds, key, lr, sequential):
             return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
         self.skips = 0
+        if statistics:
+            self._observe_zeroth(statistics, report.moves)
+            report.figures = statistics.figures()
         return report
+
+    def _observe_first(self, statistics: UnitStatistics, scale: float) -> None:
+        gradients = dict(zip(self.first_names, self.first.gradients(), strict=True))
+        for branch in BRANCHES:
+            ids = [id for id in self.towers.units if id.branch == branch and self.orders[id] is Order.FIRST]
+            if ids:
+                names = [f"{id}/{name}" for id in ids for name in self.towers.units[id].names]
+                statistics.observe(ids, torch.cat([gradients[name].flatten() for name in names]) * scale)
+
+    def _observe_zeroth(self, statistics: UnitStatistics, moves: Sequence[Move]) -> None:
+        for move in moves:
+            for branch, part in move.group.slices.items():
+                ids = [id for id, own in self.flats[branch].slices.items() if part.start <= own.start < part.stop]
+                statistics.observe(ids, move.gradients[branch][part])
 
     def _decide(self, losses: BatchLosses, groups: list, key: Key, lr: float, repeat: int = 0) -> tuple[float, list[Move] | None]:
         if groups:

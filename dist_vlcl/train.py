@@ -36,6 +36,7 @@ from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.preemption import Preemption
 from dist_vlcl.run.state import TrainState
+from dist_vlcl.run.units import UnitRecords
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.noise import Key, derive_seed
@@ -80,6 +81,8 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
 
     log = RunLog(run.path, cfg.run, world, cfg.as_dict(), state)
     state.wandb_id = log.wandb_id
+    units = [(id.branch, id.layer, step.orders[id].value) for id in towers.units]
+    records = UnitRecords(run.path, units, cfg.run.record_every_steps, state.step, world.is_main)
     log.say(run.message)
     introduce(log, cfg, world, step, tasks, index)
     try:
@@ -94,23 +97,26 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     saved = None
                 for batch, key, lr in training_steps(cfg, step, index, task, world, state, log):
                     started = time.perf_counter()
-                    report = step(split(batch, cfg.train.micro_batches), key, lr, task.first_label, stop=preemption.requested)
+                    parts, observe = split(batch, cfg.train.micro_batches), records.is_due(state.step + 1)
+                    report = step(parts, key, lr, task.first_label, stop=preemption.requested, observe=observe)
                     state.advance()
                     state.seconds += time.perf_counter() - started
                     log_step(log, state, report, key, lr, time.perf_counter() - started, batch.count)
+                    if report.figures is not None:
+                        records.add(state.step, state.task, report.figures)
                     if state.step % cfg.train.check_every_steps == 0:
                         agree(world, f"the adapters after step {state.step}", digest(towers.units.state_dict()), "A rank went astray.")
                     if report.stop or run.is_time_to_save(state.step):
-                        save(run, state, step, zero_shot)
+                        save(run, state, step, records, zero_shot)
                     if report.stop:
                         requeue(run)
-                save(run, state, step, zero_shot)  # an evaluation may outlast the time that a signal leaves
+                save(run, state, step, records, zero_shot)  # an evaluation may outlast the time that a signal leaves
                 accuracy.append(evaluate(cfg, towers, index, tasks, task, world, log.progress))
                 state.accuracy = accuracy.rows
                 log.task({"step": state.step, "task": task.index, **accuracy.summary(), "zero_shot": zero_shot.get(task.index)})
                 run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
                 state.next_task()
-                save(run, state, step, zero_shot)
+                save(run, state, step, records, zero_shot)
                 if task is not tasks[-1] and world.sum(torch.tensor([float(preemption.requested)]))[0] > 0:
                     requeue(run)
         farewell(log, run, world)
@@ -157,8 +163,9 @@ def resume_or_start(cfg: Config, run: RunFolder, world: World) -> tuple[TrainSta
     return TrainState.from_dict(saved.state), saved
 
 
-def save(run: RunFolder, state: TrainState, step: HybridStep, zero_shot: dict[int, float]) -> None:
-    """Write a checkpoint. All ranks call this; rank 0 writes."""
+def save(run: RunFolder, state: TrainState, step: HybridStep, records: UnitRecords, zero_shot: dict[int, float]) -> None:
+    """Write the units' records, then a checkpoint. All ranks call this; rank 0 writes."""
+    records.flush()
     tensors = step.state_dict(optimizers=state.epoch > 0 or state.batch > 0)  # a new task starts with fresh ones
     if run.is_main:
         extra = {"world_size": step.world.size, "device": step.world.device.type, "zero_shot": zero_shot}

@@ -401,3 +401,40 @@ def test_journalled_moves_rebuild_the_zeroth_order_units_bit_for_bit():
                         rebuilt[name] = rebuilt[name] + (z * slope) * entry["coefficient"]
     for name in zeroth:
         assert torch.equal(step.towers.units.state_dict()[name], rebuilt[name]), name
+
+
+@pytest.mark.parametrize("strategy", ["mozo", "conservative"])
+@pytest.mark.parametrize("granularity", ["branch", "unit"])
+def test_an_observed_step_tells_every_unit_s_gradient_and_update(strategy, granularity):
+    """First order: autograd's gradient. Zeroth order: slope times direction, before the sign is taken. And observing changes nothing."""
+    plan = OrderPlan("vision", [1, 3], rest="first")
+    config = dataclasses.replace(STRATEGIES[strategy], granularity=granularity)
+    step, blind = hybrid(plan, config), hybrid(plan, config)
+    before, twin, key = adapter_values(step.towers), Twin(blind), Key(9, 0)
+    twin.first_order(images(), key, LR)
+    expected = {name: leaf.grad for name, leaf in twin.leaves.items()}
+    report = step([images()], key, LR, observe=True)
+    assert blind([images()], key, LR).figures is None
+    for move in report.moves:
+        for branch, part in move.group.slices.items():
+            for name in names_in(step.flats[branch], part):
+                z = normals(name, before[name].numel(), key, 0)
+                expected[name] = z.double() * move.estimate.projected_gradient[branch][0]
+    after = step.towers.units.state_dict()
+    for id, row in zip(step.towers.units, report.figures.double(), strict=True):
+        names = [f"{id}/{name}" for name in step.towers.units[id].names]
+        g = torch.cat([expected[name].flatten() for name in names])
+        moved = torch.cat([(after[name] - before[name]).flatten() for name in names])
+        plain = torch.stack([g.norm(), g.mean(), g.var(correction=0), moved.norm(), torch.cat([after[n].flatten() for n in names]).norm()])
+        torch.testing.assert_close(row, plain, rtol=1e-4, atol=1e-9)
+    for name, tensor in blind.towers.units.state_dict().items():
+        assert torch.equal(tensor, after[name])
+
+
+def names_in(flat, part):
+    """Yield the names of the tensors in a slice of flat values."""
+    start = 0
+    for name, count in flat.names():
+        if part.start <= start < part.stop:
+            yield name
+        start += count

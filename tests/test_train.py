@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
 from dist_vlcl.dist.world import World
+from dist_vlcl.report.records import read_units
 from dist_vlcl.run.folder import RunRefused
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import Requeued, train
@@ -78,6 +79,7 @@ def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert [{**r, "name": ""} for r in records(unbroken)] == [{**r, "name": ""} for r in records(broken)]
     assert records(unbroken, "journal.jsonl") == records(broken, "journal.jsonl")
+    assert read_units(folder.with_name("unbroken")).equals(read_units(folder)) and read_units(folder).num_rows == 10 * 24
     assert run_ranks(run_once, size, broken) == ["known"] * size
 
 

@@ -71,6 +71,10 @@ class FirstOrder:
         if self.parameters:
             loss.backward()
 
+    def gradients(self) -> list[Tensor]:
+        """Return the gradient of every parameter, the same on all ranks, in the order of `parameters`."""
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+
     def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
         """Take the step at this learning rate and return the gradient's norm; None, with nothing changed, if it is not finite.
 

@@ -61,8 +61,8 @@ def plot_matrix(records: Records) -> "Figure | None":
     cells = np.full((num_rows, num_tasks), np.nan)
     for after, row in enumerate(records.matrix):
         cells[after, : len(row)] = [np.nan if cell is None else 100 * cell for cell in row]
-    seen = _percents(records.seen)[:, None]
-    figure = _figure(min(0.5 * num_tasks + 2.7, 12), np.clip(0.5 * num_rows + 1.4, 2.6, 11))
+    seen = percents(records.seen)[:, None]
+    figure = new_figure(min(0.5 * num_tasks + 2.7, 12), np.clip(0.5 * num_rows + 1.4, 2.6, 11))
     matrix, beside = figure.subplots(1, 2, width_ratios=[num_tasks, 1], sharey=True)
     low = np.floor(np.nanmin([np.nanmin(cells), np.nanmin(seen) if np.isfinite(seen).any() else 100.0]) / 10) * 10
     for axes, values in ((matrix, cells), (beside, seen)):
@@ -80,14 +80,14 @@ def plot_matrix(records: Records) -> "Figure | None":
 
 def plot_accuracy(records: Records, zero_shot: float | None = None) -> "Figure | None":
     """A_t after every task, with the zero-shot accuracy as a dashed line where it is known; None without an A_t."""
-    seen = _percents(records.seen)
+    seen = percents(records.seen)
     if not np.isfinite(seen).any():
         return None
-    figure = _figure(6.4, 3.8)
+    figure = new_figure(6.4, 3.8)
     axes = figure.subplots()
     after = np.array([record["task"] + 1 for record in records.tasks])
     axes.plot(after, seen, color=BLUE, marker="o", label="after training")
-    own = _percents(records.zero_shot)
+    own = percents(records.zero_shot)
     if zero_shot is not None:
         axes.axhline(100 * zero_shot, color=GREY, linestyle="--", label="zero-shot, all classes")
     elif np.isfinite(own).any():
@@ -98,7 +98,7 @@ def plot_accuracy(records: Records, zero_shot: float | None = None) -> "Figure |
     axes.set(xlabel="task", ylabel="accuracy on all classes seen (%)", xlim=(0.5, after.max() + 0.5))
     axes.set_xticks(range(1, after.max() + 1, _stride(after.max())))
     if len(axes.get_lines()) > 1:
-        _put_legend(figure, axes)
+        put_legend(figure, axes)
     return figure
 
 
@@ -107,14 +107,14 @@ def plot_loss(records: Records) -> "Figure | None":
     steps, losses = _series((record["step"], record.get("loss")) for record in records.steps)
     if not len(steps):
         return None
-    figure = _figure(7.2, 3.8)
+    figure = new_figure(7.2, 3.8)
     axes = figure.subplots()
     axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=0.7, label="every step")
     for index, part in enumerate(_by_task(records, steps)):
-        axes.plot(steps[part], _smoothed(losses[part]), color=BLUE, linewidth=1.8, label="" if index else "smoothed within a task")
+        axes.plot(steps[part], smoothed(losses[part]), color=BLUE, linewidth=1.8, label="" if index else "smoothed within a task")
     axes.set(xlabel="step", ylabel="loss")
-    _put_legend(figure, axes)
-    _draw_borders(axes, records)
+    put_legend(figure, axes)
+    draw_borders(axes, records)
     return figure
 
 
@@ -127,27 +127,28 @@ def plot_projected_gradients(records: Records) -> "Figure | None":
         return None
     moves = {branch: _zo_series(records, branch, "coefficient") for branch in branches}
     moves = {branch: series for branch, series in moves.items() if len(series[0])}
-    figure = _figure(7.2, 5.4 if moves else 3.8)
+    figure = new_figure(7.2, 5.4 if moves else 3.8)
     top, *below = figure.subplots(2 if moves else 1, 1, sharex=True, height_ratios=[2, 1][: 2 if moves else 1], squeeze=False)[:, 0]
     for branch, (steps, sizes) in gradients.items():
         _plot_sizes(top, records, steps[sizes > 0], sizes[sizes > 0], _look(branch, branches), branch)
     top.set(yscale="log", ylabel="|projected gradient|")
-    _put_legend(figure, top)
+    put_legend(figure, top)
     for axes in below:
         for branch, (steps, coefficients) in moves.items():
             color, line = _look(branch, branches)
             for part in _by_task(records, steps):
-                share = _smoothed((coefficients[part] > 0).astype(float), at_least=20)
+                share = smoothed((coefficients[part] > 0).astype(float), at_least=20)
                 axes.plot(steps[part], 100 * share, color=color, linestyle=line)
         axes.set(ylim=(-4, 104), ylabel="moves accepted (%)")
-    _draw_borders(top, records)
+    draw_borders(top, records)
     for axes in below:
-        _draw_borders(axes, records, labels=False)
+        draw_borders(axes, records, labels=False)
     (below or [top])[-1].set_xlabel("step")
     return figure
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches."""
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
     return Figure(figsize=(width, height))
@@ -158,7 +159,7 @@ def _written(figure: "Figure", path: Path) -> Path:
     return path
 
 
-def _percents(fractions: Sequence[float | None]) -> np.ndarray:
+def percents(fractions: Sequence[float | None]) -> np.ndarray:
     return np.array([np.nan if fraction is None else 100 * fraction for fraction in fractions], dtype=float)
 
 
@@ -182,7 +183,7 @@ def _by_task(records: Records, steps: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
 
 
-def _smoothed(values: np.ndarray, at_least: int = 1) -> np.ndarray:
+def smoothed(values: np.ndarray, at_least: int = 1) -> np.ndarray:
     """The mean of each value and its neighbours, a tenth of all, fewer at the ends."""
     reach = max(at_least, min(len(values) // 10, 200)) // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -196,7 +197,7 @@ def _plot_sizes(axes: "Axes", records: Records, steps: np.ndarray, sizes: np.nda
     color, line = look
     axes.plot(steps, sizes, color=color, alpha=0.2, linewidth=0, marker=".", markersize=3)
     for index, part in enumerate(_by_task(records, steps)):
-        mean = np.exp(_smoothed(np.log(sizes[part]), at_least=20))
+        mean = np.exp(smoothed(np.log(sizes[part]), at_least=20))
         axes.plot(steps[part], mean, color=color, linestyle=line, linewidth=1.8, label="" if index else label)
 
 
@@ -205,13 +206,14 @@ def _look(branch: str, branches: Sequence[str]) -> tuple[str, str]:
     return LOOKS[branch] if branch in LOOKS else OTHER_LOOKS[others.index(branch) % len(OTHER_LOOKS)]
 
 
-def _put_legend(figure: "Figure", axes: "Axes") -> None:
+def put_legend(figure: "Figure", axes: "Axes", columns: int | None = None) -> None:
+    """The legend of `axes`, above all axes of the figure, in one line or in so many columns."""
     handles, labels = axes.get_legend_handles_labels()
     # Outside, since data may be anywhere inside.
-    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=9)
+    figure.legend(handles, labels, loc="outside upper right", ncols=columns or len(labels), fontsize=9)
 
 
-def _draw_borders(axes: "Axes", records: Records, labels: bool = True) -> None:
+def draw_borders(axes: "Axes", records: Records, labels: bool = True) -> None:
     """A line where each task after the first begins, with the tasks' numbers above, as many as there is room for."""
     from matplotlib.ticker import MaxNLocator
 

@@ -16,10 +16,11 @@ class TextTable:
 
     columns: list[str]
     rows: list[list[str]]
+    num_left: int = 1
 
     def markdown(self) -> str:
-        """The table as Markdown, the first column to the left and the others to the right."""
-        rule = [":---", *["---:"] * (len(self.columns) - 1)]
+        """The table as Markdown, the first `num_left` columns to the left and the others to the right."""
+        rule = [":---"] * self.num_left + ["---:"] * (len(self.columns) - self.num_left)
         lines = [self.columns, rule, *self.rows]
         return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
 

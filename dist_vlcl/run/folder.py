@@ -4,6 +4,7 @@ config.yaml     the configuration, resolved
 env.json        one entry a start: versions, host, code, command line
 metrics.jsonl   one line a step and a task             (log.py)
 journal.jsonl   seeds and accepted coefficients        (log.py)
+units/          every unit's gradient and update       (units.py)
 checkpoints/    the newest few                         (checkpoint.py)
 accuracy.json   the accuracy matrix; "complete": true once every task is done
 plots/  summary.md                                     (report/)
@@ -39,6 +40,7 @@ class RunConfig:
     overwrite: bool = False  # set an existing folder aside as <name>.old-N and start anew
     save_every_steps: int = 0  # 0: only at the end of a task
     keep: int = 2  # checkpoints
+    record_every_steps: int = 1  # every unit's gradient and update, in units/*.parquet; 0: never
     wandb: str = "auto"  # online where the user is logged in, else offline; or online, offline, off
     wandb_project: str = "dist_vlcl"
     progress: bool = True
@@ -51,6 +53,8 @@ class RunConfig:
             raise ValueError(f"run.wandb={self.wandb!r}: choose from {', '.join(WANDB_MODES)}")
         if self.keep < 1:
             raise ValueError(f"run.keep={self.keep}: keep at least 1 checkpoint")
+        if self.record_every_steps < 0:
+            raise ValueError(f"run.record_every_steps={self.record_every_steps}: give a number of steps, or 0 for no records of units")
         if self.save_every_steps < 0:
             raise ValueError(f"run.save_every_steps={self.save_every_steps}: give a number of steps, or 0 for task ends only")
 

@@ -88,7 +88,7 @@ class FiniteDifference:
     def candidates(self, groups: Sequence[Group], directions: Mapping[tuple[str, int], Tensor]) -> list[Candidate]:
         """Return the perturbed candidates, group by group, probe by probe, side by side."""
         return [
-            {branch: _only(directions[branch, probe] * (sign * self.epsilon[branch]), part) for branch, part in group.slices.items()}
+            {branch: only(directions[branch, probe] * (sign * self.epsilon[branch]), part) for branch, part in group.slices.items()}
             for group in groups
             for probe in range(self.probes)
             for sign in ((1,) if self.sides == 1 else (1, -1))
@@ -110,7 +110,7 @@ class FiniteDifference:
         return slope if self.clip is None else max(-self.clip, min(self.clip, slope))
 
 
-def _only(offset_n: Tensor, part: slice) -> Tensor:
+def only(offset_n: Tensor, part: slice) -> Tensor:
     """Return the offset with everything outside of `part` set to zero."""
     if part.stop - part.start == offset_n.numel():
         return offset_n

@@ -3,15 +3,15 @@
 # n numbers of a branch
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from dist_vlcl.zo.accept import ACCEPTANCES, best_of_three
-from dist_vlcl.zo.difference import LAWS, Directions, Estimate, Evaluate, FiniteDifference, Flat, Group, groups_of
+from dist_vlcl.zo.difference import LAWS, Directions, Estimate, Evaluate, FiniteDifference, Flat, Group, groups_of, only
 from dist_vlcl.zo.noise import Key, Streams
-from dist_vlcl.zo.transform import TRANSFORMS, Adam, gradient
+from dist_vlcl.zo.transform import TRANSFORMS, Adam, gradient, transformed
 
 GRANULARITIES = ("branch", "unit", "joint")
 
@@ -67,9 +67,13 @@ class ZerothOrderConfig:
 
 @dataclass(frozen=True)
 class Move:
-    """An update that was decided: values of each branch's slice change by coefficient * direction."""
+    """An update that was decided: values of each branch's slice change by coefficient * direction.
+
+    gradients: per branch the estimate `[n]` that the direction was made from, before any transform.
+    """
 
     estimate: Estimate
+    gradients: Mapping[str, Tensor]
     directions: Mapping[str, Tensor]
     coefficient: float
     losses: tuple[float, float, float] | None  # of staying, minus and plus, where the acceptance looked
@@ -126,33 +130,34 @@ class ZerothOrder:
         if not all(map(math.isfinite, (base, *probed))):
             return base, None
         estimates = self.difference.estimates(groups, base, probed)
-        moves = [Move(e, d, 0.0, None) for e, d in zip(estimates, self._directions(estimates, directions), strict=True)]
+        moves = self._proposed(estimates, directions)
         step = lr * config.lr_scale
         if config.acceptance == "always":
-            return base, [Move(m.estimate, m.directions, -step, None) for m in moves]
+            return base, [replace(m, coefficient=-step) for m in moves]
         losses = evaluate([m.offsets(c) for m in moves for c in (-step, step)])
         if not all(map(math.isfinite, losses)):
             return base, None
         return base, [
-            Move(m.estimate, m.directions, best_of_three(base, minus, plus, step), (base, minus, plus))
+            replace(m, coefficient=best_of_three(base, minus, plus, step), losses=(base, minus, plus))
             for m, minus, plus in zip(moves, losses[::2], losses[1::2], strict=True)
         ]
 
-    def _directions(self, estimates: list[Estimate], drawn: Mapping[tuple[str, int], Tensor]) -> list[dict[str, Tensor]]:
-        """Return, per estimate and branch, the flat direction `[n]`, zero outside of the group's slice."""
-        probes = range(self.config.probes)
-        result = []
+    def _proposed(self, estimates: list[Estimate], drawn: Mapping[tuple[str, int], Tensor]) -> list[Move]:
+        """Return a move per estimate, still of coefficient 0; flat tensors `[n]`, zero outside of the group's slice."""
+        transform, moves = self.config.transform, []
         for e in estimates:
-            gradients = {}
+            gradients, directions = {}, {}
             for branch, part in e.group.slices.items():
-                g = gradient(e.projected_gradient[branch], [drawn[branch, q] for q in probes], self.config.transform)
-                if part.stop - part.start < g.numel():
-                    g[: part.start], g[part.stop :] = 0, 0
-                gradients[branch] = g
-            result.append(gradients)
-        return result if self.adam is None else self._adapted(self.adam, result)
+                slopes, probes = e.projected_gradient[branch], [only(drawn[branch, q], part) for q in range(self.config.probes)]
+                gradients[branch] = gradient(slopes, probes)
+                directions[branch] = transformed(gradients[branch], slopes, probes, transform)
+            moves.append(Move(e, gradients, directions, 0.0, None))
+        if self.adam is None:
+            return moves
+        adapted = self._adapted(self.adam, [m.directions for m in moves])
+        return [replace(m, directions=d) for m, d in zip(moves, adapted, strict=True)]
 
-    def _adapted(self, adam: Adam, gradients: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    def _adapted(self, adam: Adam, gradients: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Replace each gradient by Adam's direction, its moments kept per branch whatever the granularity."""
         total: dict[str, Tensor] = {}
         for g in gradients:

@@ -11,12 +11,16 @@ from torch import Tensor
 TRANSFORMS = ("identity", "sign", "sign_scalar")
 
 
-def gradient(slopes: Sequence[float], directions: Sequence[Tensor], transform: str) -> Tensor:
-    """Return the transformed estimate `[n]`: mean_q s_q z_q, its element-wise sign (eq. 3, 4), or ZO-LLM's mean_q sign(s_q) z_q."""
+def gradient(slopes: Sequence[float], directions: Sequence[Tensor]) -> Tensor:
+    """Return the estimate `[n]`: mean_q s_q z_q."""
+    return sum((z * (s / len(slopes)) for s, z in zip(slopes, directions, strict=True)), torch.zeros_like(directions[0]))
+
+
+def transformed(gradient_n: Tensor, slopes: Sequence[float], directions: Sequence[Tensor], transform: str) -> Tensor:
+    """Return an estimate itself, its element-wise sign (eq. 3, 4), or ZO-LLM's mean_q sign(s_q) z_q, made from its slopes again."""
     if transform == "sign_scalar":
-        slopes = [(s > 0) - (s < 0) for s in slopes]
-    mean_n = sum((z * (s / len(slopes)) for s, z in zip(slopes, directions, strict=True)), torch.zeros_like(directions[0]))
-    return mean_n.sign() if transform == "sign" else mean_n
+        return gradient([(s > 0) - (s < 0) for s in slopes], directions)
+    return gradient_n.sign() if transform == "sign" else gradient_n
 
 
 @dataclass(frozen=True)

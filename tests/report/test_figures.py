@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from dist_vlcl.report.figures import _smoothed, plot_accuracy, plot_loss, plot_projected_gradients, plot_run
+from dist_vlcl.report.figures import plot_accuracy, plot_loss, plot_projected_gradients, plot_run, smoothed
 from dist_vlcl.report.records import Records, read_records
 
 ALL = ["accuracy_matrix", "accuracy", "loss", "projected_gradient"]
@@ -67,7 +67,7 @@ def test_the_accuracy_curve_is_in_percent_over_tasks_from_one(tmp_path):
     assert curves(figure.axes[0])[1][1] == pytest.approx([30, 30])
 
 
-def test_the_loss_is_smoothed_within_a_task_and_not_across(tmp_path):
+def test_the_loss_issmoothed_within_a_task_and_not_across(tmp_path):
     raw, first, second, *_ = curves(plot_loss(read_records(write(tmp_path, records()))).axes[0])
     assert raw[1] == [1.0] * 10 + [2.0] * 10
     assert first[1] == pytest.approx([1.0] * 10) and second[1] == pytest.approx([2.0] * 10)
@@ -82,7 +82,7 @@ def test_a_move_of_coefficient_zero_counts_as_not_accepted(tmp_path):
 def test_smoothing_equals_the_mean_of_the_neighbours():
     values = np.random.default_rng(0).normal(size=57)
     slow = [values[max(i - 2, 0) : i + 3].mean() for i in range(57)]
-    assert np.allclose(_smoothed(values), slow)
+    assert np.allclose(smoothed(values), slow)
 
 
 def test_records_know_their_curves():

@@ -1,0 +1,342 @@
+"""Figures 2 to 8 of the paper and its memory table as a picture, each with what is plotted, from which runs, as a tidy table."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dist_vlcl.report.cells import ZERO_SHOT, Entry, Method, Section, Stream, first_order
+from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, new_figure, put_legend, smoothed
+from dist_vlcl.report.paper_tables import accuracies, cell_columns, comparison_frame, paired_test
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colour, line and marker each tell curves apart: by colour-blind readers, in grey print, where curves cross.
+LOOKS: tuple[tuple[str, Any, str], ...] = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"))
+
+
+class Statistic(NamedTuple):
+    """A number of a unit, from what was recorded of it at every step."""
+
+    column: str
+    over_steps: str
+    axis: str
+    caption: str
+
+
+STATISTICS = {
+    "coordinate_variance": Statistic(
+        "gradient_variance", "mean", "variance over\ncoordinates", "variance over the coordinates of a unit's gradient, mean over steps"
+    ),
+    "norm_variance": Statistic("gradient_norm", "var", "variance over\nsteps of the norm", "variance over steps of its norm"),
+    "mean_update": Statistic("update_norm", "mean", "norm of\nthe update", "norm of the update that was applied, mean over steps"),
+}
+TOWERS = ("vision", "language")
+
+
+@dataclass
+class Picture:
+    """A figure with its caption and its data; `figure` is None where `caption` says why there is none."""
+
+    name: str
+    title: str
+    caption: str
+    figure: "Figure | None" = None
+    data: "pd.DataFrame | None" = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A figure of the paper: which methods it compares, given the adapter."""
+
+    number: int
+    title: str
+    draw: Callable[[Section, Stream, Sequence[Method]], "tuple[Figure, pd.DataFrame, str]"]
+    methods: tuple[tuple[str, str, str], ...]  # branch, layers, variant
+
+    def of(self, adapter: str) -> list[Method]:
+        return [Method(adapter, *method) for method in self.methods]
+
+
+class NothingToDraw(Exception):
+    """A figure has no data; the message says which."""
+
+
+def draw_losses(section: Section, stream: Stream, methods: Sequence[Method]) -> "tuple[Figure, pd.DataFrame, str]":
+    """The base loss of every step, smoothed within a task: the mean over seeds, and the range of the seeds as a band."""
+    data = _gathered(section, stream, methods, lambda entry: entry.run.losses())
+    if data is None:
+        raise NothingToDraw("no run of it has losses in metrics.jsonl")
+    figure = new_figure(6.9, 3.9)
+    axes = figure.subplots()
+    for index, method in enumerate(methods):
+        color, line, _ = LOOKS[index]
+        for task, curves in _only(data, method).groupby("task"):
+            by_seed = curves.pivot_table(index="step", columns="run", values="loss").dropna()
+            smooth = np.apply_along_axis(smoothed, 0, by_seed.to_numpy())
+            label = method.short if task == _only(data, method).task.min() else ""
+            axes.plot(by_seed.index, smooth.mean(1), color=color, linestyle=line, linewidth=1.6, label=label)
+            axes.fill_between(by_seed.index, smooth.min(1), smooth.max(1), color=color, alpha=0.15, linewidth=0)
+    axes.set(xlabel="step", ylabel="loss")
+    put_legend(figure, axes, columns=2)
+    draw_borders(axes, _longest(section, stream, methods).run.records)
+    return (
+        figure,
+        data,
+        "The loss of the global batch at every step, smoothed over neighbouring steps within a task. Lines: mean over seeds, bands: their "
+        "range.",
+    )
+
+
+def draw_units(
+    section: Section, stream: Stream, methods: Sequence[Method], statistics: Sequence[str] = ("coordinate_variance", "norm_variance")
+) -> "tuple[Figure, pd.DataFrame, str]":
+    """Statistics of every unit's gradient or estimate against its layer, a column a tower."""
+    data = _gathered(section, stream, methods, unit_statistics)
+    if data is None:
+        raise NothingToDraw("no run of it has recorded its units (units/*.parquet)")
+    figure = new_figure(6.9, 0.9 + 2.0 * len(statistics))
+    grid = figure.subplots(len(statistics), len(TOWERS), sharex="col", sharey="row", squeeze=False)
+    for row, statistic in zip(grid, statistics, strict=True):
+        for axes, tower in zip(row, TOWERS, strict=True):
+            for index, method in enumerate(methods):
+                units = _only(data, method)
+                # Side by side, since units of first order are much alike whatever the plan.
+                _draw_unit_curve(axes, units[units.tower == tower], statistic, index, 0.13 * (index - (len(methods) - 1) / 2))
+            axes.set_yscale("log")
+        row[0].set_ylabel(STATISTICS[statistic].axis)
+    for axes, tower in zip(grid[0], TOWERS, strict=True):
+        axes.set_title(f"{tower} tower", fontsize=10)
+    for axes in grid[-1]:
+        axes.set(xlabel="layer", xticks=range(1, int(data.layer.max()) + 1, -(-int(data.layer.max()) // 12)))
+    _put_unit_legend(figure, grid[0, 0], {i: method for i, method in enumerate(methods) if not _only(data, method).empty})
+    shown = "; ".join(STATISTICS[statistic].caption for statistic in statistics)
+    what = (
+        f"By row: {shown}. Filled marks: first order, the gradient; open marks: zeroth order, the estimate before any sign. "
+        "Lines join layers of one order; marks: mean over seeds, bars: their range. An estimate's variance is far larger than a gradient's "
+        "by construction (s² against |g|²/n), and one estimate a branch gives all its zeroth-order layers nearly the same."
+    )
+    return figure, data, what
+
+
+def draw_mozo(section: Section, stream: Stream, methods: Sequence[Method]) -> "tuple[Figure, pd.DataFrame, str]":
+    """The same with the applied update, on which MoZO's sign acts."""
+    return draw_units(section, stream, methods, tuple(STATISTICS))
+
+
+def unit_statistics(entry: Entry) -> "pd.DataFrame":
+    """One line a unit of a run: tower, layer, order, steps, and STATISTICS over its steps; none where units were not recorded."""
+    units = entry.run.units()
+    known = units[(units.order != "frozen") & np.isfinite(units.gradient_variance)]
+    over_steps = known.groupby([known.branch.astype(str).rename("tower"), "layer", known.order.astype(str).rename("order")])
+    named = {name: (statistic.column, statistic.over_steps) for name, statistic in STATISTICS.items()}
+    return over_steps.agg(steps=("step", "size"), **named).reset_index()
+
+
+def _draw_unit_curve(axes: "Axes", units: "pd.DataFrame", statistic: str, index: int, offset: float) -> None:
+    color, line, marker = LOOKS[index]
+    over_seeds = units.groupby(["layer", "order"])[statistic].agg(["mean", "min", "max"]).reset_index()
+    for order, part in over_seeds.groupby("order"):
+        bars = np.maximum([part["mean"] - part["min"], part["max"] - part["mean"]], 0)
+        face = color if order == "first" else "white"
+        looks = {"color": color, "linestyle": line, "marker": marker, "markerfacecolor": face, "markersize": 4}
+        axes.errorbar(part.layer + offset, part["mean"], bars, linewidth=0.9, elinewidth=0.8, **looks)
+
+
+def _put_unit_legend(figure: "Figure", axes: "Axes", methods: dict[int, Method]) -> None:
+    for index, method in methods.items():
+        color, line, marker = LOOKS[index]
+        axes.plot([], [], color=color, linestyle=line, marker=marker, markersize=4, label=method.short)
+    for face, label in (("black", "first-order layer"), ("white", "zeroth-order layer")):
+        axes.plot([], [], color="black", marker="o", linewidth=0, markerfacecolor=face, markersize=4, label=label)
+    columns = 2 if len(methods) <= 2 else 3
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8.5, columnspacing=1.2)
+
+
+def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[Figure, pd.DataFrame, str]":
+    """Last of every seed with a 95 % interval of the mean, and the paired differences to first order and to the control."""
+    import pandas as pd
+
+    cells = {(e.method, e.note): accuracies(section, stream, e.method, e.note, "last") for e in section.entries if e.stream == stream}
+    cells = {cell: cells[cell] for cell in sorted(cells, key=lambda cell: (cell[0].order, cell[1])) if cell[0] != ZERO_SHOT}
+    if max(map(len, cells.values()), default=0) < 2:
+        raise NothingToDraw("no method has runs with two seeds")
+    figure = new_figure(6.9, 1.1 + 0.27 * len(cells))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
+    seeds = [(value, place) for place, values in enumerate(cells.values()) for value in values.values()]
+    left.plot(*zip(*seeds, strict=True), color=GREY, marker="|", linewidth=0, markersize=9, label="a seed")
+    for place, values in enumerate(cells.values()):
+        _draw_interval(left, place, paired_test(list(values.values())), BLUE, "o", BLUE, "" if place else "mean")
+    zero_shot = list(accuracies(section, stream, ZERO_SHOT, (), "last").values())
+    if zero_shot:
+        left.axvline(float(np.mean(zero_shot)), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
+    _draw_differences(right, section, stream, list(cells))
+    names = [method.label + "".join(f"\n{text}" for text in note) for method, note in cells]
+    left.set_yticks(range(len(cells)), names)
+    left.set_ylim(len(cells) - 0.4, -0.6)
+    left.set_xlabel("Last (%)")
+    right.set_xlabel("difference in Last (points)")
+    looks: dict[str, Any] = {"ncols": 3, "fontsize": 8, "handletextpad": 0.4, "columnspacing": 1}
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", **looks)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", **looks)
+    lines = [
+        {**cell_columns(stream, *cell), "seed": seed, "last": value} for cell, values in cells.items() for seed, value in values.items()
+    ]
+    what = (
+        "Left: Last of every seed, with the mean and its 95 % t-interval. Right: differences over the seeds that both methods have, with "
+        "their 95 % intervals (paired; not corrected for their number); control: the same units frozen, or zero-shot CLIP where nothing "
+        "else learns. "
+        "Marks without a bar are single seeds. The paper's figure has the whole branches only."
+    )
+    return figure, pd.DataFrame(lines), what
+
+
+def _draw_differences(axes: "Axes", section: Section, stream: Stream, cells: Sequence[tuple[Method, tuple[str, ...]]]) -> None:
+    tests = comparison_frame(section)
+    axes.axvline(0, color=GREY, linewidth=0.8)
+    for offset, color, marker, face, label in (
+        (-0.14, ORANGE, "s", ORANGE, "less first order"),
+        (0.14, GREEN, "^", "white", "less the control"),
+    ):
+        axes.plot([], [], color=color, marker=marker, markerfacecolor=face, label=label)
+        for place, (method, note) in enumerate(cells):
+            other = first_order(method.adapter) if face == color else method.twin
+            wanted = {**cell_columns(stream, method, note), "against": other.label, "metric": "last"}
+            for test in tests.to_dict("records"):
+                if method.is_zeroth and all(test[key] == value for key, value in wanted.items()):
+                    _draw_interval(axes, place + offset, test, color, marker, face)
+
+
+def _draw_interval(axes: "Axes", place: float, test: dict[str, Any], color: str, marker: str, face: str, label: str = "") -> None:
+    reach = None if np.isnan(test["low"]) else [[test["mean"] - test["low"]], [test["high"] - test["mean"]]]
+    axes.errorbar(
+        [test["mean"]], [place], xerr=reach, color=color, fmt=marker, markerfacecolor=face, markersize=5, capsize=2.5, label=label
+    )
+
+
+def draw_memory(frame: "pd.DataFrame") -> "Figure":
+    """Table 5 as bars: the paper's beside ours."""
+    figure = new_figure(6.9, 3.2)
+    grid = figure.subplots(1, frame.adapter.nunique(), sharey=True, squeeze=False)[0]
+    for axes, (adapter, rows) in zip(grid, frame.groupby("adapter", sort=False), strict=True):
+        places = np.arange(len(rows))
+        for offset, column, color, hatch, label in (
+            (-0.2, "paper_gb", "#BBBBBB", "", "paper (GB)"),
+            (0.2, "peak_gib", BLUE, "//", "ours (GiB)"),
+        ):
+            bars = axes.bar(places + offset, rows[column], 0.4, color=color, edgecolor="white", hatch=hatch, label=label)
+            axes.bar_label(bars, [f"{value:.1f}" if np.isfinite(value) else "" for value in rows[column]], fontsize=8, padding=2)
+        axes.set_xticks(places, ["first order" if setting == "fo" else f"{setting}" for setting in rows.setting], fontsize=9)
+        axes.set_title(str(adapter), fontsize=10)
+        axes.margins(y=0.1)
+        axes.grid(axis="x", visible=False)
+    grid[0].set_ylabel("peak memory of a step")
+    put_legend(figure, grid[0])
+    return figure
+
+
+FIGURES = (
+    Plan(
+        2,
+        "Loss by branch that learns by zeroth order",
+        draw_losses,
+        (("none", "none", "none"), ("dual", "all", "conservative"), ("vision", "all", "conservative"), ("language", "all", "conservative")),
+    ),
+    Plan(3, "Loss with hop_odd", draw_losses, (("dual", "hop_odd", "conservative"), ("language", "hop_odd", "conservative"))),
+    Plan(
+        4,
+        "Gradient variance across layers, four layer plans of the language branch",
+        draw_units,
+        tuple(("language", plan, "conservative") for plan in ("hop_odd", "hop_even", "prefix", "suffix")),
+    ),
+    *(
+        Plan(
+            number,
+            f"Gradient variance across layers by branch, {plan}",
+            draw_units,
+            (("none", "none", "none"), *((branch, plan, "conservative") for branch in ("dual", "vision", "language"))),
+        )
+        for number, plan in ((5, "hop_odd"), (6, "hop_even"))
+    ),
+    Plan(
+        7,
+        "Gradient variance across layers with and without MoZO",
+        draw_mozo,
+        tuple(("dual", plan, variant) for plan in ("hop_odd", "hop_even") for variant in ("conservative", "mozo")),
+    ),
+    Plan(8, "Significance over seeds", draw_seeds, ()),
+)
+
+
+def pictures_of(section: Section) -> Iterator[Picture]:
+    """Figures 2 to 8 for every data set of a section; where there is nothing to draw, with the reason.
+
+    The paper's adapter is moe; another one's figures are there where there is something to draw.
+    """
+    others = sorted({entry.method.adapter for entry in section.entries} - {"moe", ZERO_SHOT.adapter})
+    for plan in FIGURES:
+        for stream in section.streams:
+            yield _picture(section, stream, plan, "moe")
+            more = [_picture(section, stream, plan, adapter) for adapter in others if plan.methods]
+            yield from (picture for picture in more if picture.figure is not None)
+
+
+def _picture(section: Section, stream: Stream, plan: Plan, adapter: str) -> Picture:
+    methods = plan.of(adapter)
+    suffix = "" if adapter == "moe" else f"-{adapter}"
+    name = f"figure{plan.number}-{stream.slug}{suffix}"
+    title = f"Figure {plan.number}. {plan.title}; {stream.label}, {section.label}{suffix.replace('-', ', ')}"
+    try:
+        # What a figure is about is the variant of its last method; the others are for comparison.
+        subjects = [method for method in methods if method.variant == methods[-1].variant]
+        if methods and not any(_entries(section, stream, method) for method in subjects):
+            raise NothingToDraw(f"not run: {'; '.join(method.short for method in subjects)}")
+        figure, data, what = plan.draw(section, stream, methods)
+    except NothingToDraw as reason:
+        return Picture(name, title, f"Not drawn: {reason}.")
+    absent = [method.short for method in methods if _only(data, method).empty]
+    missing = f" Without: {'; '.join(absent)} (not run, or not recorded)." if absent else ""
+    return Picture(name, title, f"{what} From {_sources(data)}.{missing}", figure, data)
+
+
+def _sources(data: "pd.DataFrame") -> str:
+    """The methods and seeds that a figure's data are from; methods with the same seeds together."""
+    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for (*cell, note), lines in data.groupby(["adapter", "branch", "layers", "variant", "settings"], sort=False):
+        by_seeds.setdefault(tuple(sorted(set(lines.seed))), []).append(Method(*cell).label + (f" ({note})" if note else ""))
+    runs = sum(len(seeds) * len(labels) for seeds, labels in by_seeds.items())
+    texts = [f"{'seeds' if len(s) > 1 else 'seed'} {', '.join(map(str, s))} of {'; '.join(labels)}" for s, labels in by_seeds.items()]
+    return f"{runs} run{'s' if runs > 1 else ''}: {', and '.join(texts)}"
+
+
+def _entries(section: Section, stream: Stream, method: Method) -> list[Entry]:
+    """The runs of a cell; of several variants the plainest."""
+    return next((found for note in section.notes(method) if (found := section.find(stream, method, note))), [])
+
+
+def _gathered(
+    section: Section, stream: Stream, methods: Iterable[Method], read: Callable[[Entry], "pd.DataFrame"]
+) -> "pd.DataFrame | None":
+    """The records of all runs of the methods below each other, each line with its cell, run and seed; None where there are none."""
+    import pandas as pd
+
+    parts = []
+    for method in methods:
+        for entry in _entries(section, stream, method):
+            records = read(entry)
+            if len(records):
+                columns = {**cell_columns(stream, method, entry.note), "run": entry.run.name, "seed": entry.run.seed}
+                parts.append(pd.DataFrame([columns]).merge(records, how="cross"))
+    return pd.concat(parts, ignore_index=True) if parts else None
+
+
+def _only(data: "pd.DataFrame", method: Method) -> "pd.DataFrame":
+    return data[(data.branch == method.branch) & (data.layers == method.layers) & (data.variant == method.variant)]
+
+
+def _longest(section: Section, stream: Stream, methods: Iterable[Method]) -> Entry:
+    return max((e for method in methods for e in _entries(section, stream, method)), key=lambda e: len(e.run.records.steps))

@@ -1,0 +1,100 @@
+"""Run folders as the trainer leaves them, made by the code that the trainer uses, with results that the caller chooses."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
+from dist_vlcl.continual.metrics import AccuracyMatrix
+from dist_vlcl.dist.world import World
+from dist_vlcl.model.statistics import FIGURES
+from dist_vlcl.model.units import UnitId
+from dist_vlcl.orders import Order, assign
+from dist_vlcl.run.folder import RunFolder
+from dist_vlcl.run.log import RunLog
+from dist_vlcl.run.units import UnitRecords
+
+# number of classes, training and test images of each
+CLASSES = {"cifar100": (100, 500, 100), "tiny_imagenet": (200, 500, 50), "imagenet_r": (200, 120, 30), "digits": (10, 144, 36)}
+UNITS = [UnitId(branch, layer) for branch in ("language", "vision") for layer in range(1, 13)]
+
+
+def write_run(
+    root: Path,
+    *overrides: str,
+    last: float,
+    avg: float,
+    zero_shot: float | None = None,
+    num_tasks_done: int | None = None,
+    test_images: int | None = None,
+    records: bool = False,
+    peak_gib: float | None = None,
+) -> Path:
+    """Write a run whose A_t falls in a line to `last`, with mean `avg` (fractions); return its folder.
+
+    zero_shot: A_T of the model before training. num_tasks_done: leave the run there, not complete. test_images: of a class, if not all.
+    records: with the losses of all steps, and the statistics of all units.
+    """
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+        cfg = from_hydra(compose("config", expand_paper([*overrides, f"run.root={root}", "run.wandb=off"])))
+    num_classes, train_images, whole = CLASSES[cfg.data.name]
+    sizes = [cfg.tasks.increment] * (cfg.tasks.num_tasks or num_classes // cfg.tasks.increment)
+    steps = math.ceil(cfg.tasks.increment * train_images / cfg.train.batch_size) * cfg.train.epochs
+    learns = cfg.orders.rest == "first" or cfg.orders.order == "zeroth"
+    run = RunFolder.open(cfg.run, cfg.as_dict(), World.alone())
+    log = RunLog(run.path, cfg.run, World.alone(), cfg.as_dict(), console=Console(quiet=True))
+    accuracy = AccuracyMatrix(sizes)
+    for task in range(num_tasks_done or len(sizes)):
+        if records and learns:
+            _log_steps(log, cfg, task, steps, peak_gib)
+        share = (len(sizes) - 1 - task) / max(1, len(sizes) - 1)
+        accuracy.append(_counts(last + 2 * share * (avg - last), sum(sizes[: task + 1]), test_images or whole))
+        log.task({"step": (task + 1) * steps, "task": task, **accuracy.summary()})
+        run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
+    if not num_tasks_done:
+        before = {} if zero_shot is None else {t: zero_shot + 0.02 * (len(sizes) - 1 - t) for t in range(len(sizes))}
+        end = {"zero_shot": before, "seconds": 1.0, "steps": len(sizes) * steps if learns else 0}
+        run.complete({**accuracy.summary(), "rows": accuracy.rows, **end})
+    log.close()
+    run.close()
+    if records and learns:
+        _record_units(run.path, cfg, len(accuracy.rows), steps)
+    return run.path
+
+
+def _counts(accuracy: float, num_classes: int, of_class: int) -> list[tuple[int, int]]:
+    """Counts per class that sum to the accuracy, the first classes having the one that is left over."""
+    right = round(accuracy * num_classes * of_class)
+    return [(right // num_classes + (k < right % num_classes), of_class) for k in range(num_classes)]
+
+
+def _log_steps(log: RunLog, cfg: Config, task: int, steps: int, peak_gib: float | None) -> None:
+    """Losses that fall within a task, the more the more units learn by first order."""
+    noise = np.random.default_rng([cfg.seed, task, *cfg.run.name.encode()]).normal(size=steps)
+    share = np.mean([order is Order.FIRST for order in assign(UNITS, cfg.orders).values()])
+    for k in range(steps):
+        loss = (1.6 + 0.02 * task) * (1 - (0.15 + 0.6 * share) * (1 - math.exp(-4 * k / steps))) * (1 + 0.08 * noise[k])
+        log.step({"step": task * steps + k + 1, "task": task, "loss": loss, **({} if peak_gib is None else {"peak_gib": peak_gib})})
+
+
+def _record_units(folder: Path, cfg: Config, num_tasks: int, steps: int) -> None:
+    """Statistics in the sizes that METHOD 2.11 leads one to expect: an estimate's variance is s^2, a gradient's |g|^2 / n."""
+    rng = np.random.default_rng([cfg.seed, *cfg.run.name.encode()])
+    orders = assign(UNITS, cfg.orders)
+    slopes = {branch: np.abs(rng.normal(size=num_tasks * steps)) + 0.05 for branch in ("language", "vision")}
+    figures = np.empty((num_tasks * steps, len(UNITS), len(FIGURES)), dtype=np.float32)
+    for column, (unit, order) in enumerate(orders.items()):
+        numel = 201344 if unit.branch == "vision" else 134272
+        size = (0.5 if unit.branch == "vision" else 0.25) * (1 + 0.1 * unit.layer) * rng.lognormal(0, 0.3, num_tasks * steps)
+        norm = {Order.FIRST: size, Order.ZEROTH: slopes[unit.branch] * math.sqrt(numel), Order.FROZEN: np.full_like(size, np.nan)}[order]
+        is_sign = cfg.zo.transform == "sign" and order is Order.ZEROTH
+        moved = np.full_like(size, 1e-3 * math.sqrt(numel)) if is_sign else np.nan_to_num(1e-3 * norm)
+        figures[:, column] = np.stack([norm, 0 * norm, norm**2 / numel, moved, np.ones_like(norm)], 1)
+    records = UnitRecords(folder, [(unit.branch, unit.layer, order.value) for unit, order in orders.items()], every=1, step=0)
+    for step in range(num_tasks * steps):
+        records.add(step + 1, step // steps, torch.from_numpy(figures[step]))
+    records.flush()

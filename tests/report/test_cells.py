@@ -1,0 +1,136 @@
+"""Which runs may stand in one cell, and which may not pass for the paper's."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
+from dist_vlcl.report.build import published_paper, reference
+from dist_vlcl.report.cells import ZERO_SHOT, Entry, Method, Stream, classify, departures, published_cells, sections_of
+from dist_vlcl.report.records import Run
+
+CELLS = published_cells(published_paper()["runs"])
+HOP = "paper=t2-moe-cifar10-dual-hop_odd"
+CIFAR10 = Stream("cifar100", 10)
+PLAN = Method("moe", "dual", "hop_odd", "conservative")
+
+
+def run(*overrides: str, of_class: int = 100, images: int = 50000) -> Run:
+    """A complete run of these overrides, on so many training images and test images of a class."""
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+        config = from_hydra(compose("config", expand_paper(list(overrides)))).as_dict()
+    rows, steps = [[(1, of_class)] * 100], images // config["train"]["batch_size"] * config["train"]["epochs"]
+    return Run(Path("runs") / "-".join(overrides), config, {"complete": True, "rows": rows, "steps": steps, "last": 0.5, "avg": 0.6})
+
+
+def entry(*overrides: str, **counts: int) -> Entry:
+    return classify(run(*overrides, **counts), CELLS, reference)
+
+
+def shown(found: Entry) -> list[str]:
+    return [str(departure) for departure in found.departures]
+
+
+@pytest.mark.parametrize("id", ["t1-moe-tiny20-fo", "t1-lora-imgr20-vision", "t2-moe-cifar20-dual-prefix6", "t3-moe-cifar10-mozo-hop_even"])
+def test_a_published_run_departs_in_nothing_from_its_cell(id):
+    found, cell = entry(f"paper={id}", images=0), next(cell for cell in CELLS if cell.id == id)
+    assert (found.stream, found.method) == (cell.stream, cell.method)
+    assert [d for d in shown(found) if not d.startswith("the ")] == []
+    without_id = {**found.run.config, "paper": None}
+    assert (classify(Run(Path("x"), without_id, {}), CELLS, reference).method, found.stream) == (cell.method, cell.stream)
+
+
+def test_92_cells_are_92_methods_on_streams():
+    assert len({(cell.stream, cell.method) for cell in CELLS}) == len(CELLS) == 92
+
+
+def test_a_frozen_run_is_the_control_of_its_plan_whatever_its_id():
+    assert entry(HOP, "orders.order=frozen").method == PLAN.twin == Method("moe", "dual", "hop_odd", "frozen")
+    assert entry("paper=t3-moe-cifar10-mozo-hop_odd", "orders.order=frozen").method == PLAN.twin
+
+
+def test_where_nothing_is_left_to_learn_the_control_is_zero_shot():
+    assert entry("data=cifar100", "tasks.increment=10", "orders=dual_all", "orders.order=frozen").method == ZERO_SHOT
+    assert entry("data=cifar100", "tasks.increment=10", "orders=zero_shot").method == ZERO_SHOT
+    assert Method("lora", "dual", "all", "sign").twin == ZERO_SHOT and Method("moe", "vision", "all", "sign").twin != ZERO_SHOT
+
+
+def test_seeds_places_and_ranks_are_no_departure():
+    assert shown(entry(HOP, "seed=3", "run.name=other", "data.root=elsewhere", "cluster.num_processes=4", "train.micro_batches=2")) == []
+
+
+def test_another_model_is_never_the_paper_s():
+    other = entry(HOP, "model=small")
+    assert {d.key for d in other.departures} == {"model.name", "model.pretrained", "adapter.scale"}
+    (section,) = sections_of([other])
+    assert not section.is_paper and section.title == "small_clip (shipped): not the paper's model"
+    assert other.note == () and section.entries[0].note == ()
+
+
+def test_weights_from_a_file_are_not_taken_for_openai_s():
+    found = entry(HOP, "model.pretrained=/somewhere/weights.safetensors")
+    assert shown(found) == ["model.pretrained weights.safetensors (not openai)"]
+    assert not sections_of([found])[0].is_paper
+
+
+def test_another_regime_is_another_section():
+    first, second = sections_of([entry(HOP, "train.epochs=2"), entry(HOP), entry(HOP, "seed=1")])
+    assert first.is_paper and [e.run.seed for e in first.entries] == [0, 1]
+    assert second.title == "ViT-B-16-quickgelu (openai), train.epochs 2: the paper's model, not its settings" and [
+        str(d) for d in second.departures
+    ] == ["train.epochs 2 (not 1)"]
+
+
+def test_a_part_of_the_images_is_a_departure():
+    assert shown(entry(HOP, of_class=50)) == ["the test set a part (not whole)"]
+    assert shown(entry(HOP, images=25000)) == ["the training set a part (not whole)"]
+    assert not sections_of([entry(HOP, of_class=50)])[0].is_paper
+
+
+def test_equal_settings_are_one_regime_where_the_paper_has_two():
+    """The paper trains Tiny-ImageNet in batches of 64, CIFAR-100 of 128."""
+    cifar, tiny = entry(HOP, "train.batch_size=64"), entry("paper=t1-moe-tiny20-fo")
+    (section,) = sections_of([cifar, tiny])
+    assert [str(d) for d in section.departures] == ["train.batch_size 64 (not 128)"] and len(section.entries) == 2
+
+
+def test_a_method_s_own_settings_are_a_note_unless_all_share_them():
+    plain, tuned, first = entry(HOP), entry(HOP, "zo.lr_scale=3.0"), entry("paper=t1-moe-cifar10-fo")
+    (section,) = sections_of([plain, tuned, first])
+    assert section.notes(PLAN) == [(), ("zo.lr_scale 3.0 (not 1.0)",)]
+    assert [e.run for e in section.find(CIFAR10, PLAN, ())] == [plain.run]
+    (section,) = sections_of([tuned, first])
+    assert section.is_paper and section.notes(PLAN) == [()] and [d.key for d in section.departures] == ["zo.lr_scale"]
+
+
+def test_zero_shot_belongs_to_every_regime_of_its_model():
+    zero_shot = entry("data=cifar100", "tasks.increment=10", "model=vit_b16", "orders=zero_shot", images=0)
+    assert [len(section.entries) for section in sections_of([entry(HOP), entry(HOP, "train.epochs=2"), zero_shot])] == [2, 2]
+    assert [len(section.entries) for section in sections_of([entry(HOP, "tasks.order=natural"), zero_shot])] == [1, 1]
+
+
+def test_of_two_runs_with_one_seed_the_first_counts():
+    (section,) = sections_of([entry(HOP, "run.name=a"), entry(HOP, "run.name=b")])
+    assert [e.run.config["run"]["name"] for e in section.entries] == ["a"]
+
+
+def test_a_class_order_of_each_seed_s_own_is_one_setting():
+    orders = [entry(HOP, f"seed={seed}", f"tasks.order=seed:{seed}") for seed in (0, 1)]
+    (section,) = sections_of(orders)
+    assert [str(d) for d in section.departures] == ["tasks.order seed:N (not paper)"] and len(section.entries) == 2
+
+
+def test_options_of_another_version_are_no_departure():
+    found = entry(HOP)
+    older = {**found.run.config, "train": {k: v for k, v in found.run.config["train"].items() if k != "epochs"}, "new": {"option": 1}}
+    assert departures(older, reference(found.run, found.stream, found.method), found.method) == []
+
+
+def test_a_probe_of_memory_stands_in_the_paper_s_part_but_in_no_cell():
+    found = entry(HOP, "tasks.num_tasks=1", of_class=50, images=640)
+    found.run.config["train"]["max_steps"] = 5
+    probe = classify(found.run, CELLS, reference)
+    first, *others = sections_of([entry(HOP, "train.epochs=2"), entry(HOP), probe])
+    assert first.is_paper and first.probes == [probe] and len(first.entries) == 1
+    assert [len(section.probes) for section in others] == [0]

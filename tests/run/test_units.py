@@ -1,0 +1,73 @@
+"""The units' records survive kills and resumes, whole and without a step twice."""
+
+import pytest
+import torch
+
+from dist_vlcl.report.records import read_units
+from dist_vlcl.run.units import UnitRecords
+
+UNITS = [("language", 1, "first"), ("vision", 1, "zeroth"), ("vision", 2, "frozen")]
+
+
+def figures(step: int) -> torch.Tensor:
+    """[U, 5]"""
+    return torch.arange(15.0).view(3, 5) + 100 * step
+
+
+def go_on(folder, first: int, last: int, flush_every: int = 3, **options) -> UnitRecords:
+    """Record steps `first` to `last` after a checkpoint at `first - 1`, flushing as often as a run saves; then die without a word."""
+    records = UnitRecords(folder, UNITS, **{"every": 1, "step": first - 1, **options})
+    for step in range(first, last + 1):
+        if records.is_due(step):
+            records.add(step, step // 5, figures(step))
+        if step % flush_every == 0:
+            records.flush()
+    return records
+
+
+def test_what_was_recorded_is_what_is_read(tmp_path):
+    go_on(tmp_path, 1, 6)
+    table = read_units(tmp_path)
+    assert table.column_names[:5] == ["step", "task", "branch", "layer", "order"]
+    assert table["step"].to_pylist() == [s for s in range(1, 7) for _ in UNITS]
+    assert table["task"].to_pylist() == [s // 5 for s in range(1, 7) for _ in UNITS]
+    assert list(zip(*(table[n].to_pylist() for n in ("branch", "layer", "order")), strict=True)) == UNITS * 6
+    expected = torch.cat([figures(s) for s in range(1, 7)])
+    for k, name in enumerate(("gradient_norm", "gradient_mean", "gradient_variance", "update_norm", "parameter_norm")):
+        assert table[name].to_pylist() == expected[:, k].tolist()
+    types = dict(zip(table.column_names, map(str, table.schema.types), strict=True))
+    assert (types["step"], types["task"], types["layer"], types["branch"], types["update_norm"]) == (
+        ("int64", "int32", "int32", "string", "float")
+    )
+
+
+@pytest.mark.parametrize("died_at", range(1, 11))
+@pytest.mark.parametrize("checkpoint", range(10))
+def test_a_resume_at_any_checkpoint_leaves_every_step_once(tmp_path, died_at, checkpoint):
+    """The checkpoint may be older than the newest part, where the kill came between them or a newer one is broken."""
+    if checkpoint > 3 * (died_at // 3):
+        return  # no checkpoint is newer than the newest part
+    go_on(tmp_path, 1, died_at)
+    go_on(tmp_path, checkpoint + 1, 12)
+    table = read_units(tmp_path)
+    assert table["step"].to_pylist() == [s for s in range(1, 13) for _ in UNITS]
+    assert table["gradient_norm"].to_pylist() == torch.cat([figures(s) for s in range(1, 13)])[:, 0].tolist()
+
+
+def test_an_interrupted_write_is_not_read_and_goes_with_the_next_start(tmp_path):
+    go_on(tmp_path, 1, 3)
+    (tmp_path / "units" / "step-00000004.tmp").write_bytes(b"PAR1")
+    assert read_units(tmp_path).num_rows == 9
+    go_on(tmp_path, 4, 6)
+    assert sorted(p.name for p in (tmp_path / "units").iterdir()) == ["step-00000001.parquet", "step-00000004.parquet"]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(2, [1, 3, 5]), (4, [1, 5]), (0, [])])
+def test_every_n_steps(tmp_path, every, steps):
+    go_on(tmp_path, 1, 6, every=every)
+    assert read_units(tmp_path)["step"].to_pylist() == [s for s in steps for _ in UNITS]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    go_on(tmp_path, 1, 6, is_main=False)
+    assert not list(tmp_path.iterdir()) and read_units(tmp_path).num_rows == 0
