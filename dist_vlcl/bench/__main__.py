@@ -85,7 +85,8 @@ def rewrite(file: Path, only: str | None = None) -> None:
             print(f"  left as it stands: {error}", flush=True)
             continue
         block = f"<!-- bench: {command} -->\n\n{described(result)}\n\n<!-- /bench -->"
-        text = MARKED.sub(lambda m, c=command, b=block: b if m["command"] == c else m[0], file.read_text())
+        old = next(m[0] for m in MARKED.finditer(text) if m["command"] == command)
+        text = text.replace(old, block)
         file.write_text(text)
 
 

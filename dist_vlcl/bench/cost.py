@@ -162,8 +162,10 @@ def naive_evaluations(config: ZerothOrderConfig) -> int:
     return 2 * config.probes + (3 if config.acceptance == "best_of_three" else 0)
 
 
-def step_cost(shapes: Mapping[str, TowerShape], orders: Mapping[UnitId, Order], config: ZerothOrderConfig, images: int, classes: int) -> Cost:
-    """Return the FLOPs that one step cannot do without: nothing that is the same is computed twice, nothing is computed that is not read."""
+def step_cost(
+    shapes: Mapping[str, TowerShape], orders: Mapping[UnitId, Order], config: ZerothOrderConfig, images: int, classes: int
+) -> Cost:
+    """Return the FLOPs that one step cannot do without: nothing is computed twice, nothing that is not read."""
     samples = {"vision": images, "language": classes}
     zeroth, first = _layers(orders, Order.ZEROTH), _layers(orders, Order.FIRST)
     logits = 2 * images * classes * shapes["vision"].features
@@ -176,7 +178,12 @@ def step_cost(shapes: Mapping[str, TowerShape], orders: Mapping[UnitId, Order], 
 
 
 def naive_cost(
-    shapes: Mapping[str, TowerShape], orders: Mapping[UnitId, Order], config: ZerothOrderConfig, images: int, classes: int, context: int = 77
+    shapes: Mapping[str, TowerShape],
+    orders: Mapping[UnitId, Order],
+    config: ZerothOrderConfig,
+    images: int,
+    classes: int,
+    context: int = 77,
 ) -> Cost:
     """Return the FLOPs of the usual step: a first-order pass over the whole CLIP, then whole-model losses for zeroth order."""
     samples = {"vision": images, "language": classes}

@@ -1,6 +1,7 @@
 """Evaluation against the usual one, which encodes every prompt again, at 77 tokens, for each batch of 64 images."""
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -20,7 +21,9 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser, images=2048)
     parser.add_argument("--class-counts", default="100,200", help="(default: %(default)s)")
-    parser.add_argument("--naive-batch", type=int, default=64, help="images for which the usual way encodes all prompts (default: %(default)s)")
+    parser.add_argument(
+        "--naive-batch", type=int, default=64, help="images for which the usual way encodes all prompts (default: %(default)s)"
+    )
     parser.add_argument("--time", action="store_true", help="also evaluate, in turn")
     parser.add_argument("--repeats", type=int, default=3, help="turns that are timed (default: %(default)s)")
 
@@ -30,9 +33,9 @@ def run(args: argparse.Namespace) -> Result:
     for classes in (int(n) for n in args.class_counts.split(",")):
         workload = workload_of(args, classes=classes, orders="first")
         with without_numbers():
-            ours, usual = (flops(work) for work in _evaluations(workload, "meta", args.naive_batch))
-        row = [classes, usual / 1e12, ours / 1e12, usual / ours]
-        record = {"classes": classes, "flops": ours, "naive_flops": usual}
+            ours, usual = (flops(work) for work in _evaluations(workload, args.count_on, args.naive_batch))
+        row: list[Any] = [classes, usual / 1e12, ours / 1e12, usual / ours]
+        record: dict[str, Any] = {"classes": classes, "flops": ours, "naive_flops": usual}
         if args.time:
             device = device_of(args)
             fast, naive = _evaluations(workload, device, args.naive_batch)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> Result:
         experts = _numbers(args.expert_counts, "--expert-counts")
         by_experts = {n: workload_of(args, orders=orders, options=(("experts", n),)) for n in experts}
         for what, workloads in {"classes": by_classes, "experts": by_experts}.items():
-            flops = {n: counted(workload)["executed"] for n, workload in workloads.items()}
+            flops = {n: counted(workload, args.count_on)["executed"] for n, workload in workloads.items()}
             seconds = _seconds(workloads, device_of(args), args.repeats) if args.time else {}
             first = min(workloads)
             rows: list[list[Any]] = [[n, flops[n] / 1e12, flops[n] / flops[first]] for n in workloads]

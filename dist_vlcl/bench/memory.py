@@ -29,13 +29,16 @@ def run(args: argparse.Namespace) -> Result:
     for orders in settings_of(args):
         for checkpoint in (False, True):
             workload = workload_of(args, orders=orders, checkpoint=checkpoint)
-            record = {"orders": orders, "checkpoint": checkpoint, "counted_bytes": peak_bytes(workload)}
+            record: dict[str, Any] = {"orders": orders, "checkpoint": checkpoint, "counted_bytes": peak_bytes(workload, args.count_on)}
             if device == "cuda":
                 record["measured_bytes"] = measured_bytes(workload)
             records.append(record)
     kept = {"naive": {"naive": True}, "fast": {}, "with checkpoints": {"checkpoint": True}}
     size = {"model": args.model, "adapter": args.adapter}
-    saved = [[name, *[saved_per_sample(b, **options, **size) / 1e6 for b in ("vision", "language")]] for name, options in kept.items()]
+    saved = [
+        [name, *[saved_per_sample(b, device=args.count_on, **options, **size) / 1e6 for b in ("vision", "language")]]
+        for name, options in kept.items()
+    ]
     peaks = [
         [
             r["orders"],
@@ -56,33 +59,33 @@ def run(args: argparse.Namespace) -> Result:
     )
 
 
-def saved_per_sample(branch: str, naive: bool = False, samples: int = 2, **workload: Any) -> float:
+def saved_per_sample(branch: str, naive: bool = False, samples: int = 2, device: str = "meta", **workload: Any) -> float:
     """Return the bytes kept for the backward pass of an image (branch vision) or a prompt, by first order everywhere, in fp32."""
     setting = Workload(orders="first", images=samples, classes=samples, **workload)
-    towers = setting.towers("meta", context="full" if naive else "truncated")
+    towers = setting.towers(device, context="full" if naive else "truncated")
     with without_numbers():
         if naive:
             step = NaiveStep(towers, setting.orders_of(towers), setting.zeroth, setting.class_names)
             inputs, run = step.tokens, step.features
         else:
-            inputs = towers.prompts(setting.class_names).to("meta")
+            inputs = towers.prompts(setting.class_names).to(device)
 
             def run(branch: str, inputs: torch.Tensor, noise: Any) -> torch.Tensor:
                 return towers({branch: inputs}, noise)[branch][0]
 
         if branch == "vision":
-            inputs = setting.batch(towers.image_size).images.to("meta")
-        noise = setting.noise(Key(0, 0), "meta")
+            inputs = setting.batch(towers.image_size).images.to(device)
+        noise = setting.noise(Key(0, 0), device)
         weights = [*towers.parameters(), *towers.buffers()]
         return saved_bytes(lambda: run(branch, inputs, noise), besides=weights) / samples
 
 
-def peak_bytes(workload: Workload) -> int:
+def peak_bytes(workload: Workload, device: str = "meta") -> int:
     """Return the most bytes alive in the second step, weights included, optimiser too; counted, on no device."""
     with without_numbers(), PeakBytes() as memory:
-        towers = workload.towers("meta")
-        step = workload.step(towers, World.alone("meta"))
-        batch = workload.batch(towers.image_size).to("meta")
+        towers = workload.towers(device)
+        step = workload.step(towers, World.alone(device))
+        batch = workload.batch(towers.image_size).to(device)
         step([batch], Key(0, 0), 1e-3)
         memory.peak = memory.alive
         step([batch], Key(0, 1), 1e-3)

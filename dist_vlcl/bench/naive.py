@@ -147,4 +147,5 @@ class NaiveStep:
         if best_Bk.device.type == "meta":  # which samples is unknown; on average B k / E of them
             share = torch.zeros(best_Bk.numel() // self.towers.vision.block(1).adapter.config.experts, dtype=torch.long, device="meta")
             return share, share
-        return torch.nonzero(best_Bk == expert, as_tuple=True)
+        samples, place = torch.nonzero(best_Bk == expert, as_tuple=True)
+        return samples, place

@@ -50,4 +50,6 @@ def run(args: argparse.Namespace) -> Result:
     naive = seconds["tensor by tensor, torch.normal (MeZO)"]
     rows = [[way, total / median(s) / 1e6, spread(naive, s), f"{100 * median(s) / step_s:.2f} %"] for way, s in seconds.items()]
     columns = ["way", "million numbers/s", "times faster", f"of a dual_all step of {args.images} images"]
-    return Result([Table(f"Draw and add {total:,} numbers", columns, rows)], [{"way": w, "s": s, "step_s": step_s} for w, s in seconds.items()])
+    return Result(
+        [Table(f"Draw and add {total:,} numbers", columns, rows)], [{"way": w, "s": s, "step_s": step_s} for w, s in seconds.items()]
+    )

@@ -23,7 +23,9 @@ from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.zo.noise import Key
 
 
-def launch(processes: int, workload: Workload, device: str, steps: int, trace: str | None = None, timeout_s: float = 3600) -> dict[str, Any]:
+def launch(
+    processes: int, workload: Workload, device: str, steps: int, trace: str | None = None, timeout_s: float = 3600
+) -> dict[str, Any]:
     """Return what rank 0 reports of `steps` steps on `processes` ranks; raise RuntimeError with the ranks' output where they fail."""
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder) / "task.json", Path(folder) / "answer.json"

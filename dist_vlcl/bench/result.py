@@ -21,7 +21,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: list[Sequence[Any]]
+    rows: Sequence[Sequence[Any]]
 
     def markdown(self) -> str:
         lines = [self.columns, ["---"] * len(self.columns), *[[shown(cell) for cell in row] for row in self.rows]]

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> Result:
             answer = launch(size, workload_of(args, orders=orders, images=images), device_of(args), args.steps, trace)
             rate = images / median(answer["seconds"])
             alone = alone or rate / size
-            rows.append([orders, size, images, median(answer["seconds"]), rate, rate / size / alone, "yes" if answer["digest_is_equal"] else "NO"])
+            rows.append(
+                [orders, size, images, median(answer["seconds"]), rate, rate / size / alone, "yes" if answer["digest_is_equal"] else "NO"]
+            )
             records.append({"orders": orders, "processes": size, "images": images, **answer})
     columns = ["orders", "ranks", "images", "s a step", "images/s", "efficiency", "ranks agree bit for bit"]
     kind = "Strong" if args.strong else "Weak"

@@ -69,7 +69,12 @@ class Workload:
     def step(self, towers: TwoTowers, world: World) -> HybridStep:
         """Return the fast step, begun with this workload's classes."""
         step = HybridStep(
-            towers, self.orders_of(towers), self.zeroth, lambda model: FirstOrder(world, FirstOrderConfig(), model), world, max_skips=1 << 30
+            towers,
+            self.orders_of(towers),
+            self.zeroth,
+            lambda model: FirstOrder(world, FirstOrderConfig(), model),
+            world,
+            max_skips=1 << 30,
         )
         step.begin(self.class_names)
         return step
@@ -94,6 +99,12 @@ def add_workload(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--sides", type=int, default=given["sides"], choices=(1, 2), help="of the finite difference (default: %(default)s)")
     parser.add_argument("--images", type=int, default=given["images"], help="of the batch (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=given["classes"], help="of the task (default: %(default)s)")
+    parser.add_argument(
+        "--count-on",
+        default="meta",
+        choices=("meta", "cpu"),
+        help="where costs are counted: cpu is quicker for a small model (default: %(default)s)",
+    )
     parser.add_argument("--device", default=given["device"], choices=("auto", "cpu", "cuda"), help="(default: %(default)s)")
 
 

@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> Result:
     columns = ["orders", "precision", "noise / slope", "signs that agree", f"below {LIMIT}"]
     eps = ", ".join(f"{b} {e:g}" for b, e in workload_of(args, orders="first").zeroth.epsilon.items())
     title = f"Rounding in projected gradients: {args.model}, random weights, {args.images} images, {args.classes} classes, epsilon {eps}"
-    return Result([Table(title, columns, rows)], records, ["Training runs in fp32 with TF32 off, whatever the launcher's configuration says."])
+    return Result(
+        [Table(title, columns, rows)], records, ["Training runs in fp32 with TF32 off, whatever the launcher's configuration says."]
+    )
 
 
 def slopes(workload: Workload, device: str, precision: str, directions: int) -> torch.Tensor:

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> Result:
     rows, records = [], []
     for orders in settings_of(args):
         workload = workload_of(args, orders=orders)
-        record = counted(workload) if args.count else timed(workload, device_of(args), args.repeats)
+        record = counted(workload, args.count_on) if args.count else timed(workload, device_of(args), args.repeats)
         records.append({"orders": orders, **record})
         tera = [record[k] / 1e12 for k in ("naive_model", "model", "executed")]
         row: list[Any] = [orders, *tera, record["executed"] / record["model"], record["naive_model"] / record["model"]]
@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> Result:
     return Result([Table(f"A step, naive and fast: {title}", [*columns, "naive s", "fast s", "times faster"], rows)], records)
 
 
-def counted(workload: Workload) -> dict[str, Any]:
-    """Return the FLOPs of a step: executed (on the meta device), by the model, and by the naive model."""
+def counted(workload: Workload, device: str = "meta") -> dict[str, Any]:
+    """Return the FLOPs of a step: executed (`meta`: in shapes only), by the model, and by the naive model."""
     with without_numbers():
-        towers = workload.towers("meta")
-        step = workload.step(towers, World.alone("meta"))
+        towers = workload.towers(device)
+        step = workload.step(towers, World.alone(device))
         batch = workload.batch(towers.image_size)
         executed = flops(lambda: step([batch], Key(0, 0), 1e-3))
     return {"executed": executed, **_modelled(workload, towers, step.tokens.shape[1])}
@@ -60,9 +60,7 @@ def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
     batch = workload.batch(towers.image_size)
     executed = flops(lambda: fast([batch], Key(0, 0), 1e-3))
     naive_executed = flops(lambda: naive(batch, Key(0, 0), 1e-3))
-    seconds = interleaved(
-        {"naive": lambda: naive(batch, Key(0, 1), 1e-3), "fast": lambda: fast([batch], Key(0, 1), 1e-3)}, repeats, device
-    )
+    seconds = interleaved({"naive": lambda: naive(batch, Key(0, 1), 1e-3), "fast": lambda: fast([batch], Key(0, 1), 1e-3)}, repeats, device)
     modelled = _modelled(workload, towers, fast.tokens.shape[1])
     return {
         "executed": executed,

@@ -21,7 +21,9 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--side", type=int, default=32, help="of the stored images, in pixels: 32 as CIFAR, 64 as Tiny-ImageNet, 256 (default: %(default)s)")
+    parser.add_argument(
+        "--side", type=int, default=32, help="of the stored images, in pixels: 32 as CIFAR, 64 as Tiny-ImageNet, 256 (default: %(default)s)"
+    )
     parser.add_argument("--format", default="png", choices=("png", "jpeg"), help="of the stored images (default: %(default)s)")
     parser.add_argument("--size", type=int, default=224, help="of the images that the model takes (default: %(default)s)")
     parser.add_argument("--count", type=int, default=1024, help="images (default: %(default)s)")
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> Result:
             for _ in batches if start == 0 else [next(iter(batches))]:
                 pass
 
-        shards = [shard for by_class in index.shards["train"].values() for shard in by_class]
+        shards = [shard for by_class in index.shards["train"] for shard in by_class]
         middle = max(1, args.count // args.images // 2)
         ways = {
             "read": lambda: [read_shard(index, shard) for shard in shards],
@@ -63,7 +65,9 @@ def _decode_all(index: Index, shards: list) -> None:
 
 def _raw_set(args: argparse.Namespace) -> RawSet:
     samples = [
-        RawSample("train", k % 8, f"class{k % 8}/{k:06d}", "png" if args.format == "png" else "jpg", partial(_picture, k, args.side, args.format))
+        RawSample(
+            "train", k % 8, f"class{k % 8}/{k:06d}", "png" if args.format == "png" else "jpg", partial(_picture, k, args.side, args.format)
+        )
         for k in range(args.count)
     ]
     samples += [RawSample("test", c, f"class{c}/test", "png", partial(_picture, c, args.side, "png")) for c in range(8)]
@@ -74,7 +78,9 @@ def _picture(seed: int, side: int, format: str) -> bytes:
     """Return an image with structure at all scales, which compresses about as photographs do."""
     rng = np.random.default_rng(seed)
     sides = [s for s in (2, 8, 32, 128) if s < side] + [side]
-    layers = [Image.fromarray(rng.integers(0, 256, (s, s, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC) for s in sides]
+    layers = [
+        Image.fromarray(rng.integers(0, 256, (s, s, 3), dtype=np.uint8)).resize((side, side), Image.Resampling.BICUBIC) for s in sides
+    ]
     weights = np.array([2.0**-k for k in range(len(layers))])
     mixed = sum(w * np.asarray(layer, dtype=np.float32) for w, layer in zip(weights / weights.sum(), layers, strict=True))
     stream = io.BytesIO()

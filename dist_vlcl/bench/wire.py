@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> Result:
         answer = launch(args.processes, workload_of(args, orders=orders), device_of(args), steps=1)
         sent = {"scalars": 0, "gradients": 0}
         for name, size in answer["exchanges"]:
-            sent["gradients" if name == "allreduce" else "scalars"] += size
+            sent["gradients" if name.startswith("allreduce") else "scalars"] += size
         rows.append([orders, len(answer["exchanges"]), sent["scalars"], sent["gradients"], 4 * answer["first_order_parameters"]])
         records.append({"orders": orders, **answer})
     columns = ["orders", "exchanges a step", "bytes of losses", "bytes of gradients", "first-order parameters, bytes"]

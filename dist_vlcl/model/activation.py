@@ -20,7 +20,7 @@ class _QuickGELU(torch.autograd.Function):
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP. Written with torch's own functions it keeps x and the sigmoid, twice as much."""
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP; torch's own functions would keep the sigmoid, too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _QuickGELU.apply(x)

@@ -39,10 +39,10 @@ class AdaptedBlock(nn.Module):
         x = x if reads is None else pick(x, reads)
         if self.adapter.site == "attention":
             return x, normed, asking, *self._project(normed, asking)
-        qkv = self._project(normed, asking)
+        q, k, v = self._project(normed, asking)
         del normed, asking  # a probe's peak is here
-        u = x + self.block.ls_1(self._attend(*qkv, reads))
-        del qkv
+        u = x + self.block.ls_1(self._attend(q, k, v, reads))
+        del q, k, v
         return u, u + self._mlp(u)
 
     def finish(
@@ -62,13 +62,15 @@ class AdaptedBlock(nn.Module):
         """Return the block's output for its input."""
         return self.finish(self.carry(x, rest[-1]), *rest)
 
-    def _project(self, normed: Tensor, asking: Tensor) -> tuple[Tensor, ...]:
+    def _project(self, normed: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries `[K, B, R, D]` of the positions that are asking, keys and values `[K, B, L, D]` of all."""
         weight, bias = self.block.attn.in_proj_weight, self.block.attn.in_proj_bias
         if asking is normed:
-            return F.linear(normed, weight, bias).chunk(3, -1)
+            q, k, v = F.linear(normed, weight, bias).chunk(3, -1)
+            return q, k, v
         width = normed.shape[-1]
-        return F.linear(asking, weight[:width], bias[:width]), *F.linear(normed, weight[width:], bias[width:]).chunk(2, -1)
+        k, v = F.linear(normed, weight[width:], bias[width:]).chunk(2, -1)
+        return F.linear(asking, weight[:width], bias[:width]), k, v
 
     def _mlp(self, u: Tensor) -> Tensor:
         """Return what the MLP adds to u; where no graph keeps it, its hidden layer exists for some thousand rows at a time."""
@@ -84,9 +86,7 @@ class AdaptedBlock(nn.Module):
         if self.causal and reads is not None:
             seen_BRL = torch.arange(tokens, device=reads.device) <= reads[..., None]
             mask = seen_BRL.repeat(sets, 1, 1)[:, None]
-        q, k, v = (
-            t.expand(sets, -1, -1, -1).flatten(0, 1).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v)
-        )
+        q, k, v = (t.expand(sets, -1, -1, -1).flatten(0, 1).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None).transpose(1, 2).flatten(-2)
         return attn.out_proj(out).unflatten(0, (sets, -1))
 

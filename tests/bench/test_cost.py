@@ -84,12 +84,17 @@ def test_language_zeroth_order_is_almost_free():
     """A conservative step of it costs at most 1.05 x first order on vision alone."""
     towers = Workload().towers("meta")
     shapes, vision_only = shapes_of(towers, 11), assign(towers.units, OrderPlan("language", "all", order="frozen"))
-    step, alone = (step_cost(shapes, orders, Workload().zeroth, 128, 20).total for orders in (Workload(orders="language_all").orders_of(towers), vision_only))
+    step, alone = (
+        step_cost(shapes, orders, Workload().zeroth, 128, 20).total
+        for orders in (Workload(orders="language_all").orders_of(towers), vision_only)
+    )
     assert alone < step < 1.05 * alone
 
 
 @pytest.mark.parametrize(
-    ("few", "many"), [({"classes": 10}, {"classes": 200}), ({"options": (("experts", 2),)}, {"options": (("experts", 22),)})], ids=["classes", "experts"]
+    ("few", "many"),
+    [({"classes": 10}, {"classes": 200}), ({"options": (("experts", 2),)}, {"options": (("experts", 22),)})],
+    ids=["classes", "experts"],
 )
 def test_cost_grows_by_at_most_15_percent_from_10_to_200_classes_and_from_2_to_22_experts(few, many):
     with without_numbers():

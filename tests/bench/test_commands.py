@@ -1,0 +1,110 @@
+"""Every benchmark runs at a tiny size, hands back what it says, and refuses bad input in words."""
+
+import json
+import re
+
+import pytest
+
+from dist_vlcl.bench.__main__ import COMMANDS, MARKED, main
+from dist_vlcl.bench.result import Table, interleaved, spread
+
+TINY = "--model small --images 8 --classes 4 --count-on cpu"
+RUNS = {
+    "step": f"{TINY} --repeats 1 --orders language_all",
+    "memory": f"{TINY} --orders dual_all",
+    "wire": f"{TINY} --orders dual_hop_odd",
+    "noise": f"{TINY} --repeats 1",
+    "slope": f"{TINY} --directions 1 --orders language_all",
+    "stream": "--count 32 --images 8 --repeats 1 --size 32",
+    "scale": f"{TINY} --processes 2 --steps 1 --orders dual_all",
+    "growth": f"{TINY} --class-counts 2,4 --expert-counts 2,4 --orders dual_all",
+    "eval": f"{TINY} --class-counts 4 --time --repeats 1",
+    "switch": f"{TINY} --repeats 1",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_benchmark_runs(command, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    main([command, *RUNS[command].split(), "--json", str(path)])
+    saved, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert saved["records"] and saved["machine"]["torch"] in printed
+    for table in saved["tables"]:
+        assert table["title"] in printed and table["rows"]
+        assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    if command == "wire":  # three losses, a count and a flag in float64, and one more vector of candidates' losses for none
+        assert saved["tables"][0]["rows"][0][2] == 40
+        assert saved["records"][0]["digest_is_equal"]
+    if command == "step":
+        assert saved["tables"][0]["rows"][0][4] <= 1.05
+
+
+def test_a_document_s_tables_are_written_again_and_the_rest_is_left(tmp_path, monkeypatch):
+    document = tmp_path / "P.md"
+    count = f"step --count {TINY} --orders dual_all"
+    document.write_text(
+        f"before\n\n<!-- bench: {count} -->\nold\n<!-- /bench -->\n\nafter\n<!-- bench: step --device cuda -->\nkept\n<!-- /bench -->\n"
+    )
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    main(["docs", str(document)])
+    text = document.read_text()
+    assert text.startswith(f"before\n\n<!-- bench: {count} -->\n\n**FLOPs of a step") and "old" not in text
+    assert text.endswith("after\n<!-- bench: step --device cuda -->\nkept\n<!-- /bench -->\n")
+    once = re.sub("load [0-9.]+", "", text)
+    main(["docs", str(document)])
+    assert re.sub("load [0-9.]+", "", document.read_text()) == once
+
+
+def test_the_commands_of_the_documentation_are_commands():
+    from pathlib import Path
+
+    from dist_vlcl.bench.__main__ import build_parser
+
+    text = (Path(__file__).parents[2] / "docs" / "PERFORMANCE.md").read_text()
+    commands = [match["command"] for match in MARKED.finditer(text)]
+    assert {command.split()[0] for command in commands} == set(COMMANDS)
+    for command in commands:
+        build_parser().parse_args(command.split())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("step --orders sideways", "--orders sideways: choose from all, first, dual_all"),
+        ("step --zo bold --count", "--zo bold: choose from conservative, mozo, naive, sign"),
+        ("step --model large", "--model large: choose from"),
+        ("step --images 0", "--images 0: give a positive number"),
+        ("step --device cuda", "--device cuda: torch sees no GPU"),
+        ("growth --class-counts few", "--class-counts few: give positive numbers"),
+        ("scale --processes one", "--processes one: give numbers"),
+        ("docs /nowhere.md", "/nowhere.md"),
+    ],
+)
+def test_bad_input_is_refused_in_words(line, words, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        main(line.split())
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert f"python -m dist_vlcl.bench {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+def test_variants_take_turns_and_the_first_turn_warms_up():
+    order = []
+    seconds = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, "cpu")
+    assert order == ["a", "b"] * 3 and [len(s) for s in seconds.values()] == [2, 2]
+
+
+def test_a_ratio_is_of_the_turns_that_stood_side_by_side():
+    assert spread([2.0, 6.0, 4.0], [1.0, 2.0, 1.0]) == "3.00 (2.00 to 4.00)"
+
+
+def test_a_table_in_markdown():
+    assert (
+        Table("T", ["a", "b"], [["x", 1.23456], [1000, ""]]).markdown() == "**T**\n\n| a | b |\n| --- | --- |\n| x | 1.23 |\n| 1,000 |  |"
+    )
