@@ -88,10 +88,10 @@ def _overview(sections: Sequence[Section], published: Sequence[Published]) -> Te
     rows = []
     for section in sections:
         covered = len({(e.stream, e.method) for e in section.entries} & cells)
-        rows.append(
-            [section.title, ", ".join(s.label for s in section.streams), str(len(section.entries)), f"{covered} of {len(published)}"]
-        )
-    return TextTable(["part", "data", "runs", "cells of the paper"], rows, num_left=2)
+        other = "; ".join(f"{d.key} {d.ours}" for d in section.departures if not d.key.startswith("model."))
+        counts = [str(len(section.entries)), f"{covered} of {len(published)}"]
+        rows.append([section.title, ", ".join(stream.label for stream in section.streams), other, *counts])
+    return TextTable(["part", "data", "other settings than the paper's", "runs", "cells of the paper"], rows, num_left=3)
 
 
 def _slugs(sections: Sequence[Section]) -> list[str]:
@@ -111,12 +111,10 @@ def _add_section(report: Report, section: Section, slug: str, published: Sequenc
     if section.is_paper or memory.runs.any():
         _add_memory(report, section, memory)
     _add_comparisons(report, section)
-    report.add("### Figures")
-    pictures = list(_shown(pictures_of(section), f"figures of {section.label}", len(FIGURES) * len(section.streams)))
+    pictures = list(_shown(pictures_of(section), f"figures of part {section.number}", len(FIGURES) * len(section.streams)))
     if memory.runs.any():
-        pictures.append(Picture("memory", f"Table 5 as a picture, {section.label}", "As in Table 5.", draw_memory(memory), memory))
-    for picture in pictures:
-        _add_picture(report, picture, f"{slug}-{picture.name}")
+        pictures.append(Picture("memory", "Table 5 as a picture", f"{section.title}.", draw_memory(memory), memory))
+    _add_figures(report, pictures, slug)
     report.add("### Missing", _missing(section, published))
 
 
@@ -148,13 +146,17 @@ def _add_comparisons(report: Report, section: Section) -> None:
     report.add("### What differs", f"{section.title}. {what}", tables.comparison_table(comparisons).markdown())
 
 
-def _add_picture(report: Report, picture: Picture, name: str) -> None:
-    text = f"**{picture.title}.** {picture.caption}"
-    if picture.figure is None:
-        report.add(text)
-        return
-    report.pictures[name] = picture
-    report.add(f"![{picture.title}](images/{name}.png)", f"{text} Data: `data/{name}.csv`.")
+def _add_figures(report: Report, pictures: Sequence[Picture], slug: str) -> None:
+    report.add("### Figures")
+    for picture in pictures:
+        if picture.figure is not None:
+            name = f"{slug}-{picture.name}"
+            report.pictures[name] = picture
+            text = f"**{picture.title}.** {picture.caption} Data: `data/{name}.csv`."
+            report.add(f"![{picture.title}](images/{name}.png)", text)
+    absent = [f"- {picture.title}: {picture.caption}" for picture in pictures if picture.figure is None]
+    if absent:
+        report.add("Not drawn:", "\n".join(absent))
 
 
 def _missing(section: Section, published: Sequence[Published]) -> str:

@@ -236,6 +236,7 @@ class Entry:
 class Section:
     """Runs that may stand in one table: of one model, one regime of training. Departures of the methods are in the entries' notes."""
 
+    number: int
     model: str
     is_paper_model: bool
     departures: list[Departure]  # those that every run has to which they apply
@@ -248,16 +249,13 @@ class Section:
         return self.is_paper_model and not any(not d.is_of_method for d in self.departures)
 
     @property
-    def label(self) -> str:
-        """The model, and the regime in as far as it is not the paper's; no two sections have the same."""
-        regime = [f"{d.key} {d.ours}" for d in self.departures if not d.is_of_method and not d.key.startswith("model.")]
-        return ", ".join([self.model, *regime])
-
-    @property
     def title(self) -> str:
+        """What a reader must know of the runs at every table and figure."""
         if self.is_paper:
-            return f"{self.label}: the paper's model and settings"
-        return f"{self.label}: the paper's model, not its settings" if self.is_paper_model else f"{self.label}: not the paper's model"
+            what = "the paper's model and settings"
+        else:
+            what = "the paper's model, not its settings" if self.is_paper_model else "not the paper's model"
+        return f"Part {self.number}, {self.model}: {what}"
 
     @property
     def streams(self) -> list[Stream]:
@@ -295,7 +293,8 @@ def sections_of(entries: Sequence[Entry]) -> list[Section]:
             if not any(_belongs(entry, regime, keys) for regime in regimes):
                 regimes.append(_regime(entry, keys))
         found += [_section(model, [e for e in of_model if _belongs(e, regime, keys)]) for regime in regimes]
-    return sorted(found, key=lambda s: (not s.is_paper, not s.is_paper_model, -len(s.entries)))
+    found.sort(key=lambda section: (not section.is_paper, not section.is_paper_model, -len(section.entries)))
+    return [replace(section, number=number) for number, section in enumerate(found, 1)]
 
 
 def _model(entry: Entry) -> str:
@@ -324,7 +323,7 @@ def _section(model: str, entries: list[Entry]) -> Section:
     everywhere = [d for d in dict.fromkeys(d for e in entries for d in e.departures) if not d.is_of_method or _is_everywhere(d, entries)]
     noted = [replace(e, note=tuple(sorted(str(d) for d in e.departures if d not in everywhere))) for e in entries]
     unique = {(e.stream, e.method, e.note, e.run.seed, e.is_probe): e for e in reversed(noted)}  # the first of equals stays
-    section = Section(model, not any(d.key.startswith("model.") for e in entries for d in e.departures), everywhere)
+    section = Section(0, model, not any(d.key.startswith("model.") for e in entries for d in e.departures), everywhere)
     ordered = sorted(unique.values(), key=lambda e: (e.stream.order, e.method.order, e.note, e.run.seed))
     section.entries = [entry for entry in ordered if not entry.is_probe]
     section.probes = [entry for entry in noted if entry.is_probe]

@@ -289,7 +289,7 @@ def _picture(section: Section, stream: Stream, plan: Plan, adapter: str) -> Pict
     methods = plan.of(adapter)
     suffix = "" if adapter == "moe" else f"-{adapter}"
     name = f"figure{plan.number}-{stream.slug}{suffix}"
-    title = f"Figure {plan.number}. {plan.title}; {stream.label}, {section.label}{suffix.replace('-', ', ')}"
+    title = f"Figure {plan.number}. {plan.title}; {stream.label}{suffix.replace('-', ', ')}"
     try:
         # What a figure is about is the variant of its last method; the others are for comparison.
         subjects = [method for method in methods if method.variant == methods[-1].variant]
@@ -297,10 +297,10 @@ def _picture(section: Section, stream: Stream, plan: Plan, adapter: str) -> Pict
             raise NothingToDraw(f"not run: {'; '.join(method.short for method in subjects)}")
         figure, data, what = plan.draw(section, stream, methods)
     except NothingToDraw as reason:
-        return Picture(name, title, f"Not drawn: {reason}.")
+        return Picture(name, title, str(reason))
     absent = [method.short for method in methods if _only(data, method).empty]
     missing = f" Without: {'; '.join(absent)} (not run, or not recorded)." if absent else ""
-    return Picture(name, title, f"{what} From {_sources(data)}.{missing}", figure, data)
+    return Picture(name, title, f"{section.title}. {what} From {_sources(data)}.{missing}", figure, data)
 
 
 def _sources(data: "pd.DataFrame") -> str:

@@ -64,7 +64,7 @@ def test_another_model_is_never_the_paper_s():
     other = entry(HOP, "model=small")
     assert {d.key for d in other.departures} == {"model.name", "model.pretrained", "adapter.scale"}
     (section,) = sections_of([other])
-    assert not section.is_paper and section.title == "small_clip (shipped): not the paper's model"
+    assert not section.is_paper and section.title == "Part 1, small_clip (shipped): not the paper's model"
     assert other.note == () and section.entries[0].note == ()
 
 
@@ -77,7 +77,7 @@ def test_weights_from_a_file_are_not_taken_for_openai_s():
 def test_another_regime_is_another_section():
     first, second = sections_of([entry(HOP, "train.epochs=2"), entry(HOP), entry(HOP, "seed=1")])
     assert first.is_paper and [e.run.seed for e in first.entries] == [0, 1]
-    assert second.title == "ViT-B-16-quickgelu (openai), train.epochs 2: the paper's model, not its settings" and [
+    assert second.title == "Part 2, ViT-B-16-quickgelu (openai): the paper's model, not its settings" and [
         str(d) for d in second.departures
     ] == ["train.epochs 2 (not 1)"]
 
