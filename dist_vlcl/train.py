@@ -101,7 +101,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     report = step(parts, key, lr, task.first_label, stop=preemption.requested, observe=observe)
                     state.advance()
                     state.seconds += time.perf_counter() - started
-                    log_step(log, state, report, key, lr, time.perf_counter() - started, batch.count)
+                    log_step(log, state, report, key, lr, time.perf_counter() - started, batch.count, world.take_peak_gib())
                     if report.figures is not None:
                         records.add(state.step, state.task, report.figures)
                     if state.step % cfg.train.check_every_steps == 0:
@@ -199,16 +199,17 @@ def training_steps(
         "pin_memory": world.device.type == "cuda",
     }
     per_epoch = math.ceil(index.count("train", task.classes) / cfg.train.batch_size)
-    steps = cfg.train.epochs * per_epoch
+    steps = min(cfg.train.epochs * per_epoch, cfg.train.max_steps or sys.maxsize)
     if state.epoch == state.batch == 0 and steps < 2 * cfg.train.warmup_steps:
         log.say(f"task {task.index + 1}: {steps} steps are few for train.warmup_steps={cfg.train.warmup_steps}")
     # Rank 0 draws the seeds of the task's steps; the others learn them here.
     seeds = world.broadcast(torch.tensor([derive_seed(state.run_seed, "step", task.index, k) for k in range(steps)]))
-    while state.epoch < cfg.train.epochs:
+    while (done := state.epoch * per_epoch + state.batch) < steps:
         batches = train_batches(index, task, epoch=state.epoch, start=state.batch, **shared)
-        done = state.epoch * per_epoch + state.batch
+        total = min(per_epoch, steps - state.epoch * per_epoch)
         described = f"task {task.index + 1}" + (f" epoch {state.epoch + 1}/{cfg.train.epochs}" if cfg.train.epochs > 1 else "")
-        for batch in log.progress(batches, total=batches.num_batches, completed=state.batch, description=described):
+        left = itertools.islice(batches, total - state.batch)
+        for batch in log.progress(left, total=total, completed=state.batch, description=described):
             yield batch, Key(int(seeds[done]), state.step), warmup_cosine(done, steps, cfg.first_order.lr, cfg.train.warmup_steps)
             done += 1
         state.next_epoch()
@@ -282,7 +283,9 @@ def introduce(log: RunLog, cfg: Config, world: World, step: HybridStep, tasks: T
     )
 
 
-def log_step(log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float, planned: int) -> None:
+def log_step(
+    log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float, planned: int, peak_gib: float | None
+) -> None:
     """Record a step in metrics.jsonl, and its seed and accepted coefficients in journal.jsonl."""
     moves = [move.record() for move in report.moves]
     zo = {}
@@ -299,6 +302,7 @@ def log_step(log: RunLog, state: TrainState, report: StepReport, key: Key, lr: f
             "zo": zo,
             "seconds": seconds,
             "images_per_second": report.count / seconds,
+            **({} if peak_gib is None else {"peak_gib": peak_gib}),
         }
     )
     if report.count < planned:
