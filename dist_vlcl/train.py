@@ -18,7 +18,7 @@ from dist_vlcl.config import Config, hydra_main
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.data.loader import Batch, test_batches, train_batches
-from dist_vlcl.data.names import class_order, paper_order
+from dist_vlcl.data.names import class_order, paper_order, prompt_names
 from dist_vlcl.data.shards import Index
 from dist_vlcl.data.store import open_index
 from dist_vlcl.data.tasks import Task, TaskStream
@@ -140,7 +140,8 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
         raise ValueError(outcome)
     index = open_index(cfg.data)
     order = class_order(cfg.tasks.order, index.num_classes, paper_order(index.reader))
-    return index, TaskStream(index.class_names, cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
+    names = prompt_names(index.class_names, cfg.data.underscore_names)
+    return index, TaskStream(names, cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
 
 
 def build_towers(cfg: Config, world: World) -> TwoTowers:
