@@ -67,10 +67,13 @@ class EvalConfig:
     batch_size: int = 512
     train_transform: bool = False  # the baseline's defect Q2, to reproduce it
     zero_shot: bool = True  # also before the first task
+    holdout: float = 0.0  # hold out this part of every class's training images and evaluate on it, not on the test images
 
     def check(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"eval.batch_size={self.batch_size}: give a positive number")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"eval.holdout={self.holdout}: choose from [0, 1); 0 evaluates on the test images")
 
 
 @dataclass

@@ -147,7 +147,7 @@ def run_all(items: Sequence[Item], runner: Runner, console: Console) -> dict[Ite
     """Train what is missing, in order; return what became of each. A failed run does not hold up the others, a signal does."""
     fates = {item: COMPLETE if item.is_complete else LEFT for item in items}
     missing = [item for item in items if fates[item] == LEFT]
-    console.print(f"{len(items)} runs: {len(items) - len(missing)} complete, {len(missing)} to train", highlight=False)
+    console.print(f"{len(items)} run{"s" * (len(items) != 1)}: {len(items) - len(missing)} complete, {len(missing)} to train", highlight=False)
     for number, item in enumerate(missing, 1):
         if runner.is_stopped:
             break

@@ -19,6 +19,7 @@ from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.data.loader import Batch, test_batches, train_batches
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
+from dist_vlcl.data.order import SampleId, held_out
 from dist_vlcl.data.shards import Index
 from dist_vlcl.data.store import open_index
 from dist_vlcl.data.tasks import Task, TaskStream
@@ -198,8 +199,9 @@ def training_steps(
         "num_workers": cfg.data.num_workers,
         "on_error": cfg.data.on_error,
         "pin_memory": world.device.type == "cuda",
+        "without": not_trained_on(cfg, index, task),
     }
-    per_epoch = math.ceil(index.count("train", task.classes) / cfg.train.batch_size)
+    per_epoch = steps_per_epoch(cfg, index, task)
     steps = min(cfg.train.epochs * per_epoch, cfg.train.max_steps or sys.maxsize)
     if state.epoch == state.batch == 0 and steps < 2 * cfg.train.warmup_steps:
         log.say(f"task {task.index + 1}: {steps} steps are few for train.warmup_steps={cfg.train.warmup_steps}")
@@ -214,6 +216,15 @@ def training_steps(
             yield batch, Key(int(seeds[done]), state.step), warmup_cosine(done, steps, cfg.first_order.lr, cfg.train.warmup_steps)
             done += 1
         state.next_epoch()
+
+
+def steps_per_epoch(cfg: Config, index: Index, task: Task) -> int:
+    return math.ceil((index.count("train", task.classes) - len(not_trained_on(cfg, index, task))) / cfg.train.batch_size)
+
+
+def not_trained_on(cfg: Config, index: Index, task: Task) -> list[SampleId]:
+    """Return the training images that are held out, to be evaluated on; none by default."""
+    return held_out(index.sizes("train", task.classes), cfg.eval.holdout, cfg.data.split_seed)
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -265,6 +276,7 @@ def count(
         num_workers=cfg.data.num_workers,
         on_error=cfg.data.on_error,
         pin_memory=world.device.type == "cuda",
+        held_out=not_trained_on(cfg, index, task),
     )
     noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
     shown = progress(batches, total=batches.num_batches, description=described)

@@ -186,6 +186,7 @@ BAD = {
     "train.micro_batches=0": "train.micro_batches=0: give a positive number",
     "train.warmup_steps=-1": "train.warmup_steps=-1: give a number of steps",
     "eval.batch_size=0": "eval.batch_size=0: give a positive number",
+    "eval.holdout=1": "eval.holdout=1.0: choose from [0, 1)",
     "cluster.device=tpu": "cluster.device='tpu': choose from auto, cpu, cuda",
     "cluster.timeout_s=0": "cluster.timeout_s=0.0: give a positive number",
     "data.reader=mnist": "data.reader='mnist': choose from",

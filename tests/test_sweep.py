@@ -39,6 +39,8 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
     assert re.search(rf"{second.name} +done", said) and read_records(second).steps
     shutil.rmtree(first)
     written = (second / "metrics.jsonl").stat().st_mtime_ns
+    status, said = swept(monkeypatch, capfd, *words, "--item", "1")
+    assert status == 0 and "1 run: 1 complete, 0 to train" in said and not first.exists()
     status, said = swept(monkeypatch, capfd, *words)
     assert status == 0 and "2 runs: 1 complete, 1 to train" in said
     assert re.search(rf"{first.name} +done", said) and re.search(rf"{second.name} +complete before", said)
@@ -104,8 +106,3 @@ def test_the_items_of_an_array_are_the_runs_in_order(monkeypatch, capfd):
     assert capfd.readouterr().out == "6\n"
     assert sweep.default_launcher(2)[:5] == [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
 
-
-def test_one_item_is_trained_alone(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    status, _ = swept(monkeypatch, capfd, "paper=table3", "--item", "3", *SHORT, *QUIET, *PYTHON)
-    assert status == 0 and [p.name[:29] for p in (tmp_path / "runs").iterdir()] == ["t3-moe-cifar10-mozo-hop_even-"]

@@ -126,7 +126,7 @@ def test_imagenet_r_is_split_in_every_class(tmp_path):
             for number in range(5):
                 archive.writestr(f"imagenet-r/{wnid}/art_{number}.jpg", b"")
     raw = read_raw(DataConfig(name="imagenet_r", source=str(tmp_path / "r.zip")))
-    assert raw.class_names[1] == "great white shark"
+    assert raw.class_names[1] == "great_white_shark"
     assert set(Counter((s.split, s.class_id) for s in raw.samples).values()) == {1, 4}
 
 
