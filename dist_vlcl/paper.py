@@ -1,10 +1,10 @@
 """The runs of the paper, their controls and what it leaves out, by id: what `paper=ID` and `tuned=FILE` on a command line mean.
 
-    t2-moe-cifar10-dual-hop_odd      a published cell, a line of configs/paper_runs.yaml
-    t5-moe-dual                      a memory probe of Table 5: a few steps
-    x2-lora-cifar10-dual-hop_odd     not published: Table 2 with LoRA
-    frozen-moe-cifar10-dual-hop_odd  the control of every zeroth-order run with these units: they are not trained
-    zero-shot-cifar10                CLIP as it is; also the control of dual-all, in which nothing else is trained
+t2-moe-cifar10-dual-hop_odd      a published cell, a line of configs/paper_runs.yaml
+t5-moe-dual                      a memory probe of Table 5: a few steps
+x2-lora-cifar10-dual-hop_odd     not published: Table 2 with LoRA
+frozen-moe-cifar10-dual-hop_odd  the control of every zeroth-order run with these units: they are not trained
+zero-shot-cifar10                CLIP as it is; also the control of dual-all, in which nothing else is trained
 """
 
 import difflib

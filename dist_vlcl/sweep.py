@@ -73,7 +73,7 @@ def plan(words: Sequence[str], controls: bool = False) -> list[tuple[str, ...]]:
     if wrong := [word for word in own if "=" not in word]:
         raise ValueError(f"{wrong[0]!r}: an option is OPTION=VALUE, such as train.epochs=2")
     given = chosen["seed"].split(",") if "seed" in chosen else None
-    pairs = {}
+    pairs: dict[tuple[str, str], None] = {}
     for pattern in chosen["paper"].split(","):
         seeds = given or [str(seed) for seed in range(published()["figure8"]["seeds"] if pattern == "figure8" else 1)]
         pairs |= dict.fromkeys((id, seed) for seed in seeds for id in select([pattern]))
@@ -94,7 +94,9 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
                 raise ValueError(f"{shlex.join(words)}: {error}") from error
             folder = Path(run.root) / run.name
             if folder in items:
-                raise ValueError(f"{folder}: {shlex.join(items[folder].words)} and {shlex.join(words)} would share it; leave run.name to us")
+                raise ValueError(
+                    f"{folder}: {shlex.join(items[folder].words)} and {shlex.join(words)} would share it; leave run.name to us"
+                )
             items[folder] = Item(words, folder)
     return list(items.values())
 
@@ -147,7 +149,7 @@ def run_all(items: Sequence[Item], runner: Runner, console: Console) -> dict[Ite
     """Train what is missing, in order; return what became of each. A failed run does not hold up the others, a signal does."""
     fates = {item: COMPLETE if item.is_complete else LEFT for item in items}
     missing = [item for item in items if fates[item] == LEFT]
-    console.print(f"{len(items)} run{"s" * (len(items) != 1)}: {len(items) - len(missing)} complete, {len(missing)} to train", highlight=False)
+    console.print(f"{len(missing)} of {len(items)} to train, the others are complete", highlight=False)
     for number, item in enumerate(missing, 1):
         if runner.is_stopped:
             break

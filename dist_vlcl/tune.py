@@ -9,8 +9,8 @@ images are never read. Searched unless you say otherwise: zo.lr_scale=0.1,1,10 (
 zo.epsilon.BRANCH=1e-3,1e-4 (vision: 5e-4,1e-4) and zo.acceptance=always,best_of_three. One value is no search: zo.acceptance=always.
 With several seeds, each choice is judged by their mean.
 
-Writes tuning/NAME/: tuned.yaml, which a run or a sweep takes as tuned=FILE; tuning.md, tuning.csv and tuning.png, with the same units frozen
-and zero-shot CLIP beside the choices; and the trials' own folders. Trials that are done are not repeated; one that fails is left out.
+Writes tuning/NAME/: tuned.yaml, which a run or a sweep takes as tuned=FILE; tuning.md, tuning.csv and tuning.png, with the same units
+frozen and zero-shot CLIP beside the choices; and the trials' folders. Trials that are done are not repeated; one that fails is left out.
 """
 
 import argparse
@@ -51,7 +51,9 @@ def read_words(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]], l
 def grid(cfg: Config, several: dict[str, list[str]], fixed: Sequence[str]) -> list[Choice]:
     """Return every combination of what is searched; raise ValueError where there is nothing to search."""
     if cfg.orders.branch == "none" or cfg.orders.order != "zeroth":
-        raise ValueError(f"orders.branch={cfg.orders.branch}, orders.order={cfg.orders.order}: no unit learns by zeroth order; nothing to tune")
+        raise ValueError(
+            f"orders.branch={cfg.orders.branch}, orders.order={cfg.orders.order}: no unit learns by zeroth order; nothing to tune"
+        )
     searched = {"zo.lr_scale": ["0.1", "1", "10"]}
     searched |= {f"zo.epsilon.{branch}": EPSILONS[branch] for branch in PLAN_BRANCHES[cfg.orders.branch]}
     searched |= {"zo.acceptance": ["always", "best_of_three"]}
@@ -93,7 +95,7 @@ def write(folder: Path, command: str, trials: Sequence[Trial], references: dict[
         for parent in parents:
             inner = inner.setdefault(parent, {})
         inner[leaf] = yaml.safe_load(value) if not _is_number(value) else float(value)
-    head = f"# {command}\n# held-out accuracy {100 * (best.accuracy or 0):.2f} %, the best of {len(trials)}; use: tuned={folder}/tuned.yaml\n"
+    head = f"# {command}\n# held-out accuracy {100 * (best.accuracy or 0):.2f} %, the best of {len(trials)}\n"
     replace_file(folder / "tuned.yaml", head + yaml.safe_dump(content, sort_keys=False))
     return folder / "tuned.yaml"
 
@@ -109,7 +111,9 @@ def _is_number(text: str) -> bool:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="dist_vlcl.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="OPTION=VALUE", help="options of dist_vlcl.train; several values with commas are searched")
+    parser.add_argument(
+        "words", nargs="*", metavar="OPTION=VALUE", help="options of dist_vlcl.train; several values with commas are searched"
+    )
     parser.add_argument("--holdout", type=float, default=0.2, metavar="PART", help="part of each class's training images to judge on (0.2)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: tuning/NAME, after the run's own name")
     parser.add_argument("--list", action="store_true", help="print the trials, and train nothing")
@@ -142,7 +146,7 @@ def main() -> None:
         console.print(f"no trial came to its end; see what they said above, and {folder}/trials")
         sys.exit(1)
     references = {"the same units frozen": frozen.accuracy} if frozen.accuracy is not None else {}
-    if zero_shot := [list(item.accuracy["zero_shot"].values())[0] for item in of_choice[0] if item.accuracy.get("zero_shot")]:
+    if zero_shot := [next(iter(item.accuracy["zero_shot"].values())) for item in of_choice[0] if item.accuracy.get("zero_shot")]:
         references["zero-shot CLIP"] = mean(zero_shot)
     command = f"python -m dist_vlcl.tune {shlex.join(arguments.words)} --holdout {arguments.holdout}"
     tuned = write(folder, command, ranked(trials), references)

@@ -1,4 +1,4 @@
-"""The baseline's published formulas, written again from METHOD 1.1, 1.2 and 1.10 on open_clip's own modules; nothing of ours but the weights.
+"""The baseline's published formulas, written again from METHOD 1.1, 1.2 and 1.10 on open_clip's modules; only the weights are ours.
 
 Also its defects: each is an option, off by default, and on it does what the baseline does.
 """
@@ -93,7 +93,9 @@ class Baseline:
             outs.append((scores if mask is None else scores + mask).softmax(-1) @ own_v)
         return block.attn.out_proj(torch.cat(outs, -1))
 
-    def _blocks(self, branch: str, transformer: nn.Module, x: Tensor, mask: Tensor | None, noise: StepNoise | None, training: bool) -> Tensor:
+    def _blocks(
+        self, branch: str, transformer: nn.Module, x: Tensor, mask: Tensor | None, noise: StepNoise | None, training: bool
+    ) -> Tensor:
         for layer, block in enumerate(transformer.resblocks, start=1):
             own = self._of(branch, layer)
             u = x + self._attention(block, block.ln_1(x), mask, {} if self.is_moe else own)

@@ -40,9 +40,9 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
     shutil.rmtree(first)
     written = (second / "metrics.jsonl").stat().st_mtime_ns
     status, said = swept(monkeypatch, capfd, *words, "--item", "1")
-    assert status == 0 and "1 run: 1 complete, 0 to train" in said and not first.exists()
+    assert status == 0 and "0 of 1 to train" in said and not first.exists()
     status, said = swept(monkeypatch, capfd, *words)
-    assert status == 0 and "2 runs: 1 complete, 1 to train" in said
+    assert status == 0 and "1 of 2 to train" in said
     assert re.search(rf"{first.name} +done", said) and re.search(rf"{second.name} +complete before", said)
     assert (second / "metrics.jsonl").stat().st_mtime_ns == written
 
@@ -105,4 +105,3 @@ def test_the_items_of_an_array_are_the_runs_in_order(monkeypatch, capfd):
     sweep.main()
     assert capfd.readouterr().out == "6\n"
     assert sweep.default_launcher(2)[:5] == [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
-

@@ -63,9 +63,17 @@ SHORT = ["train.max_steps=2", "train.batch_size=24", "zo.epsilon.language=1e-3",
 
 def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    words = [*SHORT, "zo.lr_scale=1,100000", "train.warmup_steps=0", "cluster.threads=1", "run.progress=false", "--launcher", sys.executable]
+    words = [
+        *SHORT,
+        "zo.lr_scale=1,100000",
+        "train.warmup_steps=0",
+        "cluster.threads=1",
+        "run.progress=false",
+        "--launcher",
+        sys.executable,
+    ]
     status, said = tuned(monkeypatch, capfd, *words, "--out", "found")
-    assert status == 0 and "3 runs: 0 complete, 3 to train" in said
+    assert status == 0 and "3 of 3 to train" in said
     found = tmp_path / "found"
     assert yaml.safe_load((found / "tuned.yaml").read_text()) == {"zo": {"lr_scale": 1.0}}  # the other throws the adapters away
     page = (found / "tuning.md").read_text()
@@ -77,7 +85,7 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
         cfg = load_config(trial / "config.yaml")
         assert (cfg.tasks.num_tasks, cfg.eval.holdout) == (1, 0.2)
     status, said = tuned(monkeypatch, capfd, *words, "--out", "found")
-    assert status == 0 and "3 runs: 3 complete, 0 to train" in said
+    assert status == 0 and "0 of 3 to train" in said
     assert configured("tuned=found/tuned.yaml").zo.lr_scale == 1.0
 
 
@@ -107,7 +115,10 @@ def test_a_search_that_cannot_be_is_refused_before_anything_runs(words, message,
 
 
 def test_the_best_has_the_highest_mean_then_the_lowest_loss_and_failed_ones_are_last(tmp_path):
-    a, b, c, d = (Trial({"zo.lr_scale": k}, acc, loss) for k, acc, loss in (("1", [0.5], 1.0), ("2", [0.25, 0.75], 0.5), ("3", [], None), ("4", [0.4], 0.1)))
+    a, b, c, d = (
+        Trial({"zo.lr_scale": k}, acc, loss)
+        for k, acc, loss in (("1", [0.5], 1.0), ("2", [0.25, 0.75], 0.5), ("3", [], None), ("4", [0.4], 0.1))
+    )
     assert ranked([a, b, c, d]) == [b, a, d, c]
     rows = trial_table([b, c], {"frozen": 0.3}).rows
     assert rows == [["2", "50.00", "25.00 – 75.00", "2", "0.5000"], ["3", "–", "", "0", "–"], ["frozen", "30.00", "", "", ""]]

@@ -54,7 +54,11 @@ def write_csv(path: Path, trials: Sequence[Trial]) -> None:
     with open(path, "w", newline="") as file:
         lines = csv.writer(file)
         lines.writerow([*trials[0].options, "held_out_accuracy", "mean_loss"])
-        lines.writerows([*t.options.values(), accuracy, t.loss] for t in trials for accuracy in t.accuracies or [None])
+        lines.writerows([*t.options.values(), *end] for t in trials for end in _ends(t))
+
+
+def _ends(trial: Trial) -> list[tuple]:
+    return [(accuracy, trial.loss) for accuracy in trial.accuracies] or [("", "")]
 
 
 def plot_trials(path: Path, trials: Sequence[Trial], references: Mapping[str, float]) -> None:
