@@ -19,11 +19,9 @@ from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan
+from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.zo.strategies import ZerothOrderConfig
-
-# Beside the package in a checkout, inside of it in a wheel.
-CONFIG_FOLDER = next(p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs") if (p / "config.yaml").exists())
 
 
 @dataclass
@@ -47,6 +45,7 @@ class TrainConfig:
     batch_size: int = 128  # of the global batch, whatever the number of ranks
     epochs: int = 1
     warmup_steps: int = 30
+    max_steps: int | None = None  # of a task, for a short look or a memory probe; null: all
     micro_batches: int = 1  # gradient accumulation: the parts in which a rank takes its share of a batch
     max_skips: int = 10  # steps in a row that a non-finite loss may cost
     check_every_steps: int = 50  # ranks compare a digest of all adapters
@@ -55,6 +54,8 @@ class TrainConfig:
         for option in ("batch_size", "epochs", "micro_batches", "max_skips", "check_every_steps"):
             if getattr(self, option) < 1:
                 raise ValueError(f"train.{option}={getattr(self, option)}: give a positive number")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"train.max_steps={self.max_steps}: give a positive number, or null for all")
         if self.warmup_steps < 0:
             raise ValueError(f"train.warmup_steps={self.warmup_steps}: give a number of steps, or 0 for none")
 
@@ -66,10 +67,13 @@ class EvalConfig:
     batch_size: int = 512
     train_transform: bool = False  # the baseline's defect Q2, to reproduce it
     zero_shot: bool = True  # also before the first task
+    holdout: float = 0.0  # hold out this part of every class's training images and evaluate on it, not on the test images
 
     def check(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"eval.batch_size={self.batch_size}: give a positive number")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"eval.holdout={self.holdout}: choose from [0, 1); 0 evaluates on the test images")
 
 
 @dataclass
@@ -77,7 +81,7 @@ class Config:
     """Everything that a run depends on."""
 
     seed: int = 0
-    paper: str | None = None  # the published run that this one repeats
+    paper: str | None = None  # the id of the run in the paper's catalogue that this one repeats
     data: DataConfig = field(default_factory=DataConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -149,9 +153,7 @@ def load_config(path: Path) -> Config:
 
 
 def default_name(config: Config) -> str:
-    """Return a name that tells runs apart: the paper's id, or what was learned and how."""
-    if config.paper:
-        return f"{config.paper}-seed{config.seed}"
+    """Return a name that tells runs apart by what was learned and how; a run of `paper=ID` has its own (paper.run_name)."""
     plan, layers = config.orders, config.orders.layers
     kind = ("lora_mlp" if config.adapter.targets == ["mlp"] else "lora") if isinstance(config.adapter, LoRAConfig) else "moe"
     data = config.data.name if config.model.name == "small_clip" else f"{config.data.name}-{config.model.name}"
@@ -161,34 +163,6 @@ def default_name(config: Config) -> str:
     if plan.branch == "none" and plan.rest == "frozen":
         orders = "zero-shot"
     return f"{data}-inc{config.tasks.increment}-{kind}-{orders}-seed{config.seed}"
-
-
-def paper_runs() -> dict[str, dict]:
-    """Return the published runs by id."""
-    return {run["id"]: run for run in yaml.safe_load((CONFIG_FOLDER / "paper_runs.yaml").read_text())["runs"]}
-
-
-def expand_paper(arguments: list[str]) -> list[str]:
-    """Return command-line overrides with `paper=ID` preceded by what that cell of the paper means; the user's own come after, and win."""
-    ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
-    if not ids:
-        return arguments
-    runs = paper_runs()
-    if ids[-1] not in runs:
-        import difflib
-
-        near = difflib.get_close_matches(ids[-1], runs, 5, 0.3)
-        raise ValueError(f"paper={ids[-1]!r}: no such run in configs/paper_runs.yaml; the nearest are {', '.join(near) or 'none'}")
-    run = runs[ids[-1]]
-    layers = run["zo_layers"].removesuffix("6")
-    overrides = [f"data={run['dataset']}", f"tasks.increment={run['inc']}", "model=vit_b16", f"adapter={run['adapter']}"]
-    overrides += [f"tasks.order={'natural' if run['dataset'] == 'imagenet_r' else 'paper'}"]
-    overrides += [f"train.batch_size={64 if run['dataset'] == 'tiny_imagenet' else 128}"]
-    if run["zo_branch"] == "none":
-        return [*overrides, "orders=first", *arguments]
-    overrides += [f"orders={run['zo_branch']}_{layers}", f"zo={run['zo_variant']}"]
-    overrides += ["orders.span=6"] if layers in ("prefix", "suffix") else []
-    return [*overrides, *arguments]
 
 
 def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:

@@ -18,7 +18,8 @@ from dist_vlcl.config import Config, hydra_main
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.data.loader import Batch, test_batches, train_batches
-from dist_vlcl.data.names import class_order, paper_order
+from dist_vlcl.data.names import class_order, paper_order, prompt_names
+from dist_vlcl.data.order import SampleId, held_out
 from dist_vlcl.data.shards import Index
 from dist_vlcl.data.store import open_index
 from dist_vlcl.data.tasks import Task, TaskStream
@@ -101,7 +102,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     report = step(parts, key, lr, task.first_label, stop=preemption.requested, observe=observe)
                     state.advance()
                     state.seconds += time.perf_counter() - started
-                    log_step(log, state, report, key, lr, time.perf_counter() - started, batch.count)
+                    log_step(log, state, report, key, lr, time.perf_counter() - started, batch.count, world.take_peak_gib())
                     if report.figures is not None:
                         records.add(state.step, state.task, report.figures)
                     if state.step % cfg.train.check_every_steps == 0:
@@ -140,7 +141,8 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
         raise ValueError(outcome)
     index = open_index(cfg.data)
     order = class_order(cfg.tasks.order, index.num_classes, paper_order(index.reader))
-    return index, TaskStream(index.class_names, cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
+    names = prompt_names(index.class_names, cfg.data.underscore_names)
+    return index, TaskStream(names, cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
 
 
 def build_towers(cfg: Config, world: World) -> TwoTowers:
@@ -197,21 +199,32 @@ def training_steps(
         "num_workers": cfg.data.num_workers,
         "on_error": cfg.data.on_error,
         "pin_memory": world.device.type == "cuda",
+        "without": not_trained_on(cfg, index, task),
     }
-    per_epoch = math.ceil(index.count("train", task.classes) / cfg.train.batch_size)
-    steps = cfg.train.epochs * per_epoch
+    per_epoch = steps_per_epoch(cfg, index, task)
+    steps = min(cfg.train.epochs * per_epoch, cfg.train.max_steps or sys.maxsize)
     if state.epoch == state.batch == 0 and steps < 2 * cfg.train.warmup_steps:
         log.say(f"task {task.index + 1}: {steps} steps are few for train.warmup_steps={cfg.train.warmup_steps}")
     # Rank 0 draws the seeds of the task's steps; the others learn them here.
     seeds = world.broadcast(torch.tensor([derive_seed(state.run_seed, "step", task.index, k) for k in range(steps)]))
-    while state.epoch < cfg.train.epochs:
+    while (done := state.epoch * per_epoch + state.batch) < steps:
         batches = train_batches(index, task, epoch=state.epoch, start=state.batch, **shared)
-        done = state.epoch * per_epoch + state.batch
+        total = min(per_epoch, steps - state.epoch * per_epoch)
         described = f"task {task.index + 1}" + (f" epoch {state.epoch + 1}/{cfg.train.epochs}" if cfg.train.epochs > 1 else "")
-        for batch in log.progress(batches, total=batches.num_batches, completed=state.batch, description=described):
+        left = itertools.islice(batches, total - state.batch)
+        for batch in log.progress(left, total=total, completed=state.batch, description=described):
             yield batch, Key(int(seeds[done]), state.step), warmup_cosine(done, steps, cfg.first_order.lr, cfg.train.warmup_steps)
             done += 1
         state.next_epoch()
+
+
+def steps_per_epoch(cfg: Config, index: Index, task: Task) -> int:
+    return math.ceil((index.count("train", task.classes) - len(not_trained_on(cfg, index, task))) / cfg.train.batch_size)
+
+
+def not_trained_on(cfg: Config, index: Index, task: Task) -> list[SampleId]:
+    """Return the training images that are held out, to be evaluated on; none by default."""
+    return held_out(index.sizes("train", task.classes), cfg.eval.holdout, cfg.data.split_seed)
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -263,6 +276,7 @@ def count(
         num_workers=cfg.data.num_workers,
         on_error=cfg.data.on_error,
         pin_memory=world.device.type == "cuda",
+        held_out=not_trained_on(cfg, index, task),
     )
     noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
     shown = progress(batches, total=batches.num_batches, description=described)
@@ -282,7 +296,9 @@ def introduce(log: RunLog, cfg: Config, world: World, step: HybridStep, tasks: T
     )
 
 
-def log_step(log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float, planned: int) -> None:
+def log_step(
+    log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float, planned: int, peak_gib: float | None
+) -> None:
     """Record a step in metrics.jsonl, and its seed and accepted coefficients in journal.jsonl."""
     moves = [move.record() for move in report.moves]
     zo = {}
@@ -299,6 +315,7 @@ def log_step(log: RunLog, state: TrainState, report: StepReport, key: Key, lr: f
             "zo": zo,
             "seconds": seconds,
             "images_per_second": report.count / seconds,
+            **({} if peak_gib is None else {"peak_gib": peak_gib}),
         }
     )
     if report.count < planned:

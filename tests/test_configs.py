@@ -7,11 +7,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, default_name, expand_paper, from_hydra, paper_runs
+from dist_vlcl.config import CONFIG_FOLDER, Config, default_name, expand_paper, from_hydra
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, OrderPlan, assign
+from dist_vlcl.paper import paper_runs
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.zo.strategies import ZerothOrderConfig
 
@@ -120,7 +121,8 @@ def test_a_published_run_is_what_its_row_says(id):
 def test_a_user_s_own_overrides_come_after_a_published_run_s_and_win():
     arguments = expand_paper(["train.batch_size=32", "paper=t1-moe-cifar20-dual", "orders.order=frozen", "seed=3"])
     config = configured(*arguments)
-    assert (config.train.batch_size, config.orders.order, config.run.name) == (32, "frozen", "t1-moe-cifar20-dual-seed3")
+    assert (config.train.batch_size, config.orders.order, config.seed) == (32, "frozen", 3)
+    assert config.run.name.startswith("t1-moe-cifar20-dual-seed3-order_frozen-batch_size_32-")
     assert expand_paper(["seed=3"]) == ["seed=3"]
 
 
@@ -179,9 +181,12 @@ BAD = {
     "first_order.max_grad_norm=0": "first_order.max_grad_norm=0.0: give a positive number",
     "train.batch_size=0": "train.batch_size=0: give a positive number",
     "train.epochs=0": "train.epochs=0: give a positive number",
+    "train.max_steps=0": "train.max_steps=0: give a positive number",
+    "run.record_every_steps=-1": "run.record_every_steps=-1: give a number of steps",
     "train.micro_batches=0": "train.micro_batches=0: give a positive number",
     "train.warmup_steps=-1": "train.warmup_steps=-1: give a number of steps",
     "eval.batch_size=0": "eval.batch_size=0: give a positive number",
+    "eval.holdout=1": "eval.holdout=1.0: choose from [0, 1)",
     "cluster.device=tpu": "cluster.device='tpu': choose from auto, cpu, cuda",
     "cluster.timeout_s=0": "cluster.timeout_s=0.0: give a positive number",
     "cluster.threads=0": "cluster.threads=0: give a positive number",

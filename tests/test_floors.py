@@ -32,6 +32,9 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("train", 4),
     ("evaluate", 4),
     ("config", 4),
+    ("paper", 4),
+    ("sweep", 4),
+    ("tune", 4),
     ("bench", 4),
 ]
 VOCABULARY = {("orders", "model.units")}  # the names of units, which a plan is written in

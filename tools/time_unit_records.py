@@ -64,7 +64,9 @@ def main() -> None:
                 records.add(number, 0, report.figures)
 
         for pair in range(-2, arguments.pairs):  # two pairs to warm up
-            seconds = {observe: timed(world, lambda observe=observe: one(observe)) for observe in ((False, True) if pair % 2 else (True, False))}
+            seconds = {
+                observe: timed(world, lambda observe=observe: one(observe)) for observe in ((False, True) if pair % 2 else (True, False))
+            }
             if pair >= 0:
                 steps.append(seconds[False])
                 added.append(seconds[True] - seconds[False])
@@ -72,7 +74,8 @@ def main() -> None:
     step_s, (low, middle, high) = statistics.median(steps), statistics.quantiles(added, n=4)
     print(f"{cfg.model.name}, {sum(u.numel for u in towers.units.values()):,} adapter parameters, batch {count}, {world.device}")
     print(f"step {1e3 * step_s:.1f} ms; observing adds {1e3 * middle:.2f} ms = {100 * middle / step_s:.2f} %", end=" ")
-    print(f"(quartiles {100 * low / step_s:.2f} to {100 * high / step_s:.2f} %); a part of {arguments.pairs + 2} steps: {1e3 * writing:.1f} ms")
+    print(f"(quartiles {100 * low / step_s:.2f} to {100 * high / step_s:.2f} %)")
+    print(f"writing a part of {arguments.pairs + 2} steps: {1e3 * writing:.1f} ms")
 
 
 if __name__ == "__main__":

@@ -167,9 +167,11 @@ def train_batches(
     num_workers: int = 0,
     on_error: str = "stop",
     pin_memory: bool = False,
+    without: Sequence[SampleId] = (),
 ) -> BatchLoader:
-    """One epoch of a task; `batch_size` counts the samples of all ranks. A resume starts at batch `start`."""
-    order = train_order(index.sizes("train", task.classes), seed, task.index, epoch)
+    """One epoch of a task; `batch_size` counts the samples of all ranks. A resume starts at batch `start`. `without` is held out."""
+    left_out = set(without)
+    order = [s for s in train_order(index.sizes("train", task.classes), seed, task.index, epoch) if s not in left_out]
     batches = GlobalBatches(
         index,
         "train",
@@ -197,12 +199,13 @@ def test_batches(
     num_workers: int = 0,
     on_error: str = "stop",
     pin_memory: bool = False,
+    held_out: Sequence[SampleId] = (),
 ) -> BatchLoader:
-    """Every test sample of the classes, given in the stream's order, exactly once over all ranks."""
+    """Every test sample of the classes, given in the stream's order, exactly once over all ranks; or in their place `held_out`."""
     batches = GlobalBatches(
         index,
-        "test",
-        plain_order(index.sizes("test", classes)),
+        "train" if held_out else "test",
+        held_out or plain_order(index.sizes("test", classes)),
         {class_id: label for label, class_id in enumerate(classes)},
         batch_size=batch_size,
         rank=rank,

@@ -15,6 +15,11 @@ def known_classes(reader: str) -> dict[str, str] | None:
     return dict(line.split("\t") for line in _lines(path))
 
 
+def prompt_names(class_names: Sequence[str], underscores: bool = False) -> list[str]:
+    """The names as prompts have them: `aquarium fish`, or with `underscores` as torchvision has it, `aquarium_fish`."""
+    return [name if underscores else name.replace("_", " ") for name in class_names]
+
+
 def paper_order(reader: str) -> list[int] | None:
     """The published class order of a known set; None where there is none."""
     path = HERE / "orders" / f"{reader}.txt"

@@ -56,6 +56,15 @@ def plain_order(sizes: ShardSizes) -> list[SampleId]:
     ]
 
 
+def held_out(sizes: ShardSizes, fraction: float, seed: int) -> list[SampleId]:
+    """A seeded part of every class, at least one sample, in `plain_order`; none for fraction 0. A class's part is its own affair."""
+    kept: set[SampleId] = set()
+    for class_id in sizes if fraction > 0 else ():
+        samples = plain_order({class_id: sizes[class_id]})
+        kept |= set(generator(seed, "held out", class_id).sample(samples, max(1, round(len(samples) * fraction))))
+    return [sample for sample in plain_order(sizes) if sample in kept]
+
+
 def rank_slice(length: int, rank: int, size: int) -> range:
     """The contiguous part of `length` positions that rank `rank` of `size` takes; parts differ by at most one."""
     part, extra = divmod(length, size)

@@ -122,8 +122,7 @@ def _raw_set(found: list[Found], classes: Mapping[str, str], data: DataConfig) -
         for image in sorted(found, key=lambda image: (image.short, image.path))
         if image.path in split_of
     ]
-    names = [name if data.underscore_names else name.replace("_", " ") for name in classes.values()]
-    return RawSet(names, samples)
+    return RawSet(list(classes.values()), samples)
 
 
 def _splits(found: list[Found], data: DataConfig) -> dict[str, str]:

@@ -20,7 +20,7 @@ class DataConfig:
     split_file: str | None = None  # a list `train`, paths, `test`, paths; goes before test_fraction
     split_seed: int = 0
     class_names: str | None = None  # json list of {"folder", "name"}; for reader=folder it also gives the class ids
-    underscore_names: bool = False  # leave `aquarium_fish` as it is in prompts
+    underscore_names: bool = False  # leave `aquarium_fish` as it is in prompts: the baseline's defect Q7, to reproduce it
     samples_per_shard: int = 64  # at most; the shards of a class are equal to within one sample
     on_error: str = "stop"  # a damaged shard or image: stop the run, or skip the samples and report them
     allow_pipe: bool = False  # let `url` run a command, as in `pipe:aws s3 cp s3://bucket/set/{} -`

@@ -105,6 +105,14 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def take_peak_gib(self) -> float | None:
+        """Return the most memory that this rank's accelerator has held since the last call, in GiB; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
     def gather(self, vector: Tensor) -> Tensor:
         """Return every rank's vector `[W, n]`, for a vector `[n]` of one shape and dtype on all ranks."""
         if self.size == 1:

@@ -57,7 +57,6 @@ class UnitRecords:
 
     def _table(self) -> Any:
         import pyarrow
-
         import torch
 
         steps, tasks = np.array(self._steps).T

@@ -1,0 +1,107 @@
+"""A sweep trains what is missing, goes past a failure and names it, and obeys signals; with real runs on the digits."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from dist_vlcl import sweep
+from dist_vlcl.report.records import read_records
+
+SHORT = ["data=digits", "model=small", "tasks.increment=2", "tasks.order=natural", "tasks.num_tasks=1", "train.max_steps=1"]
+QUIET = ["train.batch_size=16", "eval.zero_shot=false", "run.wandb=off", "run.progress=false", "cluster.threads=1"]
+PYTHON = ["--launcher", sys.executable]
+
+
+def swept(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
+    """Run the command here; return its exit status and all that it and its runs have printed."""
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        sweep.main()
+    return ended.value.code, "".join(capfd.readouterr())
+
+
+def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_sweep_trains_only_it(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["paper=t1-moe-cifar20-fo,t1-moe-cifar20-dual", *SHORT, *QUIET, *PYTHON]
+    first, second = (item.folder for item in sweep.prepare(sweep.plan(words[:-2])))
+    first.mkdir(parents=True)
+    (first / "config.yaml").write_text(yaml.safe_dump({"seed": 1}))  # another run's
+    status, said = swept(monkeypatch, capfd, *words)
+    assert status == 1 and f"failed: {first.name}" in said and "was started with another configuration" in said
+    assert re.search(rf"{second.name} +done", said) and read_records(second).steps
+    shutil.rmtree(first)
+    written = (second / "metrics.jsonl").stat().st_mtime_ns
+    status, said = swept(monkeypatch, capfd, *words, "--item", "1")
+    assert status == 0 and "0 of 1 to train" in said and not first.exists()
+    status, said = swept(monkeypatch, capfd, *words)
+    assert status == 0 and "1 of 2 to train" in said
+    assert re.search(rf"{first.name} +done", said) and re.search(rf"{second.name} +complete before", said)
+    assert (second / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_a_signal_stops_the_sweep_with_its_run_saved(tmp_path):
+    """Slurm's SIGUSR1, to the sweep alone."""
+    long = [word for word in SHORT if "max_steps" not in word] + ["train.epochs=1000"]
+    command = [sys.executable, "-m", "dist_vlcl.sweep", "paper=t1-moe-cifar20-dual,t1-moe-cifar20-fo", *long, *QUIET, "--processes", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not any(read_records(folder).steps for folder in tmp_path.glob("runs/*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGUSR1)
+        said = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == sweep.STOPPED and "the same command goes on from here" in said
+    [folder] = tmp_path.glob("runs/*")
+    assert (folder / "REQUEUE").exists() and list(folder.glob("checkpoints/step-*"))
+
+
+def test_seeds_controls_and_groups_are_planned_each_once():
+    assert len(sweep.plan(["paper=all,figure8"])) == 116
+    assert len(sweep.plan(["paper=figure8"])) == 30 and len(sweep.plan(["paper=figure8", "seed=7"])) == 6
+    planned = sweep.plan(["paper=t3-*-cifar10-*,t2-moe-cifar10-dual-hop_odd", "seed=0,1", "train.epochs=2"], controls=True)
+    ids = [words[0].removeprefix("paper=") for words in planned]
+    assert ids == [
+        *("t3-moe-cifar10-mozo-hop_odd", "t3-moe-cifar10-mozo-hop_even") * 2,
+        *["t2-moe-cifar10-dual-hop_odd"] * 2,
+        *("frozen-moe-cifar10-dual-hop_odd", "frozen-moe-cifar10-dual-hop_even") * 2,
+        *["zero-shot-cifar10"] * 2,
+    ]
+    assert all(words[2:] == ("train.epochs=2",) for words in planned) and len(set(planned)) == len(planned)
+    folders = [item.folder.name for item in sweep.prepare(planned)]
+    assert len(set(folders)) == len(folders) and all("-epochs_2-" in name for name in folders)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=1"], "paper=...: say which runs"),
+        (["paper=table9"], "paper='table9': no such run"),
+        (["paper=table3", "fast"], "'fast': an option is OPTION=VALUE"),
+        (["paper=t3-moe-cifar10-*", "train.epoch=2"], "paper=t3-moe-cifar10-mozo-hop_odd seed=0 train.epoch=2: Could not override"),
+        (["paper=t3-moe-cifar10-*", "zo.sides=3"], "zo.sides=3: choose from 1, 2"),
+        (["paper=t3-moe-cifar10-*", "run.name=one"], "would share it"),
+        (["paper=table3", "--item", "6"], "--item 6: choose from 0 to 5"),
+    ],
+    ids=str,
+)
+def test_a_wrong_option_is_answered_before_anything_runs(words, message, monkeypatch, capfd):
+    status, said = swept(monkeypatch, capfd, *words)
+    assert status == 2 and message in said
+
+
+def test_the_items_of_an_array_are_the_runs_in_order(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["sweep", "paper=table3", "--count"])
+    sweep.main()
+    assert capfd.readouterr().out == "6\n"
+    assert sweep.default_launcher(2)[:5] == [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]

@@ -1,0 +1,126 @@
+"""Tuning: the first task only, on held-out training images, resumable; and its file is what a run takes."""
+
+import sys
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from dist_vlcl import tune
+from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, load_config
+from dist_vlcl.data.loader import test_batches as batches_for_testing
+from dist_vlcl.data.loader import train_batches
+from dist_vlcl.data.order import held_out, plain_order
+from dist_vlcl.data.transforms import TestTransform
+from dist_vlcl.dist.world import World
+from dist_vlcl.report.trials import Trial, ranked, trial_table, write_csv
+from dist_vlcl.train import not_trained_on, open_tasks, steps_per_epoch
+
+
+def configured(*words):
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+        return from_hydra(compose("config", expand_paper(list(words))))
+
+
+def test_held_out_images_are_a_part_of_every_class_and_never_trained_on(tmp_path):
+    cfg = configured(f"data.root={tmp_path}", "eval.holdout=0.2", "train.batch_size=50")
+    index, tasks = open_tasks(cfg, World.alone())
+    task, kept = tasks[0], not_trained_on(cfg, index, tasks[0])
+    sizes = index.sizes("train", task.classes)
+    for class_id, shards in sizes.items():
+        assert sum(s.class_id == class_id for s in kept) == round(0.2 * sum(shards))
+    shared = {"batch_size": 50, "rank": 0, "size": 1, "transform": TestTransform(8)}
+    loader = train_batches(index, task, seed=0, epoch=0, without=kept, **shared)
+    trained = [key for batch in loader for key in batch.samples]
+    judged = [key for batch in batches_for_testing(index, task.classes, held_out=kept, **shared) for key in batch.samples]
+    tested = [key for batch in batches_for_testing(index, task.classes, **shared) for key in batch.samples]
+    everything = [key for batch in train_batches(index, task, seed=0, epoch=0, **shared) for key in batch.samples]
+    assert len(judged) == len(kept) and sorted(trained + judged) == sorted(everything)
+    assert not set(tested) & set(judged) and not set(tested) & set(trained)
+    assert loader.num_batches == steps_per_epoch(cfg, index, task)
+
+
+def test_what_is_held_out_is_a_function_of_class_and_seed_alone():
+    sizes = {3: [4, 4], 7: [5], 9: [1]}
+    whole = held_out(sizes, 0.25, 0)
+    assert [s.class_id for s in whole] == [3, 3, 7, 9] and whole == [s for s in plain_order(sizes) if s in set(whole)]
+    assert held_out({7: [5]}, 0.25, 0) == [s for s in whole if s.class_id == 7]
+    assert held_out(sizes, 0, 0) == [] and any(held_out(sizes, 0.25, seed) != whole for seed in range(1, 5))
+
+
+def tuned(monkeypatch, capfd, *arguments):
+    monkeypatch.setattr(sys, "argv", ["tune", *arguments])
+    try:
+        tune.main()
+        status = 0
+    except SystemExit as ended:
+        status = ended.code
+    return status, "".join(capfd.readouterr())
+
+
+SHORT = ["train.max_steps=2", "train.batch_size=24", "zo.epsilon.language=1e-3", "zo.epsilon.vision=5e-4", "zo.acceptance=always"]
+
+
+def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = [
+        *SHORT,
+        "zo.lr_scale=1,100000",
+        "train.warmup_steps=0",
+        "cluster.threads=1",
+        "run.progress=false",
+        "--launcher",
+        sys.executable,
+    ]
+    status, said = tuned(monkeypatch, capfd, *words, "--out", "found")
+    assert status == 0 and "3 of 3 to train" in said
+    found = tmp_path / "found"
+    assert yaml.safe_load((found / "tuned.yaml").read_text()) == {"zo": {"lr_scale": 1.0}}  # the other throws the adapters away
+    page = (found / "tuning.md").read_text()
+    assert page.index("| 1 |") < page.index("| 100000 |") < page.index("the same units frozen") < page.index("zero-shot CLIP")
+    assert (found / "tuning.png").read_bytes().startswith(b"\x89PNG") and len((found / "tuning.csv").read_text().splitlines()) == 3
+    trials = list((found / "trials").iterdir())
+    assert len(trials) == 3
+    for trial in trials:
+        cfg = load_config(trial / "config.yaml")
+        assert (cfg.tasks.num_tasks, cfg.eval.holdout) == (1, 0.2)
+    status, said = tuned(monkeypatch, capfd, *words, "--out", "found")
+    assert status == 0 and "0 of 3 to train" in said
+    assert configured("tuned=found/tuned.yaml").zo.lr_scale == 1.0
+
+
+def test_what_is_searched_is_what_the_plan_has_and_the_user_has_left_open():
+    choices = tune.grid(configured("orders=vision_all"), {"zo.probes": ["1", "4"]}, ["zo.acceptance=always"])
+    assert set(choices[0]) == {"zo.lr_scale", "zo.epsilon.vision", "zo.probes"} and len(choices) == 3 * 2 * 2
+    assert len(tune.grid(configured(), {}, [])) == 3 * 2 * 2 * 2
+    fixed, several, seeds = tune.read_words(["seed=1,2", "orders.layers=[1,3]", "zo.lr_scale=1,2", "train.epochs=3"])
+    assert (fixed, several, seeds) == (["orders.layers=[1,3]", "train.epochs=3"], {"zo.lr_scale": ["1", "2"]}, ["1", "2"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["orders=first"], "nothing to tune"),
+        (["orders.order=frozen"], "nothing to tune"),
+        (["zo.lr_scale=1", *SHORT], "every option has one value"),
+        (["zo.lr_scale=1,-1"], "zo.lr_scale=-1.0: give a positive number"),
+        (["--holdout", "1.5"], "--holdout 1.5"),
+        (["fast"], "'fast': an option is OPTION=VALUE"),
+    ],
+    ids=str,
+)
+def test_a_search_that_cannot_be_is_refused_before_anything_runs(words, message, monkeypatch, capfd):
+    status, said = tuned(monkeypatch, capfd, *words)
+    assert status == 2 and message in said
+
+
+def test_the_best_has_the_highest_mean_then_the_lowest_loss_and_failed_ones_are_last(tmp_path):
+    a, b, c, d = (
+        Trial({"zo.lr_scale": k}, acc, loss)
+        for k, acc, loss in (("1", [0.5], 1.0), ("2", [0.25, 0.75], 0.5), ("3", [], None), ("4", [0.4], 0.1))
+    )
+    assert ranked([a, b, c, d]) == [b, a, d, c]
+    rows = trial_table([b, c], {"frozen": 0.3}).rows
+    assert rows == [["2", "50.00", "25.00 – 75.00", "2", "0.5000"], ["3", "–", "", "0", "–"], ["frozen", "30.00", "", "", ""]]
+    write_csv(tmp_path / "t.csv", [b, c])
+    assert (tmp_path / "t.csv").read_text().splitlines()[1:] == ["2,0.25,0.5", "2,0.75,0.5", "3,,"]
