@@ -3,7 +3,7 @@
 # K parameter sets, B samples of this rank, C classes, F features, n numbers of a branch
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,6 +183,12 @@ class HybridStep:
         self.skips = 0
         return report
 
+    def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Take steps of this task again from their journal; for plans without first-order units, of which it knows nothing."""
+        assert not self.first.parameters
+        for record in records:
+            self.zeroth.replay(record["moves"], Key(record["seed"], record["step"] - 1))
+
     def _decide(self, losses: BatchLosses, groups: list, key: Key, lr: float, repeat: int = 0) -> tuple[float, list[Move] | None]:
         if groups:
             return self.zeroth.decide(losses, groups, key, lr, repeat)
@@ -191,14 +197,13 @@ class HybridStep:
 
     def _more_rounds(self, report: StepReport, losses: BatchLosses, rounds: list, key: Key, lr: float, sequential: bool) -> bool:
         """Take the rounds that need a new base (next branch, or next step of the batch); return False at a loss that is not finite."""
-        for repeat in range(0 if sequential else 1, self.zeroth.config.steps_per_fo_step):
-            for groups in rounds:
-                losses.rebase()
-                _, moves = self._decide(losses, groups, key, lr, repeat)
-                if moves is None:
-                    return False
-                self.zeroth.apply(moves)
-                report.moves = report.moves + moves
+        for repeat, groups in self.zeroth.schedule()[0 if sequential else len(rounds) :]:
+            losses.rebase()
+            _, moves = self._decide(losses, groups, key, lr, repeat)
+            if moves is None:
+                return False
+            self.zeroth.apply(moves)
+            report.moves = report.moves + moves
         return True
 
     def _skip(self, report: StepReport, why: str) -> StepReport:
@@ -227,7 +232,7 @@ class HybridStep:
         return {
             **adapters,
             **{f"adamw/{name}": t for name, t in self.first.state_dict(self.first_names).items()},
-            **{f"zo/{name}": t for name, t in (self.zeroth.adam.state_dict() if self.zeroth.adam else {}).items()},
+            **{f"zo/{name}": t for name, t in self.zeroth.state_dict().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -238,5 +243,4 @@ class HybridStep:
 
         self.towers.units.load_state_dict(under("adapters/"))
         self.first.load_state_dict(under("adamw/"), self.first_names)
-        if self.zeroth.adam and under("zo/"):
-            self.zeroth.adam.load_state_dict(under("zo/"))
+        self.zeroth.load_state_dict(under("zo/"))

@@ -30,7 +30,7 @@ from dist_vlcl.model.clip import TwoTowers, build_clip
 from dist_vlcl.orders import Order, assign, describe
 from dist_vlcl.report.figures import plot_run
 from dist_vlcl.report.tables import summarize_run
-from dist_vlcl.run import checkpoint
+from dist_vlcl.run import checkpoint, journal
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import RunLog
@@ -76,6 +76,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
             print(f"{run.message}\nDelete it, or take another run.name or seed, to train again.")
         return None
     state, saved = resume_or_start(cfg, run, world)
+    journalled = roll_forward(cfg, run, step, state, index, tasks, world)
     accuracy = AccuracyMatrix([len(task.classes) for task in tasks], [[tuple(c) for c in row] for row in state.accuracy])
 
     log = RunLog(run.path, cfg.run, world, cfg.as_dict(), state)
@@ -92,6 +93,11 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                 if saved:
                     step.load_state_dict(saved.tensors)
                     saved = None
+                if journalled:
+                    step.replay(journalled)
+                    agree(world, "the adapters as the journal rebuilds them", digest(towers.units.state_dict()))
+                    log.say(f"the journal gave back {len(journalled)} steps after the checkpoint")
+                    journalled = []
                 for batch, key, lr in training_steps(cfg, step, index, task, world, state, log):
                     started = time.perf_counter()
                     report = step(split(batch, cfg.train.micro_batches), key, lr, task.first_label, stop=preemption.requested)
@@ -157,6 +163,27 @@ def resume_or_start(cfg: Config, run: RunFolder, world: World) -> tuple[TrainSta
     return TrainState.from_dict(saved.state), saved
 
 
+def roll_forward(
+    cfg: Config, run: RunFolder, step: HybridStep, state: TrainState, index: Index, tasks: TaskStream, world: World
+) -> list[dict[str, Any]]:
+    """Return the steps of the task that the journal holds beyond the checkpoint, and count them in `state`. All ranks call this.
+
+    None where first-order units learn: the journal does not know their updates, so those steps are taken again.
+    """
+    if run.is_new or step.first.parameters or state.task >= len(tasks):
+        return []
+    records = world.share(list(journal.read_after(run.path, state.step)) if world.is_main else None)
+    records = [record for record in records if record["task"] == state.task]  # an evaluation lies between two tasks
+    per_epoch = steps_per_epoch(cfg, index, tasks[state.task])
+    state.epoch, state.batch = divmod(state.epoch * per_epoch + state.batch + len(records), per_epoch)
+    state.step += len(records)
+    return records
+
+
+def steps_per_epoch(cfg: Config, index: Index, task: Task) -> int:
+    return math.ceil(index.count("train", task.classes) / cfg.train.batch_size)
+
+
 def save(run: RunFolder, state: TrainState, step: HybridStep, zero_shot: dict[int, float]) -> None:
     """Write a checkpoint. All ranks call this; rank 0 writes."""
     tensors = step.state_dict(optimizers=state.epoch > 0 or state.batch > 0)  # a new task starts with fresh ones
@@ -191,7 +218,7 @@ def training_steps(
         "on_error": cfg.data.on_error,
         "pin_memory": world.device.type == "cuda",
     }
-    per_epoch = math.ceil(index.count("train", task.classes) / cfg.train.batch_size)
+    per_epoch = steps_per_epoch(cfg, index, task)
     steps = cfg.train.epochs * per_epoch
     if state.epoch == state.batch == 0 and steps < 2 * cfg.train.warmup_steps:
         log.say(f"task {task.index + 1}: {steps} steps are few for train.warmup_steps={cfg.train.warmup_steps}")
@@ -296,9 +323,9 @@ def log_step(log: RunLog, state: TrainState, report: StepReport, key: Key, lr: f
     )
     if report.count < planned:
         log.note(f"step {state.step}: {planned - report.count} damaged samples were left out", state.step, state.task)
-    log.journal({"step": state.step, "task": state.task, "seed": key.seed, "lr": lr, "moves": moves})
     if report.skipped:
         log.note(f"step {state.step} was skipped: {report.skipped}", state.step, state.task)
+    log.journal({"step": state.step, "task": state.task, "seed": key.seed, "lr": lr, "moves": moves})  # last: the step is now on record
 
 
 def farewell(log: RunLog, run: RunFolder, world: World) -> None:

@@ -16,6 +16,7 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("data.tasks", 0),
     ("data.build", 4),
     ("report.build", 4),
+    ("run.replay", 4),
     ("model.clip", 1),
     ("continual.evaluator", 2),
     ("continual.metrics", 0),
