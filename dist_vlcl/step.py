@@ -160,7 +160,7 @@ class HybridStep:
             images, labels, positions, real = self._on_device(batch, first_label)
             noise = StepNoise(key, {"vision": positions, "language": torch.arange(len(self.tokens), device=self.world.device)})
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
-                base = self.first.wrapped({"vision": images, "language": self.tokens}, noise, losses.start)
+                base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, keep=losses.start)
                 logits_BC = self.towers.logit_scale * base["vision"][0][0] @ base["language"][0][0].T
                 loss_sum = F.cross_entropy(logits_BC, labels, reduction="none")[:real].sum()
                 # DDP averages over ranks; the loss is the mean over the global batch, however unequal the ranks' shares.
@@ -224,9 +224,14 @@ class HybridStep:
         images, labels, positions = (torch.cat(pair).to(device) if blanks else pair[0].to(device) for pair in zip(parts, fill, strict=True))
         return images, labels, positions, real
 
+    def adapters(self) -> dict[str, Tensor]:
+        """Return a copy of every adapter tensor, whole, by name. All ranks call this."""
+        with self.first.whole():
+            return {name: t.clone() for name, t in self.towers.units.state_dict().items()}
+
     def state_dict(self, optimizers: bool = True) -> dict[str, Tensor]:
-        """Return all that a resume needs: adapters, and within a task AdamW's moments and the zeroth-order ones."""
-        adapters = {f"adapters/{name}": t for name, t in self.towers.units.state_dict().items()}
+        """Return all that a resume needs: adapters, and within a task AdamW's moments and the zeroth-order ones. All ranks call this."""
+        adapters = {f"adapters/{name}": t for name, t in self.adapters().items()}
         if not optimizers:
             return adapters
         return {
@@ -236,11 +241,12 @@ class HybridStep:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a state; call `begin` first, so that there is an optimiser to restore into."""
+        """Restore a state; call `begin` first, so that there is an optimiser to restore into. All ranks call this."""
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
-        self.towers.units.load_state_dict(under("adapters/"))
+        with self.first.whole(writes=True):
+            self.towers.units.load_state_dict(under("adapters/"))
         self.first.load_state_dict(under("adamw/"), self.first_names)
         self.zeroth.load_state_dict(under("zo/"))

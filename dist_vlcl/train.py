@@ -24,8 +24,8 @@ from dist_vlcl.data.store import open_index
 from dist_vlcl.data.tasks import Task, TaskStream
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
 from dist_vlcl.dist.agree import agree, digest
-from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World
+from dist_vlcl.dist.zero import first_order
 from dist_vlcl.model.clip import TwoTowers, build_clip
 from dist_vlcl.orders import Order, assign, describe
 from dist_vlcl.report.figures import plot_run
@@ -36,6 +36,7 @@ from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.preemption import Preemption
 from dist_vlcl.run.state import TrainState
+from dist_vlcl.run.status import report_status
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.noise import Key, derive_seed
@@ -63,16 +64,17 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
         towers,
         assign(towers.units, cfg.orders),
         cfg.zo,
-        lambda model: FirstOrder(world, cfg.first_order, model),
+        lambda model: first_order(world, cfg.first_order, model),
         world,
         cfg.train.max_skips,
     )
-    agree(world, "the frozen weights", digest({name: p for name, p in towers.named_parameters() if not p.requires_grad}))
+    agree(world, "the frozen weights", digest({name: t for name, t in towers.state_dict().items() if ".adapter." not in name}))
     agree(world, "the adapters", digest(towers.units.state_dict()))
     agree(world, "the first direction", first_direction(step), "CPUs of another kind? Take zo.directions=rademacher: it has no rounding.")
     run = RunFolder.open(cfg.run, cfg.as_dict(), world)
     if run.is_complete:
         if world.is_main:
+            report_status("complete")
             print(f"{run.message}\nDelete it, or take another run.name or seed, to train again.")
         return None
     state, saved = resume_or_start(cfg, run, world)
@@ -83,6 +85,8 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     state.wandb_id = log.wandb_id
     log.say(run.message)
     introduce(log, cfg, world, step, tasks, index)
+    if world.is_main:
+        report_status("training")
     try:
         with Preemption() as preemption:
             zero_shot = (
@@ -105,7 +109,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     state.seconds += time.perf_counter() - started
                     log_step(log, state, report, key, lr, time.perf_counter() - started, batch.count)
                     if state.step % cfg.train.check_every_steps == 0:
-                        agree(world, f"the adapters after step {state.step}", digest(towers.units.state_dict()), "A rank went astray.")
+                        agree(world, f"the adapters after step {state.step}", digest(step.adapters()), "A rank went astray.")
                     if report.stop or run.is_time_to_save(state.step):
                         save(run, state, step, zero_shot)
                     if report.stop:
@@ -121,6 +125,8 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     requeue(run)
         farewell(log, run, world)
         run.complete({**accuracy.summary(), "rows": accuracy.rows, "zero_shot": zero_shot, "seconds": state.seconds, "steps": state.step})
+        if world.is_main:
+            report_status("complete")
     finally:
         log.close()
         run.close()
@@ -298,7 +304,7 @@ def introduce(log: RunLog, cfg: Config, world: World, step: HybridStep, tasks: T
         f"{cfg.model.name}: {by_order[Order.FIRST]:,} parameters learn by first order, {by_order[Order.ZEROTH]:,} by zeroth "
         f"({cfg.zo.name}), {by_order[Order.FROZEN]:,} adapter parameters stay\n"
         f"{index.name}: {len(tasks)} tasks, {index.count('train'):,} training images; "
-        f"{world.size} x {world.device.type}, global batch {cfg.train.batch_size}"
+        f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}"
     )
 
 
@@ -350,8 +356,11 @@ def main() -> None:
             train(cfg, world)
         except Requeued as stopped:
             if world.is_main:
+                report_status("requeue")
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")
         except (ValueError, RuntimeError, FloatingPointError) as error:
+            if world.is_main and isinstance(error, FloatingPointError):
+                report_status("failed")
             if cfg.cluster.traceback:
                 raise
             # Any rank may be the one that knows; cluster.traceback=true shows where.

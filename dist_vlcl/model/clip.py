@@ -60,6 +60,9 @@ class ImageEnds(nn.Module):
         """Return the patches of uint8 images `[B, 3, S, S]` with their class token, `[B, L, D]`."""
         return self.visual._embeds((images.float() / 255 - self.mean) / self.std)
 
+    def forward(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return self.embed(images) if hidden is None else self.pool(hidden, images)
+
     def pool(self, hidden: Tensor, images: Tensor) -> Tensor:
         pooled = self.visual._pool(hidden)[0]
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
@@ -76,6 +79,9 @@ class TextEnds(nn.Module):
         """Return the embedding of tokens `[C, L]`, `[C, L, D]`."""
         return self.clip.token_embedding(tokens) + self.clip.positional_embedding[: tokens.shape[1]]
 
+    def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return self.embed(tokens) if hidden is None else self.pool(hidden, tokens)
+
     def pool(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         ends = self.clip.ln_final(hidden[torch.arange(len(hidden), device=hidden.device), tokens.argmax(-1)])
         projection = self.clip.text_projection
@@ -90,6 +96,10 @@ class TwoTowers(nn.Module):
         self.vision, self.language = vision, language
         self.tokenizer, self.config, self.image_size = tokenizer, config, image_size
         self.units = Units([block.unit for tower in (vision, language) for block in tower])
+
+    def pieces(self) -> list[nn.Module]:
+        """Return the modules that between them read every parameter, each within its own call: what ZeRO-3 makes whole one at a time."""
+        return [piece for tower in (self.vision, self.language) for piece in (tower.ends, *tower)]
 
     def tower(self, branch: str) -> Tower:
         return self.vision if branch == "vision" else self.language
@@ -137,6 +147,9 @@ def build_clip(model: ModelConfig, adapter: MoEConfig | LoRAConfig, seed: int = 
         clip, tokenizer = _load(model)
     _refuse_unknown_blocks(model.name, clip)
     clip.eval().float()
+    scale = clip.logit_scale
+    del clip.logit_scale
+    clip.register_buffer("logit_scale", scale.detach())  # read outside of any module's call, so no parameter that ZeRO-3 may take apart
     for parameter in clip.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)

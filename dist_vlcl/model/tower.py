@@ -28,6 +28,21 @@ class AdaptedBlock(nn.Module):
         self.causal = causal
         self.unit = Unit(unit_id, adapter)
 
+    def forward(
+        self,
+        hidden: Tensor | tuple[Tensor, ...],
+        sets: dict[str, Tensor] | None = None,
+        noise: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the block's output `[K, B, L, D]` and its carry, detached, from its input or its carry; without sets, for its own tensors.
+
+        Parameters are read in here only: an engine that holds them in pieces makes them whole for the time of a module's call.
+        """
+        carry = hidden if isinstance(hidden, tuple) else self.carry(hidden)
+        tensors = sets or {name: t[None] for name, t in self.unit.tensors().items()}
+        return self.finish(carry, tensors, noise, kept), tuple(t.detach() for t in carry)
+
     def carry(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return what the block knows before its adapter acts, from its input `[K, B, L, D]`."""
         normed = self.block.ln_1(x)
@@ -59,7 +74,7 @@ class AdaptedBlock(nn.Module):
 class Tower(nn.Module):
     """One branch of CLIP: blocks between two ends; everything but the adapters is frozen.
 
-    `ends` offers `embed(inputs) -> [B, L, D]` and `pool(hidden [K*B, L, D], inputs [K*B, ...]) -> [K*B, F]`.
+    `ends` is a module with `ends(inputs) -> [B, L, D]`, the embedding, and `ends(inputs [K*B, ...], hidden [K*B, L, D]) -> [K*B, F]`, the pooling.
     """
 
     def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: Any):
@@ -81,7 +96,7 @@ class Tower(nn.Module):
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Return the input of the first block `[1, B, L, D]`."""
-        return self.ends.embed(inputs)[None]
+        return self.ends(inputs)[None]
 
     def run(
         self,
@@ -99,18 +114,15 @@ class Tower(nn.Module):
         hidden: what `embed` made of `inputs`, or the carry of block `start`. sets: K values for some of the units; the others act with
         their own. The K axis appears at the first block that has K sets.
         """
-        carry = hidden if isinstance(hidden, tuple) else self.block(start).carry(hidden)
-        kept_carry, x = None, carry[0]
+        kept_carry, x = None, hidden
+        tokens = (hidden[0] if isinstance(hidden, tuple) else hidden).shape[2]
         for layer in range(start, self.depth + 1):
             block = self.block(layer)
-            if layer > start:
-                carry = block.carry(x)
+            router, kept = block.adapter.draw(noise, self.branch, layer, tokens, training)
+            x, carry = block(x, sets=sets.get(block.unit.id) if sets else None, noise=router, kept=kept)
             if layer == keep:
-                kept_carry = tuple(t.detach() for t in carry)
-            given = sets.get(block.unit.id) if sets is not None else None
-            tensors = given or {name: t[None] for name, t in block.unit.tensors().items()}
-            tokens = carry[0].shape[2]
-            x = block.finish(carry, tensors, *block.adapter.draw(noise, self.branch, layer, tokens, training))
+                kept_carry = carry
+        assert isinstance(x, Tensor)
         sets_count = x.shape[0]
-        features = self.ends.pool(x.flatten(0, 1), inputs.repeat(sets_count, *[1] * (inputs.ndim - 1)) if sets_count > 1 else inputs)
+        features = self.ends(inputs.repeat(sets_count, *[1] * (inputs.ndim - 1)) if sets_count > 1 else inputs, x.flatten(0, 1))
         return F.normalize(features, dim=-1).unflatten(0, (sets_count, -1)), kept_carry
