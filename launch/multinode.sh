@@ -28,7 +28,7 @@ The run folder and the data must be on a file system that all machines share.
 TEXT
 }
 
-nodes=${SLURM_STEP_NUM_NODES:-} rank=${SLURM_NODEID:-} address=${MASTER_ADDR:-} port=${MASTER_PORT:-29500}
+nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-}} rank=${SLURM_NODEID:-} address=${MASTER_ADDR:-} port=${MASTER_PORT:-29500}
 processes="" engine=ddp launcher=accelerate restarts=0 module=dist_vlcl.train dry_run=no
 while (($#)); do
     case $1 in

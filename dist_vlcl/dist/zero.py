@@ -44,7 +44,9 @@ def name_of(accelerator: Any) -> str:
     config = accelerator.deepspeed_plugin.deepspeed_config
     for precision in ("fp16", "bf16"):
         if config.get(precision, {}).get("enabled") is True:
-            raise RuntimeError(f"the DeepSpeed configuration enables {precision}: zeroth-order slopes need fp32; take a file of launch/deepspeed/")
+            raise RuntimeError(
+                f"the DeepSpeed configuration enables {precision}: zeroth-order slopes need fp32; take a file of launch/deepspeed/"
+            )
     zero = config.get("zero_optimization", {})
     offloads = any(zero.get(what, {}).get("device", "none") != "none" for what in ("offload_optimizer", "offload_param"))
     return f"zero{zero.get('stage', 0)}{'_offload' if offloads else ''}"
@@ -131,15 +133,16 @@ class ZeroFirstOrder(FirstOrder):
         return float(self.engine.get_global_grad_norm())
 
     def zero_grad(self) -> None:
-        """Drop the gradients the way DeepSpeed drops its own: a step of one that is not finite changes nothing and clears all."""
+        """Drop the gradients: a step of the engine, which clears them wherever they are kept, in which AdamW does nothing."""
         if not self.is_sharded:
             return super().zero_grad()
-        from deepspeed.utils import safe_set_full_grad
-
         if self.has_gradients:
-            first = self.parameters[0]
-            safe_set_full_grad(first, torch.full(getattr(first, "ds_shape", first.shape), torch.nan, device=self.world.device))
-            self.engine.step()
+            zero: Any = self.optimizer
+            zero.optimizer.step = lambda *_, **__: None
+            try:
+                self.engine.step()
+            finally:
+                del zero.optimizer.step  # the class's own again
             self.has_gradients = False
 
     @contextlib.contextmanager
@@ -187,7 +190,8 @@ class ZeroFirstOrder(FirstOrder):
         partitions = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
         for flat in partitions:
             zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(updates)), **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+                "step": torch.tensor(float(updates)),
+                **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
             }
         if self._stage != 3:  # the views of the state that belong to each parameter
             zero._hp_optimizer_states_linked = False

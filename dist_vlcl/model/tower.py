@@ -74,7 +74,7 @@ class AdaptedBlock(nn.Module):
 class Tower(nn.Module):
     """One branch of CLIP: blocks between two ends; everything but the adapters is frozen.
 
-    `ends` is a module with `ends(inputs) -> [B, L, D]`, the embedding, and `ends(inputs [K*B, ...], hidden [K*B, L, D]) -> [K*B, F]`, the pooling.
+    `ends` is a module: `ends(inputs) -> [B, L, D]` embeds, `ends(inputs [K*B, ...], hidden [K*B, L, D]) -> [K*B, F]` pools.
     """
 
     def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: Any):

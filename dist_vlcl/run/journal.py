@@ -1,6 +1,6 @@
 """The journal: one line a step with its seed and accepted coefficients, from which the zeroth-order units can be rebuilt.
 
-    {"step": 7, "task": 0, "seed": 88, "lr": 0.001, "moves": [{"group": "language", "projected_gradient": ..., "coefficient": ...}], "crc": "..."}
+    {"step": 7, "task": 0, "seed": 8, "lr": 0.1, "moves": [{"group": "vision", "projected_gradient": ..., "coefficient": ...}], "crc": "…"}
 
 A step's line is the last that is written of it, and is with the system before the next step begins: it survives kill -9 (not a power cut).
 The CRC-32 of the rest of the line tells a damaged line from a whole one.

@@ -59,16 +59,21 @@ def main() -> None:
     parser.add_argument("--time", metavar="LIMIT", help="time limit, such as 4:00:00")
     parser.add_argument("--engine", default="ddp", help="of first-order units: ddp (default), zero0, zero1, zero2, zero3, zero3_offload")
     parser.add_argument("--parallel", type=int, default=8, metavar="N", help="sweep: tasks of the array at a time (default 8)")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="for sbatch itself, such as --sbatch=--partition=gpu")
-    parser.add_argument("--repository", type=Path, default=Path.cwd(), metavar="FOLDER", help="the checkout with slurm/ (default: this folder)")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="for sbatch itself, such as --sbatch=--partition=gpu"
+    )
+    parser.add_argument(
+        "--repository", type=Path, default=Path.cwd(), metavar="FOLDER", help="the checkout with slurm/ (default: this folder)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the script and the command, and submit nothing")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="options of dist_vlcl.train, of the sweep, or of data.build")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     script = arguments.repository / "slurm" / f"{arguments.what}.sbatch"
+    engines = ["ddp", *sorted(path.stem for path in (arguments.repository / "launch/deepspeed").glob("*.json"))]
     try:
         if not script.exists():
             raise ValueError(f"{script} is missing: call this from the repository's folder, or give --repository")
-        if arguments.engine not in (engines := ["ddp", *sorted(p.stem for p in (arguments.repository / "launch/deepspeed").glob("*.json"))]):
+        if arguments.engine not in engines:
             raise ValueError(f"--engine {arguments.engine}: choose from {', '.join(engines)}")
         check_options(arguments.what, arguments.options)
         own = [f"--nodes={arguments.nodes}"] if arguments.nodes else []

@@ -153,9 +153,8 @@ class ZerothOrder:
             if not taken:  # the step was skipped from here on
                 break
             if [record["group"] for record in taken] != [group.name for group in groups]:
-                raise ValueError(
-                    f"the journal moves {', '.join(r['group'] for r in taken)} where the configuration has {', '.join(g.name for g in groups)}"
-                )
+                moved, wanted = (", ".join(names) for names in ([r["group"] for r in taken], [g.name for g in groups]))
+                raise ValueError(f"the journal moves {moved} where the configuration has {wanted}")
             slopes = [{b: tuple(s) for b, s in record["projected_gradient"].items()} for record in taken]
             estimates = [Estimate(group, s) for group, s in zip(groups, slopes, strict=True)]
             directions = self._directions(estimates, self._draw(groups, key, repeat))

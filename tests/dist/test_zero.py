@@ -40,7 +40,11 @@ def environment_of(engine: str) -> dict[str, str]:
     if engine == "ddp":
         return {}
     config = str(LAUNCH / "deepspeed" / f"{engine}.json")
-    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": config, "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file"}
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": config,
+        "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file",
+    }
 
 
 def make_step(world: World, plan: OrderPlan, max_grad_norm: float | None = None) -> HybridStep:
@@ -74,7 +78,11 @@ def learn(world: World, plan: OrderPlan) -> tuple[dict[str, torch.Tensor], list,
     step.load_state_dict(saved)
     take(step, 6), take(step, 7)
     resumed = states(step)
-    zeroth = {name: t for name, t in straight.items() if any(name.startswith(f"adapters/{u}/") for u in step.orders if step.orders[u].value == "zeroth")}
+    zeroth = {
+        name: t
+        for name, t in straight.items()
+        if any(name.startswith(f"adapters/{u}/") for u in step.orders if step.orders[u].value == "zeroth")
+    }
     digests = {"straight": digest(straight), "resumed": digest(resumed), "zeroth": digest(zeroth)}
     return straight, [(r.loss, r.gradient_norm, r.skipped) for r in reports], digests
 
@@ -119,7 +127,9 @@ def test_a_zero_stage_learns_what_data_parallelism_learns(engine, ddp):
             assert norm is None or norm == pytest.approx(other_norm, rel=1e-4)
         assert ours.keys() == theirs.keys()
         for tensor in ours:
-            torch.testing.assert_close(ours[tensor], theirs[tensor], rtol=0, atol=TOLERANCE, msg=lambda m, n=tensor, p=name: f"{p} {n}: {m}")
+            torch.testing.assert_close(
+                ours[tensor], theirs[tensor], rtol=0, atol=TOLERANCE, msg=lambda m, n=tensor, p=name: f"{p} {n}: {m}"
+            )
     assert ranks[0]["dual_all"][2]["straight"] == ddp[0]["dual_all"][2]["straight"]
 
 

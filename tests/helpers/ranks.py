@@ -20,15 +20,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(
-    work: Callable, size: int, *arguments: Any, timeout_s: float = 90, environment: Mapping[str, str] | None = None
-) -> list[Any]:
+def run_ranks(work: Callable, size: int, *arguments: Any, timeout_s: float = 90, environment: Mapping[str, str] | None = None) -> list[Any]:
     """Return `work(world, *arguments)` of every rank; raise RuntimeError with the rank's traceback if one fails.
 
-    environment: variables that a launcher would set. `work` must be importable (a function at the top of a test module), its arguments and results picklable.
+    environment: variables that a launcher would set. `work` must be importable (a function at the top of a test module), its arguments
+    and results picklable.
     """
     port, pipes = free_port(), [_context.Pipe(duplex=False) for _ in range(size)]
-    processes = [_context.Process(target=_rank, args=(work, rank, size, port, pipes[rank][1], arguments, dict(environment or {}))) for rank in range(size)]
+    processes = [
+        _context.Process(target=_rank, args=(work, rank, size, port, pipes[rank][1], arguments, dict(environment or {})))
+        for rank in range(size)
+    ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()
         sender.close()
