@@ -67,6 +67,20 @@ def test_a_killed_dual_zeroth_order_run_loses_no_finished_step(tmp_path, killed_
     assert [{**r, "name": ""} for r in records(unbroken)] == [{**r, "name": ""} for r in records(broken)]
 
 
+def test_a_damaged_checkpoint_costs_no_finished_step_either(tmp_path):
+    unbroken = configured(tmp_path, *DUAL, "tasks.num_tasks=1", "run.name=unbroken")
+    broken = configured(tmp_path, *DUAL, "tasks.num_tasks=1", "run.save_every_steps=2", "run.name=broken")
+    (steps,) = run_ranks(counted, 1, unbroken)
+    with pytest.raises(RuntimeError, match="rank 0 died without a word"):
+        run_ranks(counted, 1, broken, 0, steps)
+    assert checkpoint.saved_steps(run_folder(broken)) == [2, 4]
+    tensors = run_folder(broken) / "checkpoints/step-00000004/tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    assert run_ranks(counted, 1, broken) == [1]  # from step 2 and the journal's 3 and 4
+    expected, got = (checkpoint.load_newest(run_folder(cfg)).tensors for cfg in (unbroken, broken))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
 def damage(folder: Path, step: int) -> None:
     """Change one digit of a coefficient: still JSON, no longer what was written."""
     lines = (folder / journal.FILE).read_text().splitlines(keepends=True)

@@ -17,10 +17,10 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.submit import check_options
 from dist_vlcl.train import train
+from tests.helpers.runs import QUICK_RUN
 from tests.helpers.slurm import ROOT, Cluster, cluster
-from tests.test_train import SMALL_RUN, configured
+from tests.test_train import configured
 
-OPTIONS = [*SMALL_RUN, "eval.zero_shot=false", "orders=dual_all"]
 EIGHT_CORES = ["--sbatch=--cpus-per-task=1", "--sbatch=--output=%x-%j.out"]
 SUBMIT = [sys.executable, "-m", "dist_vlcl.run.submit"]
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
@@ -50,7 +50,7 @@ def rank_1(folder: Path) -> psutil.Process:
 
 
 def assert_ended_as_never_stopped(tmp_path: Path, name: str, starts: int) -> None:
-    whole = configured(tmp_path, "eval.zero_shot=false", "orders=dual_all", "run.name=whole")
+    whole = configured(tmp_path, *QUICK_RUN, "run.name=whole")
     train(whole, World.alone())
     expected, got = (checkpoint.load_newest(tmp_path / "runs" / run).tensors for run in ("whole", name))
     assert all(torch.equal(expected[key], got[key]) for key in expected)
@@ -59,7 +59,7 @@ def assert_ended_as_never_stopped(tmp_path: Path, name: str, starts: int) -> Non
 
 
 def test_a_preempted_run_on_two_nodes_is_queued_again_and_ends_as_if_never_stopped(slurm, tmp_path):
-    job = submit(slurm, tmp_path, "train", "--nodes", "2", *OPTIONS, "run.name=moved", "cluster.num_processes=2", "run.wandb=offline")
+    job = submit(slurm, tmp_path, "train", "--nodes", "2", *QUICK_RUN, "run.name=moved", "cluster.num_processes=2", "run.wandb=offline")
     folder = tmp_path / "runs/moved"
     slurm.until(lambda: steps(folder) >= 2, "two steps")
     slurm.run("scancel", "--signal=USR1", job)  # what --signal=USR1@180 sends before the time limit: to the steps, not the batch shell
@@ -73,14 +73,14 @@ def test_a_preempted_run_on_two_nodes_is_queued_again_and_ends_as_if_never_stopp
 
 
 def test_a_job_whose_rank_dies_is_queued_again_and_a_refused_one_is_not(slurm, tmp_path):
-    job = submit(slurm, tmp_path, "train", "--nodes", "2", *OPTIONS, "run.name=killed", "run.wandb=off")
+    job = submit(slurm, tmp_path, "train", "--nodes", "2", *QUICK_RUN, "run.name=killed", "run.wandb=off")
     slurm.until(lambda: steps(tmp_path / "runs/killed") >= 2, "two steps")
     rank_1(tmp_path).send_signal(signal.SIGKILL)
     fields = slurm.wait(job)
     said = (tmp_path / f"dist_vlcl-{job}.out").read_text()
     assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), said
     assert "(training)" in said and "the journal gave back" in said
-    refused = submit(slurm, tmp_path, "train", "--nodes", "2", *OPTIONS, "run.name=killed", "run.wandb=off", "zo.probes=2")
+    refused = submit(slurm, tmp_path, "train", "--nodes", "2", *QUICK_RUN, "run.name=killed", "run.wandb=off", "zo.probes=2")
     fields = slurm.wait(refused)
     assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "0")
     assert "zo.probes: 1 -> 2" in (tmp_path / f"dist_vlcl-{refused}.out").read_text()
@@ -88,7 +88,7 @@ def test_a_job_whose_rank_dies_is_queued_again_and_a_refused_one_is_not(slurm, t
 
 def test_a_node_that_dies_costs_no_finished_step(tmp_path):
     with cluster(isolation="net") as slurm:
-        job = submit(slurm, tmp_path, "train", "--nodes", "2", *OPTIONS, "run.name=lost", "run.wandb=off", "cluster.timeout_s=20")
+        job = submit(slurm, tmp_path, "train", "--nodes", "2", *QUICK_RUN, "run.name=lost", "run.wandb=off", "cluster.timeout_s=20")
         slurm.until(lambda: steps(tmp_path / "runs/lost") >= 2, "two steps")
         before = steps(tmp_path / "runs/lost")
         assert slurm.tool("crash", "node2").returncode == 0
@@ -108,7 +108,7 @@ def test_shards_are_built_by_a_job(slurm, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("dist_vlcl.sweep") is None, reason="there is no dist_vlcl.sweep yet")
 def test_an_array_trains_every_run_of_a_sweep(slurm, tmp_path):
-    small = ["data=digits", "tasks.increment=2", "tasks.order=natural", "model=small", *SMALL_RUN, "eval.zero_shot=false"]
+    small = ["data=digits", "tasks.increment=2", "tasks.order=natural", "model=small", "run.wandb=off", *QUICK_RUN[:-2]]
     job = submit(slurm, tmp_path, "sweep", "--parallel", "1", "paper=t1-moe-cifar10-fo,t2-moe-cifar10-dual-hop_odd", *small)
     slurm.until(lambda: len(list((tmp_path / "runs").glob("*/accuracy.json"))) == 2, "two runs")
     slurm.until(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), "the array to end")
