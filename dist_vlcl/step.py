@@ -3,7 +3,7 @@
 # K parameter sets, B samples of this rank, C classes, F features, n numbers of a branch
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,7 +164,7 @@ class HybridStep:
             images, labels, positions, real = self._on_device(batch, first_label)
             noise = StepNoise(key, {"vision": positions, "language": torch.arange(len(self.tokens), device=self.world.device)})
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
-                base = self.first.wrapped({"vision": images, "language": self.tokens}, noise, losses.start)
+                base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, keep=losses.start)
                 logits_BC = self.towers.logit_scale * base["vision"][0][0] @ base["language"][0][0].T
                 loss_sum = F.cross_entropy(logits_BC, labels, reduction="none")[:real].sum()
                 # DDP averages over ranks; the loss is the mean over the global batch, however unequal the ranks' shares.
@@ -177,8 +177,10 @@ class HybridStep:
         report = StepReport(loss, stop=losses.stop, count=losses.count)
         if moves is None:
             return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
-        statistics = UnitStatistics(self.towers.units) if observe else None
-        if statistics:
+        statistics = None
+        if observe:
+            with self.first.whole():
+                statistics = UnitStatistics(self.towers.units)
             self._observe_first(statistics, planned / max(losses.count, 1))
         report.gradient_norm = self.first.update(lr, planned / max(losses.count, 1))
         if report.gradient_norm is None:
@@ -190,7 +192,8 @@ class HybridStep:
         self.skips = 0
         if statistics:
             self._observe_zeroth(statistics, report.moves)
-            report.figures = statistics.figures()
+            with self.first.whole():
+                report.figures = statistics.figures()
         return report
 
     def _observe_first(self, statistics: UnitStatistics, scale: float) -> None:
@@ -207,6 +210,12 @@ class HybridStep:
                 ids = [id for id, own in self.flats[branch].slices.items() if part.start <= own.start < part.stop]
                 statistics.observe(ids, move.gradients[branch][part])
 
+    def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Take steps of this task again from their journal; for plans without first-order units, of which it knows nothing."""
+        assert not self.first.parameters
+        for record in records:
+            self.zeroth.replay(record["moves"], Key(record["seed"], record["step"] - 1))
+
     def _decide(self, losses: BatchLosses, groups: list, key: Key, lr: float, repeat: int = 0) -> tuple[float, list[Move] | None]:
         if groups:
             return self.zeroth.decide(losses, groups, key, lr, repeat)
@@ -215,14 +224,13 @@ class HybridStep:
 
     def _more_rounds(self, report: StepReport, losses: BatchLosses, rounds: list, key: Key, lr: float, sequential: bool) -> bool:
         """Take the rounds that need a new base (next branch, or next step of the batch); return False at a loss that is not finite."""
-        for repeat in range(0 if sequential else 1, self.zeroth.config.steps_per_fo_step):
-            for groups in rounds:
-                losses.rebase()
-                _, moves = self._decide(losses, groups, key, lr, repeat)
-                if moves is None:
-                    return False
-                self.zeroth.apply(moves)
-                report.moves = report.moves + moves
+        for repeat, groups in self.zeroth.schedule()[0 if sequential else len(rounds) :]:
+            losses.rebase()
+            _, moves = self._decide(losses, groups, key, lr, repeat)
+            if moves is None:
+                return False
+            self.zeroth.apply(moves)
+            report.moves = report.moves + moves
         return True
 
     def _skip(self, report: StepReport, why: str) -> StepReport:
@@ -243,24 +251,29 @@ class HybridStep:
         images, labels, positions = (torch.cat(pair).to(device) if blanks else pair[0].to(device) for pair in zip(parts, fill, strict=True))
         return images, labels, positions, real
 
+    def adapters(self) -> dict[str, Tensor]:
+        """Return a copy of every adapter tensor, whole, by name. All ranks call this."""
+        with self.first.whole():
+            return {name: t.clone() for name, t in self.towers.units.state_dict().items()}
+
     def state_dict(self, optimizers: bool = True) -> dict[str, Tensor]:
-        """Return all that a resume needs: adapters, and within a task AdamW's moments and the zeroth-order ones."""
-        adapters = {f"adapters/{name}": t for name, t in self.towers.units.state_dict().items()}
+        """Return all that a resume needs: adapters, and within a task AdamW's moments and the zeroth-order ones. All ranks call this."""
+        adapters = {f"adapters/{name}": t for name, t in self.adapters().items()}
         if not optimizers:
             return adapters
         return {
             **adapters,
             **{f"adamw/{name}": t for name, t in self.first.state_dict(self.first_names).items()},
-            **{f"zo/{name}": t for name, t in (self.zeroth.adam.state_dict() if self.zeroth.adam else {}).items()},
+            **{f"zo/{name}": t for name, t in self.zeroth.state_dict().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a state; call `begin` first, so that there is an optimiser to restore into."""
+        """Restore a state; call `begin` first, so that there is an optimiser to restore into. All ranks call this."""
 
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
-        self.towers.units.load_state_dict(under("adapters/"))
+        with self.first.whole(writes=True):
+            self.towers.units.load_state_dict(under("adapters/"))
         self.first.load_state_dict(under("adamw/"), self.first_names)
-        if self.zeroth.adam and under("zo/"):
-            self.zeroth.adam.load_state_dict(under("zo/"))
+        self.zeroth.load_state_dict(under("zo/"))

@@ -25,18 +25,19 @@ from dist_vlcl.data.store import open_index
 from dist_vlcl.data.tasks import Task, TaskStream
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
 from dist_vlcl.dist.agree import agree, digest
-from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World
+from dist_vlcl.dist.zero import first_order
 from dist_vlcl.model.clip import TwoTowers, build_clip
 from dist_vlcl.orders import Order, assign, describe
 from dist_vlcl.report.figures import plot_run
 from dist_vlcl.report.tables import summarize_run
-from dist_vlcl.run import checkpoint
+from dist_vlcl.run import checkpoint, journal
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.preemption import Preemption
 from dist_vlcl.run.state import TrainState
+from dist_vlcl.run.status import report_status
 from dist_vlcl.run.units import UnitRecords
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.step import HybridStep, StepReport
@@ -65,19 +66,21 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
         towers,
         assign(towers.units, cfg.orders),
         cfg.zo,
-        lambda model: FirstOrder(world, cfg.first_order, model),
+        lambda model: first_order(world, cfg.first_order, model),
         world,
         cfg.train.max_skips,
     )
-    agree(world, "the frozen weights", digest({name: p for name, p in towers.named_parameters() if not p.requires_grad}))
+    agree(world, "the frozen weights", digest({name: t for name, t in towers.state_dict().items() if ".adapter." not in name}))
     agree(world, "the adapters", digest(towers.units.state_dict()))
     agree(world, "the first direction", first_direction(step), "CPUs of another kind? Take zo.directions=rademacher: it has no rounding.")
     run = RunFolder.open(cfg.run, cfg.as_dict(), world)
     if run.is_complete:
         if world.is_main:
+            report_status("complete")
             print(f"{run.message}\nDelete it, or take another run.name or seed, to train again.")
         return None
     state, saved = resume_or_start(cfg, run, world)
+    journalled = roll_forward(cfg, run, step, state, index, tasks, world)
     accuracy = AccuracyMatrix([len(task.classes) for task in tasks], [[tuple(c) for c in row] for row in state.accuracy])
 
     log = RunLog(run.path, cfg.run, world, cfg.as_dict(), state)
@@ -86,6 +89,8 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     records = UnitRecords(run.path, units, cfg.run.record_every_steps, state.step, world.is_main)
     log.say(run.message)
     introduce(log, cfg, world, step, tasks, index)
+    if world.is_main:
+        report_status("training")
     try:
         with Preemption() as preemption:
             zero_shot = (
@@ -96,6 +101,11 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                 if saved:
                     step.load_state_dict(saved.tensors)
                     saved = None
+                if journalled:
+                    step.replay(journalled)
+                    agree(world, "the adapters as the journal rebuilds them", digest(towers.units.state_dict()))
+                    log.say(f"the journal gave back {len(journalled)} steps after the checkpoint")
+                    journalled = []
                 for batch, key, lr in training_steps(cfg, step, index, task, world, state, log):
                     started = time.perf_counter()
                     parts, observe = split(batch, cfg.train.micro_batches), records.is_due(state.step + 1)
@@ -106,7 +116,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     if report.figures is not None:
                         records.add(state.step, state.task, report.figures)
                     if state.step % cfg.train.check_every_steps == 0:
-                        agree(world, f"the adapters after step {state.step}", digest(towers.units.state_dict()), "A rank went astray.")
+                        agree(world, f"the adapters after step {state.step}", digest(step.adapters()), "A rank went astray.")
                     if report.stop or run.is_time_to_save(state.step):
                         save(run, state, step, records, zero_shot)
                     if report.stop:
@@ -122,6 +132,8 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     requeue(run)
         farewell(log, run, world)
         run.complete({**accuracy.summary(), "rows": accuracy.rows, "zero_shot": zero_shot, "seconds": state.seconds, "steps": state.step})
+        if world.is_main:
+            report_status("complete")
     finally:
         log.close()
         run.close()
@@ -163,6 +175,23 @@ def resume_or_start(cfg: Config, run: RunFolder, world: World) -> tuple[TrainSta
     if saved.state["world_size"] != world.size and world.is_main:
         print(f"resuming on {world.size} ranks what was saved on {saved.state['world_size']}: the same batches, other rounding of sums")
     return TrainState.from_dict(saved.state), saved
+
+
+def roll_forward(
+    cfg: Config, run: RunFolder, step: HybridStep, state: TrainState, index: Index, tasks: TaskStream, world: World
+) -> list[dict[str, Any]]:
+    """Return the steps of the task that the journal holds beyond the checkpoint, and count them in `state`. All ranks call this.
+
+    None where first-order units learn: the journal does not know their updates, so those steps are taken again.
+    """
+    if run.is_new or step.first.parameters or state.task >= len(tasks):
+        return []
+    records = world.share(list(journal.read_after(run.path, state.step)) if world.is_main else None)
+    records = [record for record in records if record["task"] == state.task]  # an evaluation lies between two tasks
+    per_epoch = steps_per_epoch(cfg, index, tasks[state.task])
+    state.epoch, state.batch = divmod(state.epoch * per_epoch + state.batch + len(records), per_epoch)
+    state.step += len(records)
+    return records
 
 
 def save(run: RunFolder, state: TrainState, step: HybridStep, records: UnitRecords, zero_shot: dict[int, float]) -> None:
@@ -292,7 +321,7 @@ def introduce(log: RunLog, cfg: Config, world: World, step: HybridStep, tasks: T
         f"{cfg.model.name}: {by_order[Order.FIRST]:,} parameters learn by first order, {by_order[Order.ZEROTH]:,} by zeroth "
         f"({cfg.zo.name}), {by_order[Order.FROZEN]:,} adapter parameters stay\n"
         f"{index.name}: {len(tasks)} tasks, {index.count('train'):,} training images; "
-        f"{world.size} x {world.device.type}, global batch {cfg.train.batch_size}"
+        f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}"
     )
 
 
@@ -320,9 +349,9 @@ def log_step(
     )
     if report.count < planned:
         log.note(f"step {state.step}: {planned - report.count} damaged samples were left out", state.step, state.task)
-    log.journal({"step": state.step, "task": state.task, "seed": key.seed, "lr": lr, "moves": moves})
     if report.skipped:
         log.note(f"step {state.step} was skipped: {report.skipped}", state.step, state.task)
+    log.journal({"step": state.step, "task": state.task, "seed": key.seed, "lr": lr, "moves": moves})  # last: the step is now on record
 
 
 def farewell(log: RunLog, run: RunFolder, world: World) -> None:
@@ -347,8 +376,11 @@ def main() -> None:
             train(cfg, world)
         except Requeued as stopped:
             if world.is_main:
+                report_status("requeue")
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")
         except (ValueError, RuntimeError, FloatingPointError) as error:
+            if world.is_main and isinstance(error, FloatingPointError):
+                report_status("failed")
             if cfg.cluster.traceback:
                 raise
             # Any rank may be the one that knows; cluster.traceback=true shows where.

@@ -29,6 +29,8 @@ def count_correct(
     counts = torch.zeros(len(prefixes), len(class_names), 2, dtype=torch.int64)
     for batch in batches:
         if len(batch.labels) == 0:
+            # A forward of a model in pieces is an exchange, which every rank must enter: a blank that does not count.
+            towers.features("vision", torch.zeros(1, 3, towers.image_size, towers.image_size, dtype=torch.uint8, device=device))
             continue
         step_noise = noise and StepNoise(Key(noise.seed, batch.index + 1), {"vision": batch.positions.to(device)})
         image_BF = towers.features("vision", batch.images.to(device), step_noise)

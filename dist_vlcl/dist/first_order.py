@@ -45,12 +45,14 @@ class FirstOrder:
         self.end()
         if not self.parameters:
             return
-        optimizer: Any = torch.optim.AdamW(
-            self.parameters, lr=self.config.lr, betas=(self.config.betas[0], self.config.betas[1]), weight_decay=self.config.weight_decay
-        )
+        optimizer: Any = self._adamw()
         if self.world.accelerator is not None:
             self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
         self.optimizer = optimizer
+
+    def _adamw(self) -> torch.optim.AdamW:
+        config = self.config
+        return torch.optim.AdamW(self.parameters, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay)
 
     def end(self) -> None:
         """Unwrap the model and drop the optimiser."""
@@ -100,6 +102,11 @@ class FirstOrder:
     def zero_grad(self) -> None:
         for p in self.parameters:
             p.grad = None
+
+    @contextlib.contextmanager
+    def whole(self, writes: bool = False) -> Iterator[None]:
+        """Have the first-order parameters whole, for reading or writing, on every rank: here they always are. All ranks call this."""
+        yield
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return AdamW's moments under `name/exp_avg` and so on, for the names of `parameters`."""

@@ -40,6 +40,7 @@ class World:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     accelerator: Any = None
+    engine: str = "ddp"  # of first-order units; or zero0, zero1, zero2, zero3, zero3_offload
 
     @classmethod
     def alone(cls, device: str = "cpu") -> "World":
@@ -53,6 +54,8 @@ class World:
         """
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+
+        from dist_vlcl.dist import zero
 
         config.check()
         announced = int(os.environ.get("WORLD_SIZE", 1))
@@ -70,15 +73,20 @@ class World:
             torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
         # Zeroth-order slopes drown in the rounding of bf16, fp16 and TF32 (METHOD 2.2), whatever the user's accelerate configuration says.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        on_deepspeed = zero.is_requested()
+        process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
+        if on_deepspeed:
+            zero.make_ready(on_cpu)
+            process_group.backend = "gloo" if on_cpu else "nccl"
         accelerator = Accelerator(
-            cpu=on_cpu,
+            cpu=on_cpu and not on_deepspeed,  # with it, accelerate puts DDP in DeepSpeed's place
             mixed_precision="no",
             kwargs_handlers=[
                 # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
                 # Without find_unused_parameters DDP re-orders its buckets after the first backward: sums over three ranks and more then
                 # differ in their last bits between a resumed run and one never stopped.
                 DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
-                InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s)),
+                process_group,
             ],
         )
         if accelerator.num_processes != announced or (announced > 1 and accelerator.distributed_type == DistributedType.NO):
@@ -86,11 +94,13 @@ class World:
                 f"the launcher announced {announced} processes, accelerate sees {accelerator.num_processes} "
                 f"({accelerator.distributed_type}): gradients would not be synchronised. Start with accelerate launch --multi_gpu or torchrun."
             )
-        supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        supported = (
+            (DistributedType.DEEPSPEED,) if on_deepspeed else (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        )
         if accelerator.distributed_type not in supported or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
             raise RuntimeError(
                 f"accelerate is configured for {accelerator.distributed_type} with dynamo backend "
-                f"{os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'no')}; this version trains with plain data parallelism. "
+                f"{os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'no')}; there are plain data parallelism and DeepSpeed. "
                 "Start with accelerate launch --multi_gpu --dynamo_backend no, or with a file of launch/."
             )
         if announced > 1:
@@ -99,7 +109,8 @@ class World:
                 raise RuntimeError(
                     f"the process group runs on {dist.get_backend()!r}, not on {backend}: unset ACCELERATE_* backend settings"
                 )
-        return cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator)
+        engine = zero.name_of(accelerator) if on_deepspeed else "ddp"
+        return cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine)
 
     @property
     def is_main(self) -> bool:
@@ -157,7 +168,7 @@ class World:
 
     def close(self) -> None:
         """Leave the process group, so that an orderly end is not taken for a crash."""
-        if self.size > 1 and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -54,6 +54,7 @@ class ImageEnds(nn.Module):
     def __init__(self, visual: Any):
         super().__init__()
         self.visual: Any = visual
+        self.tokens = len(visual.positional_embedding)
         config = visual.preprocess_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
@@ -63,13 +64,16 @@ class ImageEnds(nn.Module):
         return self.visual._embeds((images.float() / 255 - self.mean) / self.std)
 
     def length(self, images: Tensor) -> int:
-        return len(self.visual.positional_embedding)
+        return self.tokens
 
     def reads(self, images: Tensor) -> Tensor | None:
         """Return the position of the class token `[B, 1]`; None for a model that pools from all."""
         if self.visual.attn_pool is not None or self.visual.pool_type != "tok":
             return None
         return torch.zeros(len(images), 1, dtype=torch.long, device=images.device)
+
+    def forward(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return self.embed(images) if hidden is None else self.pool(hidden)
 
     def pool(self, hidden: Tensor) -> Tensor:
         pooled = self.visual._pool(hidden)[0]
@@ -95,6 +99,9 @@ class TextEnds(nn.Module):
         ends = tokens.argmax(-1)
         return torch.stack([torch.zeros_like(ends), ends], 1)
 
+    def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return self.embed(tokens) if hidden is None else self.pool(hidden)
+
     def pool(self, hidden: Tensor) -> Tensor:
         ends = self.clip.ln_final(hidden[:, -1])
         projection = self.clip.text_projection
@@ -109,6 +116,10 @@ class TwoTowers(nn.Module):
         self.vision, self.language = vision, language
         self.tokenizer, self.config, self.image_size = tokenizer, config, image_size
         self.units = Units([block.unit for tower in (vision, language) for block in tower])
+
+    def pieces(self) -> list[nn.Module]:
+        """Return the modules that between them read every parameter, each within its own call: what ZeRO-3 makes whole one at a time."""
+        return [piece for tower in (self.vision, self.language) for piece in (tower.ends, *tower)]
 
     def tower(self, branch: str) -> Tower:
         return self.vision if branch == "vision" else self.language
@@ -156,6 +167,9 @@ def build_clip(model: ModelConfig, adapter: MoEConfig | LoRAConfig, seed: int = 
         clip, tokenizer = _load(model)
     _refuse_unknown_blocks(model.name, clip)
     clip.eval().float()
+    scale = clip.logit_scale
+    del clip.logit_scale
+    clip.register_buffer("logit_scale", scale.detach())  # read outside of any module's call, so no parameter that ZeRO-3 may take apart
     for parameter in clip.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)

@@ -32,6 +32,22 @@ class AdaptedBlock(nn.Module):
         self.causal = causal
         self.unit = Unit(unit_id, adapter)
 
+    def forward(
+        self,
+        hidden: Tensor | tuple[Tensor, ...],
+        sets: dict[str, Tensor] | None = None,
+        noise: Tensor | None = None,
+        kept: Tensor | None = None,
+        reads: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the block's output `[K, B, L, D]` and its carry, detached, from its input or its carry; without sets, for its own tensors.
+
+        Parameters are read in here only: an engine that holds them in pieces makes them whole for the time of a module's call.
+        """
+        carry = hidden if isinstance(hidden, tuple) else self.carry(hidden, reads)
+        tensors = sets or {name: t[None] for name, t in self.unit.tensors().items()}
+        return self.finish(carry, tensors, noise, kept, reads), tuple(t.detach() for t in carry)
+
     def carry(self, x: Tensor, reads: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return what the block knows before its adapter acts, from its input `[K, B, L, D]`."""
         normed = self.block.ln_1(x)
@@ -57,10 +73,6 @@ class AdaptedBlock(nn.Module):
         q, k, v = (p + self.adapter.delta(inputs[t], sets, t) if f"{t}_up" in sets else p for t, p in zip("qkv", qkv, strict=True))
         u = x + self.block.ls_1(self._attend(q, k, v, reads))
         return u + self._mlp(u)
-
-    def forward(self, x: Tensor, *rest: Any) -> Tensor:
-        """Return the block's output for its input."""
-        return self.finish(self.carry(x, rest[-1]), *rest)
 
     def _project(self, normed: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries `[K, B, R, D]` of the positions that are asking, keys and values `[K, B, L, D]` of all."""
@@ -99,8 +111,9 @@ def pick(x_KBLD: Tensor, reads_BR: Tensor) -> Tensor:
 class Tower(nn.Module):
     """One branch of CLIP: blocks between two ends; everything but the adapters is frozen.
 
-    `ends` offers `embed(inputs) -> [B, L, D]`, `pool(hidden) -> [B, F]` and `reads(inputs) -> [B, R]`: the positions of the last block's
-    output that adapter and `pool` look at (position 0, where the experts are chosen, first), or None for all; `hidden` has just those.
+    `ends` is a module: `ends(inputs) -> [B, L, D]` embeds, `ends(inputs, hidden) -> [K*B, F]` pools. Its `reads(inputs) -> [B, R]` are the
+    positions of the last block's output that adapter and pooling look at (position 0, where the experts are chosen, first), or None for
+    all; `hidden` has just those.
     """
 
     def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: Any, checkpoint: bool = False):
@@ -122,7 +135,7 @@ class Tower(nn.Module):
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Return the input of the first block `[1, B, L, D]`."""
-        return self.ends.embed(inputs)[None]
+        return self.ends(inputs)[None]
 
     def run(
         self,
@@ -145,18 +158,17 @@ class Tower(nn.Module):
         kept_carry, recompute = None, self.checkpoint and torch.is_grad_enabled()
         for layer in range(start, self.depth + 1):
             block = self.block(layer)
-            given = sets.get(block.unit.id) if sets is not None else None
-            tensors = given or {name: t[None] for name, t in block.unit.tensors().items()}
             router, kept = block.adapter.draw(noise, self.branch, layer, self.ends.length(inputs), training)
             if kept is not None and layer in reads:
                 kept = pick(kept[None], reads[layer])[0]
-            if recompute and layer != keep and isinstance(hidden, Tensor):
-                hidden = checkpoint(block, hidden, tensors, router, kept, reads.get(layer), use_reentrant=False, preserve_rng_state=False)
-                continue
-            carry = hidden if isinstance(hidden, tuple) else block.carry(hidden, reads.get(layer))
+            arguments = (hidden, sets.get(block.unit.id) if sets else None, router, kept, reads.get(layer))
+            if recompute:
+                hidden, carry = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                hidden, carry = block(*arguments)
             if layer == keep:
-                kept_carry = tuple(t.detach() for t in carry)
-            hidden = block.finish(carry, tensors, router, kept, reads.get(layer))
+                kept_carry = carry
+            del arguments, carry  # the peak of memory is within a block
         assert isinstance(hidden, Tensor)
-        features = self.ends.pool(hidden.flatten(0, 1))
+        features = self.ends(inputs, hidden.flatten(0, 1))
         return F.normalize(features, dim=-1).unflatten(0, hidden.shape[:2]), kept_carry

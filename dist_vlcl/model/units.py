@@ -21,6 +21,12 @@ class UnitId:
     def __str__(self) -> str:
         return f"{self.branch}.{self.layer}"
 
+    @classmethod
+    def parse(cls, text: str) -> "UnitId":
+        """Return the address that prints as `text`."""
+        branch, layer = text.split(".")
+        return cls(branch, int(layer))
+
 
 class Unit:
     """An adapter at its address; its tensors are parameters (first order) or buffers of the same names (zeroth order, frozen)."""

@@ -81,6 +81,19 @@ def load_newest(folder: Path | str) -> Checkpoint | None:
     return found
 
 
+def saved_steps(folder: Path | str) -> list[int]:
+    """The steps of the checkpoints below a run folder, whole or not, in order."""
+    return sorted({_step_of(path) for path in _newest_first(Path(folder) / "checkpoints")})
+
+
+def load(folder: Path | str, step: int) -> Checkpoint:
+    """The checkpoint of one step; raises FileNotFoundError or BrokenCheckpoint."""
+    path = Path(folder) / "checkpoints" / f"step-{step:08d}"
+    if not path.is_dir():
+        raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; there are {saved_steps(folder) or 'none'}")
+    return _read(path)
+
+
 def _write(aside: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     # Cloned, since safetensors refuses overlapping and strided views, and units may be views of a flat buffer.
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

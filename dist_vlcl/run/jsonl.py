@@ -13,13 +13,13 @@ class JsonLines:
         """Open the file, first removing what `keep` refuses and lines that an interruption has cut off."""
         self.kept = [record for record in read_lines(path) if keep(record)]
         aside = path.with_name(path.name + ".tmp")
-        aside.write_text("".join(map(_line, self.kept)))
+        aside.write_text("".join(map(line_of, self.kept)))
         aside.replace(path)
         self._file = open(path, "a")  # noqa: SIM115, it stays open as long as the run
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line; tensors and NumPy numbers become numbers."""
-        self._file.write(_line(record))
+        """Write one line."""
+        self._file.write(line_of(record))
         self._file.flush()
 
     def close(self) -> None:
@@ -42,7 +42,8 @@ def _parsed(line: str) -> Any:
         return None
 
 
-def _line(record: dict[str, Any]) -> str:
+def line_of(record: dict[str, Any]) -> str:
+    """A record as the line that holds it; tensors and NumPy numbers become numbers."""
     return json.dumps(record, default=_number) + "\n"
 
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dist_vlcl.run import journal
 from dist_vlcl.run.folder import RunConfig, World
 from dist_vlcl.run.jsonl import JsonLines
 from dist_vlcl.run.mirror import WandbMirror
@@ -47,7 +48,7 @@ class RunLog:
         self._console = console or default_console()
         self._display = ProgressDisplay(self._console, clock)
         self._metrics = JsonLines(folder / "metrics.jsonl", lambda record: is_before(record, state))
-        self._journal = JsonLines(folder / "journal.jsonl", lambda record: is_before(record, state))
+        self._journal = JsonLines(folder / journal.FILE, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
         self._mirror = WandbMirror(folder, settings.wandb, settings.wandb_project, settings.name, config, state.wandb_id)
         if self._mirror.url:
@@ -90,9 +91,9 @@ class RunLog:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def journal(self, record: dict[str, Any]) -> None:
-        """Append to journal.jsonl; `record` has at least `step`."""
+        """Append to journal.jsonl; `record` has at least `step`, and is the last that is logged of its step."""
         if self._is_main:
-            self._journal.append(record)
+            self._journal.append(journal.sealed(record))
 
     def progress(self, items: Iterable[T], total: int, completed: int = 0, description: str = "") -> Iterator[T]:
         """Iterate over the batches that are left, showing how far they are; `completed` of `total` were done before."""

@@ -5,13 +5,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_vlcl.zo.accept import ACCEPTANCES, best_of_three
 from dist_vlcl.zo.difference import LAWS, Directions, Estimate, Evaluate, FiniteDifference, Flat, Group, groups_of, only
 from dist_vlcl.zo.noise import Key, Streams
-from dist_vlcl.zo.transform import TRANSFORMS, Adam, gradient, transformed
+from dist_vlcl.zo.transform import TRANSFORMS, Adam, Moments, gradient, transformed
 
 GRANULARITIES = ("branch", "unit", "joint")
 
@@ -117,15 +119,17 @@ class ZerothOrder:
             return [groups] if groups else []
         return [[g for g in groups if branch in g.slices] for branch in self.flats]
 
+    def schedule(self) -> list[tuple[int, list[Group]]]:
+        """Return the rounds of one key with the repeat that each belongs to, in the order in which they are decided and applied."""
+        return [(repeat, groups) for repeat in range(self.config.steps_per_fo_step) for groups in self.rounds()]
+
     def decide(self, evaluate: Evaluate, groups: list[Group], key: Key, lr: float, repeat: int = 0) -> tuple[float, list[Move] | None]:
         """Return the base loss and a move per group, or None for the moves where a loss is not finite. Changes no value.
 
         `repeat` numbers the zeroth-order steps within one key. Ranks that see the same losses decide the same.
         """
         config = self.config
-        branches = sorted({branch for group in groups for branch in group.slices})
-        first = repeat * config.probes
-        directions = {(b, q): self.draws.draw(b, key, first + q) for b in branches for q in range(config.probes)}
+        directions = self._draw(groups, key, repeat)
         base, *probed = evaluate([{}, *self.difference.candidates(groups, directions)])
         if not all(map(math.isfinite, (base, *probed))):
             return base, None
@@ -141,6 +145,32 @@ class ZerothOrder:
             replace(m, coefficient=best_of_three(base, minus, plus, step), losses=(base, minus, plus))
             for m, minus, plus in zip(moves, losses[::2], losses[1::2], strict=True)
         ]
+
+    def replay(self, records: Sequence[Mapping[str, Any]], key: Key) -> None:
+        """Apply the journalled moves of one key again: the same bits, and no loss is evaluated.
+
+        Raises ValueError, with the moves before it applied, at a move that is not of these groups in this order.
+        """
+        left = list(records)
+        for repeat, groups in self.schedule():
+            taken, left = left[: len(groups)], left[len(groups) :]
+            if not taken:  # the step was skipped from here on
+                break
+            if [record["group"] for record in taken] != [group.name for group in groups]:
+                moved, wanted = (", ".join(names) for names in ([r["group"] for r in taken], [g.name for g in groups]))
+                raise ValueError(f"the journal moves {moved} where the configuration has {wanted}")
+            slopes = [{b: tuple(s) for b, s in record["projected_gradient"].items()} for record in taken]
+            estimates = [Estimate(group, s) for group, s in zip(groups, slopes, strict=True)]
+            moves = self._proposed(estimates, self._draw(groups, key, repeat))
+            self.apply([replace(move, coefficient=record["coefficient"]) for move, record in zip(moves, taken, strict=True)])
+        if left:
+            raise ValueError(f"the journal has {len(left)} moves more than the configuration makes in a step")
+
+    def _draw(self, groups: list[Group], key: Key, repeat: int) -> dict[tuple[str, int], Tensor]:
+        """Return the directions of a round by branch and probe, `[n]` each."""
+        branches = sorted({branch for group in groups for branch in group.slices})
+        first = repeat * self.config.probes
+        return {(b, q): self.draws.draw(b, key, first + q) for b in branches for q in range(self.config.probes)}
 
     def _proposed(self, estimates: list[Estimate], drawn: Mapping[tuple[str, int], Tensor]) -> list[Move]:
         """Return a move per estimate, still of coefficient 0; flat tensors `[n]`, zero outside of the group's slice."""
@@ -173,3 +203,23 @@ class ZerothOrder:
         for move in moves:
             for branch, offset in move.offsets(move.coefficient).items():
                 self.flats[branch].values_n.add_(offset)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return Adam's moments under the names of the parameters, however these lie in the flat values; empty without Adam."""
+        state: dict[str, Tensor] = {}
+        for branch, moments in (self.adam.moments if self.adam else {}).items():
+            names = self.flats[branch].names()
+            for kind, flat_n in (("first", moments.first_n), ("second", moments.second_n)):
+                parts = flat_n.split([numel for _, numel in names])
+                state |= {f"{name}/{kind}": part for (name, _), part in zip(names, parts, strict=True)}
+            state[f"{branch}/steps"] = torch.tensor(moments.steps)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        if self.adam is None:
+            return
+        for branch, flat in self.flats.items():
+            if f"{branch}/steps" in state:
+                first_n, second_n = (torch.cat([state[f"{name}/{kind}"] for name, _ in flat.names()]) for kind in ("first", "second"))
+                self.adam.moments[branch] = Moments(first_n, second_n, int(state[f"{branch}/steps"]))

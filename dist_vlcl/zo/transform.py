@@ -61,11 +61,3 @@ class Adam:
     def _direction(self, m: Moments) -> Tensor:
         first, second = (t / (1 - beta**m.steps) for t, beta in zip((m.first_n, m.second_n), self.betas, strict=True))
         return first / (second.sqrt() + self.eps)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        entries = [(b, {"first": m.first_n, "second": m.second_n, "steps": torch.tensor(m.steps)}) for b, m in self.moments.items()]
-        return {f"{branch}/{name}": t for branch, entry in entries for name, t in entry.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        branches = sorted({name.split("/")[0] for name in state})
-        self.moments = {b: Moments(state[f"{b}/first"].clone(), state[f"{b}/second"].clone(), int(state[f"{b}/steps"])) for b in branches}

@@ -6,7 +6,7 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # The server imports torch once; each rank is then a cheap fork of it.
@@ -20,13 +20,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(work: Callable, size: int, *arguments: Any, timeout_s: float = 90) -> list[Any]:
+def run_ranks(work: Callable, size: int, *arguments: Any, timeout_s: float = 90, environment: Mapping[str, str] | None = None) -> list[Any]:
     """Return `work(world, *arguments)` of every rank; raise RuntimeError with the rank's traceback if one fails.
 
-    `work` must be importable (a function at the top of a test module), its arguments and results picklable.
+    environment: variables that a launcher would set. `work` must be importable (a function at the top of a test module), its arguments
+    and results picklable.
     """
     port, pipes = free_port(), [_context.Pipe(duplex=False) for _ in range(size)]
-    processes = [_context.Process(target=_rank, args=(work, rank, size, port, pipes[rank][1], arguments)) for rank in range(size)]
+    processes = [
+        _context.Process(target=_rank, args=(work, rank, size, port, pipes[rank][1], arguments, dict(environment or {})))
+        for rank in range(size)
+    ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()
         sender.close()
@@ -52,13 +56,13 @@ def _answer(rank: int, receiver: Any, deadline: float) -> tuple[str | None, byte
         return f"rank {rank} died without a word", b""
 
 
-def _rank(work: Callable, rank: int, size: int, port: int, sender: Any, arguments: tuple) -> None:
+def _rank(work: Callable, rank: int, size: int, port: int, sender: Any, arguments: tuple, environment: dict[str, str]) -> None:
     import torch
 
     from dist_vlcl.dist.world import ClusterConfig, World
 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", **environment)
     torch.set_num_threads(1)
     try:
         world = World.from_environment(ClusterConfig(device="cpu", threads=1, timeout_s=60))

@@ -18,6 +18,10 @@ from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.units import UnitRecords
 
+# a short real run for tests of what starts runs: zeroth order alone, restarted at the last block, ten steps of handwritten digits
+QUICK_RUN = ["tasks.num_tasks=1", "train.epochs=2", "train.batch_size=60", "train.warmup_steps=2", "run.progress=false"]
+QUICK_RUN += ["eval.zero_shot=false", "orders.layers=[12]", "orders.rest=frozen"]
+
 # number of classes, training and test images of each
 CLASSES = {"cifar100": (100, 500, 100), "tiny_imagenet": (200, 500, 50), "imagenet_r": (200, 120, 30), "digits": (10, 144, 36)}
 UNITS = [UnitId(branch, layer) for branch in ("language", "vision") for layer in range(1, 13)]

@@ -64,7 +64,7 @@ def _build(vision_layers: int, language_layers: int, adapter: MoEConfig | LoRACo
     if key not in _built:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = ModelConfig(name=_architecture(vision_layers, language_layers), pretrained="random")
+            model = ModelConfig(name=architecture(vision_layers, language_layers), pretrained="random")
             _built[key] = build_clip(model, adapter, seed)
     return _built[key]
 
@@ -73,7 +73,7 @@ _built: dict[str, TwoTowers] = {}
 
 
 @functools.lru_cache
-def _architecture(vision_layers: int, language_layers: int) -> str:
+def architecture(vision_layers: int, language_layers: int) -> str:
     """Make the architecture known to open_clip and return its name."""
     name = f"tiny-{vision_layers}-{language_layers}"
     text = {"context_length": CONTEXT, "vocab_size": 49408, "width": WIDTH, "heads": 2, "layers": language_layers}
@@ -120,7 +120,7 @@ class WholeCLIP:
     """
 
     def __init__(self, adapter: Any = MOE, vision_layers: int = 4, language_layers: int = 3, seed: int = 0, double: bool = False):
-        name = _architecture(vision_layers, language_layers)
+        name = architecture(vision_layers, language_layers)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.clip = open_clip.create_model(name).eval().requires_grad_(False)

@@ -22,7 +22,7 @@ def test_vit_b16_has_the_published_number_of_expert_parameters(vit_b16):
     by_branch = {b: sum(unit.numel for id, unit in vit_b16.units.items() if id.branch == b) for b in ("vision", "language")}
     assert by_branch == {"vision": 2_416_128, "language": 1_611_264}
     assert sum(p.numel() for p in vit_b16.parameters() if p.requires_grad) == 4_027_392
-    assert sum(p.numel() for p in vit_b16.parameters() if not p.requires_grad) == 149_620_737
+    assert sum(p.numel() for p in vit_b16.parameters() if not p.requires_grad) + 1 == 149_620_737  # the logit scale is a buffer
     assert {unit.numel for id, unit in vit_b16.units.items() if id.branch == "vision"} == {201_344}
 
 

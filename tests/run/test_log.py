@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from dist_vlcl.run.folder import RunConfig
+from dist_vlcl.run.journal import sealed
 from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.mirror import WandbMirror, flat_numbers
 from dist_vlcl.run.state import TrainState
@@ -89,7 +90,7 @@ def test_a_line_is_in_the_file_before_the_call_returns(tmp_path):
     log.journal({"step": 1, "seeds": torch.tensor([1, 2])})
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["kind"] == "step" and last["loss"] == 0.5 and last["time"] > 0
-    assert lines(tmp_path, "journal.jsonl") == [{"step": 1, "seeds": [1, 2]}]
+    assert lines(tmp_path, "journal.jsonl") == [sealed({"step": 1, "seeds": [1, 2]})]
 
 
 def test_a_run_without_a_state_begins_anew(tmp_path):
@@ -189,6 +190,7 @@ WANDB_TWICE = """
 import sys, warnings
 from pathlib import Path
 from dist_vlcl.run.folder import RunConfig
+from dist_vlcl.run.journal import sealed
 from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.state import TrainState
 from tests.run.alone import Alone

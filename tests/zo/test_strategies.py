@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dist_vlcl.zo.difference import groups_of
+from dist_vlcl.zo.journal import StoredUnits
 from dist_vlcl.zo.naive import naive_step
 from dist_vlcl.zo.noise import Key, normals
 from dist_vlcl.zo.strategies import ZerothOrder, ZerothOrderConfig
@@ -264,7 +265,7 @@ def test_a_decision_that_is_not_applied_leaves_no_moment_behind():
     _, moves = zeroth.decide(problem, language, KEY, 0.1)
     assert not moves
     zeroth.apply([])
-    assert zeroth.adam.state_dict() == {}
+    assert zeroth.adam.moments == {}
 
 
 def test_begin_forgets_adam_s_moments():
@@ -306,6 +307,52 @@ def test_the_journal_replays_bit_for_bit(strategy, granularity, probes):
         replay(again, journal, config, Key(2, k))
     for branch, flat in problem.flats.items():
         assert torch.equal(flat.values_n, again[branch].values_n)
+
+
+def take(zeroth, problem, key, lr=0.1):
+    """Take every round of a key; return the records of its moves as a journal's line gives them back."""
+    records = []
+    for repeat, groups in zeroth.schedule():
+        _, moves = zeroth.decide(problem, groups, key, lr, repeat)
+        zeroth.apply(moves)
+        records += [move.record() for move in moves]
+    return json.loads(json.dumps(records))
+
+
+@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+@pytest.mark.parametrize("strategy", ["mozo", "conservative"])
+def test_records_rebuild_units_and_moments_however_these_lie_in_memory(strategy, update):
+    config = row(strategy, update=update, optimizer="adam", steps_per_fo_step=2, probes=2)
+    problem = Problem(two_branches(), smooth)
+    zeroth = ZerothOrder(problem.flats, config)
+    for k in range(2):
+        take(zeroth, problem, Key(2, k))
+    stored = {}
+    for branch, flat in problem.flats.items():
+        parts = flat.values_n.clone().split([n for _, n in SIZES[branch]])
+        named = dict(zip([name for name, _ in SIZES[branch]], parts, strict=True))
+        stored[branch] = StoredUnits({name: named[name] for name in sorted(named, key=lambda name: (name.split("/")[0], -ord(name[-1])))})
+    replayed = ZerothOrder(stored, config)
+    replayed.load_state_dict({name: t.clone() for name, t in zeroth.state_dict().items()})
+    for k in range(2, 5):
+        replayed.replay(take(zeroth, problem, Key(2, k)), Key(2, k))
+    for branch, flat in problem.flats.items():
+        rebuilt = stored[branch].tensors()
+        for (name, _), part in zip(SIZES[branch], flat.values_n.split([n for _, n in SIZES[branch]]), strict=True):
+            assert torch.equal(rebuilt[name], part), name
+
+
+def test_records_of_another_configuration_are_refused():
+    problem = Problem(two_branches(), smooth)
+    records = take(ZerothOrder(problem.flats, row("mozo")), problem, KEY)
+    zeroth = ZerothOrder(two_branches(), row("mozo", granularity="unit"))
+    with pytest.raises(ValueError, match=r"moves language, vision where the configuration has language\.1"):
+        zeroth.replay(records, KEY)
+    with pytest.raises(ValueError, match="1 moves more than"):
+        ZerothOrder(two_branches(), row("mozo")).replay([*records, records[0]], KEY)
+    before = {branch: flat.values_n.clone() for branch, flat in problem.flats.items()}
+    ZerothOrder(problem.flats, row("mozo")).replay([], KEY)  # a skipped step
+    assert all(torch.equal(flat.values_n, before[branch]) for branch, flat in problem.flats.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"sides": 2}, {"probes": 3}, {"granularity": "unit"}, {"clip": 0.2}, {"lr_scale": 3.0}], ids=str)

@@ -1,0 +1,209 @@
+"""First-order units under DeepSpeed's ZeRO, by accelerate: optimiser state, gradients and, at stage 3, parameters held in pieces.
+
+Zeroth-order units are buffers, which no stage touches. The model is wrapped once: DeepSpeed's hooks of a first engine outlive it.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
+from dist_vlcl.dist.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_requested() -> bool:
+    """Whether the launcher was told to use DeepSpeed: `accelerate launch` with a file such as launch/accelerate_zero2.yaml."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def make_ready(on_cpu: bool) -> None:
+    """Let accelerate use DeepSpeed on this machine; call it before there is an Accelerator. Raises RuntimeError without DeepSpeed."""
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise RuntimeError("the launcher asks for DeepSpeed, which is not installed: pip install 'dist-vlcl[deepspeed]'") from error
+    from accelerate.utils import DeepSpeedPlugin
+
+    if on_cpu:  # plain gloo; the op would be compiled at the first start, and a run killed in the middle of that locks out all later ones
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It hands the configuration to transformers' from_pretrained, needs transformers for that, and we have no use for it.
+    DeepSpeedPlugin.set_deepspeed_weakref = lambda self: None  # type: ignore[method-assign]
+
+
+def name_of(accelerator: Any) -> str:
+    """Return what World.engine says of an accelerator that uses DeepSpeed. Raises RuntimeError for a configuration that is not fp32."""
+    config = accelerator.deepspeed_plugin.deepspeed_config
+    for precision in ("fp16", "bf16"):
+        if config.get(precision, {}).get("enabled") is True:
+            raise RuntimeError(
+                f"the DeepSpeed configuration enables {precision}: zeroth-order slopes need fp32; take a file of launch/deepspeed/"
+            )
+    zero = config.get("zero_optimization", {})
+    offloads = any(zero.get(what, {}).get("device", "none") != "none" for what in ("offload_optimizer", "offload_param"))
+    return f"zero{zero.get('stage', 0)}{'_offload' if offloads else ''}"
+
+
+def first_order(world: World, config: FirstOrderConfig, model: Any) -> FirstOrder:
+    """Return the engine of the first-order units that the launcher has asked for."""
+    return ZeroFirstOrder(world, config, model) if world.engine.startswith("zero") else FirstOrder(world, config, model)
+
+
+class ZeroFirstOrder(FirstOrder):
+    """The model as wrapped by DeepSpeed. `model.pieces()` names the modules that stage 3 makes whole, one at a time."""
+
+    def __init__(self, world: World, config: FirstOrderConfig, model: Any):
+        super().__init__(world, config, model)
+        self.pieces: list[nn.Module] = model.pieces()
+        self.updates = 0  # since the task began
+        self.has_gradients = False
+
+    @property
+    def engine(self) -> Any:
+        return self.wrapped
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a ZeRO optimiser holds the state; at stage 0 it is torch's own, on whole gradients."""
+        return self.optimizer is not None and self.engine.zero_optimization()
+
+    def begin(self) -> None:
+        """Wrap the model if it is not, and forget the moments, as a new task does. All ranks call this."""
+        self.updates = 0
+        if not self.parameters:
+            return
+        if self.optimizer is None:
+            self._wrap()
+        self._set_moments(0, {})
+
+    def _wrap(self) -> None:
+        accelerator = self.world.accelerator
+        accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.0 if self._stage == 0 else self.config.max_grad_norm or 0.0
+        self.wrapped, _ = accelerator.prepare(self.model, self._adamw())
+        if self._stage == 3:
+            import deepspeed
+
+            # Not its "leaf modules": their gradient hook meets parameters that are in pieces again, and fails (0.19.8).
+            for piece in self.pieces:
+                for parameter in piece.parameters():
+                    deepspeed.zero.register_external_parameter(piece, parameter)
+        self.optimizer = self.engine.optimizer  # accelerate's own is a wrapper whose step does nothing
+
+    @property
+    def _stage(self) -> int:
+        return self.world.accelerator.deepspeed_plugin.zero_stage
+
+    def end(self) -> None:
+        """Nothing: the model stays wrapped until the run ends."""
+
+    @contextlib.contextmanager
+    def accumulate(self, is_last: bool) -> Iterator[None]:
+        if self.optimizer is not None:
+            self.engine.set_gradient_accumulation_boundary(is_last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        if self.optimizer is not None:
+            self.engine.backward(loss)
+            self.has_gradients = True
+
+    def gradients(self) -> list[Tensor]:
+        if not self.is_sharded:
+            return super().gradients()
+        from deepspeed.utils import safe_get_full_grad
+
+        found = [safe_get_full_grad(p) for p in self.parameters]
+        return [torch.zeros(getattr(p, "ds_shape", p.shape)) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+
+    def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
+        if not self.is_sharded:
+            return super().update(lr, gradient_scale)
+        zero: Any = self.optimizer
+        for group in zero.param_groups:
+            group["lr"] = lr
+        if gradient_scale != 1.0:  # a loss scale of 1/s multiplies the gradients by s
+            zero.override_loss_scale(1 / gradient_scale)
+        self.engine.step()
+        self.has_gradients = False
+        if gradient_scale != 1.0:
+            zero.override_loss_scale(1.0)
+        if zero.overflow:
+            return None
+        self.updates += 1
+        return float(self.engine.get_global_grad_norm())
+
+    def zero_grad(self) -> None:
+        """Drop the gradients: a step of the engine, which clears them wherever they are kept, in which AdamW does nothing."""
+        if not self.is_sharded:
+            return super().zero_grad()
+        if self.has_gradients:
+            zero: Any = self.optimizer
+            zero.optimizer.step = lambda *_, **__: None
+            try:
+                self.engine.step()
+            finally:
+                del zero.optimizer.step  # the class's own again
+            self.has_gradients = False
+
+    @contextlib.contextmanager
+    def whole(self, writes: bool = False) -> Iterator[None]:
+        """Have the first-order parameters whole on every rank; with `writes`, what is written to them counts. All ranks call this."""
+        if self.optimizer is None:
+            yield
+            return
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        with deepspeed.zero.GatheredParameters(self.parameters, modifier_rank=0 if writes else None):
+            yield
+            written = [p.detach().clone() for p in self.parameters] if writes and self.is_sharded else []
+        for parameter, value in zip(self.parameters, written, strict=False):
+            safe_set_full_fp32_param(parameter, value)  # the copy that the next step starts from
+
+    def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
+        if not self.is_sharded:
+            return super().state_dict(names)
+        if self.updates == 0:
+            return {}
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        state = {f"{name}/step": torch.tensor(float(self.updates)) for name in names}
+        for name, parameter in zip(names, self.parameters, strict=True):
+            state |= {f"{name}/{key}": safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor], names: Sequence[str]) -> None:
+        if not self.is_sharded:
+            return super().load_state_dict(state, names)
+        if state:
+            self.updates = int(state[f"{names[0]}/step"])
+            self._set_moments(self.updates, {key: [state[f"{name}/{key}"] for name in names] for key in MOMENTS})
+
+    def _set_moments(self, updates: int, moments: dict[str, list[Tensor]]) -> None:
+        """Give AdamW its state: zeros, then the moments per parameter. It makes its own only in a first step."""
+        zero: Any = self.optimizer
+        if not self.is_sharded:
+            zero.state.clear()
+            return
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        partitions = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        for flat in partitions:
+            zero.optimizer.state[flat] = {
+                "step": torch.tensor(float(updates)),
+                **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
+            }
+        if self._stage != 3:  # the views of the state that belong to each parameter
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+        for key, values in moments.items():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                safe_set_full_optimizer_state(parameter, value.to(self.world.device), key)

@@ -1,0 +1,101 @@
+"""Check a command line, then hand it to Slurm:  python -m dist_vlcl.run.submit train --nodes 2 [OPTION=VALUE ...]"""
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SCRIPTS = {
+    "train": "one run on several nodes",
+    "sweep": "many runs of the paper, a task of an array each",
+    "shards": "the shards of a data set",
+}
+# What sbatch is told goes through this shell only as arguments: $0 is the site's file, $@ the command.
+IN_SITE = ["bash", "-c", 'source "$0" && exec "$@"']
+
+
+def sbatch_command(what: str, options: Sequence[str], sbatch_options: Sequence[str], folder: Path) -> list[str]:
+    """Return the command that submits slurm/<what>.sbatch with a trainer's options."""
+    return ["sbatch", *sbatch_options, str(folder / "slurm" / f"{what}.sbatch"), *options]
+
+
+def check_options(what: str, options: Sequence[str]) -> None:
+    """Raise ValueError for options that the job would refuse, before it has waited in the queue."""
+    keys = [option.split("=")[0] for option in options]
+    if wrong := [option for option in options if "=" not in option or option.startswith("-")]:
+        raise ValueError(f"{wrong[0]!r}: an option is OPTION=VALUE, such as train.epochs=2")
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f"{twice[0]} is given twice; quote values with {{ }} [ ] or *")
+    if what == "sweep":
+        return  # counting its runs checks them
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
+
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+            from_hydra(compose("config", expand_paper(list(options))))
+    except HydraException as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+def number_of_runs(options: Sequence[str]) -> int:
+    """Return how many runs a sweep has; raises ValueError in its words."""
+    done = subprocess.run([sys.executable, "-m", "dist_vlcl.sweep", *options, "--count"], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(done.stderr.strip().removeprefix("error: "))
+    return int(done.stdout)
+
+
+def main() -> None:
+    """Run the command line. Exit status: sbatch's, or 2 for a wrong option."""
+    parser = argparse.ArgumentParser(prog="python -m dist_vlcl.run.submit", description=__doc__)
+    parser.add_argument("what", choices=SCRIPTS, help="; ".join(f"{name}: {text}" for name, text in SCRIPTS.items()))
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the job (default: that of slurm/<what>.sbatch)")
+    parser.add_argument("--time", metavar="LIMIT", help="time limit, such as 4:00:00")
+    parser.add_argument("--engine", default="ddp", help="of first-order units: ddp (default), zero0, zero1, zero2, zero3, zero3_offload")
+    parser.add_argument("--parallel", type=int, default=8, metavar="N", help="sweep: tasks of the array at a time (default 8)")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="for sbatch itself, such as --sbatch=--partition=gpu"
+    )
+    parser.add_argument(
+        "--repository", type=Path, default=Path.cwd(), metavar="FOLDER", help="the checkout with slurm/ (default: this folder)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the script and the command, and submit nothing")
+    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="options of dist_vlcl.train, of the sweep, or of data.build")
+    arguments = parser.parse_intermixed_args()
+    script = arguments.repository / "slurm" / f"{arguments.what}.sbatch"
+    engines = ["ddp", *sorted(path.stem for path in (arguments.repository / "launch/deepspeed").glob("*.json"))]
+    try:
+        if not script.exists():
+            raise ValueError(f"{script} is missing: call this from the repository's folder, or give --repository")
+        if arguments.engine not in engines:
+            raise ValueError(f"--engine {arguments.engine}: choose from {', '.join(engines)}")
+        check_options(arguments.what, arguments.options)
+        own = [f"--nodes={arguments.nodes}"] if arguments.nodes else []
+        own += [f"--time={arguments.time}"] if arguments.time else []
+        if arguments.what == "sweep":
+            own += [f"--array=0-{number_of_runs(arguments.options) - 1}%{arguments.parallel}"]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    command = sbatch_command(arguments.what, arguments.options, [*own, *arguments.sbatch], arguments.repository.resolve())
+    if arguments.dry_run:
+        print(script.read_text())
+        print(f"# cd {shlex.quote(str(arguments.repository.resolve()))} && source slurm/site.sh && \\\n# {shlex.join(command)}")
+        return
+    environment = {**os.environ, "ENGINE": arguments.engine, "DIST_VLCL_HOME": str(arguments.repository.resolve())}
+    try:
+        done = subprocess.run([*IN_SITE, str(arguments.repository.resolve() / "slurm/site.sh"), *command], env=environment)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()

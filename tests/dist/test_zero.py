@@ -1,0 +1,143 @@
+"""Claims about DeepSpeed: every ZeRO stage learns what plain data parallelism learns, and leaves zeroth-order units alone.
+
+Two processes a stage run every plan, since importing DeepSpeed is what takes the time.
+"""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_vlcl.continual.evaluator import count_correct
+from dist_vlcl.dist.agree import digest
+from dist_vlcl.dist.first_order import FirstOrderConfig
+from dist_vlcl.dist.world import World
+from dist_vlcl.dist.zero import first_order
+from dist_vlcl.orders import OrderPlan, assign
+from dist_vlcl.step import HybridStep
+from dist_vlcl.zo.noise import Key
+from tests.dist.test_hybrid_step import NAMES, STRATEGIES, part_of
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_clip import batch_of, tiny_clip
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+STAGES = ["zero0", "zero1", "zero2", "zero3", "zero3_offload"]
+PLANS = {
+    "dual_all": OrderPlan("dual", "all"),
+    "vision_all": OrderPlan("vision", "all"),
+    "dual_hop_odd": OrderPlan("dual", "hop_odd"),
+    "first": OrderPlan("none"),
+}
+TOLERANCE = 1e-4  # a hundredth of one AdamW step: fp32 sums are grouped in another way, and AdamW answers to the sign of tiny gradients
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is an extra: pip install '.[deepspeed]'")
+
+
+def environment_of(engine: str) -> dict[str, str]:
+    """What `accelerate launch` with launch/accelerate_<engine>.yaml tells its processes."""
+    if engine == "ddp":
+        return {}
+    config = str(LAUNCH / "deepspeed" / f"{engine}.json")
+    return {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": config,
+        "ACCELERATE_CONFIG_DS_FIELDS": "deepspeed_config_file",
+    }
+
+
+def make_step(world: World, plan: OrderPlan, max_grad_norm: float | None = None) -> HybridStep:
+    towers = tiny_clip()
+    config = FirstOrderConfig(lr=1e-2, max_grad_norm=max_grad_norm)
+    return HybridStep(towers, assign(towers.units, plan), STRATEGIES["mozo"], lambda model: first_order(world, config, model), world)
+
+
+def take(step: HybridStep, k: int, samples: int = 10, micro_batches: int = 1, planned: int | None = None):
+    """Step k on its own batch; `planned` is the size that the batch was to have, had no sample been damaged."""
+    parts = part_of(step.world, k, samples, micro_batches)
+    parts[0].count = planned or samples
+    return step(parts, Key(1000 + k, k), lr=1e-2)
+
+
+def states(step: HybridStep) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in step.state_dict().items()}
+
+
+def learn(world: World, plan: OrderPlan) -> tuple[dict[str, torch.Tensor], list, dict[str, str]]:
+    """Two tasks: with micro-batches, clipping, a damaged sample, a skipped step, and a resume from what was saved; see the test."""
+    step, reports = make_step(world, plan, max_grad_norm=0.2), []
+    step.begin(NAMES)
+    reports += [take(step, 0), take(step, 1, micro_batches=2), take(step, 2, planned=12)]
+    step.begin(NAMES)  # another task, with fresh moments
+    reports += [take(step, 3), poisoned(step, 4), take(step, 5)]
+    saved = states(step)
+    reports += [take(step, 6), take(step, 7)]
+    straight = states(step)
+    step.begin(NAMES)
+    step.load_state_dict(saved)
+    take(step, 6), take(step, 7)
+    resumed = states(step)
+    zeroth = {
+        name: t
+        for name, t in straight.items()
+        if any(name.startswith(f"adapters/{u}/") for u in step.orders if step.orders[u].value == "zeroth")
+    }
+    digests = {"straight": digest(straight), "resumed": digest(resumed), "zeroth": digest(zeroth)}
+    return straight, [(r.loss, r.gradient_norm, r.skipped) for r in reports], digests
+
+
+def poisoned(step: HybridStep, k: int):
+    """A step in which the last rank's loss is not finite, with its gradients, which are, exchanged already."""
+    gather = step.world.gather
+    if step.world.rank == step.world.size - 1:
+        step.world.gather = lambda vector: gather(torch.cat([torch.full_like(vector[:1], torch.nan), vector[1:]]))  # type: ignore[method-assign]
+    report = take(step, k)
+    step.world.gather = gather  # type: ignore[method-assign]
+    return report
+
+
+def trained(world: World) -> dict:
+    results = {name: learn(world, plan) for name, plan in PLANS.items()}
+    step = make_step(world, PLANS["first"])
+    step.begin(NAMES)
+    mine = [batch_of(5, len(NAMES), seed=7)] if world.rank == 0 else [batch_of(0, len(NAMES), seed=7)]  # one rank has no sample
+    results["evaluation"] = count_correct(step.towers, mine, NAMES, [2, len(NAMES)], world).tolist()
+    results["engine"] = world.engine
+    return results
+
+
+@pytest.fixture(scope="module")
+def ddp() -> list[dict]:
+    return run_ranks(trained, 2)
+
+
+@pytest.mark.parametrize("engine", STAGES)
+def test_a_zero_stage_learns_what_data_parallelism_learns(engine, ddp):
+    ranks = run_ranks(trained, 2, timeout_s=300, environment=environment_of(engine))
+    assert [r["engine"] for r in ranks] == [engine] * 2
+    assert ranks[0]["evaluation"] == ranks[1]["evaluation"] == ddp[0]["evaluation"]
+    for name in PLANS:
+        (ours, reports, digests), (theirs, expected, _) = ranks[0][name], ddp[0][name]
+        assert digests == ranks[1][name][2]  # ranks agree bit for bit, on zeroth-order units and on all others
+        assert digests["straight"] == digests["resumed"]
+        assert [skipped for *_, skipped in reports] == [skipped for *_, skipped in expected]
+        for (loss, norm, _), (other, other_norm, _) in zip(reports, expected, strict=True):
+            assert loss == pytest.approx(other, rel=1e-5, nan_ok=True)
+            assert norm is None or norm == pytest.approx(other_norm, rel=1e-4)
+        assert ours.keys() == theirs.keys()
+        for tensor in ours:
+            torch.testing.assert_close(
+                ours[tensor], theirs[tensor], rtol=0, atol=TOLERANCE, msg=lambda m, n=tensor, p=name: f"{p} {n}: {m}"
+            )
+    assert ranks[0]["dual_all"][2]["straight"] == ddp[0]["dual_all"][2]["straight"]
+
+
+def bf16(world: World) -> None: ...
+
+
+def test_a_configuration_in_half_precision_is_refused(tmp_path):
+    config = json.loads((LAUNCH / "deepspeed/zero1.json").read_text())
+    (tmp_path / "bf16.json").write_text(json.dumps({**config, "bf16": {"enabled": True}}))
+    with pytest.raises(RuntimeError, match=r"enables bf16|mixed_precision"):
+        run_ranks(bf16, 2, environment={**environment_of("zero1"), "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "bf16.json")})

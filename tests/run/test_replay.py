@@ -1,0 +1,117 @@
+"""Claims about the journal: the zeroth-order units can be rebuilt from it bit for bit, and a killed run goes on from it."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_vlcl.config import Config
+from dist_vlcl.dist.world import World
+from dist_vlcl.run import checkpoint, journal
+from dist_vlcl.run.replay import differing, rebuild
+from dist_vlcl.step import HybridStep
+from dist_vlcl.train import train
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_clip import architecture
+from tests.test_train import configured, records
+
+TINY = [f"model.name={architecture(3, 3)}", "model.pretrained=random", "eval.zero_shot=false"]
+DUAL = [*TINY, "orders=dual_all"]
+EVERY_OPTION = ["orders.layers=[2]", "orders.rest=frozen", "zo=conservative", "zo.optimizer=adam", "zo.steps_per_fo_step=2"]
+EVERY_OPTION += ["zo.update=sequential", "zo.probes=2", "run.save_every_steps=2"]
+
+
+def run_folder(cfg: Config) -> Path:
+    return Path(cfg.run.root) / cfg.run.name
+
+
+def counted(world: World, cfg: Config, killed_rank: int | None = None, at: int = 0) -> int:
+    """Train and return how many steps this start took; a rank that is to be killed dies in its step number `at`, by kill -9."""
+    architecture(3, 3)  # make it known in this process
+    whole, taken = HybridStep.__call__, []
+
+    def step(self, *arguments, **options):
+        taken.append(1)
+        if world.rank == killed_rank and len(taken) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, *arguments, **options)
+
+    HybridStep.__call__ = step  # type: ignore[method-assign]
+    train(cfg, world)
+    return len(taken)
+
+
+@pytest.mark.parametrize(
+    ("killed_rank", "at", "overrides"),
+    [(0, 4, ["zo=mozo"]), (1, 4, EVERY_OPTION)],
+    ids=["mozo", "every_option"],
+)
+def test_a_killed_dual_zeroth_order_run_loses_no_finished_step(tmp_path, killed_rank, at, overrides):
+    unbroken = configured(tmp_path, *DUAL, *overrides, "run.name=unbroken")
+    broken = configured(tmp_path, *DUAL, *overrides, "run.name=broken")
+    (steps, _) = run_ranks(counted, 2, unbroken)
+    with pytest.raises(RuntimeError, match=f"rank {killed_rank} died without a word"):
+        run_ranks(counted, 2, broken, killed_rank, at)
+    journalled = len(records(broken, journal.FILE))
+    assert journalled in (at - 1, at)  # the other rank may be the one that writes, and had all it needed for the step
+    with open(run_folder(broken) / journal.FILE, "a") as file:
+        file.write('{"step": 99, "ta')  # a torn line
+    assert run_ranks(counted, 2, broken) == [steps - journalled] * 2
+    expected, got = (checkpoint.load_newest(run_folder(cfg)).tensors for cfg in (unbroken, broken))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    assert records(unbroken, journal.FILE) == records(broken, journal.FILE)
+    assert [{**r, "name": ""} for r in records(unbroken)] == [{**r, "name": ""} for r in records(broken)]
+
+
+def test_a_damaged_checkpoint_costs_no_finished_step_either(tmp_path):
+    unbroken = configured(tmp_path, *DUAL, "tasks.num_tasks=1", "run.name=unbroken")
+    broken = configured(tmp_path, *DUAL, "tasks.num_tasks=1", "run.save_every_steps=2", "run.name=broken")
+    (steps,) = run_ranks(counted, 1, unbroken)
+    with pytest.raises(RuntimeError, match="rank 0 died without a word"):
+        run_ranks(counted, 1, broken, 0, steps)
+    assert checkpoint.saved_steps(run_folder(broken)) == [2, 4]
+    tensors = run_folder(broken) / "checkpoints/step-00000004/tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    assert run_ranks(counted, 1, broken) == [1]  # from step 2 and the journal's 3 and 4
+    expected, got = (checkpoint.load_newest(run_folder(cfg)).tensors for cfg in (unbroken, broken))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def damage(folder: Path, step: int) -> None:
+    """Change one digit of a coefficient: still JSON, no longer what was written."""
+    lines = (folder / journal.FILE).read_text().splitlines(keepends=True)
+    position = lines[step - 1].index('"coefficient": ') + len('"coefficient": -0.0')
+    digit = lines[step - 1][position]
+    lines[step - 1] = lines[step - 1][:position] + str((int(digit) + 1) % 10) + lines[step - 1][position + 1 :]
+    (folder / journal.FILE).write_text("".join(lines))
+
+
+def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_damage(tmp_path):
+    cfg = configured(tmp_path, *TINY, "orders=dual_hop_odd", "zo=conservative", "zo.optimizer=adam", "run.save_every_steps=3", "run.keep=9")
+    run_ranks(counted, 2, cfg)
+    folder = run_folder(cfg)
+    end = checkpoint.load_newest(folder)
+    for start in checkpoint.saved_steps(folder)[:-1]:  # within a task, with moments, and at its end
+        rebuilt = rebuild(folder, start)
+        assert (rebuilt.start, rebuilt.stop) == (start, end.step) and differing(rebuilt, end) == []
+        assert {name.split("/")[1] for name in rebuilt.tensors} == {"language.1", "language.3", "vision.1", "vision.3"}
+    command = [sys.executable, "-m", "dist_vlcl.run.replay", str(folder), "--output", str(tmp_path / "units.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"equal, bit for bit, to the checkpoint of step {end.step}" in done.stdout and "bytes a step" in done.stdout
+    assert (tmp_path / "units.safetensors").exists()
+    damage(folder, step=7)
+    with pytest.raises(ValueError, match="step 7 is missing or damaged"):
+        rebuild(folder, 3, end.step)
+    assert rebuild(folder, 3).stop == 6
+
+
+def test_a_run_without_zeroth_order_units_has_nothing_to_rebuild(tmp_path):
+    cfg = configured(tmp_path, *TINY, "orders=first", "tasks.num_tasks=1")
+    train(cfg, World.alone())
+    with pytest.raises(ValueError, match="no zeroth-order units"):
+        rebuild(run_folder(cfg))
