@@ -130,7 +130,8 @@ def _add_accuracies(report: Report, section: Section, published: Sequence[Publis
 
 def _add_memory(report: Report, section: Section, memory: "pd.DataFrame") -> None:
     report.add_data("memory", section, memory)
-    devices = "; ".join(dict.fromkeys(filter(None, memory.accelerators))) or "no run has recorded it"
+    devices = "; ".join(dict.fromkeys(filter(None, memory.accelerators))) or "of an unknown device"
+    devices = devices if memory.runs.any() else "no run has recorded it"
     what = f"{section.title}. Peak memory of a step: the paper's GB as printed; ours the most GiB that PyTorch has held ({devices})."
     report.add("### Table 5. Memory", what, tables.memory_table(memory).markdown())
 

@@ -233,6 +233,7 @@ def draw_memory(frame: "pd.DataFrame") -> "Figure":
         axes.set_xticks(places, ["first order" if setting == "fo" else f"{setting}" for setting in rows.setting], fontsize=9)
         axes.set_title(str(adapter), fontsize=10)
         axes.margins(y=0.1)
+        axes.set_xlim(-0.6, len(rows) - 0.4)
         axes.grid(axis="x", visible=False)
     grid[0].set_ylabel("peak memory of a step")
     put_legend(figure, grid[0])
