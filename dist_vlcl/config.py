@@ -1,6 +1,7 @@
 """The configuration: Hydra's groups in, the parts' dataclasses out, and the checks that span parts."""
 
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -134,6 +135,8 @@ def from_hydra(options: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(str(error).splitlines()[0]) from error
     assert isinstance(config, Config)
+    if isinstance(config.adapter, dict):
+        config.adapter = OmegaConf.to_object(_own_adapter(config.adapter))
     config.check()
     if config.run.name == "auto":
         config.run.name = default_name(config)
@@ -144,25 +147,38 @@ def from_hydra(options: DictConfig) -> Config:
 def load_config(path: Path) -> Config:
     """Return the configuration that a run has written, checked."""
     saved = OmegaConf.create(yaml.safe_load(path.read_text()))
-    adapter = LoRAConfig if "rank" in saved.adapter else MoEConfig
     schema = OmegaConf.structured(Config)
-    schema.adapter = OmegaConf.structured(adapter)
+    if "kind" in saved.adapter:
+        saved.adapter = _own_adapter(saved.adapter)
+    else:
+        schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
     merged = OmegaConf.merge(schema, saved)
     assert isinstance(merged, DictConfig)
     return from_hydra(merged)
 
 
+def _own_adapter(options: Any) -> DictConfig:
+    """Return the user's own dataclass, which `adapter.kind` names as module:Class, with these values in it."""
+    kind = options.get("kind")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(pkgutil.resolve_name(kind)), options)
+    except (ImportError, AttributeError, TypeError, ValueError, OmegaConfBaseException) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"adapter.kind={kind!r}: give module:Class of a dataclass that Python can import ({said})") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
 def default_name(config: Config) -> str:
     """Return a name that tells runs apart by what was learned and how; a run of `paper=ID` has its own (paper.run_name)."""
     plan, layers = config.orders, config.orders.layers
-    kind = ("lora_mlp" if config.adapter.targets == ["mlp"] else "lora") if isinstance(config.adapter, LoRAConfig) else "moe"
     data = config.data.name if config.model.name == "small_clip" else f"{config.data.name}-{config.model.name}"
     named = layers + (str(plan.span) if plan.span else "") if isinstance(layers, str) else "list"
     how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]
     orders = "fo" if plan.branch == "none" else f"{how}-{plan.branch}-{named}"
     if plan.branch == "none" and plan.rest == "frozen":
         orders = "zero-shot"
-    return f"{data}-inc{config.tasks.increment}-{kind}-{orders}-seed{config.seed}"
+    return f"{data}-inc{config.tasks.increment}-{config.adapter.label}-{orders}-seed{config.seed}"
 
 
 def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:

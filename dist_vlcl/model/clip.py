@@ -9,14 +9,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dist_vlcl.model.activation import QuickGELU
-from dist_vlcl.model.lora import LoRAAdapter, LoRAConfig
-from dist_vlcl.model.moe import MoEAdapter, MoEConfig
 from dist_vlcl.model.tower import AdaptedBlock, Tower
 from dist_vlcl.model.units import UnitId, Units
 
@@ -43,6 +41,14 @@ class ModelConfig:
             raise ValueError(f"model.context={self.context!r}: choose from truncated, full")
         if self.pretrained == "shipped" and self.name != "small_clip":
             raise ValueError("model.pretrained=shipped: only model.name=small_clip ships with dist_vlcl; give an open_clip tag or a file")
+
+
+class AdapterConfig(Protocol):
+    """What adapters are made by: MoEConfig, LoRAConfig, or a dataclass of the user's own (docs/EXTENDING.md)."""
+
+    def check(self) -> None: ...
+
+    def make(self, width: int, generator: torch.Generator) -> nn.Module: ...
 
 
 class ImageEnds(nn.Module):
@@ -155,7 +161,7 @@ class TwoTowers(nn.Module):
         return tower.run(tower.embed(inputs), inputs, noise=noise, training=False)[0][0]
 
 
-def build_clip(model: ModelConfig, adapter: MoEConfig | LoRAConfig, seed: int = 0) -> TwoTowers:
+def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> TwoTowers:
     """Build CLIP with fresh adapters in every block of both towers; everything but the adapters is frozen, in fp32.
 
     Raises ValueError when a tower has no plain transformer blocks, RuntimeError when the weights cannot be had.
@@ -173,12 +179,11 @@ def build_clip(model: ModelConfig, adapter: MoEConfig | LoRAConfig, seed: int = 
     for parameter in clip.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    make: Any = MoEAdapter if isinstance(adapter, MoEConfig) else LoRAAdapter
 
     def adapted(branch: str, transformer: Any, causal: bool) -> list[AdaptedBlock]:
         blocks, transformer.resblocks = transformer.resblocks, nn.ModuleList()  # each block has one owner, and one name
         return [
-            AdaptedBlock(block, make(block.attn.embed_dim, adapter, generator), UnitId(branch, layer), causal)
+            AdaptedBlock(block, adapter.make(block.attn.embed_dim, generator), UnitId(branch, layer), causal)
             for layer, block in enumerate(blocks, start=1)
         ]
 

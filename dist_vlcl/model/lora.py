@@ -23,6 +23,15 @@ class LoRAConfig:
     scale: float = 1.0
     alpha: float | None = None  # when given, the scale is alpha / rank
 
+    @property
+    def label(self) -> str:
+        """In the names of runs."""
+        return "lora_mlp" if self.targets == ["mlp"] else "lora"
+
+    def make(self, width: int, generator: torch.Generator) -> "LoRAAdapter":
+        """Return a fresh adapter for a block of some width."""
+        return LoRAAdapter(width, self, generator)
+
     def check(self) -> None:
         allowed = (*PROJECTIONS, "mlp")
         if self.rank < 1:

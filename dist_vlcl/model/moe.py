@@ -23,6 +23,12 @@ class MoEConfig:
     router_noise: bool = True
     noise_at_eval: bool = False  # the baseline's defect Q1, to reproduce it
 
+    label = "moe"  # in the names of runs
+
+    def make(self, width: int, generator: torch.Generator) -> "MoEAdapter":
+        """Return a fresh adapter for a block of some width."""
+        return MoEAdapter(width, self, generator)
+
     def check(self) -> None:
         if not 1 <= self.top_k <= self.experts:
             raise ValueError(f"adapter.top_k={self.top_k}: choose from 1 to adapter.experts={self.experts}")

@@ -3,6 +3,7 @@
 # n numbers of a branch
 
 import math
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,7 @@ class ZerothOrderConfig:
     """A row of the strategy table, and the options that METHOD 2 names. `name` is for tables and logs only."""
 
     name: str = "mozo"
+    estimator: str = "finite_difference"  # or module:Class of your own, with the methods of FiniteDifference (docs/EXTENDING.md)
     transform: str = "sign"
     acceptance: str = "always"
     epsilon: dict[str, float] = field(default_factory=lambda: {"language": 1e-3, "vision": 5e-4})
@@ -49,6 +51,7 @@ class ZerothOrderConfig:
         }.items():
             if getattr(self, option) not in allowed:
                 raise ValueError(f"zo.{option}={getattr(self, option)!r}: choose from {', '.join(map(str, allowed))}")
+        self.make_estimator()
         for branch in ("language", "vision"):
             if not self.epsilon.get(branch, 0) > 0:
                 raise ValueError(f"zo.epsilon.{branch}={self.epsilon.get(branch)}: give a positive number")
@@ -65,6 +68,18 @@ class ZerothOrderConfig:
                 raise ValueError(f"zo.{option}={getattr(self, option)}: give a positive number")
         if self.probes * self.steps_per_fo_step > Streams.MAX_PROBES:
             raise ValueError(f"zo.probes * zo.steps_per_fo_step may be at most {Streams.MAX_PROBES}")
+
+    def make_estimator(self) -> FiniteDifference:
+        """Return what gives candidates and makes estimates of their losses; raise ValueError where the option names no such class."""
+        arguments = (self.epsilon, self.sides, self.probes, self.clip)
+        if self.estimator == "finite_difference":
+            return FiniteDifference(*arguments)
+        try:
+            return pkgutil.resolve_name(self.estimator)(*arguments)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"zo.estimator={self.estimator!r}: give finite_difference, or module:Class of a file that Python can import ({error})"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,7 @@ class ZerothOrder:
     def __init__(self, flats: Mapping[str, Flat], config: ZerothOrderConfig):
         config.check()
         self.flats, self.config = flats, config
-        self.difference = FiniteDifference(config.epsilon, config.sides, config.probes, config.clip)
+        self.difference = config.make_estimator()
         self.draws = Directions(flats, config.directions)
         self.begin()
 

@@ -1,0 +1,95 @@
+"""docs/EXTENDING.md, followed to the letter in an empty folder: every file saved, every command run, in the order of the page."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = (Path(__file__).parents[1] / "docs" / "EXTENDING.md").read_text()
+BLOCK = re.compile(r"```(python|yaml|sh)\n(.*?)```", re.DOTALL)
+NAMED = re.compile(r"\bas\s+`([\w/.]+\.(?:py|yaml))`:\s*\Z")
+
+# One process for all commands, so that torch is imported once; each runs as `python` would run it.
+FOLLOW = """
+import runpy, shlex, sys
+for line in sys.stdin.read().splitlines():
+    words = shlex.split(line)
+    assert words.pop(0) == "python", line
+    sys.path.insert(0, "")
+    if words[0] == "-m":
+        sys.argv = [words[1], *words[2:]]
+        runpy.run_module(words[1], run_name="__main__")
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+    print("did:", line, flush=True)
+"""
+
+
+def files_and_commands() -> tuple[dict[str, str], list[str]]:
+    """Return what the page says to save, by name, and to type, in order."""
+    files, commands = {}, []
+    for match in BLOCK.finditer(PAGE):
+        kind, content = match.groups()
+        if kind == "sh":
+            commands += content.splitlines()
+            continue
+        named = NAMED.search(PAGE[: match.start()])
+        assert named, f"the page does not say where to save {content[:60]!r}"
+        files[named[1]] = content
+    return files, commands
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("newcomer")
+    files, commands = files_and_commands()
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run(
+        [sys.executable, "-c", FOLLOW], input="\n".join(commands), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    assert done.stdout.count("did: ") == len(commands) and "the slope is right" in done.stdout
+    return folder
+
+
+def test_the_page_has_its_files_and_commands():
+    files, commands = files_and_commands()
+    assert set(files) >= {
+        "draw_shapes.py",
+        "four_point.py",
+        "configs/zo/four_point.yaml",
+        "parallel_adapter.py",
+        "configs/adapter/parallel.yaml",
+    }
+    assert len(commands) == 7 and all(command.startswith("python ") for command in commands)
+
+
+@pytest.mark.parametrize("name", ["my-data", "my-estimator", "my-adapter", "my-own"])
+def test_each_run_of_the_page_comes_to_its_end(folder, name):
+    accuracy = json.loads((folder / "runs" / name / "accuracy.json").read_text())
+    assert accuracy["complete"] and accuracy["steps"] == 2 * len(accuracy["zero_shot"])
+
+
+def test_the_runs_used_what_the_page_made(folder):
+    def config(name: str) -> str:
+        return (folder / "runs" / name / "config.yaml").read_text()
+
+    assert "name: shapes" in config("my-data")
+    assert "estimator: four_point:FourPoint" in config("my-estimator")
+    assert "kind: parallel_adapter:ParallelConfig" in config("my-adapter") and "bottleneck: 8" in config("my-own")
+
+
+def test_a_run_with_an_own_adapter_is_evaluated_again_from_its_folder(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_vlcl.evaluate", "runs/my-adapter"], cwd=folder, capture_output=True, text=True, timeout=300
+    )
+    last = json.loads((folder / "runs/my-adapter/accuracy.json").read_text())["last"]
+    assert f"Last {100 * last:.2f}" in done.stdout, done.stderr[-2000:]
