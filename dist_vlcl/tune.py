@@ -80,8 +80,8 @@ def trial_of(choice: Choice, items: Sequence[Item]) -> Trial:
     return Trial(choice, [item.accuracy["last"] for item in done], mean(ends) if ends else None)
 
 
-def write(folder: Path, command: str, trials: Sequence[Trial], references: dict[str, float]) -> Path:
-    """Write tables and picture, and the best choice as a file of options; return its path."""
+def write(folder: Path, command: str, fixed: Sequence[str], trials: Sequence[Trial], references: dict[str, float]) -> Path:
+    """Write tables and picture, and the best choice with the other `zo` options as a file; return its path."""
     best = trials[0]
     table = trial_table(trials, references).markdown()
     note = "Accuracy in % on held-out training images of the first task; test images were not read. The first row is in tuned.yaml."
@@ -89,7 +89,8 @@ def write(folder: Path, command: str, trials: Sequence[Trial], references: dict[
     write_csv(folder / "tuning.csv", trials)
     plot_trials(folder / "tuning.png", trials, references)
     content: dict[str, Any] = {}
-    for key, value in best.options.items():
+    given = dict(word.split("=", 1) for word in fixed if word.startswith("zo."))
+    for key, value in (given | dict(best.options)).items():
         *parents, leaf = key.split(".")
         inner = content
         for parent in parents:
@@ -149,7 +150,7 @@ def main() -> None:
     if zero_shot := [next(iter(item.accuracy["zero_shot"].values())) for item in of_choice[0] if item.accuracy.get("zero_shot")]:
         references["zero-shot CLIP"] = mean(zero_shot)
     command = f"python -m dist_vlcl.tune {shlex.join(arguments.words)} --holdout {arguments.holdout}"
-    tuned = write(folder, command, ranked(trials), references)
+    tuned = write(folder, command, fixed, ranked(trials), references)
     console.print(f"\n{trial_table(ranked(trials), references).markdown()}", highlight=False, markup=False, soft_wrap=True)
     if failed := [item.folder.name for item, fate in fates.items() if fate.startswith(FAILED)]:
         console.print(f"failed and left out: {', '.join(failed)}", highlight=False, soft_wrap=True)

@@ -44,6 +44,14 @@ def files_and_commands() -> tuple[dict[str, str], list[str]]:
     return files, commands
 
 
+def on_one_core(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    """Run Python there; two threads on busy cores would take many times as long."""
+    core = min(os.sched_getaffinity(0))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    limits = {"preexec_fn": lambda: os.sched_setaffinity(0, {core}), "timeout": 300, "env": environment, "cwd": folder}
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **limits, **options)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("newcomer")
@@ -51,10 +59,7 @@ def folder(tmp_path_factory):
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    done = subprocess.run(
-        [sys.executable, "-c", FOLLOW], input="\n".join(commands), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = on_one_core(folder, "-c", FOLLOW, input="\n".join(commands))
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     assert done.stdout.count("did: ") == len(commands) and "the slope is right" in done.stdout
     return folder
@@ -62,20 +67,15 @@ def folder(tmp_path_factory):
 
 def test_the_page_has_its_files_and_commands():
     files, commands = files_and_commands()
-    assert set(files) >= {
-        "draw_shapes.py",
-        "four_point.py",
-        "configs/zo/four_point.yaml",
-        "parallel_adapter.py",
-        "configs/adapter/parallel.yaml",
-    }
+    assert {"draw_shapes.py", "four_point.py", "parallel_adapter.py"} < set(files)
+    assert {"configs/zo/four_point.yaml", "configs/adapter/parallel.yaml"} < set(files)
     assert len(commands) == 7 and all(command.startswith("python ") for command in commands)
 
 
 @pytest.mark.parametrize("name", ["my-data", "my-estimator", "my-adapter", "my-own"])
 def test_each_run_of_the_page_comes_to_its_end(folder, name):
     accuracy = json.loads((folder / "runs" / name / "accuracy.json").read_text())
-    assert accuracy["complete"] and accuracy["steps"] == 2 * len(accuracy["zero_shot"])
+    assert accuracy["complete"] and accuracy["steps"] == 2 * len(accuracy["zero_shot"]) > 0
 
 
 def test_the_runs_used_what_the_page_made(folder):
@@ -88,8 +88,6 @@ def test_the_runs_used_what_the_page_made(folder):
 
 
 def test_a_run_with_an_own_adapter_is_evaluated_again_from_its_folder(folder):
-    done = subprocess.run(
-        [sys.executable, "-m", "dist_vlcl.evaluate", "runs/my-adapter"], cwd=folder, capture_output=True, text=True, timeout=300
-    )
+    done = on_one_core(folder, "-m", "dist_vlcl.evaluate", "runs/my-adapter")
     last = json.loads((folder / "runs/my-adapter/accuracy.json").read_text())["last"]
     assert f"Last {100 * last:.2f}" in done.stdout, done.stderr[-2000:]

@@ -43,7 +43,7 @@ def test_every_make_target_and_linked_file_exists():
 
 
 def test_the_tree_in_the_readme_is_the_tree():
-    for name in ("train.py", "evaluate.py", "config.py", "step.py", "orders.py", "schedule.py"):
+    for name in ("train.py", "evaluate.py", "config.py", "step.py", "orders.py", "schedule.py", "sweep.py", "tune.py", "paper.py"):
         assert name in README and (ROOT / "dist_vlcl" / name).exists()
     folders = {p.name for p in (ROOT / "dist_vlcl").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
     assert all(f"{folder}/" in README for folder in folders)

@@ -60,6 +60,8 @@ def tuned(monkeypatch, capfd, *arguments):
 
 SHORT = ["train.max_steps=2", "train.batch_size=24", "zo.epsilon.language=1e-3", "zo.epsilon.vision=5e-4", "zo.acceptance=always"]
 
+TUNED = {"zo": {"epsilon": {"language": 1e-3, "vision": 5e-4}, "acceptance": "always", "lr_scale": 1.0}}
+
 
 def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
@@ -75,7 +77,7 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
     status, said = tuned(monkeypatch, capfd, *words, "--out", "found")
     assert status == 0 and "3 of 3 to train" in said
     found = tmp_path / "found"
-    assert yaml.safe_load((found / "tuned.yaml").read_text()) == {"zo": {"lr_scale": 1.0}}  # the other throws the adapters away
+    assert yaml.safe_load((found / "tuned.yaml").read_text()) == TUNED  # the other throws the adapters away
     page = (found / "tuning.md").read_text()
     assert page.index("| 1 |") < page.index("| 100000 |") < page.index("the same units frozen") < page.index("zero-shot CLIP")
     assert (found / "tuning.png").read_bytes().startswith(b"\x89PNG") and len((found / "tuning.csv").read_text().splitlines()) == 3
