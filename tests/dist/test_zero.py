@@ -109,7 +109,7 @@ def trained(world: World) -> dict:
 
 @pytest.fixture(scope="module")
 def ddp() -> list[dict]:
-    return run_ranks(trained, 2)
+    return run_ranks(trained, 2, timeout_s=300)
 
 
 @pytest.mark.parametrize("engine", STAGES)
