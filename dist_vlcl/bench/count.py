@@ -37,8 +37,13 @@ class Flops(TorchDispatchMode):
 
 def flops(work: Callable[[], Any]) -> int:
     """Return the FLOPs that `work` executes."""
-    with Flops() as counter:
-        work()
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # open_clip's attention without a graph is else one operator, which has no formula
+    try:
+        with Flops() as counter:
+            work()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     return counter.total
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dist_vlcl.data.loader import Batch
+from dist_vlcl.model.activation import QuickGELU
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.model.tower import AdaptedBlock
@@ -122,7 +123,11 @@ class NaiveStep:
     def _block(self, block: AdaptedBlock, x: Tensor, mask: Tensor | None, router: Tensor | None, kept: Tensor | None) -> Tensor:
         clip = block.block
         u = x + clip.ls_1(clip.attention(q_x=clip.ln_1(x), attn_mask=mask))
-        return u + clip.ls_2(clip.mlp(clip.ln_2(u))) + self._experts(block.adapter, u, router, kept)
+        return u + clip.ls_2(self._mlp(clip.mlp, clip.ln_2(u))) + self._experts(block.adapter, u, router, kept)
+
+    def _mlp(self, mlp, x: Tensor) -> Tensor:
+        hidden = mlp.c_fc(x)
+        return mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden) if isinstance(mlp.gelu, QuickGELU) else mlp.gelu(hidden))
 
     def _experts(self, adapter, u: Tensor, noise: Tensor | None, kept: Tensor | None) -> Tensor:
         """Return the gated sum, expert by expert, each on the samples that chose it."""

@@ -48,7 +48,7 @@ class Result:
 
 def shown(cell: Any) -> str:
     if isinstance(cell, float):
-        return f"{cell:.3g}" if abs(cell) < 1000 else f"{cell:,.0f}"
+        return f"{cell:#.3g}" if abs(cell) < 1000 else f"{cell:,.0f}"
     return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 

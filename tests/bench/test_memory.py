@@ -21,7 +21,7 @@ def test_a_prompt_keeps_a_tenth_of_what_77_tokens_do():
     assert saved_per_sample("language") * 10 < saved_per_sample("language", naive=True)
 
 
-@pytest.mark.parametrize(("orders", "checkpoint", "limit"), [("dual_all", False, 1.6e9), ("language_all", True, 1.9e9)])
+@pytest.mark.parametrize(("orders", "checkpoint", "limit"), [("dual_all", False, 1.6e9), ("language_all", True, 2.1e9)])
 def test_a_step_s_peak(orders, checkpoint, limit):
     """At 64 images and 125 classes, with the weights."""
     assert peak_bytes(Workload(orders=orders, checkpoint=checkpoint, images=64, classes=125)) < limit

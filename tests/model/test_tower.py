@@ -164,3 +164,12 @@ def test_nothing_is_kept_for_backward_below_the_first_first_order_unit():
         x = block.finish(block.carry(x), {n: t[None] for n, t in block.unit.tensors().items()}, None, None)
         assert not x.requires_grad
     assert tower.run(tower.embed(images), images)[0].requires_grad
+
+
+def test_a_model_that_pools_from_all_positions_computes_all_of_them():
+    towers, whole = tiny_clip(double=True), WholeCLIP(double=True)
+    class_token = towers.features("vision", pictures(4))
+    towers.vision.ends.visual.pool_type = whole.clip.visual.pool_type = "avg"
+    pooled = towers.features("vision", pictures(4))
+    torch.testing.assert_close(pooled, whole.features("vision", pictures(4), adapter_values(towers)), **EXACT)
+    assert not torch.allclose(pooled, class_token)
