@@ -85,9 +85,9 @@ def rewrite(file: Path, only: str = "") -> None:
             print(f"  left as it stands: {error}", flush=True)
             continue
         block = f"<!-- bench: {command} -->\n\n{described(result)}\n\n<!-- /bench -->"
+        text = file.read_text()  # a person may have written in it meanwhile
         old = next(m[0] for m in MARKED.finditer(text) if m["command"] == command)
-        text = text.replace(old, block)
-        file.write_text(text)
+        file.write_text(text.replace(old, block))
 
 
 if __name__ == "__main__":
