@@ -133,7 +133,7 @@ def _untuned(argument: str) -> Iterator[str]:
         raise ValueError(f"tuned={str(path)!r}: cannot be read ({error}); python -m dist_vlcl.tune writes such a file") from None
     if not isinstance(content, dict):
         raise ValueError(f"tuned={str(path)!r}: holds no options; python -m dist_vlcl.tune writes such a file")
-    yield from (f"{key}={value}" for key, value in _leaves(content))
+    yield from (f"{key}={'null' if value is None else value}" for key, value in _leaves(content))
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

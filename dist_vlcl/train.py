@@ -24,7 +24,7 @@ from dist_vlcl.data.shards import Index
 from dist_vlcl.data.store import open_index
 from dist_vlcl.data.tasks import Task, TaskStream
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
-from dist_vlcl.dist.agree import agree, digest
+from dist_vlcl.dist.agree import DisagreementError, agree, digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.dist.zero import first_order
 from dist_vlcl.model.clip import TwoTowers, build_clip
@@ -106,6 +106,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     agree(world, "the adapters as the journal rebuilds them", digest(towers.units.state_dict()))
                     log.say(f"the journal gave back {len(journalled)} steps after the checkpoint")
                     journalled = []
+                agreed = state.step
                 for batch, key, lr in training_steps(cfg, step, index, task, world, state, log):
                     started = time.perf_counter()
                     parts, observe = split(batch, cfg.train.micro_batches), records.is_due(state.step + 1)
@@ -116,7 +117,12 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     if report.figures is not None:
                         records.add(state.step, state.task, report.figures)
                     if state.step % cfg.train.check_every_steps == 0:
-                        agree(world, f"the adapters after step {state.step}", digest(step.adapters()), "A rank went astray.")
+                        try:
+                            agree(world, f"the adapters after step {state.step}", digest(step.adapters()), "A rank went astray.")
+                        except DisagreementError:
+                            log.disown(after=agreed)
+                            raise
+                        agreed = state.step
                     if report.stop or run.is_time_to_save(state.step):
                         save(run, state, step, records, zero_shot)
                     if report.stop:

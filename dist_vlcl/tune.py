@@ -14,6 +14,7 @@ frozen and zero-shot CLIP beside the choices; and the trials' folders. Trials th
 """
 
 import argparse
+import contextlib
 import itertools
 import shlex
 import sys
@@ -95,18 +96,18 @@ def write(folder: Path, command: str, fixed: Sequence[str], trials: Sequence[Tri
         inner = content
         for parent in parents:
             inner = inner.setdefault(parent, {})
-        inner[leaf] = yaml.safe_load(value) if not _is_number(value) else float(value)
+        inner[leaf] = _read(value)
     head = f"# {command}\n# held-out accuracy {100 * (best.accuracy or 0):.2f} %, the best of {len(trials)}\n"
     replace_file(folder / "tuned.yaml", head + yaml.safe_dump(content, sort_keys=False))
     return folder / "tuned.yaml"
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _read(text: str) -> Any:
+    """Return the value that Hydra would read: YAML 1.1 takes 1e-3 for a word."""
+    value = yaml.safe_load(text)
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ class ZeroFirstOrder(FirstOrder):
         from deepspeed.utils import safe_get_full_grad
 
         found = [safe_get_full_grad(p) for p in self.parameters]
-        return [torch.zeros(getattr(p, "ds_shape", p.shape)) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+        return [torch.zeros(getattr(p, "ds_shape", p.shape), device=self.world.device) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
 
     def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
         if not self.is_sharded:

@@ -48,6 +48,7 @@ class RunLog:
         self._console = console or default_console()
         self._display = ProgressDisplay(self._console, clock)
         self._metrics = JsonLines(folder / "metrics.jsonl", lambda record: is_before(record, state))
+        self._folder = folder
         self._journal = JsonLines(folder / journal.FILE, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
         self._mirror = WandbMirror(folder, settings.wandb, settings.wandb_project, settings.name, config, state.wandb_id)
@@ -94,6 +95,12 @@ class RunLog:
         """Append to journal.jsonl; `record` has at least `step`, and is the last that is logged of its step."""
         if self._is_main:
             self._journal.append(journal.sealed(record))
+
+    def disown(self, after: int) -> None:
+        """Take back the journal's lines beyond step `after`: they may rest on the losses of a rank that went astray."""
+        if self._is_main:
+            self._journal.close()
+            self._journal = JsonLines(self._folder / journal.FILE, lambda record: record["step"] <= after)
 
     def progress(self, items: Iterable[T], total: int, completed: int = 0, description: str = "") -> Iterator[T]:
         """Iterate over the batches that are left, showing how far they are; `completed` of `total` were done before."""

@@ -75,6 +75,8 @@ def main() -> None:
             raise ValueError(f"{script} is missing: call this from the repository's folder, or give --repository")
         if arguments.engine not in engines:
             raise ValueError(f"--engine {arguments.engine}: choose from {', '.join(engines)}")
+        if arguments.engine != "ddp" and arguments.what != "train":
+            raise ValueError(f"--engine {arguments.engine}: {arguments.what} runs with ddp only; engines are for train")
         check_options(arguments.what, arguments.options)
         own = [f"--nodes={arguments.nodes}"] if arguments.nodes else []
         own += [f"--time={arguments.time}"] if arguments.time else []
@@ -84,11 +86,13 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     command = sbatch_command(arguments.what, arguments.options, [*own, *arguments.sbatch], arguments.repository.resolve())
+    own_environment = {"ENGINE": arguments.engine, "DIST_VLCL_HOME": str(arguments.repository.resolve())}
     if arguments.dry_run:
+        given = " ".join(f"{name}={shlex.quote(value)}" for name, value in own_environment.items())
         print(script.read_text())
-        print(f"# cd {shlex.quote(str(arguments.repository.resolve()))} && source slurm/site.sh && \\\n# {shlex.join(command)}")
+        print(f"# cd {shlex.quote(str(arguments.repository.resolve()))} && source slurm/site.sh && \\\n# {given} {shlex.join(command)}")
         return
-    environment = {**os.environ, "ENGINE": arguments.engine, "DIST_VLCL_HOME": str(arguments.repository.resolve())}
+    environment = {**os.environ, **own_environment}
     try:
         done = subprocess.run([*IN_SITE, str(arguments.repository.resolve() / "slurm/site.sh"), *command], env=environment)
     except OSError as error:

@@ -1,9 +1,10 @@
-"""Per step and unit, what the step did to it: units/*.parquet, one part a checkpoint interval, so that a kill loses nothing.
+"""Per step and unit, what the step did to it: units/*.parquet, one part a checkpoint interval.
 
 units/step-00000001.parquet     the records from step 1 to the next part's first step
 
 A part is written whole before the checkpoint that ends it. A resume drops what lies beyond its checkpoint, so that no step is there
-twice. `dist_vlcl.report.records.read_units` reads them all as one table.
+twice; steps that a run of zeroth order alone takes from its journal have no rows. `dist_vlcl.report.records.read_units` reads the parts as
+one table.
 """
 
 import os

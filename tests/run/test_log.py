@@ -93,6 +93,15 @@ def test_a_line_is_in_the_file_before_the_call_returns(tmp_path):
     assert lines(tmp_path, "journal.jsonl") == [sealed({"step": 1, "seeds": [1, 2]})]
 
 
+def test_steps_of_a_rank_that_went_astray_leave_the_journal(tmp_path):
+    log = open_log(tmp_path)
+    for step in (1, 2, 3):
+        log.journal({"step": step})
+    log.disown(after=1)
+    log.journal({"step": 2, "seed": 5})
+    assert lines(tmp_path, "journal.jsonl") == [sealed({"step": 1}), sealed({"step": 2, "seed": 5})]
+
+
 def test_a_run_without_a_state_begins_anew(tmp_path):
     log = open_log(tmp_path)
     log.note("before the first step", 0, 0)

@@ -23,7 +23,15 @@ def test_term_and_usr1_may_come_again():
         assert preemption.requested
 
 
-def test_the_second_interrupt_interrupts():
+@pytest.fixture
+def python_s_own_interrupt():
+    """A job in a shell's background starts with SIGINT ignored, and its interpreter then leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_second_interrupt_interrupts(python_s_own_interrupt):
     with pytest.raises(KeyboardInterrupt), Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGINT)
         assert preemption.requested
