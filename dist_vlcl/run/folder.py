@@ -26,7 +26,10 @@ import yaml
 from dist_vlcl.run.environment import describe_environment, is_restart
 from dist_vlcl.run.files import replace_file
 
-MAY_CHANGE = ("run.*", "cluster.*", "data.root", "data.url", "data.num_workers", "data.on_error", "eval.batch_size")
+MAY_CHANGE = (
+    *("run.*", "cluster.*", "eval.batch_size"),
+    *("data.root", "data.url", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
+)
 WANDB_MODES = ("auto", "online", "offline", "off")
 
 
