@@ -248,8 +248,8 @@ class HybridStep:
         parts = (batch.images, batch.labels - first_label, batch.positions)
         size = self.towers.image_size
         fill = (torch.zeros(blanks, 3, size, size, dtype=torch.uint8), torch.zeros(blanks, dtype=torch.long), torch.zeros(blanks).long())
-        parts, fill = ([tensor.to(device) for tensor in tensors] for tensors in (parts, fill))
-        images, labels, positions = (torch.cat(pair) if blanks else pair[0] for pair in zip(parts, fill, strict=True))
+        pairs = [(part.to(device), filling.to(device)) for part, filling in zip(parts, fill, strict=True)]
+        images, labels, positions = (torch.cat(pair) if blanks else pair[0] for pair in pairs)
         return images, labels, positions, real
 
     def adapters(self) -> dict[str, Tensor]:

@@ -170,8 +170,15 @@ def build_towers(cfg: Config, world: World) -> TwoTowers:
 
 def make_loader(cfg: Config, index: Index, world: World) -> Loader:
     """Return this rank's loader of a whole run."""
-    options = {"num_workers": cfg.data.num_workers, "cache_gib": cfg.data.cache_gib, "on_error": cfg.data.on_error}
-    return Loader(index, rank=world.rank, size=world.size, device=world.device, **options)
+    return Loader(
+        index,
+        rank=world.rank,
+        size=world.size,
+        device=world.device,
+        num_workers=cfg.data.num_workers,
+        cache_gib=cfg.data.cache_gib,
+        on_error=cfg.data.on_error,
+    )
 
 
 def first_direction(step: HybridStep) -> str:

@@ -145,13 +145,13 @@ class Reader(Dataset[Batch]):
             labels.append(label)
             positions.append(position)
             keys.append(key)
+        where = torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
         size = part.transform.size
-        as_tensor = {"labels": torch.tensor(labels, dtype=torch.int64), "positions": torch.tensor(positions, dtype=torch.int64)}
-        whole = {**as_tensor, "count": part.count, "index": part.index, "samples": keys, "skipped": skipped}
         if self.as_stored and can_be_stacked(images, size):
-            return Batch(torch.from_numpy(np.stack(images)), **whole, plans=plans)
+            return Batch(torch.from_numpy(np.stack(images)), *where, part.count, part.index, keys, skipped, plans)
         resized = [resize_image(pixels, plan, size) for pixels, plan in zip(images, plans, strict=True)]
-        return Batch(torch.stack(resized) if resized else torch.empty((0, 3, size, size), dtype=torch.uint8), **whole)
+        stacked = torch.stack(resized) if resized else torch.empty((0, 3, size, size), dtype=torch.uint8)
+        return Batch(stacked, *where, part.count, part.index, keys, skipped)
 
     def _skip(self, error: ShardError) -> str:
         if self.store.on_error == "stop":
