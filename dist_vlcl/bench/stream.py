@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         raw = _raw_set(args)
         for stored in (args.format, "pixels"):
-            options = {"reader": "folder", "samples_per_shard": 128, "pixels": stored == "pixels"}
+            options: dict[str, Any] = {"reader": "folder", "samples_per_shard": 128, "pixels": stored == "pixels"}
             index = write_shards(raw, Path(folder) / stored, name="bench", **options)
             for way, work in _ways(args, index).items():
                 ways.setdefault(way, {})[stored] = work
