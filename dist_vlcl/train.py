@@ -172,8 +172,6 @@ def make_loader(cfg: Config, index: Index, world: World) -> Loader:
     """Return this rank's loader of a whole run."""
     return Loader(
         index,
-        rank=world.rank,
-        size=world.size,
         device=world.device,
         num_workers=cfg.data.num_workers,
         cache_gib=cfg.data.cache_gib,
@@ -241,6 +239,8 @@ def training_steps(
     shared: dict[str, Any] = {
         "batch_size": cfg.train.batch_size,
         "seed": state.run_seed,
+        "rank": world.rank,
+        "size": world.size,
         "transform": TrainTransform(step.towers.image_size),
         "without": not_trained_on(cfg, loader.index, task),
     }
@@ -310,7 +310,8 @@ def count(
     """Return [prefix][class] -> (correct, total) over the test images of a task's classes. All ranks call this."""
     transform = (TrainTransform if cfg.eval.train_transform else TestTransform)(towers.image_size)
     kept = not_trained_on(cfg, loader.index, task)
-    batches = loader.test(task.classes, batch_size=cfg.eval.batch_size, transform=transform, held_out=kept)
+    share: dict[str, int] = {"batch_size": cfg.eval.batch_size, "rank": world.rank, "size": world.size}
+    batches = loader.test(task.classes, transform=transform, held_out=kept, **share)
     noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
     shown = progress(batches, total=batches.num_batches, description=described)
     return count_correct(towers, shown, task.names, prefixes, world, noise).tolist()

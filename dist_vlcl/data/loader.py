@@ -76,6 +76,8 @@ def parts_of(
     """A rank's part of order[i * batch_size : (i + 1) * batch_size], for every i, the last one short; nothing dropped or repeated."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: 1 or more")
+    if not 0 <= rank < size:
+        raise ValueError(f"rank={rank}: choose from 0 to {size - 1}, with {size} ranks")
     parts = []
     for index, first in enumerate(range(0, len(order), batch_size)):
         whole = order[first : first + batch_size]
@@ -177,17 +179,13 @@ class Loader:
         self,
         index: Index,
         *,
-        rank: int = 0,
-        size: int = 1,
         device: torch.device | str = "cpu",
         num_workers: int | None = None,
         cache_gib: float = 1.0,
         on_error: str = "stop",
         resize_on_device: bool | None = None,
     ) -> None:
-        if not 0 <= rank < size:
-            raise ValueError(f"rank={rank}: choose from 0 to {size - 1}, with {size} ranks")
-        self.index, self.rank, self.size, self.device = index, rank, size, torch.device(device)
+        self.index, self.device = index, torch.device(device)
         on_gpu = self.device.type == "cuda"
         workers = _default_workers(on_gpu) if num_workers is None else num_workers
         store = ImageStore(index, cache_gib * 2**30 / max(1, workers), on_error)
@@ -212,6 +210,8 @@ class Loader:
         seed: int,
         epoch: int,
         transform: Transform,
+        rank: int = 0,
+        size: int = 1,
         start: int = 0,
         without: Sequence[SampleId] = (),
     ) -> "Batches":
@@ -223,23 +223,32 @@ class Loader:
             order,
             task.labels,
             batch_size=batch_size,
-            rank=self.rank,
-            size=self.size,
+            rank=rank,
+            size=size,
             transform=transform,
             seeds=(seed, task.index, epoch),
             shards=2 * len(task.classes),  # a batch may straddle two windows
         )
         return Batches(self, parts, start)
 
-    def test(self, classes: Sequence[int], *, batch_size: int, transform: Transform, held_out: Sequence[SampleId] = ()) -> "Batches":
+    def test(
+        self,
+        classes: Sequence[int],
+        *,
+        batch_size: int,
+        transform: Transform,
+        rank: int = 0,
+        size: int = 1,
+        held_out: Sequence[SampleId] = (),
+    ) -> "Batches":
         """Every test sample of the classes, given in the stream's order, exactly once over all ranks; or in their place `held_out`."""
         parts = parts_of(
             "train" if held_out else "test",
             held_out or plain_order(self.index.sizes("test", classes)),
             {class_id: label for label, class_id in enumerate(classes)},
             batch_size=batch_size,
-            rank=self.rank,
-            size=self.size,
+            rank=rank,
+            size=size,
             transform=transform,
         )
         return Batches(self, parts)

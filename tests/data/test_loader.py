@@ -40,7 +40,7 @@ OF_LOADER = ("num_workers", "cache_gib", "on_error", "resize_on_device")
 def train(index, task, rank=0, size=1, **options):
     settings = {"batch_size": 8, "seed": 0, "epoch": 0, "transform": TrainTransform(16)} | options
     of_loader = {name: settings.pop(name) for name in OF_LOADER if name in settings}
-    return Loader(index, rank=rank, size=size, **of_loader).train(task, **settings)
+    return Loader(index, **of_loader).train(task, rank=rank, size=size, **settings)
 
 
 def joined(parts):
@@ -142,7 +142,7 @@ def test_each_shard_is_read_once_per_epoch(index, task, monkeypatch):
 @pytest.mark.parametrize("size", WORLDS)
 def test_evaluation_sees_every_test_sample_once(index, size):
     options = {"batch_size": 4, "transform": TestTransform(16)}
-    ranks = [list(Loader(index, rank=rank, size=size).test([3, 1, 0], **options)) for rank in range(size)]
+    ranks = [list(Loader(index).test([3, 1, 0], rank=rank, size=size, **options)) for rank in range(size)]
     assert {len(batches) for batches in ranks} == {3}
     keys = [key for batches in ranks for batch in batches for key in batch.samples]
     assert sorted(keys) == [f"class{class_id}/test_{number:02d}" for class_id in (0, 1, 3) for number in range(3)]
