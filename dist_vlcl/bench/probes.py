@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dist_vlcl.bench.growth import numbers
 from dist_vlcl.bench.result import Result, Table
 from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
 from dist_vlcl.dist.world import World
@@ -24,18 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser, model="small", images=16, zo="naive")
     add_orders(parser, "language_all,vision_all")
     parser.add_argument("--probes", default="1,2,4,8,16", help="numbers of probes (default: %(default)s)")
+    parser.add_argument("--draws", type=int, default=2, help="estimates of the most probes, of a batch (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=4, help="steps whose gradients are estimated (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:
-    device, counts = device_of(args), [int(count) for count in args.probes.split(",")]
+    device, counts = device_of(args), numbers(args.probes, "--probes")
     rows, records = [], []
     for orders in settings_of(args):
-        pairs = [gradients(workload_of(args, orders=orders), device, Key(7, k), 2 * max(counts)) for k in range(args.batches)]
+        pairs = [gradients(workload_of(args, orders=orders), device, Key(7, k), max(counts) * args.draws) for k in range(args.batches)]
         for count in counts:
             errors, cosines = [], []
             for true_n, single_Qn in pairs:
-                for estimate_n in single_Qn.unflatten(0, (-1, count)).mean(1):
+                for estimate_n in single_Qn[: len(single_Qn) // count * count].unflatten(0, (-1, count)).mean(1):
                     errors.append(float((estimate_n - true_n).square().sum() / true_n.square().sum()))
                     cosines.append(float(F.cosine_similarity(estimate_n, true_n, 0)))
             error, cosine = (sum(values) / len(values) for values in (errors, cosines))
