@@ -14,6 +14,7 @@ MAX_RESTARTS=${MAX_RESTARTS:-20}
 # Before the trainer starts, on the first node; what it exports reaches every node.
 setup() {
     : # module load cuda/12.8 || return
+    # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 # where a host's name leads to another network than the fast one
 }
 
 # In front of the command of each node, such as a container, which has to see this folder under its own name.
