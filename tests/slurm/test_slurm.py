@@ -150,6 +150,7 @@ def test_a_run_goes_through_everything_that_a_cluster_does_to_it_and_ends_as_if_
     slurm.until_queued_again(lives.job, 1)
 
     lives.train_until(5, restarts=1)
+    lives.pace.write("eager", "yes")  # Slurm leaves them KillWait, 8 s here
     slurm.run("scancel", lives.job)
     figures["scancel"] = lives.let_them_stop(6, 1, "01", "SIGTERM")
     assert slurm.wait(lives.job)["JobState"] == "CANCELLED"
