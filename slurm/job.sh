@@ -33,8 +33,8 @@ run_step() {
     local step status state reason is_queued=no
     trap : TERM USR1 # Slurm signals the steps as well; this shell waits for them
     say "start $restarts of job $job on $SLURM_JOB_NODELIST: $*"
-    # srun has to be told what sbatch was: CPUs (since Slurm 22.05), and the environment (where a site says --export=NONE). Without --mpi=none,
-    # PMI_SIZE of a site with MPI would be taken for the number of ranks.
+    # srun has to be told what sbatch was: CPUs (since Slurm 22.05), and the environment (where a site says --export=NONE). And no MPI: accelerate
+    # reads its variables.
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
         --export=ALL --mpi=none --kill-on-bad-exit=1 "${container[@]}" "$@" &
     step=$!
