@@ -30,7 +30,7 @@ run_python() {
 
 # Run a command once on each node, and leave the job: done, failed, or to be started again.
 run_step() {
-    local step status state reason is_queued=no
+    local step status state reason word is_queued=no
     trap : TERM USR1 # Slurm signals the steps as well; this shell waits for them
     say "start $restarts of job $job on $SLURM_JOB_NODELIST: $*"
     # srun has to be told what sbatch was: CPUs (since Slurm 22.05), and the environment (where a site says --export=NONE). And no MPI: accelerate
@@ -42,7 +42,8 @@ run_step() {
         ask_slurm
         [[ $reason != TimeLimit || $is_queued == yes ]] || ! wants_to_go_on || queue_again # at once: this shell may be killed with its step
     done
-    say "the step ended with status $status ($(<"$DIST_VLCL_STATUS"))"
+    word=$(<"$DIST_VLCL_STATUS")
+    say "the step ended with status $status (${word:-before training})"
     ask_slurm
     if [[ $is_queued == no ]] && wants_to_go_on; then
         if [[ $state == RUNNING || $reason == TimeLimit ]]; then
@@ -66,7 +67,6 @@ ask_slurm() {
 
 # Stopped by a signal and saved; or steps were being taken, and a rank has died, or an evaluation was longer than the time that was left.
 wants_to_go_on() {
-    local word
     word=$(<"$DIST_VLCL_STATUS")
     [[ $word == requeue || $word == training || $status == 75 ]]
 }

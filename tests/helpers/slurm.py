@@ -53,7 +53,7 @@ class Cluster:
         """Return Slurm's fields of a job."""
         return dict(field.split("=", 1) for field in self.run("scontrol", "-o", "show", "job", job).split() if "=" in field)
 
-    def wait(self, job: str, states: set[str] = ENDED, timeout_s: float = 300) -> dict[str, str]:
+    def wait(self, job: str, states: set[str] = ENDED, timeout_s: float = 600) -> dict[str, str]:
         """Return the fields of a job once it is in one of these states (`sbatch --wait` looks after 2, 10 and 42 seconds only)."""
         self.until(lambda: self.job(job)["JobState"] in states, f"job {job} to be {' or '.join(sorted(states))}", timeout_s)
         return self.job(job)
@@ -63,7 +63,7 @@ class Cluster:
         self.until(lambda: self.job(job)["Restarts"] == str(restarts), f"job {job} to be queued again")
         self.tool("exec", "--", "scontrol", "update", f"JobId={job}", "StartTime=now")  # refused if it runs already
 
-    def until(self, is_so: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
+    def until(self, is_so: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
         deadline = time.monotonic() + timeout_s
         while not is_so():
             if time.monotonic() > deadline:
