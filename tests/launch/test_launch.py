@@ -100,6 +100,13 @@ def test_every_accelerate_file_names_a_deepspeed_file_that_the_trainer_takes(pat
     assert command[:4] == ["accelerate", "launch", "--config_file", f"launch/{path.name}"]
 
 
+@pytest.mark.parametrize("command", [["local.sh"], ["multinode.sh", "--nodes", "1", *NODE[2:]]])
+def test_one_process_needs_no_launcher(command):
+    """accelerate's launcher of a single process does not wait for its save after SIGTERM."""
+    done = called(*command, "--dry-run", "--processes", "1", "a=b")
+    assert shlex.split(done.stdout) == [sys.executable, "-m", "dist_vlcl.train", "a=b"], done.stderr
+
+
 SLOW = """
 import os, pathlib, signal, sys, time
 def save(*_):
