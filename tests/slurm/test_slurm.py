@@ -35,11 +35,25 @@ def slurm():
 
 
 @pytest.fixture(scope="module")
-def out_of_time(slurm, tmp_path_factory):
-    """A job of one minute whose ranks do not stop when signalled, as in a long evaluation; it runs while the other tests do."""
-    folder = tmp_path_factory.mktemp("out_of_time")
-    options = ["--nodes", "1", "--time", "1", "--sbatch=--nodelist=node1", "--sbatch=--gpus-per-node=2", "--sbatch=--cpus-per-task=3"]
-    return folder, submit(slurm, folder, "train", *options, "run.root=a b", python=ROOT / "tests/slurm/standin.py")
+def beside(slurm, tmp_path_factory):
+    """Jobs that run beside the long test, in its pauses: name -> (folder, id)."""
+    python = tmp_path_factory.mktemp("python") / "python"
+    python.write_text(f'#!/bin/bash\nexec nice -n 10 {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    small = ["data=digits", "tasks.increment=2", "tasks.order=natural", "model=small", "run.wandb=off", *QUICK_RUN[:-2]]
+    one_minute = ["--nodes", "1", "--time", "1", "--sbatch=--gpus-per-node=2", "--sbatch=--cpus-per-task=3"]
+    commands = {
+        "out of time": ["train", *one_minute, "run.root=a b"],  # ranks that do not stop when signalled, as in a long evaluation
+        "refused": ["train", "--nodes", "1", *QUICK_RUN, "run.wandb=off", "cluster.num_processes=3"],
+        "shards": ["shards", "data=digits"],
+        "array": ["sweep", "paper=t1-moe-cifar10-fo,t2-moe-cifar10-dual-hop_odd", *small],
+    }
+    jobs = {}
+    for name, command in commands.items():
+        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        interpreter = ROOT / "tests/slurm/standin.py" if name == "out of time" else python
+        jobs[name] = folder, submit(slurm, folder, *command, "--sbatch=--nodelist=node1", python=interpreter)  # node2 will be crashed
+    return jobs
 
 
 def submit(slurm: Cluster, folder: Path, *arguments: str, python: Path | str = sys.executable, **environment: str) -> str:
@@ -51,6 +65,11 @@ def submit(slurm: Cluster, folder: Path, *arguments: str, python: Path | str = s
 def steps(folder: Path) -> int:
     journal = folder / "journal.jsonl"
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+
+def took(what: str, seconds: float) -> None:
+    """Say a figure of docs/ENGINES.md: `pytest tests/slurm -s -k everything`."""
+    print(f"{seconds:6.1f} s  {what}", flush=True)
 
 
 class Lives:
@@ -105,23 +124,23 @@ class Lives:
         return file.read_text() if file.exists() else ""
 
 
-def test_a_run_goes_through_everything_that_a_cluster_does_to_it_and_ends_as_if_nothing_had(slurm, out_of_time, tmp_path):
+def test_a_run_goes_through_everything_that_a_cluster_does_to_it_and_ends_as_if_nothing_had(slurm, beside, tmp_path):
     """Seven starts under three jobs. Each loses no finished step, and takes at most one more before it saves."""
-    lives, figures = Lives(slurm, tmp_path), {}
+    lives = Lives(slurm, tmp_path)
     lives.submit("run.wandb=offline", "cluster.num_processes=2", MAX_RESTARTS="3")
 
     lives.train_until(2, restarts=0)
     slurm.run(
         "scancel", "--signal=USR1", lives.job
     )  # what --signal=USR1@180 sends before the time limit: to the steps, not the batch shell
-    figures["SIGUSR1 to all ranks"] = lives.let_them_stop(3, 0, "01", "SIGUSR1")
+    took("SIGUSR1 to all ranks", lives.let_them_stop(3, 0, "01", "SIGUSR1"))
     slurm.until_queued_again(lives.job, 1)
     since = time.time()
     lives.train_until(3, restarts=1)
-    figures["queued again to training again"] = time.time() - since
+    took("queued again to training again", time.time() - since)
 
     lives.rank("1").send_signal(signal.SIGTERM)
-    figures["SIGTERM to one rank"] = lives.let_them_stop(4, 1, "1", "SIGTERM")
+    took("SIGTERM to one rank", lives.let_them_stop(4, 1, "1", "SIGTERM"))
     slurm.until_queued_again(lives.job, 2)
 
     lives.train_until(4, restarts=2)
@@ -133,7 +152,7 @@ def test_a_run_goes_through_everything_that_a_cluster_does_to_it_and_ends_as_if_
     lives.train_until(4, restarts=3)
     lives.pace.write("save_s", 3)  # the launcher of node 2 would be gone before rank 0 has saved, were it not for a barrier
     lives.process("accelerate.commands.launch", "1").send_signal(signal.SIGTERM)
-    figures["SIGTERM to the launcher of node 2, save of 3 s"] = lives.let_them_stop(5, 3, "1", "SIGTERM")
+    took("SIGTERM to the launcher of node 2, save of 3 s", lives.let_them_stop(5, 3, "1", "SIGTERM"))
     lives.pace.write("save_s", 0)
     ended = slurm.wait(lives.job)
     assert (ended["JobState"], ended["Restarts"], ended["NumNodes"]) == ("FAILED", "3", "2")
@@ -145,22 +164,21 @@ def test_a_run_goes_through_everything_that_a_cluster_does_to_it_and_ends_as_if_
     since = time.time()
     assert slurm.tool("crash", "node2").returncode == 0
     slurm.until(lambda: slurm.job(lives.job)["Restarts"] == "1", "Slurm to see that node2 is dead")
-    figures["death of a node to queued again"] = time.time() - since
+    took("death of a node to queued again", time.time() - since)
     assert slurm.tool("revive", "node2").returncode == 0
     slurm.until_queued_again(lives.job, 1)
 
     lives.train_until(5, restarts=1)
     lives.pace.write("eager", "yes")  # Slurm leaves them KillWait, 8 s here
     slurm.run("scancel", lives.job)
-    figures["scancel"] = lives.let_them_stop(6, 1, "01", "SIGTERM")
-    assert slurm.wait(lives.job)["JobState"] == "CANCELLED"
-    slurm.until(lambda: "Slurm ends this job itself" in lives.said(), "the batch script's last word")
+    took("scancel", lives.let_them_stop(6, 1, "01", "SIGTERM"))
+    ended = slurm.wait(lives.job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "1")
 
     lives.submit("run.wandb=off", "cluster.num_processes=2")
     lives.pace.write("gate", 1000)
     ended = slurm.wait(lives.job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), lives.said()
-    print("", *(f"{seconds:6.1f} s  {what}" for what, seconds in figures.items()), sep="\n")
 
     whole = configured(tmp_path, *QUICK_RUN, "run.name=whole")
     train(whole, World.alone())
@@ -173,9 +191,9 @@ def test_a_run_goes_through_everything_that_a_cluster_does_to_it_and_ends_as_if_
     assert not list(tmp_path.glob(".slurm-*.status"))
 
 
-def test_a_job_out_of_time_is_queued_again_though_its_ranks_do_not_stop(slurm, out_of_time):
+def test_a_job_out_of_time_is_queued_again_though_its_ranks_do_not_stop(slurm, beside):
     """By the clock: signalled in advance, ended by Slurm at its limit, killed, and started again."""
-    folder, job = out_of_time
+    folder, job = beside["out of time"]
     ended = slurm.wait(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), (folder / f"dist_vlcl-{job}.out").read_text()
     told, *signals = [json.loads(line) for line in (folder / "said-0.jsonl").read_text().splitlines()]
@@ -186,28 +204,27 @@ def test_a_job_out_of_time_is_queued_again_though_its_ranks_do_not_stop(slurm, o
     assert (told["MASTER_ADDR"], told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) == ("node1", "90")
 
 
-def test_a_refused_run_is_not_tried_again(slurm, tmp_path):
-    refused = submit(slurm, tmp_path, "train", "--nodes", "1", *QUICK_RUN, "run.wandb=off", "cluster.num_processes=3")
-    ended = slurm.wait(refused)
-    said = (tmp_path / f"dist_vlcl-{refused}.out").read_text()
+def test_a_refused_run_is_not_tried_again(slurm, beside):
+    folder, job = beside["refused"]
+    ended = slurm.wait(job)
+    said = (folder / f"dist_vlcl-{job}.out").read_text()
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0") and "cluster.num_processes=3" in said, said
 
 
-def test_shards_are_built_by_a_job(slurm, tmp_path):
-    job = submit(slurm, tmp_path, "shards", "data=digits")
-    assert slurm.wait(job)["JobState"] == "COMPLETED", next(tmp_path.glob("*.out")).read_text()
-    assert list((tmp_path / "data").rglob("index.json"))
+def test_shards_are_built_by_a_job(slurm, beside):
+    folder, job = beside["shards"]
+    assert slurm.wait(job)["JobState"] == "COMPLETED", next(folder.glob("*.out")).read_text()
+    assert list((folder / "data").rglob("index.json"))
 
 
-def test_an_array_trains_every_run_of_a_sweep(slurm, tmp_path):
-    small = ["data=digits", "tasks.increment=2", "tasks.order=natural", "model=small", "run.wandb=off", *QUICK_RUN[:-2]]
-    job = submit(slurm, tmp_path, "sweep", "paper=t1-moe-cifar10-fo,t2-moe-cifar10-dual-hop_odd", *small)
-    slurm.until(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), "the array to end")
-    complete = [json.loads(path.read_text())["complete"] for path in (tmp_path / "runs").glob("*/accuracy.json")]
-    assert complete == [True, True], [path.read_text() for path in tmp_path.glob("*.out")]
+def test_an_array_trains_every_run_of_a_sweep(slurm, beside):
+    folder, job = beside["array"]
+    slurm.until(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), "the array to end", timeout_s=600)
+    complete = [json.loads(path.read_text())["complete"] for path in (folder / "runs").glob("*/accuracy.json")]
+    assert complete == [True, True], [path.read_text() for path in folder.glob("*.out")]
 
 
-def test_one_task_of_an_array_is_queued_again_by_itself(slurm, tmp_path):
+def test_one_task_of_an_array_is_queued_again_by_itself_and_a_cancelled_one_is_not(slurm, tmp_path):
     options = ["paper=t1-moe-cifar10-fo,t2-moe-cifar10-dual-hop_odd", "--parallel", "2"]
     job = submit(slurm, tmp_path, "sweep", *options, python=ROOT / "tests/slurm/standin.py", STANDIN_STOPS="yes")
     slurm.until(lambda: len(list(tmp_path.glob("said?-0.jsonl"))) == 2, "two tasks")
@@ -217,7 +234,8 @@ def test_one_task_of_an_array_is_queued_again_by_itself(slurm, tmp_path):
     slurm.wait(f"{job}_1", {"COMPLETED"})
     assert (slurm.job(f"{job}_0")["JobState"], slurm.job(f"{job}_0")["Restarts"]) == ("RUNNING", "0")
     slurm.run("scancel", job)
-    slurm.wait(f"{job}_0", {"CANCELLED"})
+    slurm.until(lambda: any("Slurm ends this job itself" in path.read_text() for path in tmp_path.glob("*.out")), "the batch script's word")
+    assert slurm.wait(f"{job}_0")["JobState"] == "CANCELLED"
 
 
 def submit_here(monkeypatch, *arguments: str) -> int:
