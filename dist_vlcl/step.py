@@ -261,7 +261,8 @@ class HybridStep:
         parts = (batch.images, batch.labels - first_label, batch.positions)
         size = self.towers.image_size
         fill = (torch.zeros(blanks, 3, size, size, dtype=torch.uint8), torch.zeros(blanks, dtype=torch.long), torch.zeros(blanks).long())
-        images, labels, positions = (torch.cat(pair).to(device) if blanks else pair[0].to(device) for pair in zip(parts, fill, strict=True))
+        pairs = [(part.to(device), filling.to(device)) for part, filling in zip(parts, fill, strict=True)]
+        images, labels, positions = (torch.cat(pair) if blanks else pair[0] for pair in pairs)
         return images, labels, positions, real
 
     def adapters(self) -> dict[str, Tensor]:
