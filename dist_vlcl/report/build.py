@@ -20,8 +20,9 @@ from rich.progress import track
 from dist_vlcl.config import CONFIG_FOLDER, from_hydra
 from dist_vlcl.report import paper_tables as tables
 from dist_vlcl.report.cells import ZERO_SHOT, Entry, Method, Published, Section, Stream, classify, published_cells, sections_of
+from dist_vlcl.report.claims import CLAIMS, RULE, tally
 from dist_vlcl.report.figures import STYLE
-from dist_vlcl.report.paper_figures import FIGURES, Picture, draw_memory, pictures_of
+from dist_vlcl.report.paper_figures import FIGURES, Picture, claims_pictures, draw_memory, pictures_of
 from dist_vlcl.report.records import NoRun, Run, read_run
 from dist_vlcl.report.tables import TextTable
 
@@ -106,11 +107,15 @@ def _add_section(report: Report, section: Section, slug: str, published: Sequenc
     if section.departures:
         report.add(f"Other than in the paper, in every run that it concerns: {'; '.join(map(str, section.departures))}.")
     report.add_data("runs", section, _runs_frame(section))
+    for stream in section.streams:
+        what = "Δ: mean paired difference to the control, with its 95 % interval."
+        report.add(f"### {stream.label}, every method", f"{section.title}. {what}", tables.result_table(section, stream).markdown())
+    comparisons = tables.comparison_frame(section, published)
+    _add_claims(report, section, comparisons, slug)
     _add_accuracies(report, section, published)
     memory = tables.memory_frame(section, memory_gb)
     if section.is_paper or memory.runs.any():
         _add_memory(report, section, memory)
-    _add_comparisons(report, section)
     pictures = list(_shown(pictures_of(section), f"figures of part {section.number}", len(FIGURES) * len(section.streams)))
     if memory.runs.any():
         pictures.append(Picture("memory", "Table 5 as a picture", f"{section.title}.", draw_memory(memory), memory))
@@ -136,28 +141,38 @@ def _add_memory(report: Report, section: Section, memory: "pd.DataFrame") -> Non
     report.add("### Table 5. Memory", what, tables.memory_table(memory).markdown())
 
 
-def _add_comparisons(report: Report, section: Section) -> None:
-    comparisons = tables.comparison_frame(section)
+def _add_claims(report: Report, section: Section, comparisons: "pd.DataFrame", slug: str) -> None:
     if comparisons.empty:
         return
     report.add_data("comparisons", section, comparisons)
-    what = (
-        "Mean difference in points over the seeds that both have; 95 % interval and p of a paired t-test, not corrected for their number."
-    )
-    report.add("### What differs", f"{section.title}. {what}", tables.comparison_table(comparisons).markdown())
+    report.add("### The paper's claims, on these runs", f"{section.title}. {RULE}")
+    for claim in CLAIMS:
+        found = comparisons[comparisons.claim == claim.name]
+        report.add(f"**{claim.question}** (Δ {claim.condition}) {tally(found) if len(found) else 'Not run.'}")
+        if len(found):
+            report.add(tables.comparison_table(found, claim).markdown())
+    _add_pictures(report, list(claims_pictures(section, comparisons)), slug)
+    others = comparisons[comparisons.claim == ""]
+    if len(others):
+        what = "Mean difference in points over the seeds that both have; 95 % interval and p of a paired t-test, not corrected."
+        report.add("### Other differences", f"{section.title}. {what}", tables.comparison_table(others).markdown())
 
 
 def _add_figures(report: Report, pictures: Sequence[Picture], slug: str) -> None:
     report.add("### Figures")
+    _add_pictures(report, pictures, slug)
+    absent = [f"- {picture.title}: {picture.caption}" for picture in pictures if picture.figure is None]
+    if absent:
+        report.add("Not drawn:", "\n".join(absent))
+
+
+def _add_pictures(report: Report, pictures: Sequence[Picture], slug: str) -> None:
     for picture in pictures:
         if picture.figure is not None:
             name = f"{slug}-{picture.name}"
             report.pictures[name] = picture
             text = f"**{picture.title}.** {picture.caption} Data: `data/{name}.csv`."
             report.add(f"![{picture.title}](images/{name}.png)", text)
-    absent = [f"- {picture.title}: {picture.caption}" for picture in pictures if picture.figure is None]
-    if absent:
-        report.add("Not drawn:", "\n".join(absent))
 
 
 def _missing(section: Section, published: Sequence[Published]) -> str:

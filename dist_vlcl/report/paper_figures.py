@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dist_vlcl.report.cells import ZERO_SHOT, Entry, Method, Section, Stream, first_order
+from dist_vlcl.report.cells import DATASETS, ZERO_SHOT, Entry, Method, Section, Stream, first_order
+from dist_vlcl.report.claims import CLAIMS
 from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, new_figure, put_legend, smoothed
-from dist_vlcl.report.paper_tables import accuracies, cell_columns, comparison_frame, paired_test
+from dist_vlcl.report.paper_tables import METRICS, accuracies, cell_columns, comparison_frame, paired_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -216,6 +217,65 @@ def _draw_interval(axes: "Axes", place: float, test: dict[str, Any], color: str,
     axes.errorbar(
         [test["mean"]], [place], xerr=reach, color=color, fmt=marker, markerfacecolor=face, markersize=5, capsize=2.5, label=label
     )
+
+
+def draw_claims(comparisons: "pd.DataFrame") -> "Figure":
+    """The differences that each claim of the paper rests on, a row of axes a claim and a column a data set."""
+    streams = list(dict.fromkeys(zip(comparisons.dataset, comparisons.increment, strict=True)))
+    claims = [claim for claim in CLAIMS if claim.name in set(comparisons.claim)]
+    labels = {claim.name: list(dict.fromkeys(_difference_labels(comparisons[comparisons.claim == claim.name]))) for claim in claims}
+    numbers = [len(labels[claim.name]) for claim in claims]
+    figure = new_figure(max(6.9, 2.3 + 2.6 * len(streams)), 0.7 + sum(0.5 + 0.24 * number for number in numbers))
+    heights = [number + 0.4 for number in numbers]
+    grid = figure.subplots(len(claims), len(streams), sharex="row", sharey="row", squeeze=False, height_ratios=heights)
+    for claim, row in zip(claims, grid, strict=True):
+        for axes, (dataset, increment) in zip(row, streams, strict=True):
+            of_cell = (comparisons.claim == claim.name) & (comparisons.dataset == dataset) & (comparisons.increment == increment)
+            _draw_claim(axes, comparisons[of_cell], labels[claim.name], claim.bound or 0.0)
+        row[0].set_yticks(range(len(labels[claim.name])), labels[claim.name], fontsize=8)
+        row[0].set_ylim(len(labels[claim.name]) - 0.3, -0.7)
+        row[0].set_title(claim.question, fontsize=9, loc="left", fontweight="bold")
+    for axes, (dataset, increment) in zip(grid[-1], streams, strict=True):
+        axes.set_xlabel(f"{Stream(dataset, increment).label}: difference (points)", fontsize=9)
+    handles, texts = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside upper right", ncols=2, fontsize=8, handletextpad=0.4, columnspacing=1.2)
+    return figure
+
+
+def _draw_claim(axes: "Axes", comparisons: "pd.DataFrame", labels: Sequence[str], bound: float) -> None:
+    axes.axvline(bound, color=GREY, linewidth=1, linestyle="--" if bound else "-")
+    axes.tick_params(labelsize=8)
+    for offset, metric, color, marker, face, theirs in ((-0.17, "last", BLUE, "o", BLUE, "x"), (0.17, "avg", ORANGE, "s", "white", "+")):
+        name = METRICS[metric]
+        axes.plot([], [], color=color, marker=marker, markerfacecolor=face, markersize=5, label=f"{name}, with 95 % interval")
+        axes.plot([], [], color=GREY, marker=theirs, linewidth=0, markersize=5, label=f"{name} in the paper")
+        of_metric = comparisons[comparisons.metric == metric]
+        for label, test in zip(_difference_labels(of_metric), of_metric.to_dict("records"), strict=True):
+            place = labels.index(label) + offset
+            _draw_interval(axes, place, test, color, marker, face)
+            axes.plot([test["paper"]], [place], color=GREY, marker=theirs, markersize=5, linewidth=0)
+
+
+def _difference_labels(comparisons: "pd.DataFrame") -> list[str]:
+    rows = comparisons.to_dict("records")
+    methods = [Method(row["adapter"], row["branch"], row["layers"], row["variant"]) for row in rows]
+    return [method.label + (f"\n{row['settings']}" if row["settings"] else "") for method, row in zip(methods, rows, strict=True)]
+
+
+def claims_pictures(section: Section, comparisons: "pd.DataFrame") -> Iterator[Picture]:
+    """One picture a data set of what the claims rest on; the two data sets beside each other are its increments."""
+    of_claims = comparisons[comparisons.claim != ""] if len(comparisons) else comparisons
+    for dataset in dict.fromkeys(stream.dataset for stream in section.streams):
+        data = of_claims[of_claims.dataset == dataset] if len(of_claims) else of_claims
+        if len(data):
+            name = DATASETS.get(dataset, dataset)
+            what = (
+                "Mean paired difference of each method to the one that the question names, with the 95 % interval where there are seeds "
+                "for one; where the same units frozen leave nothing that learns, the other is zero-shot CLIP. Grey: the same difference of the "
+                "published numbers. The line is the bound that the question asks about."
+            )
+            title = f"The paper's claims on {name}"
+            yield Picture(f"claims-{dataset}", title, f"{section.title}. {what}", draw_claims(data), data)
 
 
 def draw_memory(frame: "pd.DataFrame") -> "Figure":
