@@ -432,7 +432,7 @@ def test_an_observed_step_tells_every_unit_s_gradient_and_update(strategy, granu
 
 
 def test_figures_are_of_their_own_step_whatever_came_before_it():
-    """Parameters after one observed step are taken for those before the next: not after a step unobserved or skipped, nor a restored state."""
+    """Parameters after an observed step are taken for those before the next, unless something lies between the two."""
     sequential = dataclasses.replace(STRATEGIES["conservative"], update="sequential")  # so that first order has moved when it is skipped
     step = hybrid(OrderPlan("vision", [1, 3], rest="first"), sequential)
     saved = step.state_dict()

@@ -93,7 +93,8 @@ def main() -> None:
         records.flush()
         writing = watch.now() - started
     step_s, (low, middle, high) = statistics.median(steps), statistics.quantiles(observing, n=4)
-    print(f"{cfg.model.name}, {sum(u.numel for u in towers.units.values()):,} adapter parameters, batch {count}, {arguments.classes} classes, {world.device}")
+    numel = sum(unit.numel for unit in towers.units.values())
+    print(f"{cfg.model.name}, {numel:,} adapter parameters, batch {count}, {arguments.classes} classes, {world.device}")
     print(f"step {1e3 * step_s:.1f} ms; observing it {1e3 * middle:.2f} ms = {100 * middle / step_s:.2f} %", end=" ")
     print(f"(quartiles {100 * low / step_s:.2f} to {100 * high / step_s:.2f} %)")
     print(f"writing a part of {arguments.steps} steps: {1e3 * writing:.1f} ms = {100 * writing / sum(steps):.2f} % of them")

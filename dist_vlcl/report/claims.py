@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 REACH = 1.0  # points: who is less than that behind has reached
 OPEN = "not told apart"
 RULE = (
-    "*yes*: the whole 95 % interval of the mean paired difference is on the question's side of its bound; *no*: it is wholly on the other side; "
-    f"*{OPEN}*: it contains the bound. {UNKNOWN}: there is no interval, with one seed or equal differences. The intervals are not corrected "
-    "for their number: of twenty, one misses."
+    "*yes*: the whole 95 % interval of the mean paired difference is on the question's side of its bound; *no*: it is wholly on the other "
+    f"side; *{OPEN}*: it contains the bound. {UNKNOWN}: there is no interval, with one seed or equal differences. The intervals are not "
+    "corrected for their number: of twenty, one misses."
 )
 
 
@@ -98,10 +98,11 @@ def claim_of(method: Method, other: Method) -> Claim | None:
 
 
 def tally(comparisons: "pd.DataFrame") -> str:
-    """Return how often each verdict was reached, as `Last: yes 2 of 3, not told apart 1; Avg: yes 3 of 3`."""
+    """Return how often each verdict was reached, such as `Last: yes 2, not told apart 1; Avg: yes 3`; controls are not counted."""
+    counted = comparisons[comparisons.variant != "frozen"]
     texts = []
     for name, metric in (("Last", "last"), ("Avg", "avg")):
-        counts = comparisons[comparisons.metric == metric].verdict.value_counts(sort=False)
-        told = ", ".join(f"{'no interval' if verdict == UNKNOWN else verdict} {number}" for verdict, number in counts.items())
-        texts.append(f"{name}: {told}")
-    return "; ".join(texts)
+        counts = counted[counted.metric == metric].verdict.value_counts()
+        told = ", ".join(f"{'no interval' if verdict == UNKNOWN else verdict} {number}" for verdict, number in sorted(counts.items()))
+        texts.append(f"{name}: {told or 'not run'}")
+    return "; ".join(texts) + "."

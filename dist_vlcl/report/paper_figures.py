@@ -166,8 +166,9 @@ def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[
     cells = {cell: cells[cell] for cell in sorted(cells, key=lambda cell: (cell[0].order, cell[1])) if cell[0] != ZERO_SHOT}
     if max(map(len, cells.values()), default=0) < 2:
         raise NothingToDraw("no method has runs with two seeds")
+    differences = _seed_differences(section, stream, list(cells))
     figure = new_figure(6.9, 1.1 + 0.27 * len(cells))
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
+    left, *others = figure.subplots(1, 2 if differences else 1, sharey=True, squeeze=False)[0]
     seeds = [(value, place) for place, values in enumerate(cells.values()) for value in values.values()]
     left.plot(*zip(*seeds, strict=True), color=GREY, marker="|", linewidth=0, markersize=9, label="a seed")
     for place, values in enumerate(cells.values()):
@@ -175,41 +176,51 @@ def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[
     zero_shot = list(accuracies(section, stream, ZERO_SHOT, (), "last").values())
     if zero_shot:
         left.axvline(float(np.mean(zero_shot)), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
-    _draw_differences(right, section, stream, list(cells))
+    for right in others:
+        _draw_differences(right, differences)
     names = [method.label + "".join(f"\n{text}" for text in note) for method, note in cells]
     left.set_yticks(range(len(cells)), names)
     left.set_ylim(len(cells) - 0.4, -0.6)
     left.set_xlabel("Last (%)")
-    right.set_xlabel("difference in Last (points)")
     looks: dict[str, Any] = {"ncols": 3, "fontsize": 8, "handletextpad": 0.4, "columnspacing": 1}
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", **looks)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", **looks)
+    for right in others:
+        right.set_xlabel("difference in Last (points)")
+        figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", **looks)
     lines = [
         {**cell_columns(stream, *cell), "seed": seed, "last": value} for cell, values in cells.items() for seed, value in values.items()
     ]
     what = (
-        "Left: Last of every seed, with the mean and its 95 % t-interval. Right: differences over the seeds that both methods have, with "
-        "their 95 % intervals (paired; not corrected for their number); control: the same units frozen, or zero-shot CLIP where nothing "
-        "else learns. "
+        "Last of every seed, with the mean and its 95 % t-interval; beside it, where they can be had, differences over the seeds that both "
+        "methods have, with their 95 % intervals (paired; not corrected for their number); control: the same units frozen, or zero-shot "
+        "CLIP where nothing else learns. "
         "Marks without a bar are single seeds. The paper's figure has the whole branches only."
     )
     return figure, pd.DataFrame(lines), what
 
 
-def _draw_differences(axes: "Axes", section: Section, stream: Stream, cells: Sequence[tuple[Method, tuple[str, ...]]]) -> None:
-    tests = comparison_frame(section)
+def _seed_differences(section: Section, stream: Stream, cells: Sequence[tuple[Method, tuple[str, ...]]]) -> list[tuple[int, bool, dict]]:
+    """The tests of Last of each zeroth-order cell, by its place, against its control or against first order."""
+    tests = comparison_frame(section).to_dict("records")
+    found = []
+    for place, (method, note) in enumerate(cells):
+        for is_control, other in ((False, first_order(method.adapter)), (True, method.twin)):
+            wanted = {**cell_columns(stream, method, note), "against": other.label, "metric": "last"}
+            matching = (test for test in tests if method.is_zeroth and all(test[key] == value for key, value in wanted.items()))
+            found += [(place, is_control, test) for test in matching]
+    return found
+
+
+def _draw_differences(axes: "Axes", differences: Sequence[tuple[int, bool, dict]]) -> None:
     axes.axvline(0, color=GREY, linewidth=0.8)
-    for offset, color, marker, face, label in (
-        (-0.14, ORANGE, "s", ORANGE, "less first order"),
-        (0.14, GREEN, "^", "white", "less the control"),
+    for of_control, offset, color, marker, face, label in (
+        (False, -0.14, ORANGE, "s", ORANGE, "less first order"),
+        (True, 0.14, GREEN, "^", "white", "less the control"),
     ):
         axes.plot([], [], color=color, marker=marker, markerfacecolor=face, label=label)
-        for place, (method, note) in enumerate(cells):
-            other = first_order(method.adapter) if face == color else method.twin
-            wanted = {**cell_columns(stream, method, note), "against": other.label, "metric": "last"}
-            for test in tests.to_dict("records"):
-                if method.is_zeroth and all(test[key] == value for key, value in wanted.items()):
-                    _draw_interval(axes, place + offset, test, color, marker, face)
+        for place, is_control, test in differences:
+            if is_control == of_control:
+                _draw_interval(axes, place + offset, test, color, marker, face)
 
 
 def _draw_interval(axes: "Axes", place: float, test: dict[str, Any], color: str, marker: str, face: str, label: str = "") -> None:
@@ -271,8 +282,8 @@ def claims_pictures(section: Section, comparisons: "pd.DataFrame") -> Iterator[P
             name = DATASETS.get(dataset, dataset)
             what = (
                 "Mean paired difference of each method to the one that the question names, with the 95 % interval where there are seeds "
-                "for one; where the same units frozen leave nothing that learns, the other is zero-shot CLIP. Grey: the same difference of the "
-                "published numbers. The line is the bound that the question asks about."
+                "for one (where freezing leaves nothing that learns, the other is zero-shot CLIP). Grey: the same difference of the "
+                "published numbers. Line: the bound that the question asks about."
             )
             title = f"The paper's claims on {name}"
             yield Picture(f"claims-{dataset}", title, f"{section.title}. {what}", draw_claims(data), data)

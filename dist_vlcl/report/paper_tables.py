@@ -322,7 +322,7 @@ def paired_test(differences: Sequence[float]) -> dict[str, float]:
 
 
 def comparison_table(frame: "pd.DataFrame", claim: Claim | None = None) -> TextTable:
-    """One row a comparison: for Last and Avg the mean difference, its interval and p; for a claim its verdict, and the paper's difference."""
+    """One row a comparison: for Last and Avg the mean difference, its interval and p; for a claim the verdict and the paper's, not p."""
     rows = []
     keys = ["dataset", "increment", "adapter", "branch", "layers", "variant", "settings", "against"]
     for (dataset, increment, *cell, note, against), both in frame.groupby(keys, sort=False):
@@ -335,7 +335,7 @@ def comparison_table(frame: "pd.DataFrame", claim: Claim | None = None) -> TextT
 
 
 def _test_heads(name: str, claim: Claim | None) -> list[str]:
-    return [f"Δ {name}", "95 % interval", *(["", "paper's Δ"] if claim else ["p"])]
+    return [f"Δ {name}", "95 % interval", *(["verdict", "paper's Δ"] if claim else ["p"])]
 
 
 def _test_texts(test: Mapping[str, Any], claim: Claim | None) -> list[str]:
@@ -352,8 +352,12 @@ def interval(test: Mapping[str, Any]) -> str:
 
 def result_table(section: Section, stream: Stream) -> TextTable:
     """One row a method: Last and Avg over the seeds, and the paired differences to its control."""
-    cells = [(method, note) for method in sorted({e.method for e in section.entries if e.stream == stream}, key=lambda m: m.order)
-             for note in section.notes(method) if section.find(stream, method, note)]
+    cells = [
+        (method, note)
+        for method in sorted({e.method for e in section.entries if e.stream == stream}, key=lambda m: m.order)
+        for note in section.notes(method)
+        if section.find(stream, method, note)
+    ]
     cells = [cell for cell in cells if cell[0] != ZERO_SHOT]
     if accuracies(section, stream, ZERO_SHOT, (), "last"):
         cells.insert(0, (ZERO_SHOT, ()))
