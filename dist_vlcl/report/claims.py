@@ -40,7 +40,7 @@ class Claim:
         if math.isnan(low):
             return UNKNOWN
         if self.bound is None:
-            return "yes, above" if low > 0 else "yes, below" if high < 0 else OPEN
+            return "yes (above)" if low > 0 else "yes (below)" if high < 0 else OPEN
         if low <= self.bound <= high:
             return OPEN
         return "yes" if (high < self.bound) == self.is_below else "no"

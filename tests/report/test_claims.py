@@ -44,8 +44,8 @@ def test_a_difference_bears_on_at_most_one_claim(method, other, name):
         ("hop_reaches_first_order", -0.9, -0.1, "yes"),  # behind, by less than a point
         ("hop_reaches_first_order", -1.1, 0.5, "not told apart"),
         ("hop_reaches_first_order", -3.0, -1.1, "no"),
-        ("differs_from_control", 0.1, 0.2, "yes, above"),
-        ("differs_from_control", -0.2, -0.1, "yes, below"),
+        ("differs_from_control", 0.1, 0.2, "yes (above)"),
+        ("differs_from_control", -0.2, -0.1, "yes (below)"),
         ("differs_from_control", -0.1, 0.1, "not told apart"),
         ("mozo_above_its_plan", float("nan"), float("nan"), "–"),
     ],
