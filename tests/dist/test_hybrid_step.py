@@ -1,5 +1,6 @@
 """Claims about the distributed step: ranks agree bit for bit, and the number of ranks does not change what is learned."""
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -156,3 +157,36 @@ def moved_and_tied(world: World) -> list[bool]:
 @pytest.mark.parametrize("size", [1, 2])
 def test_zeroth_order_moves_reach_the_model_that_is_wrapped(size):
     assert all(all(outcomes) for outcomes in run_ranks(moved_and_tied, size))
+
+
+def overlapped_or_not(world: World) -> list[tuple[str, list[int]]]:
+    """Digests after four steps of every plan, and how many exchanges were under way when the probes began."""
+    outcomes = []
+    for overlap, micro_batches in itertools.product((True, False), (1, 2)):
+        towers, under_way = tiny_clip(), []
+        plan = OrderPlan("dual", "hop_odd")
+        config = FirstOrderConfig(lr=1e-2, max_grad_norm=0.5)
+        step = HybridStep(
+            towers, assign(towers.units, plan), STRATEGIES["conservative"], lambda m, o=overlap, c=config: FirstOrder(world, c, m, o), world
+        )
+        step.begin(NAMES)
+        decide = step.zeroth.decide
+        step.zeroth.decide = lambda *a, s=step, u=under_way, d=decide: (u.append(len(s.first.under_way)), d(*a))[1]
+        for k in range(4):
+            if k == 2 and world.rank == 0:  # a step that all skip, with gradients under way
+                weight = towers.vision.ends.visual.proj.data
+                kept, weight[0, 0] = weight[0, 0].clone(), float("nan")
+            report = step(part_of(world, k, 10, micro_batches), Key(1000 + k, k), lr=1e-2, observe=k == 3)
+            assert (report.skipped is not None) == (k == 2)
+            if k == 2 and world.rank == 0:
+                weight[0, 0] = kept
+        outcomes.append((digest(step.state_dict()), under_way))
+    return outcomes
+
+
+def test_gradients_travel_while_the_probes_are_evaluated_and_no_bit_depends_on_it():
+    ranks = run_ranks(overlapped_or_not, 3)
+    for (digest_, under_way), (apart, none) in zip(ranks[0][:2], ranks[0][2:], strict=True):
+        assert digest_ == apart
+        assert under_way == [1] * 4 and none == [0] * 4
+    assert [d for d, _ in ranks[0]] == [d for d, _ in ranks[1]] == [d for d, _ in ranks[2]]
