@@ -43,7 +43,7 @@ class FirstOrder:
     def __init__(self, world: World, config: FirstOrderConfig, model: nn.Module, overlap: bool = True):
         config.check()
         self.overlap = overlap
-        self.group: dist.ProcessGroup | None = None
+        self.group: Any = None
         self.under_way: list[dist.Work] = []
         self.world, self.config, self.model = world, config, model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -154,7 +154,7 @@ class FirstOrder:
 def _start_exchange(first: FirstOrder, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: start to average a bucket, in place, and call it done. Gradients are views of it (see World)."""
     average = bucket.buffer().mul_(1 / first.world.size)
-    first.under_way.append(dist.all_reduce(average, group=first.group, async_op=True))  # type: ignore[arg-type]
+    first.under_way.append(dist.all_reduce(average, group=first.group, async_op=True))
     done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[average.device] if average.is_cuda else None)
     done.set_result(average)
     return done
