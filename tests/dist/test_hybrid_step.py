@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from dist_vlcl.bench.count import Exchanges
 from dist_vlcl.dist.agree import DisagreementError, agree, digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
@@ -132,16 +133,23 @@ def test_a_stop_asked_of_one_rank_reaches_all_in_the_same_step():
     assert run_ranks(asked_to_stop, 2) == [[False, True], [False, True]]
 
 
-def wire(world: World) -> list[int]:
-    step, sent = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"]), []
-    gather = world.gather
-    world.gather = lambda vector: (sent.append(vector.numel() * vector.element_size()), gather(vector))[1]  # type: ignore[method-assign]
-    step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
+def wire(world: World) -> list[tuple[list[tuple[str, int]], int, int]]:
+    """What a step of dual MoZO sends, and how many first-order tensors and numbers there are: everywhere zeroth order, then every other layer."""
+    sent = []
+    for layers in ("all", "hop_odd"):
+        step = make_step(world, OrderPlan("dual", layers), STRATEGIES["mozo"])
+        with Exchanges() as exchanges:
+            step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
+        sent.append((exchanges.found, len(step.first.parameters), sum(p.numel() for p in step.first.parameters)))
     return sent
 
 
-def test_dual_zeroth_order_sends_one_small_vector_a_step():
-    assert run_ranks(wire, 2) == [[40], [40]]  # three losses, a count and a flag, in float64
+def test_a_step_sends_40_bytes_and_its_first_order_gradients_in_at_most_three_exchanges():
+    """Three losses, a count and a flag in float64; gradients in fp32; and DDP's note of which tensors were used."""
+    for zeroth, hybrid in run_ranks(wire, 2):
+        assert zeroth == ([("allgather", 40)], 0, 0)
+        found, tensors, numbers = hybrid
+        assert numbers > 0 and found == [("allreduce", 4 * numbers), ("allreduce", 4 * tensors), ("allgather", 40)]
 
 
 def moved_and_tied(world: World) -> list[bool]:
