@@ -62,15 +62,17 @@ def work(world: World, workload: Workload, steps: int, trace: str | None, apart:
     variants = {"seconds": step}
     if apart:
         variants["seconds_apart"] = workload.step(workload.towers(str(world.device)), world, overlap=False)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in (*variants, "cpu_seconds")}
     for k in range(1 + steps):  # the first one warms up
         for name, variant in variants.items():
             world.barrier()
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             variant([batch], Key(0, k), 1e-3)
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
+            if name == "seconds":
+                seconds["cpu_seconds"].append(time.process_time() - cpu_start)
     slowest = {name: world.gather(torch.tensor(s[1:], dtype=torch.float64)).max(0).values.tolist() for name, s in seconds.items()}
     with Exchanges() as exchanges, traced(trace if world.is_main else None):
         step([batch], Key(0, 1 + steps), 1e-3)

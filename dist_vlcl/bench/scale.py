@@ -36,15 +36,19 @@ def run(args: argparse.Namespace) -> Result:
             trace = args.trace if size == max(sizes) else None
             answer = launch(size, workload_of(args, orders=orders, images=images), device_of(args), args.steps, trace, args.apart)
             rate = images / median(answer["seconds"])
-            alone = alone or rate / size
+            cpu_rate = images / size / median(answer["cpu_seconds"])
+            alone = alone or (rate / size, cpu_rate)
             equal = "yes" if answer["digest_is_equal"] else "NO"
-            rows.append([orders, size, images, median(answer["seconds"]), rate, rate / size / alone, equal])
+            rows.append([orders, size, images, median(answer["seconds"]), rate, rate / size / alone[0], cpu_rate / alone[1], equal])
             if args.apart:
                 rows[-1] += [median(answer["seconds_apart"]), spread(answer["seconds_apart"], answer["seconds"])]
             records.append({"orders": orders, "processes": size, "images": images, **answer})
-    columns = ["orders", "ranks", "images", "s a step", "images/s", "efficiency", "ranks agree bit for bit"]
+    columns = ["orders", "ranks", "images", "s a step", "images/s", "efficiency", "by CPU seconds", "ranks agree bit for bit"]
     if args.apart:
         columns += ["s a step, gradients before the probes", "times faster beside them"]
     kind = "Strong" if args.strong else "Weak"
-    note = "Seconds are those of the slowest rank, by the clock on the wall; efficiency is images/s a rank, relative to the first row."
+    note = (
+        "Seconds are those of the slowest rank, by the clock on the wall; efficiency is images/s a rank, relative to the first row. By CPU "
+        "seconds it leaves out what ranks wait for each other, and for a machine that others use."
+    )
     return Result([Table(f"{kind} scaling: {args.model}, {args.zo}", columns, rows)], records, [note])
