@@ -63,7 +63,11 @@ def _towers(args: argparse.Namespace, device: str) -> tuple[TwoTowers, TwoTowers
 def text_alone(workload: Workload, towers: TwoTowers, whole: TwoTowers) -> list[Any]:
     """Return a row about the features of prompts: at 77 tokens, cut to the longest, and (by the cost model) with their beginning shared."""
     device, tokens = towers.logit_scale.device, towers.prompts(workload.class_names)
-    ours, usual = (flops(lambda t=t: t.features("language", t.prompts(workload.class_names).to(device))) for t in (towers, whole))
+
+    def cost(towers: TwoTowers) -> int:
+        return flops(lambda: towers.features("language", towers.prompts(workload.class_names).to(device)))
+
+    ours, usual = cost(towers), cost(whole)
     shared = int((tokens == tokens[0]).all(0).long().cumprod(0).sum())
     return [workload.classes, tokens.shape[1], usual / 1e12, ours / 1e12, usual / ours, usual / _cost_with_shared(shared, towers, tokens)]
 
