@@ -3,6 +3,7 @@
 # K parameter sets, B samples of this rank, C classes, F features, n numbers of a branch
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,18 +70,30 @@ class BatchLosses:
     def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
         """Return the mean loss over the global batch of each candidate. One exchange of float64 sums. All ranks call this."""
         sums = torch.zeros(len(candidates), dtype=torch.float64)
-        places = [{branch: 0 for branch in ("vision", "language")} for _ in candidates]  # which of K features a candidate reads
+        places: dict[int, dict[str, int]] = {}  # of this rank's candidates: which of K features each reads
         offsets: dict[str, list[Tensor]] = {branch: [] for branch in self.flats}
-        for place, candidate in zip(places, candidates, strict=True):
-            for branch, offset in candidate.items():
+        for k in self._own(candidates):
+            places[k] = dict.fromkeys(BRANCHES, 0)
+            for branch, offset in candidates[k].items():
                 offsets[branch].append(offset)
-                place[branch] = len(offsets[branch])
+                places[k][branch] = len(offsets[branch])
         for part in self.parts:
-            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in ("vision", "language")}
-            for k, place in enumerate(places):
+            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in BRANCHES}
+            for k, place in places.items():
                 image_BF, text_CF = features["vision"][place["vision"]], features["language"][place["language"]]
                 sums[k] += self._loss_sum(image_BF, text_CF, part)
         return self._exchange(sums)
+
+    def _own(self, candidates: Sequence[Candidate]) -> list[int]:
+        """Return which candidates this rank's direction group evaluates: of those that perturb the same branches, every G-th."""
+        turns: Counter[tuple[str, ...]] = Counter()
+        own = []
+        for k, candidate in enumerate(candidates):
+            perturbed = tuple(candidate)
+            if turns[perturbed] % self.world.direction_groups == self.world.direction_group:
+                own.append(k)
+            turns[perturbed] += 1
+        return own
 
     def _features(self, branch: str, offsets: list[Tensor], part: dict) -> Tensor:
         """Return features `[1 + K, B, F]`: the base's, then one set per offset, restarted at the first perturbed block."""
@@ -104,7 +117,7 @@ class BatchLosses:
         rows = self.world.gather(torch.cat([sums, torch.tensor([count, self.flag], dtype=torch.float64)]))
         self.faulty = [rank for rank, row in enumerate(rows) if not torch.isfinite(row).all()]
         total = ordered_sum(rows)
-        self.count, self.stop = int(total[-2]), bool(total[-1] > 0)
+        self.count, self.stop = int(total[-2]) // self.world.direction_groups, bool(total[-1] > 0)  # each group has the whole batch
         return (total[:-2] / max(self.count, 1)).tolist()
 
 
@@ -168,7 +181,7 @@ class HybridStep:
                 logits_BC = self.towers.logit_scale * base["vision"][0][0] @ base["language"][0][0].T
                 loss_sum = F.cross_entropy(logits_BC, labels, reduction="none")[:real].sum()
                 # DDP averages over ranks; the loss is the mean over the global batch, however unequal the ranks' shares.
-                self.first.backward(loss_sum * (self.world.size / planned))
+                self.first.backward(loss_sum * (self.world.data_size / planned))
             losses.add(images, labels, noise, base, real)
 
         rounds = self.zeroth.rounds()

@@ -228,8 +228,8 @@ def training_steps(
     shared: dict[str, Any] = {
         "batch_size": cfg.train.batch_size,
         "seed": state.run_seed,
-        "rank": world.rank,
-        "size": world.size,
+        "rank": world.data_rank,
+        "size": world.data_size,
         "transform": TrainTransform(step.towers.image_size),
         "num_workers": cfg.data.num_workers,
         "on_error": cfg.data.on_error,
@@ -328,6 +328,7 @@ def introduce(log: RunLog, cfg: Config, world: World, step: HybridStep, tasks: T
         f"({cfg.zo.name}), {by_order[Order.FROZEN]:,} adapter parameters stay\n"
         f"{index.name}: {len(tasks)} tasks, {index.count('train'):,} training images; "
         f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}"
+        + (f" in {world.data_size} parts, {world.direction_groups} direction groups" if world.direction_groups > 1 else "")
     )
 
 

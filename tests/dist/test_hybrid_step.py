@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from dist_vlcl.dist.agree import DisagreementError, agree, digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
 from dist_vlcl.orders import OrderPlan, assign
-from dist_vlcl.step import HybridStep
+from dist_vlcl.step import BatchLosses, HybridStep
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.strategies import ZerothOrderConfig
 from tests.helpers.ranks import run_ranks
@@ -22,6 +23,7 @@ STRATEGIES = {
     "mozo": ZerothOrderConfig(),
     "conservative": ZerothOrderConfig(transform="identity", acceptance="best_of_three"),
     "naive": ZerothOrderConfig(transform="identity"),
+    "four probes": ZerothOrderConfig(transform="identity", acceptance="best_of_three", sides=2, probes=4),
 }
 
 
@@ -43,7 +45,7 @@ def global_batch(step: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
 def part_of(world: World, step: int, samples: int, micro_batches: int = 1) -> list[Part]:
     """This rank's share, sizes differing by one at most, cut into micro-batches."""
     images, labels = global_batch(step, samples)
-    low, high = samples * world.rank // world.size, samples * (world.rank + 1) // world.size
+    low, high = (samples * k // world.data_size for k in (world.data_rank, world.data_rank + 1))
     cuts = [low + (high - low) * k // micro_batches for k in range(micro_batches + 1)]
     spans = list(zip(cuts, cuts[1:], strict=False))
     return [Part(images[a:b], labels[a:b], torch.arange(a, b), samples if k == 0 else 0) for k, (a, b) in enumerate(spans)]
@@ -92,6 +94,40 @@ def test_gradient_accumulation_and_ranks_without_a_sample_give_the_loss_of_the_w
     for other in (*four, *accumulated):
         torch.testing.assert_close(torch.tensor(other[1]), torch.tensor(alone[1]), rtol=1e-5, atol=1e-6)
     assert len({d for _, _, d in four}) == 1 and len({d for _, _, d in accumulated}) == 1
+
+
+def train_in_groups(world: World, groups: int, *arguments) -> tuple[dict, list, str]:
+    world.direction_groups = groups
+    return train(world, *arguments)
+
+
+@pytest.mark.parametrize("strategy", ["mozo", "four probes"])
+def test_ranks_that_share_out_the_directions_take_the_step_of_ranks_that_share_out_the_samples(strategy):
+    plan = OrderPlan("dual", "all")
+    alone = run_ranks(train, 1, plan, strategy)[0]
+    for groups in (2, 4):
+        for _, losses, found in run_ranks(train_in_groups, 4, groups, plan, strategy):
+            assert (losses, found) == (alone[1], alone[2])
+
+
+def test_first_order_units_see_the_whole_batch_once_however_many_groups_have_it():
+    plan = OrderPlan("dual", "hop_odd")
+    alone = run_ranks(train, 1, plan, "four probes")[0]
+    together = run_ranks(train_in_groups, 4, 2, plan, "four probes", 10, 2)
+    assert len({found for _, _, found in together}) == 1
+    torch.testing.assert_close(torch.tensor(together[0][1]), torch.tensor(alone[1]), rtol=1e-5, atol=1e-6)
+    for name, tensor in alone[0].items():
+        torch.testing.assert_close(together[0][0][name], tensor, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_candidate_is_evaluated_by_one_group_and_each_gets_its_share():
+    candidates = [{}] + [{"language": None}] * 4 + [{"vision": None}] * 4
+    shares = []
+    for rank in range(4):
+        world = World(rank=rank, size=4, direction_groups=4)
+        shares.append(BatchLosses(SimpleNamespace(), {}, torch.zeros(1, 1), world)._own(candidates))
+    assert sorted(k for share in shares for k in share) == list(range(len(candidates)))
+    assert all([len([k for k in share if 1 <= k < 5]), len([k for k in share if k >= 5])] == [1, 1] for share in shares)
 
 
 def poisoned(world: World) -> tuple[str, str, str]:

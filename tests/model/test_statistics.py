@@ -23,7 +23,7 @@ def test_figures_are_those_of_plain_formulas():
     assert figures.shape == (5, len(FIGURES)) and figures.dtype == torch.float32
     for id, row in zip(units, figures, strict=True):
         got = dict(zip(FIGURES, row.tolist(), strict=True))
-        after = torch.cat([t.flatten() for t in units[id].tensors().values()])
+        after = torch.cat([t.detach().flatten() for t in units[id].tensors().values()])
         moved = after - torch.cat([before[f"{id}/{name}"].flatten() for name in units[id].names])
         assert got["parameter_norm"] == pytest.approx(float(after.double().norm()), rel=1e-5)
         assert got["update_norm"] == pytest.approx(float(moved.double().norm()), rel=1e-5)
