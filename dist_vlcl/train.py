@@ -382,6 +382,7 @@ def main() -> None:
             world = World.from_environment(cfg.cluster)
             train(cfg, world)
         except Requeued as stopped:
+            world.barrier()  # rank 0 saves: a launcher that ends because its ranks have left may take the others with it
             if world.is_main:
                 report_status("requeue")
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")

@@ -129,13 +129,16 @@ def published_cells(runs: Iterable[Mapping[str, Any]]) -> list[Published]:
 
 
 def cell_of(config: Mapping[str, Any], published: Iterable[Published]) -> tuple[Stream, Method]:
-    """The cell of a run's configuration: that of its `paper` id, or by its resolved settings. A control is one whatever its id says."""
+    """The cell of a run's configuration: the method of its `paper` id, or by its resolved settings. A control is one whatever its id says.
+
+    The data are what the run had, whatever its id says.
+    """
     stream = Stream(config["data"]["name"], config["tasks"]["increment"])
     method = _method_of(config)
     named = next((cell for cell in published if cell.id == config.get("paper")), None)
     if named is None or method == ZERO_SHOT:
-        return (named.stream if named else stream), method
-    return named.stream, named.method.twin if method.variant == "frozen" else named.method
+        return stream, method
+    return stream, named.method.twin if method.variant == "frozen" else named.method
 
 
 def _method_of(config: Mapping[str, Any]) -> Method:
