@@ -3,6 +3,7 @@
 # K parameter sets, B samples of this rank, C classes, F features, n numbers of a branch
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,18 +70,30 @@ class BatchLosses:
     def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
         """Return the mean loss over the global batch of each candidate. One exchange of float64 sums. All ranks call this."""
         sums = torch.zeros(len(candidates), dtype=torch.float64)
-        places = [{branch: 0 for branch in ("vision", "language")} for _ in candidates]  # which of K features a candidate reads
+        places: dict[int, dict[str, int]] = {}  # of this rank's candidates: which of K features each reads
         offsets: dict[str, list[Tensor]] = {branch: [] for branch in self.flats}
-        for place, candidate in zip(places, candidates, strict=True):
-            for branch, offset in candidate.items():
+        for k in self._own(candidates):
+            places[k] = dict.fromkeys(BRANCHES, 0)
+            for branch, offset in candidates[k].items():
                 offsets[branch].append(offset)
-                place[branch] = len(offsets[branch])
+                places[k][branch] = len(offsets[branch])
         for part in self.parts:
-            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in ("vision", "language")}
-            for k, place in enumerate(places):
+            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in BRANCHES}
+            for k, place in places.items():
                 image_BF, text_CF = features["vision"][place["vision"]], features["language"][place["language"]]
                 sums[k] += self._loss_sum(image_BF, text_CF, part)
         return self._exchange(sums)
+
+    def _own(self, candidates: Sequence[Candidate]) -> list[int]:
+        """Return which candidates this rank's direction group evaluates: of those that perturb the same branches, every G-th."""
+        turns: Counter[tuple[str, ...]] = Counter()
+        own = []
+        for k, candidate in enumerate(candidates):
+            perturbed = tuple(candidate)
+            if turns[perturbed] % self.world.direction_groups == self.world.direction_group:
+                own.append(k)
+            turns[perturbed] += 1
+        return own
 
     def _features(self, branch: str, offsets: list[Tensor], part: dict) -> Tensor:
         """Return features `[1 + K, B, F]`: the base's, then one set per offset, restarted at the first perturbed block."""
@@ -89,7 +102,7 @@ class BatchLosses:
             return base
         flat, tower = self.flats[branch], self.towers.tower(branch)
         inputs = part["images"] if branch == "vision" else self.tokens
-        sets = flat.sets(flat.values_n + torch.stack(offsets))
+        sets = flat.sets(torch.stack(offsets).add_(flat.values_n))
         carry = part["carries"][branch]
         moved, _ = tower.run(carry, inputs, start=self.start[branch], sets=sets, noise=part["noise"])
         return torch.cat([base, moved])
@@ -104,7 +117,7 @@ class BatchLosses:
         rows = self.world.gather(torch.cat([sums, torch.tensor([count, self.flag], dtype=torch.float64)]))
         self.faulty = [rank for rank, row in enumerate(rows) if not torch.isfinite(row).all()]
         total = ordered_sum(rows)
-        self.count, self.stop = int(total[-2]), bool(total[-1] > 0)
+        self.count, self.stop = int(total[-2]) // self.world.direction_groups, bool(total[-1] > 0)  # each group has the whole batch
         return (total[:-2] / max(self.count, 1)).tolist()
 
 
@@ -173,7 +186,7 @@ class HybridStep:
                 logits_BC = self.towers.logit_scale * base["vision"][0][0] @ base["language"][0][0].T
                 loss_sum = F.cross_entropy(logits_BC, labels, reduction="none")[:real].sum()
                 # DDP averages over ranks; the loss is the mean over the global batch, however unequal the ranks' shares.
-                self.first.backward(loss_sum * (self.world.size / planned))
+                self.first.backward(loss_sum * (self.world.data_size / planned))
             losses.add(images, labels, noise, base, real)
 
         rounds = self.zeroth.rounds()
@@ -253,7 +266,8 @@ class HybridStep:
         parts = (batch.images, batch.labels - first_label, batch.positions)
         size = self.towers.image_size
         fill = (torch.zeros(blanks, 3, size, size, dtype=torch.uint8), torch.zeros(blanks, dtype=torch.long), torch.zeros(blanks).long())
-        images, labels, positions = (torch.cat(pair).to(device) if blanks else pair[0].to(device) for pair in zip(parts, fill, strict=True))
+        pairs = [(part.to(device), filling.to(device)) for part, filling in zip(parts, fill, strict=True)]
+        images, labels, positions = (torch.cat(pair) if blanks else pair[0] for pair in pairs)
         return images, labels, positions, real
 
     def adapters(self) -> dict[str, Tensor]:

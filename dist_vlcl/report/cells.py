@@ -20,10 +20,8 @@ IMAGES_A_CLASS = {
 # What changes neither a result nor its meaning.
 IMMATERIAL = (
     *("seed", "paper", "run.*", "cluster.*", "eval.batch_size", "eval.zero_shot"),
-    *(
-        f"data.{key}"
-        for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "num_workers", "on_error", "samples_per_shard")
-    ),
+    *(f"data.{key}" for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "on_error")),
+    *(f"data.{key}" for key in ("num_workers", "cache_gib", "encoding", "samples_per_shard")),
     *(f"train.{key}" for key in ("micro_batches", "max_skips", "check_every_steps")),
     *("orders.branch", "orders.layers", "orders.order", "zo.name"),  # these are the cell itself
 )

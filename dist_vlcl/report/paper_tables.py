@@ -377,7 +377,7 @@ def result_table(section: Section, stream: Stream) -> TextTable:
     return TextTable(["method", *METRICS.values(), "control", *heads], rows)
 
 
-def _summary(prefix: str, values: Values) -> dict[str, float]:
+def _summary(prefix: str, values: Values) -> dict[str, Any]:
     std = float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else np.nan
     return {f"{prefix}mean": _mean(values.values()), f"{prefix}std": std, f"{prefix}seeds": len(values)}
 
