@@ -102,7 +102,7 @@ class BatchLosses:
             return base
         flat, tower = self.flats[branch], self.towers.tower(branch)
         inputs = part["images"] if branch == "vision" else self.tokens
-        sets = flat.sets(torch.stack(offsets).add_(flat.values_n))
+        sets = flat.sets(torch.stack(offsets).to(flat.values_n.dtype).add_(flat.values_n))
         carry = part["carries"][branch]
         moved, _ = tower.run(carry, inputs, start=self.start[branch], sets=sets, noise=part["noise"])
         return torch.cat([base, moved])
