@@ -36,11 +36,13 @@ class Workload:
     classes: int = 20
     sides: int = 1
     checkpoint: bool = False
+    precision: str = "fp32"
+    evaluation: str = "auto"
     options: tuple[tuple[str, Any], ...] = ()  # of the adapter, such as (("experts", 22),)
 
     @property
     def zeroth(self) -> ZerothOrderConfig:
-        return ZerothOrderConfig(**{**_values("zo", self.zo), "sides": self.sides})
+        return ZerothOrderConfig(**{**_values("zo", self.zo), "sides": self.sides, "evaluation": self.evaluation})
 
     @property
     def plan(self) -> OrderPlan:
@@ -55,7 +57,8 @@ class Workload:
         kind: Any = LoRAConfig if self.adapter.startswith("lora") else MoEConfig
         adapter = kind(**{**_values("adapter", self.adapter), **dict(self.options)})
         values = _values("model", self.model)
-        model = ModelConfig(values.get("model", values)["name"], "random", context=context, checkpoint=self.checkpoint)
+        name = values.get("model", values)["name"]
+        model = ModelConfig(name, "random", context=context, precision=self.precision, checkpoint=self.checkpoint)
         towers = build_clip(model, adapter)
         generator = torch.Generator().manual_seed(1)
         for unit in towers.units.values():
@@ -76,6 +79,7 @@ class Workload:
             world,
             max_skips=1 << 30,
         )
+        step.noise_is_checked = True  # that costs, and what is refused is to be measured
         step.begin(self.class_names)
         return step
 
