@@ -12,13 +12,13 @@ from dist_vlcl.config import CONFIG_FOLDER
 from dist_vlcl.data.loader import Batch
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
-from dist_vlcl.model.clip import ModelConfig, TwoTowers, build_clip
+from dist_vlcl.model.clip import PRECISIONS, ModelConfig, TwoTowers, build_clip
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import PLAN_LAYERS, Order, OrderPlan, assign
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key, StepNoise
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.strategies import EVALUATIONS, ZerothOrderConfig
 
 SETTINGS = ("first", *(f"{branch}_{layers}" for branch in ("dual", "vision", "language") for layers in PLAN_LAYERS))
 STRATEGIES = ("naive", "sign", "conservative", "mozo")
@@ -103,6 +103,8 @@ def add_workload(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--sides", type=int, default=given["sides"], choices=(1, 2), help="of the finite difference (default: %(default)s)")
     parser.add_argument("--images", type=int, default=given["images"], help="of the batch (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=given["classes"], help="of the task (default: %(default)s)")
+    parser.add_argument("--precision", default=given["precision"], choices=list(PRECISIONS), help="of the model (default: %(default)s)")
+    parser.add_argument("--evaluation", default=given["evaluation"], choices=EVALUATIONS, help="of losses (default: %(default)s)")
     parser.add_argument(
         "--count-on",
         default="meta",

@@ -16,7 +16,7 @@ from dist_vlcl.step import MAX_SLOPE_NOISE
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench slope --images 4 --classes 4 --directions 6        ViT-B/16 with random weights
+  python -m dist_vlcl.bench slope --images 2 --classes 4 --directions 4        ViT-B/16 with random weights
   python -m dist_vlcl.bench slope --device cuda --images 32                    with TF32, too"""
 
 LOGIT_SCALE = 100  # OpenAI's; a fresh model's is 14

@@ -68,6 +68,8 @@ class Perturbed:
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Take torch's functions over, wherever an argument is a Perturbed."""
         name = function.__name__.strip("_")
+        if function.__name__ == f"{name}_":
+            raise TypeError(f"{function.__name__}: a perturbed tensor cannot be changed in place; use {name}")
         rule = each if name in SHAPES else RULES.get(name, difference)
         return rule(function, *args, **(kwargs or {}))
 
@@ -122,6 +124,8 @@ def total(function: Callable, a: Any, b: Any) -> Perturbed:
 
 def product(function: Callable, a: Any, b: Any, *bias: Any) -> Perturbed:
     """The rule of what is linear in a and in b (and adds a bias): (a + da)(b + db) + c + dc - (a b + c) = da b + (a + da) db + dc."""
+    if any(isinstance(c, Perturbed) for c in bias) and not isinstance(b, Perturbed):
+        return difference(function, a, b, *bias)
     dtype = _dtype((a, b))
     narrow = _wide(dtype) if function.__name__.strip("_") == "mul" else dtype
 
@@ -133,7 +137,7 @@ def product(function: Callable, a: Any, b: Any, *bias: Any) -> Perturbed:
     if isinstance(a, Perturbed):
         change = change + multiplied(a.change, _base(b))
     if isinstance(b, Perturbed):
-        change = change + multiplied(_moved(a), b.change, *(c.change for c in bias))
+        change = change + multiplied(_moved(a), b.change, *(c.change for c in bias if isinstance(c, Perturbed)))
     return Perturbed(multiplied(_base(a), _base(b), *map(_base, bias)), change, dtype)
 
 
