@@ -173,6 +173,7 @@ def default_name(config: Config) -> str:
     """Return a name that tells runs apart by what was learned and how; a run of `paper=ID` has its own (paper.run_name)."""
     plan, layers = config.orders, config.orders.layers
     data = config.data.name if config.model.name == "small_clip" else f"{config.data.name}-{config.model.name}"
+    data += "" if config.model.precision == "fp32" else f"-{config.model.precision}"
     named = layers + (str(plan.span) if plan.span else "") if isinstance(layers, str) else "list"
     how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]
     orders = "fo" if plan.branch == "none" else f"{how}-{plan.branch}-{named}"

@@ -2,10 +2,11 @@
 
 # K parameter sets, B samples of this rank, C classes, F features, n numbers of a branch
 
+import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World, ordered_sum
 from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.model.perturbed import Perturbed
 from dist_vlcl.model.statistics import UnitStatistics
 from dist_vlcl.model.units import BRANCHES, FlatUnits, UnitId, freeze
 from dist_vlcl.orders import Order
@@ -27,6 +29,9 @@ RESOLUTION = 2.0**32  # losses are rounded to 2^-32: sums of up to 2^20 of them 
 # Matrix products of fewer rows take another path through the CPU libraries, with other last bits: a sample's loss would depend on how many
 # share its rank. It also serves a rank without any sample, which DDP wants in the backward pass all the same.
 MIN_SAMPLES = 8
+
+MAX_SLOPE_NOISE = 0.1  # of a projected gradient; above it, zeroth order is refused
+NOISE_SAMPLES = 32  # of a rank, on which that is measured
 
 
 @dataclass
@@ -43,10 +48,14 @@ class StepReport:
 
 
 class BatchLosses:
-    """Losses of candidates on one global batch, from features: what a candidate leaves alone is not computed again."""
+    """Losses of candidates on one global batch, from features: what a candidate leaves alone is not computed again.
 
-    def __init__(self, towers: TwoTowers, flats: Mapping[str, FlatUnits], tokens: Tensor, world: World):
-        self.towers, self.flats, self.tokens, self.world = towers, flats, tokens, world
+    by_delta: branches whose candidates have the base's features and a change that was carried through the blocks beside the base, not
+    features of their own; losses are then taken in float64. It is the same number, with rounding that is relative to the change.
+    """
+
+    def __init__(self, towers: TwoTowers, flats: Mapping[str, FlatUnits], tokens: Tensor, world: World, by_delta: Collection[str] = ()):
+        self.towers, self.flats, self.tokens, self.world, self.by_delta = towers, flats, tokens, world, by_delta
         self.start = {branch: min(unit.layer for unit in flat.slices) for branch, flat in flats.items()}
         self.parts: list[dict[str, Any]] = []  # per micro-batch: images, labels, weight, noise, base features and carries
         self.flag, self.stop, self.count = 0.0, False, 0
@@ -97,15 +106,17 @@ class BatchLosses:
 
     def _features(self, branch: str, offsets: list[Tensor], part: dict) -> Tensor:
         """Return features `[1 + K, B, F]`: the base's, then one set per offset, restarted at the first perturbed block."""
-        base = part["features"][branch]
+        base = part["features"][branch].double() if self.by_delta else part["features"][branch]
         if not offsets:
             return base
         flat, tower = self.flats[branch], self.towers.tower(branch)
         inputs = part["images"] if branch == "vision" else self.tokens
-        sets = flat.sets(torch.stack(offsets).to(flat.values_n.dtype).add_(flat.values_n))
+        is_delta, offsets_Kn = branch in self.by_delta, torch.stack(offsets).to(flat.values_n.dtype)
+        values: Any = Perturbed(flat.values_n[None], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n)
         carry = part["carries"][branch]
-        moved, _ = tower.run(carry, inputs, start=self.start[branch], sets=sets, noise=part["noise"])
-        return torch.cat([base, moved])
+        moved: Any
+        moved, _ = tower.run(carry, inputs, start=self.start[branch], sets=flat.sets(values), noise=part["noise"])
+        return torch.cat([base, base + moved.change if is_delta else moved])
 
     def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: dict) -> Tensor:
         logits_BC = (self.towers.logit_scale * image_BF @ text_CF.T).double()
@@ -143,6 +154,9 @@ class HybridStep:
         for tensor in units.state_dict().values():
             world.broadcast(tensor)
         self.zeroth = ZerothOrder(self.flats, zeroth)
+        rounded = [branch for branch in self.flats if towers.tower(branch).dtype.itemsize < 4]
+        self.by_delta = {"auto": rounded, "whole": [], "delta": list(self.flats)}[zeroth.evaluation]
+        self.noise_is_checked = towers.config.precision == "fp32"
         self.first: FirstOrder = first_order_of(towers)
         names = {id(t): f"{address}/{name}" for address, unit in units.items() for name, t in unit.tensors().items()}
         self.first_names = [names[id(p)] for p in self.first.parameters]
@@ -175,12 +189,14 @@ class HybridStep:
         key: the step's seed, the same on every rank. lr: that of this step. stop: this rank was asked to stop; the report says whether any
         was. observe: measure what the step does to every unit. All ranks call this, with the same number of micro-batches.
         """
-        losses = BatchLosses(self.towers, self.flats, self.tokens, self.world)
+        if not self.noise_is_checked:
+            self.refuse_noisy_slopes(batches[0], key, first_label)
+        losses = BatchLosses(self.towers, self.flats, self.tokens, self.world, self.by_delta)
         losses.flag = float(stop)
         planned = sum(batch.count for batch in batches)
         for k, batch in enumerate(batches):
             images, labels, positions, real = self._on_device(batch, first_label)
-            noise = StepNoise(key, {"vision": positions, "language": torch.arange(len(self.tokens), device=self.world.device)})
+            noise = self._step_noise(key, positions)
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
                 base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, keep=losses.start)
                 logits_BC = self.towers.logit_scale * base["vision"][0][0] @ base["language"][0][0].T
@@ -208,6 +224,49 @@ class HybridStep:
         if statistics:
             report.figures = self._observe_moved(statistics, report.moves)
         return report
+
+    def refuse_noisy_slopes(self, batch: Any, key: Key, first_label: int = 0) -> dict[str, float]:
+        """Return `slope_noise` per branch; raise ValueError where it is above the limit. All ranks call this."""
+        self.noise_is_checked = True
+        noise = self.slope_noise(batch, key, first_label)
+        if any(value > MAX_SLOPE_NOISE for value in noise.values()):
+            found = ", ".join(f"{value:.2g} of a {branch} slope" for branch, value in noise.items())
+            precision, evaluation = self.towers.config.precision, self.zeroth.config.evaluation
+            better = "zo.evaluation=delta, " if evaluation == "whole" else ""
+            raise ValueError(
+                f"model.precision={precision} with zo.evaluation={evaluation}: rounding is {found}; above {MAX_SLOPE_NOISE} "
+                f"zeroth order follows rounding. Take {better}model.precision=fp32, or a larger zo.epsilon"
+            )
+        return noise
+
+    def slope_noise(self, batch: Any, key: Key, first_label: int = 0, directions: int = 16) -> dict[str, float]:
+        """Return, per zeroth-order branch, the rounding in projected gradients, relative to these: root mean squares over directions.
+
+        On the first samples of a batch, against the same weights in float32. All ranks call this.
+        """
+        few = replace(batch, **{name: getattr(batch, name)[:NOISE_SAMPLES] for name in ("images", "labels", "positions")})
+        found = self.slopes(self.towers, few, key, directions, self.by_delta, first_label)
+        exact = copy.deepcopy(self.towers, {id(self.towers.tokenizer): self.towers.tokenizer}).float()
+        true = self.slopes(exact, few, key, directions, (), first_label)
+        return {b: float((found[b] - true[b]).norm() / true[b].norm()) for b in true if float(true[b].norm()) > 0}
+
+    @torch.no_grad()
+    def slopes(
+        self, towers: TwoTowers, batch: Any, key: Key, directions: int, by_delta: Collection[str], first_label: int = 0
+    ) -> dict[str, Tensor]:
+        """Return one-sided projected gradients `[directions]` of every zeroth-order branch of some towers. All ranks call this."""
+        losses = BatchLosses(towers, self.flats, self.tokens, self.world, by_delta)
+        images, labels, positions, real = self._on_device(batch, first_label)
+        noise, result = self._step_noise(key, positions), {}
+        losses.add(images, labels, noise, towers({"vision": images, "language": self.tokens}, noise, losses.start), real)
+        for branch in self.flats:
+            epsilon = self.zeroth.config.epsilon[branch]
+            probes = [losses([{}, {branch: self.zeroth.draws.draw(branch, key, q) * epsilon}]) for q in range(directions)]
+            result[branch] = torch.tensor([(probe - base) / epsilon for base, probe in probes], dtype=torch.float64)
+        return result
+
+    def _step_noise(self, key: Key, positions: Tensor) -> StepNoise:
+        return StepNoise(key, {"vision": positions, "language": torch.arange(len(self.tokens), device=self.world.device)})
 
     def _observe_first(self, scale: float) -> UnitStatistics:
         if self.statistics is None:

@@ -164,7 +164,14 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
 
 
 def build_towers(cfg: Config, world: World) -> TwoTowers:
-    """Return CLIP with fresh adapters, the same on every rank and in every start of a configuration."""
+    """Return CLIP with fresh adapters, the same on every rank and in every start of a configuration.
+
+    Raises ValueError where the engine cannot train in the model's precision.
+    """
+    if world.engine.startswith("zero") and cfg.model.precision != "fp32":
+        raise ValueError(
+            f"model.precision={cfg.model.precision}: DeepSpeed holds one precision only; launch with DDP, or take model.precision=fp32"
+        )
     return build_clip(cfg.model, cfg.adapter, seed=derive_seed(cfg.seed, "adapters")).to(world.device)
 
 

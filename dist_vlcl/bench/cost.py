@@ -6,7 +6,7 @@ what is linear in the activations (norms, GELU, softmax, noise) is not.
 
 # n tokens, p positions read from the last block, d width, c columns of the adapter's bottleneck that act, B images, C classes
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -97,6 +97,16 @@ class TowerShape:
         """One parameter set, restarted where the adapter of `layer` (from 1) begins to matter."""
         return self.blocks[layer - 1].forward_from_adapter + sum(block.forward for block in self.blocks[layer:]) + self.project
 
+    def delta_from(self, layers: set[int]) -> int:
+        """What a change costs beyond a forward from the lowest of the perturbed `layers`: its products with what is perturbed itself.
+
+        These are the two of attention once more, where both factors change, and the adapters that are perturbed, once more.
+        """
+        above = sum(block.attention for block in self.blocks[min(layers) :])
+        lowest = self.blocks[min(layers) - 1]
+        own = sum(self.blocks[layer - 1].adapter for layer in layers) - lowest.adapter // 2  # its input has no change
+        return above + own + (lowest.attention if self.site == "attention" else 0)
+
     def backward(self, learning: set[int]) -> int:
         """From the features down to the lowest layer that learns by first order."""
         if not learning:
@@ -157,23 +167,39 @@ def evaluations(config: ZerothOrderConfig) -> int:
     return config.probes * config.sides + (2 if config.acceptance == "best_of_three" else 0)
 
 
+def phases(config: ZerothOrderConfig) -> int:
+    """Return how often losses are asked for: probes, and then the candidates of the best of three."""
+    return 2 if config.acceptance == "best_of_three" else 1
+
+
 def naive_evaluations(config: ZerothOrderConfig) -> int:
     """Return the whole-model losses of the usual code: MeZO's two a probe; ZO-LLM's conservative step takes five, the base anew."""
     return 2 * config.probes + (3 if config.acceptance == "best_of_three" else 0)
 
 
 def step_cost(
-    shapes: Mapping[str, TowerShape], orders: Mapping[UnitId, Order], config: ZerothOrderConfig, images: int, classes: int
+    shapes: Mapping[str, TowerShape],
+    orders: Mapping[UnitId, Order],
+    config: ZerothOrderConfig,
+    images: int,
+    classes: int,
+    by_delta: Collection[str] = (),
 ) -> Cost:
-    """Return the FLOPs that one step cannot do without: nothing is computed twice, nothing that is not read."""
+    """Return the FLOPs that one step cannot do without: nothing is computed twice, nothing that is not read.
+
+    by_delta: branches whose candidates are evaluated by delta-forward. It computes the base anew in each phase, beside the changes.
+    """
     samples = {"vision": images, "language": classes}
     zeroth, first = _layers(orders, Order.ZEROTH), _layers(orders, Order.FIRST)
     logits = 2 * images * classes * shapes["vision"].features
     forward = logits + sum(samples[b] * shape.forward for b, shape in shapes.items())
     backward = sum((samples[b] * shape.backward(first[b]) + logits) for b, shape in shapes.items() if first[b])
-    perturbed = sum(
-        evaluations(config) * (samples[b] * shape.forward_from(min(zeroth[b])) + logits) for b, shape in shapes.items() if zeroth[b]
-    )
+    perturbed = 0
+    for b, shape in shapes.items():
+        if zeroth[b]:
+            again = shape.forward_from(min(zeroth[b]))
+            beside = phases(config) * again + evaluations(config) * shape.delta_from(zeroth[b]) if b in by_delta else 0
+            perturbed += samples[b] * (evaluations(config) * again + beside) + evaluations(config) * logits
     return Cost(forward, backward, perturbed)
 
 

@@ -1,6 +1,7 @@
 """Memory of a step: what back-propagation keeps for an image and a prompt, and the peak per setting beside the paper's Table 5."""
 
 import argparse
+import itertools
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from dist_vlcl.bench.naive import NaiveStep
 from dist_vlcl.bench.result import Result, Table
 from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
 from dist_vlcl.dist.world import World
+from dist_vlcl.model.clip import PRECISIONS
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
@@ -27,13 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     device, records = device_of(args), []
     for orders in settings_of(args):
-        for checkpoint in (False, True):
-            workload = workload_of(args, orders=orders, checkpoint=checkpoint)
-            record: dict[str, Any] = {"orders": orders, "checkpoint": checkpoint, "counted_bytes": peak_bytes(workload, args.count_on)}
+        for precision, checkpoint in itertools.product(PRECISIONS, (False, True)):
+            workload = workload_of(args, orders=orders, precision=precision, checkpoint=checkpoint)
+            counted = peak_bytes(workload, args.count_on)
+            record: dict[str, Any] = {"orders": orders, "precision": precision, "checkpoint": checkpoint, "counted_bytes": counted}
             if device == "cuda":
                 record["measured_bytes"] = measured_bytes(workload)
             records.append(record)
-    kept = {"naive": {"naive": True}, "fast": {}, "with checkpoints": {"checkpoint": True}}
+    kept: dict[str, dict[str, Any]] = {"naive": {"naive": True}}
+    for precision in PRECISIONS:
+        kept |= {precision: {"precision": precision}, f"{precision}, checkpoints": {"precision": precision, "checkpoint": True}}
     size = {"model": args.model, "adapter": args.adapter}
     saved = [
         [name, *[saved_per_sample(b, device=args.count_on, **options, **size) / 1e6 for b in ("vision", "language")]]
@@ -42,6 +47,7 @@ def run(args: argparse.Namespace) -> Result:
     peaks = [
         [
             r["orders"],
+            r["precision"],
             "yes" if r["checkpoint"] else "no",
             r["counted_bytes"] / 1e9,
             r["measured_bytes"] / 1e9 if "measured_bytes" in r else "not measured",
@@ -49,10 +55,10 @@ def run(args: argparse.Namespace) -> Result:
         ]
         for r in records
     ]
-    columns = ["orders", "checkpoint", "counted GB", "GPU GB", "paper GB"]
+    columns = ["orders", "precision", "checkpoint", "counted GB", "GPU GB", "paper GB"]
     return Result(
         [
-            Table(f"Kept for the backward pass, first order everywhere, fp32: {args.model}", ["", "MB an image", "MB a prompt"], saved),
+            Table(f"Kept for the backward pass, first order everywhere: {args.model}", ["", "MB an image", "MB a prompt"], saved),
             Table(f"Peak of a step, weights included: {args.images} images, {args.classes} classes", columns, peaks),
         ],
         records + [{"kept": name, "image_mb": image, "prompt_mb": prompt} for name, image, prompt in saved],
@@ -60,7 +66,7 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def saved_per_sample(branch: str, naive: bool = False, samples: int = 2, device: str = "meta", **workload: Any) -> float:
-    """Return the bytes kept for the backward pass of an image (branch vision) or a prompt, by first order everywhere, in fp32."""
+    """Return the bytes kept for the backward pass of an image (branch vision) or a prompt, by first order everywhere."""
     setting = Workload(orders="first", images=samples, classes=samples, **workload)
     towers = setting.towers(device, context="full" if naive else "truncated")
     with without_numbers():

@@ -12,13 +12,13 @@ from dist_vlcl.config import CONFIG_FOLDER
 from dist_vlcl.data.loader import Batch
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
-from dist_vlcl.model.clip import ModelConfig, TwoTowers, build_clip
+from dist_vlcl.model.clip import PRECISIONS, ModelConfig, TwoTowers, build_clip
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import PLAN_LAYERS, Order, OrderPlan, assign
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key, StepNoise
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.strategies import EVALUATIONS, ZerothOrderConfig
 
 SETTINGS = ("first", *(f"{branch}_{layers}" for branch in ("dual", "vision", "language") for layers in PLAN_LAYERS))
 STRATEGIES = ("naive", "sign", "conservative", "mozo")
@@ -36,11 +36,13 @@ class Workload:
     classes: int = 20
     sides: int = 1
     checkpoint: bool = False
+    precision: str = "fp32"
+    evaluation: str = "auto"
     options: tuple[tuple[str, Any], ...] = ()  # of the adapter, such as (("experts", 22),)
 
     @property
     def zeroth(self) -> ZerothOrderConfig:
-        return ZerothOrderConfig(**{**_values("zo", self.zo), "sides": self.sides})
+        return ZerothOrderConfig(**{**_values("zo", self.zo), "sides": self.sides, "evaluation": self.evaluation})
 
     @property
     def plan(self) -> OrderPlan:
@@ -55,7 +57,8 @@ class Workload:
         kind: Any = LoRAConfig if self.adapter.startswith("lora") else MoEConfig
         adapter = kind(**{**_values("adapter", self.adapter), **dict(self.options)})
         values = _values("model", self.model)
-        model = ModelConfig(values.get("model", values)["name"], "random", context=context, checkpoint=self.checkpoint)
+        name = values.get("model", values)["name"]
+        model = ModelConfig(name, "random", context=context, precision=self.precision, checkpoint=self.checkpoint)
         towers = build_clip(model, adapter)
         generator = torch.Generator().manual_seed(1)
         for unit in towers.units.values():
@@ -76,6 +79,7 @@ class Workload:
             world,
             max_skips=1 << 30,
         )
+        step.noise_is_checked = True  # that costs, and what is refused is to be measured
         step.begin(self.class_names)
         return step
 
@@ -99,6 +103,8 @@ def add_workload(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--sides", type=int, default=given["sides"], choices=(1, 2), help="of the finite difference (default: %(default)s)")
     parser.add_argument("--images", type=int, default=given["images"], help="of the batch (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=given["classes"], help="of the task (default: %(default)s)")
+    parser.add_argument("--precision", default=given["precision"], choices=list(PRECISIONS), help="of the model (default: %(default)s)")
+    parser.add_argument("--evaluation", default=given["evaluation"], choices=EVALUATIONS, help="of losses (default: %(default)s)")
     parser.add_argument(
         "--count-on",
         default="meta",

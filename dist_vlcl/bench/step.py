@@ -9,6 +9,7 @@ from dist_vlcl.bench.naive import NaiveStep
 from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
 from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
 from dist_vlcl.dist.world import World
+from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> Result:
             row += [median(record["naive_s"]), median(record["fast_s"]), spread(record["naive_s"], record["fast_s"])]
         rows.append(row)
     columns = ["orders", "naive TFLOP", "model TFLOP", "executed TFLOP", "executed / model", "naive / model"]
-    title = f"{args.model}, {args.zo}, {args.images} images, {args.classes} classes, {args.sides}-sided"
+    title = f"{args.model}, {args.zo}, {args.images} images, {args.classes} classes, {args.sides}-sided, {args.precision}"
     if args.count:
         return Result([Table(f"FLOPs of a step: {title}", columns, rows)], records)
     return Result([Table(f"A step, naive and fast: {title}", [*columns, "naive s", "fast s", "times faster"], rows)], records)
@@ -49,7 +50,7 @@ def counted(workload: Workload, device: str = "meta") -> dict[str, Any]:
         step = workload.step(towers, World.alone(device))
         batch = workload.batch(towers.image_size)
         executed = flops(lambda: step([batch], Key(0, 0), 1e-3))
-    return {"executed": executed, **_modelled(workload, towers, step.tokens.shape[1])}
+    return {"executed": executed, **_modelled(workload, step)}
 
 
 def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
     executed = flops(lambda: fast([batch], Key(0, 0), 1e-3))
     naive_executed = flops(lambda: naive(batch, Key(0, 0), 1e-3))
     seconds = interleaved({"naive": lambda: naive(batch, Key(0, 1), 1e-3), "fast": lambda: fast([batch], Key(0, 1), 1e-3)}, repeats, device)
-    modelled = _modelled(workload, towers, fast.tokens.shape[1])
+    modelled = _modelled(workload, fast)
     return {
         "executed": executed,
         "naive_executed": naive_executed,
@@ -72,7 +73,6 @@ def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def _modelled(workload: Workload, towers: Any, prompt_tokens: int) -> dict[str, int]:
-    shapes, orders = shapes_of(towers, prompt_tokens), workload.orders_of(towers)
-    costs = {"model": step_cost, "naive_model": naive_cost}
-    return {name: cost(shapes, orders, workload.zeroth, workload.images, workload.classes).total for name, cost in costs.items()}
+def _modelled(workload: Workload, step: HybridStep) -> dict[str, int]:
+    what = shapes_of(step.towers, step.tokens.shape[1]), step.orders, workload.zeroth, workload.images, workload.classes
+    return {"model": step_cost(*what, step.by_delta).total, "naive_model": naive_cost(*what).total}

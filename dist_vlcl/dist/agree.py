@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_vlcl.dist.world import World
@@ -18,7 +19,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     h = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         h.update(name.encode())
-        h.update(tensor.detach().contiguous().cpu().numpy().tobytes())
+        h.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_vlcl.model.perturbed import difference, perturbable
+
 
 class _QuickGELU(torch.autograd.Function):
     @staticmethod
@@ -24,4 +26,9 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP; torch's own functions would keep the sigmoid, too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _QuickGELU.apply(x)
+        return quick_gelu(x)
+
+
+@perturbable(difference)
+def quick_gelu(x: Tensor) -> Tensor:
+    return _QuickGELU.apply(x)

@@ -18,6 +18,7 @@ from dist_vlcl.model.activation import QuickGELU
 from dist_vlcl.model.tower import AdaptedBlock, Tower
 from dist_vlcl.model.units import UnitId, Units
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SMALL = Path(__file__).parent / "small"
 
 
@@ -32,6 +33,7 @@ class ModelConfig:
     pretrained: str = "shipped"
     prompt: str = "a bad photo of a {}."
     context: str = "truncated"  # or "full": 77 tokens, as the baseline; the features are the same
+    precision: str = "fp32"  # or bf16, of the vision blocks' products, weights and graph: half the memory; docs/PERFORMANCE.md, Precision
     checkpoint: bool = False  # back-propagation computes each block again instead of keeping it: a fraction of the memory, a third slower
 
     def check(self) -> None:
@@ -39,6 +41,8 @@ class ModelConfig:
             raise ValueError(f"model.prompt={self.prompt!r}: needs {{}} where the class name goes")
         if self.context not in ("truncated", "full"):
             raise ValueError(f"model.context={self.context!r}: choose from truncated, full")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"model.precision={self.precision!r}: choose from {', '.join(PRECISIONS)}")
         if self.pretrained == "shipped" and self.name != "small_clip":
             raise ValueError("model.pretrained=shipped: only model.name=small_clip ships with dist_vlcl; give an open_clip tag or a file")
 
@@ -162,7 +166,7 @@ class TwoTowers(nn.Module):
 
 
 def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> TwoTowers:
-    """Build CLIP with fresh adapters in every block of both towers; everything but the adapters is frozen, in fp32.
+    """Build CLIP with fresh adapters in every block of both towers; everything but the adapters is frozen.
 
     Raises ValueError when a tower has no plain transformer blocks, RuntimeError when the weights cannot be had.
     """
@@ -188,6 +192,8 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
         ]
 
     _save_less(clip)
+    # Language stays in fp32: it is a fortieth of the work, and rounding in its features would be a fifth of a vision slope (docs/LOG.md).
+    clip.visual.transformer.to(PRECISIONS[model.precision])
     visual = clip.visual
     del clip.visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple | list) else visual.image_size

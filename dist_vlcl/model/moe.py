@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dist_vlcl.model.perturbed import difference, perturbable, product
+
 
 @dataclass
 class MoEConfig:
@@ -90,9 +92,8 @@ class MoEAdapter(nn.Module):
         logits = logits + spread * (noise if noise is not None else 0.0)
         if self.config.top_k == self.config.experts:
             return logits.softmax(-1), None
-        best = logits.topk(self.config.top_k, dim=-1).indices.sort(-1).values
-        chosen = best[..., None] == torch.arange(self.config.experts, device=best.device)
-        return logits.gather(-1, best).softmax(-1), chosen.to(logits.dtype)
+        chosen = choices(logits, self.config.top_k)
+        return torch.matmul(chosen, logits[..., None])[..., 0].softmax(-1), chosen
 
     def draw(self, noise: Any, branch: str, layer: int, tokens: int, training: bool) -> tuple[Tensor | None, Tensor | None]:
         """Return this block's (router noise, dropout mask) of a step; `noise` is the step's `StepNoise`, or None."""
@@ -105,14 +106,22 @@ class MoEAdapter(nn.Module):
         return router, kept
 
 
+@perturbable(difference)
+def choices(logits: Tensor, k: int) -> Tensor:
+    """Return the k largest of the logits `[..., E]`, in ascending order of place, as 0/1 `[..., k, E]`."""
+    best = logits.topk(k, dim=-1).indices.sort(-1).values
+    return (best[..., None] == torch.arange(logits.shape[-1], device=best.device)).to(logits.dtype)
+
+
 def _of(chosen: Tensor | None, values: Tensor) -> Tensor:
     """Return the values `[K, B, k, ...]` of the chosen experts, for values `[K, E, ...]` of all; these themselves if all are chosen."""
     if chosen is None:
         return values
     picked = torch.matmul(chosen.flatten(1, 2), values.flatten(2))  # exact: one factor 1, the others 0
-    return picked.view(-1, *chosen.shape[1:3], *values.shape[2:])
+    return picked.unflatten(1, chosen.shape[1:3]).unflatten(-1, values.shape[2:])
 
 
+@perturbable(product)
 def linear(x_KBLD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x W^T + b `[K, B, L, O]`, with a weight per parameter set `[K, O, D]`, or per set and sample `[K, B, O, D]`.
 

@@ -2,7 +2,8 @@
 
 # K parameter sets, B samples, L tokens, D width, H heads, F features; an axis of size 1 stands for every K
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dist_vlcl.model.perturbed import difference, perturbable
 from dist_vlcl.model.units import Unit, UnitId
 
 Sets = Mapping[UnitId, dict[str, Tensor]]
 
 ROWS_AT_A_TIME = 4096
+SAMPLES_AT_A_TIME = 8  # at least: matrix products of a few rows have other last bits
 
 
 class AdaptedBlock(nn.Module):
@@ -46,6 +49,7 @@ class AdaptedBlock(nn.Module):
         """
         carry = hidden if isinstance(hidden, tuple) else self.carry(hidden, reads)
         tensors = sets or {name: t[None] for name, t in self.unit.tensors().items()}
+        tensors = {name: t.to(carry[0].dtype) for name, t in tensors.items()}
         return self.finish(carry, tensors, noise, kept, reads), tuple(t.detach() for t in carry)
 
     def carry(self, x: Tensor, reads: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -85,22 +89,37 @@ class AdaptedBlock(nn.Module):
         return F.linear(asking, weight[:width], bias[:width]), k, v
 
     def _mlp(self, u: Tensor) -> Tensor:
-        """Return what the MLP adds to u; where no graph keeps it, its hidden layer exists for some thousand rows at a time."""
-        if torch.is_grad_enabled():
-            return self.block.ls_2(self.block.mlp(self.block.ln_2(u)))
-        rows = u.flatten(0, -2)
-        parts = [self.block.ls_2(self.block.mlp(self.block.ln_2(part))) for part in rows.tensor_split(-(-len(rows) // ROWS_AT_A_TIME))]
-        return torch.cat(parts).view_as(u)
+        return self.block.ls_2(self.block.mlp(self.block.ln_2(u)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, reads: Tensor | None) -> Tensor:
-        attn, sets, tokens = self.block.attn, max(t.shape[0] for t in (q, k, v)), k.shape[2]
-        mask = None
+        seen_BRL = None
         if self.causal and reads is not None:
-            seen_BRL = torch.arange(tokens, device=reads.device) <= reads[..., None]
-            mask = seen_BRL.repeat(sets, 1, 1)[:, None]
-        q, k, v = (t.expand(sets, -1, -1, -1).flatten(0, 1).unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal and mask is None).transpose(1, 2).flatten(-2)
-        return attn.out_proj(out).unflatten(0, (sets, -1))
+            seen_BRL = torch.arange(k.shape[2], device=reads.device) <= reads[..., None]
+        out_KBRD = attention(q, k, v, self.block.attn.num_heads, self.causal, seen_BRL)
+        return self.block.attn.out_proj(out_KBRD.flatten(1, 2)).unflatten(1, out_KBRD.shape[1:3])
+
+
+def attention_by_products(_: Callable, q: Any, k: Any, v: Any, heads: int, causal: bool, seen_BRL: Tensor | None) -> Any:
+    """Do as `attention` does by the rules of products and softmax, with a matrix of all pairs."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(2, 3) for t in (q, k, v))
+    scores_KBHRL = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if causal:
+        seen = torch.ones(scores_KBHRL.shape[-2:], dtype=torch.bool, device=q.device).tril() if seen_BRL is None else seen_BRL[:, None]
+        scores_KBHRL = scores_KBHRL + torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -math.inf)
+    return (scores_KBHRL.softmax(-1) @ v).transpose(2, 3).flatten(-2)
+
+
+@perturbable(attention_by_products)
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, seen_BRL: Tensor | None) -> Tensor:
+    """Return the heads' weighted values `[K, B, R, D]`, for queries `[K, B, R, D]`, keys and values `[K, B, L, D]`.
+
+    causal: a position sees itself and those before it, or, of R queries, what `seen_BRL` says.
+    """
+    sets = max(t.shape[0] for t in (q, k, v))
+    mask = None if seen_BRL is None else seen_BRL.repeat(sets, 1, 1)[:, None]
+    q, k, v = (t.expand(sets, -1, -1, -1).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None).transpose(1, 2).flatten(-2)
+    return out.unflatten(0, (sets, -1))
 
 
 def pick(x_KBLD: Tensor, reads_BR: Tensor) -> Tensor:
@@ -133,9 +152,14 @@ class Tower(nn.Module):
     def depth(self) -> int:
         return len(self.blocks)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return that of the blocks, in which their products run; the ends may be wider."""
+        return self.block(1).block.ln_1.weight.dtype
+
     def embed(self, inputs: Tensor) -> Tensor:
         """Return the input of the first block `[1, B, L, D]`."""
-        return self.ends(inputs)[None]
+        return self.ends(inputs)[None].to(self.dtype)
 
     def run(
         self,
@@ -151,14 +175,42 @@ class Tower(nn.Module):
         """Return unit features `[K, B, F]` and the carry of block `keep`.
 
         hidden: what `embed` made of `inputs`, or the carry of block `start`. sets: K values for some of the units; the others act with
-        their own. The K axis appears at the first block that has K sets.
+        their own. The K axis appears at the first block that has K sets. Where no graph is kept, some samples at a time run through all
+        blocks, so that the peak of memory does not grow with the batch.
         """
+        rest = (start, sets, noise, keep, training)
+        if torch.is_grad_enabled():
+            return self._run(hidden, inputs, slice(None), *rest)
+        copies = 1 + max((t.shape[0] for tensors in (sets or {}).values() for t in tensors.values()), default=0)
+        at_a_time = max(SAMPLES_AT_A_TIME, ROWS_AT_A_TIME // (copies * self.ends.length(inputs)))
+        cuts = torch.arange(len(inputs)).tensor_split(max(1, len(inputs) // at_a_time))
+        parts = [self._run(hidden, inputs, slice(int(cut[0]), int(cut[-1]) + 1), *rest) for cut in cuts]
+        if len(parts) == 1:
+            return parts[0]
+        features, carries = zip(*parts, strict=True)
+        return torch.cat(features, 1), None if keep is None else tuple(torch.cat(pieces, 1) for pieces in zip(*carries, strict=True))
+
+    def _run(
+        self,
+        hidden: Tensor | tuple[Tensor, ...],
+        inputs: Tensor,
+        samples: slice,
+        start: int,
+        sets: Sets | None,
+        noise: Any,
+        keep: int | None,
+        training: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        hidden = tuple(t[:, samples] for t in hidden) if isinstance(hidden, tuple) else hidden[:, samples]
+        inputs = inputs[samples]
         read = self.ends.reads(inputs)
         reads = {} if read is None else {self.depth: read}
         kept_carry, recompute = None, self.checkpoint and torch.is_grad_enabled()
         for layer in range(start, self.depth + 1):
             block = self.block(layer)
             router, kept = block.adapter.draw(noise, self.branch, layer, self.ends.length(inputs), training)
+            router = None if router is None else router[samples].to(self.dtype)
+            kept = None if kept is None else kept[samples]
             if kept is not None and layer in reads:
                 kept = pick(kept[None], reads[layer])[0]
             arguments = (hidden, sets.get(block.unit.id) if sets else None, router, kept, reads.get(layer))
@@ -169,6 +221,11 @@ class Tower(nn.Module):
             if layer == keep:
                 kept_carry = carry
             del arguments, carry  # the peak of memory is within a block
-        assert isinstance(hidden, Tensor)
-        features = self.ends(inputs, hidden.flatten(0, 1))
-        return F.normalize(features, dim=-1).unflatten(0, hidden.shape[:2]), kept_carry
+        return unit_features(hidden, inputs, self.ends), kept_carry
+
+
+@perturbable(difference)
+def unit_features(hidden: Any, inputs: Tensor, ends: Any) -> Tensor:
+    """Return the pooled hidden state `[K, B, R, D]` at length 1, `[K, B, F]`, in float32 or wider."""
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    return F.normalize(ends(inputs, hidden.flatten(0, 1)), dim=-1).unflatten(0, hidden.shape[:2])

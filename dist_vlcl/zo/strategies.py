@@ -17,6 +17,7 @@ from dist_vlcl.zo.noise import Key, Streams
 from dist_vlcl.zo.transform import TRANSFORMS, Adam, Moments, gradient, transformed
 
 GRANULARITIES = ("branch", "unit", "joint")
+EVALUATIONS = ("auto", "whole", "delta")
 
 
 @dataclass
@@ -32,6 +33,7 @@ class ZerothOrderConfig:
     probes: int = 1
     directions: str = "gaussian"
     granularity: str = "branch"
+    evaluation: str = "auto"  # of losses: whole, of each candidate; delta, of its change alone; auto: delta where the tower is in bf16
     clip: float | None = 10.0  # of the projected gradient
     optimizer: str = "sgd"  # or adam
     lr_scale: float = 1.0  # lambda, read as eta_ZO / eta_FO (METHOD 2.7)
@@ -45,6 +47,7 @@ class ZerothOrderConfig:
             "acceptance": ACCEPTANCES,
             "sides": (1, 2),
             "directions": LAWS,
+            "evaluation": EVALUATIONS,
             "granularity": GRANULARITIES,
             "optimizer": ("sgd", "adam"),
             "update": ("simultaneous", "sequential"),

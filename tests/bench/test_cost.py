@@ -31,7 +31,7 @@ def executed(workload: Workload, device: str = "cpu") -> tuple[int, int]:
     batch = workload.batch(step.towers.image_size)
     count = flops(lambda: step([batch], Key(1, 0), 1e-3))
     shapes = shapes_of(step.towers, step.tokens.shape[1])
-    return count, step_cost(shapes, step.orders, workload.zeroth, workload.images, workload.classes).total
+    return count, step_cost(shapes, step.orders, workload.zeroth, workload.images, workload.classes, step.by_delta).total
 
 
 @pytest.mark.parametrize(("orders", "zo"), [(o, "conservative") for o in SETTINGS] + [("dual_hop_odd", "mozo"), ("vision_suffix", "sign")])
@@ -49,6 +49,18 @@ def test_so_with_lora(orders, adapter):
 
 def test_so_with_two_sides():
     count, model = executed(Workload(**SMALL, orders="dual_hop_even", sides=2))
+    assert 0.99 * model <= count <= LIMIT * model
+
+
+@pytest.mark.parametrize("adapter", ["moe", "lora", "lora_mlp"])
+@pytest.mark.parametrize(("orders", "zo"), [("dual_all", "conservative"), ("vision_hop_even", "mozo"), ("dual_suffix", "naive")])
+def test_so_by_delta_forward(orders, zo, adapter):
+    count, model = executed(Workload(**SMALL, orders=orders, zo=zo, adapter=adapter, evaluation="delta"))
+    assert 0.99 * model <= count <= LIMIT * model
+
+
+def test_so_in_bf16():
+    count, model = executed(Workload(**SMALL, orders="dual_hop_odd", precision="bf16"))
     assert 0.99 * model <= count <= LIMIT * model
 
 

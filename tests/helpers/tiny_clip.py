@@ -37,9 +37,10 @@ def tiny_clip(
     randomize: bool = True,
     double: bool = False,
     context: str = "truncated",
+    precision: str = "fp32",
 ) -> TwoTowers:
     """Return towers whose weights are a function of the depths and the seed; randomised adapters act, and have gradients."""
-    built = _build(vision_layers, language_layers, adapter, seed)
+    built = _build(vision_layers, language_layers, adapter, seed, precision)
     towers = copy.deepcopy(built, {id(built.tokenizer): built.tokenizer})
     towers.config.context = context
     if double:
@@ -58,13 +59,13 @@ def randomize_adapters(towers: TwoTowers, seed: int = 0) -> None:
                 tensor.detach().copy_(torch.randn(tensor.shape, generator=generator) * std)
 
 
-def _build(vision_layers: int, language_layers: int, adapter: MoEConfig | LoRAConfig, seed: int) -> TwoTowers:
+def _build(vision_layers: int, language_layers: int, adapter: MoEConfig | LoRAConfig, seed: int, precision: str) -> TwoTowers:
     """Build once what many tests take copies of."""
-    key = repr((vision_layers, language_layers, adapter, seed))
+    key = repr((vision_layers, language_layers, adapter, seed, precision))
     if key not in _built:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = ModelConfig(name=architecture(vision_layers, language_layers), pretrained="random")
+            model = ModelConfig(name=architecture(vision_layers, language_layers), pretrained="random", precision=precision)
             _built[key] = build_clip(model, adapter, seed)
     return _built[key]
 

@@ -1,0 +1,211 @@
+"""Finite differences without cancellation: a tensor with its change under a perturbation, for code that is written for tensors.
+
+A difference of two evaluations carries the rounding of both, relative to their values; of a change of a thousandth that leaves three digits
+less than the precision has. A `Perturbed` carries the change itself through the model, as a dual number carries a derivative, but exactly
+and for a perturbation of any size. Rounding is then relative to the change, and zeroth order can do with products in bfloat16.
+"""
+
+# K perturbations: the change has an axis K where the base has 1
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+SHAPES = {
+    "cat",
+    "chunk",
+    "detach",
+    "expand",
+    "flatten",
+    "getitem",
+    "neg",
+    "permute",
+    "reshape",
+    "squeeze",
+    "transpose",
+    "unflatten",
+    "view",
+}
+
+
+class Perturbed:
+    """A base and its change; f of it has base f(base) and change f(base + change) - f(base), for any function f of torch.
+
+    Which of the rules below finds the change hangs on f. Both are kept in float32 or wider; `dtype` is the one in which matrix products
+    take their factors.
+    """
+
+    def __init__(self, base: Tensor, change: Tensor, dtype: torch.dtype | None = None):
+        self.dtype = dtype or base.dtype
+        self.base, self.change = (t.to(_wide(self.dtype)) for t in (base, change))
+
+    @property
+    def moved(self) -> Tensor:
+        return self.base + self.change
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.change.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.change.ndim
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def to(self, dtype: torch.dtype) -> "Perturbed":
+        return Perturbed(self.base, self.change, dtype)
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Take torch's functions over, wherever an argument is a Perturbed."""
+        name = function.__name__.strip("_")
+        if function.__name__ == f"{name}_":
+            raise TypeError(f"{function.__name__}: a perturbed tensor cannot be changed in place; use {name}")
+        rule = each if name in SHAPES else RULES.get(name, difference)
+        return rule(function, *args, **(kwargs or {}))
+
+    def __getattr__(self, name: str) -> Callable:
+        """Offer the methods of a tensor."""
+        method = getattr(Tensor, name)
+        return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
+
+    def __getitem__(self, index: Any) -> "Perturbed":
+        return each(Tensor.__getitem__, self, index)
+
+    def __neg__(self) -> "Perturbed":
+        return each(torch.neg, self)
+
+    def __add__(self, other: Any) -> "Perturbed":
+        return total(torch.add, self, other)
+
+    def __sub__(self, other: Any) -> "Perturbed":
+        return total(torch.add, self, -other)
+
+    def __rsub__(self, other: Any) -> "Perturbed":
+        return total(torch.add, other, -self)
+
+    def __mul__(self, other: Any) -> "Perturbed":
+        return product(torch.mul, self, other)
+
+    def __truediv__(self, other: Any) -> "Perturbed":
+        return difference(torch.div, self, other)
+
+    def __matmul__(self, other: Any) -> "Perturbed":
+        return product(torch.matmul, self, other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def each(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """The rule of functions that move numbers about: the same is done to base and change."""
+    dtype = _dtype(args)
+    base, change = (function(*tree_map(part, args), **kwargs) for part in (_base, _change))
+    if isinstance(base, Tensor):
+        return Perturbed(base, change, dtype)
+    return tuple(Perturbed(b, c, dtype) for b, c in zip(base, change, strict=True))
+
+
+def total(function: Callable, a: Any, b: Any) -> Perturbed:
+    """The rule of sums: changes add up."""
+    sign = -1 if function.__name__.strip("_") == "sub" else 1
+    changes = [x.change * s for x, s in ((a, 1), (b, sign)) if isinstance(x, Perturbed)]
+    base, change = function(_base(a), _base(b)), sum(changes[1:], changes[0])
+    return Perturbed(base, change.expand(torch.broadcast_shapes(change.shape, base.shape)), _dtype((a, b)))
+
+
+def product(function: Callable, a: Any, b: Any, *bias: Any) -> Perturbed:
+    """The rule of what is linear in a and in b (and adds a bias): (a + da)(b + db) + c + dc - (a b + c) = da b + (a + da) db + dc."""
+    if any(isinstance(c, Perturbed) for c in bias) and not isinstance(b, Perturbed):
+        return difference(function, a, b, *bias)
+    dtype = _dtype((a, b))
+    narrow = _wide(dtype) if function.__name__.strip("_") == "mul" else dtype
+
+    def multiplied(*factors: Any) -> Tensor:
+        with WideSums() if narrow != _wide(dtype) else contextlib.nullcontext():
+            return function(*(_cast(x, narrow) for x in factors))
+
+    change: Any = 0
+    if isinstance(a, Perturbed):
+        change = change + multiplied(a.change, _base(b))
+    if isinstance(b, Perturbed):
+        change = change + multiplied(_moved(a), b.change, *(c.change for c in bias if isinstance(c, Perturbed)))
+    return Perturbed(multiplied(_base(a), _base(b), *map(_base, bias)), change, dtype)
+
+
+def difference(function: Callable, *args: Any, **kwargs: Any) -> Perturbed:
+    """The rule of all else: two evaluations, in float32 or wider."""
+    dtype = _dtype(args)
+
+    def evaluated(part: Callable) -> Tensor:
+        return function(*(_cast(part(x), _wide(dtype)) for x in args), **{k: _cast(x, _wide(dtype)) for k, x in kwargs.items()})
+
+    before, after = evaluated(_base), evaluated(_moved)
+    return Perturbed(before, after - before, dtype)
+
+
+RULES = {"add": total, "sub": total, "mul": product, "matmul": product, "linear": product}
+
+
+class WideSums(TorchDispatchMode):
+    """Within it, matrix products of bfloat16 factors return the float32 sums that matrix units make, before these are rounded."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        aten = torch.ops.aten
+        if function is aten.addmm.default:
+            return self._product(aten.mm, *args[1:]) + args[0]
+        if function in (aten.mm.default, aten.bmm.default):
+            return self._product(function.overloadpacket, *args)
+        return function(*args, **(kwargs or {}))
+
+    def _product(self, operator: Any, a: Tensor, b: Tensor) -> Tensor:
+        if a.device.type == "cpu":  # which has no such operator
+            return operator(a.float(), b.float())
+        return operator(a, b, torch.float32)
+
+
+def perturbable(rule: Callable) -> Callable[[Callable], Callable]:
+    """Make a function of tensors one of Perturbed tensors as well, which the rule answers: what torch's functions are from the start."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def either(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(x, Perturbed) for x in args):
+                return rule(function, *args, **kwargs)
+            return function(*args, **kwargs)
+
+        return either
+
+    return decorate
+
+
+def _base(x: Any) -> Any:
+    return x.base if isinstance(x, Perturbed) else x
+
+
+def _change(x: Any) -> Any:
+    return x.change if isinstance(x, Perturbed) else x
+
+
+def _moved(x: Any) -> Any:
+    return x.moved if isinstance(x, Perturbed) else x
+
+
+def _dtype(args: Any) -> torch.dtype:
+    return next(x.dtype for x in tree_leaves(args) if isinstance(x, Perturbed))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _cast(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
