@@ -102,7 +102,7 @@ class BatchLosses:
             return base
         flat, tower = self.flats[branch], self.towers.tower(branch)
         inputs = part["images"] if branch == "vision" else self.tokens
-        sets = flat.sets(flat.values_n + torch.stack(offsets))
+        sets = flat.sets(torch.stack(offsets).add_(flat.values_n))
         carry = part["carries"][branch]
         moved, _ = tower.run(carry, inputs, start=self.start[branch], sets=sets, noise=part["noise"])
         return torch.cat([base, moved])
@@ -146,6 +146,10 @@ class HybridStep:
         self.first: FirstOrder = first_order_of(towers)
         names = {id(t): f"{address}/{name}" for address, unit in units.items() for name, t in unit.tensors().items()}
         self.first_names = [names[id(p)] for p in self.first.parameters]
+        place = {name: k for k, name in enumerate(self.first_names)}
+        learning = {b: [u for u in units if u.branch == b and orders[u] is Order.FIRST] for b in BRANCHES}
+        self.first_units = [(ids, [place[f"{u}/{name}"] for u in ids for name in units[u].names]) for ids in learning.values() if ids]
+        self.statistics: UnitStatistics | None = None  # of the step before, where that was observed
         self.skips = 0
         self.tokens = torch.zeros(0, 0, dtype=torch.long)
 
@@ -161,6 +165,7 @@ class HybridStep:
         for flat in self.flats.values():
             flat.tie()
         self.zeroth.begin()
+        self.statistics = None
 
     def __call__(
         self, batches: Sequence[Any], key: Key, lr: float, first_label: int = 0, stop: bool = False, observe: bool = False
@@ -190,11 +195,8 @@ class HybridStep:
         report = StepReport(loss, stop=losses.stop, count=losses.count)
         if moves is None:
             return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
-        statistics = None
-        if observe:
-            with self.first.whole():
-                statistics = UnitStatistics(self.towers.units)
-            self._observe_first(statistics, planned / max(losses.count, 1))
+        statistics = self._observe_first(planned / max(losses.count, 1)) if observe else None
+        self.statistics = None  # what it knows of the parameters ends here, unless the step comes to its end
         report.gradient_norm = self.first.update(lr, planned / max(losses.count, 1))
         if report.gradient_norm is None:
             return self._skip(report, "the gradient is not finite")
@@ -204,28 +206,31 @@ class HybridStep:
             return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
         self.skips = 0
         if statistics:
-            self._observe_zeroth(statistics, report.moves)
-            with self.first.whole():
-                report.figures = statistics.figures()
+            report.figures = self._observe_moved(statistics, report.moves)
         return report
 
-    def _observe_first(self, statistics: UnitStatistics, scale: float) -> None:
-        gradients = dict(zip(self.first_names, self.first.gradients(), strict=True))
-        for branch in BRANCHES:
-            ids = [id for id in self.towers.units if id.branch == branch and self.orders[id] is Order.FIRST]
-            if ids:
-                names = [f"{id}/{name}" for id in ids for name in self.towers.units[id].names]
-                statistics.observe(ids, torch.cat([gradients[name].flatten() for name in names]) * scale)
+    def _observe_first(self, scale: float) -> UnitStatistics:
+        if self.statistics is None:
+            with self.first.whole():
+                self.statistics = UnitStatistics(self.towers.units)
+        gradients = self.first.gradients()
+        for ids, places in self.first_units:
+            self.statistics.observe(ids, [gradients[place] for place in places], scale)
+        return self.statistics
 
-    def _observe_zeroth(self, statistics: UnitStatistics, moves: Sequence[Move]) -> None:
+    def _observe_moved(self, statistics: UnitStatistics, moves: Sequence[Move]) -> Tensor:
         for move in moves:
             for branch, part in move.group.slices.items():
                 ids = [id for id, own in self.flats[branch].slices.items() if part.start <= own.start < part.stop]
-                statistics.observe(ids, move.gradients[branch][part])
+                statistics.observe(ids, [move.gradients[branch][part]])
+        self.statistics = statistics
+        with self.first.whole():
+            return statistics.figures()
 
     def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Take steps of this task again from their journal; for plans without first-order units, of which it knows nothing."""
         assert not self.first.parameters
+        self.statistics = None
         for record in records:
             self.zeroth.replay(record["moves"], Key(record["seed"], record["step"] - 1))
 
@@ -261,7 +266,8 @@ class HybridStep:
         parts = (batch.images, batch.labels - first_label, batch.positions)
         size = self.towers.image_size
         fill = (torch.zeros(blanks, 3, size, size, dtype=torch.uint8), torch.zeros(blanks, dtype=torch.long), torch.zeros(blanks).long())
-        images, labels, positions = (torch.cat(pair).to(device) if blanks else pair[0].to(device) for pair in zip(parts, fill, strict=True))
+        pairs = [(part.to(device), filling.to(device)) for part, filling in zip(parts, fill, strict=True)]
+        images, labels, positions = (torch.cat(pair) if blanks else pair[0] for pair in pairs)
         return images, labels, positions, real
 
     def adapters(self) -> dict[str, Tensor]:
@@ -286,6 +292,7 @@ class HybridStep:
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
+        self.statistics = None
         with self.first.whole(writes=True):
             self.towers.units.load_state_dict(under("adapters/"))
         self.first.load_state_dict(under("adamw/"), self.first_names)

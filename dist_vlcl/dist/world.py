@@ -49,6 +49,7 @@ class World:
     accelerator: Any = None
     engine: str = "ddp"  # of first-order units; or zero0, zero1, zero2, zero3, zero3_offload
     direction_groups: int = 1
+    timeout: timedelta = timedelta(seconds=ClusterConfig.timeout_s)  # of an exchange
 
     @classmethod
     def alone(cls, device: str = "cpu") -> "World":
@@ -82,7 +83,8 @@ class World:
         # Zeroth-order slopes drown in the rounding of bf16, fp16 and TF32 (METHOD 2.2), whatever the user's accelerate configuration says.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         on_deepspeed = zero.is_requested()
-        process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
+        timeout = timedelta(seconds=config.timeout_s)
+        process_group = InitProcessGroupKwargs(timeout=timeout)
         if on_deepspeed:
             zero.make_ready(on_cpu)
             process_group.backend = "gloo" if on_cpu else "nccl"
@@ -93,7 +95,10 @@ class World:
                 # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
                 # Without find_unused_parameters DDP re-orders its buckets after the first backward: sums over three ranks and more then
                 # differ in their last bits between a resumed run and one never stopped.
-                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
+                # One bucket, of which gradients are views: it is exchanged while zeroth order goes on (dist/first_order.py).
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=256
+                ),
                 process_group,
             ],
         )
@@ -121,7 +126,7 @@ class World:
             raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
         engine = zero.name_of(accelerator) if on_deepspeed else "ddp"
         groups = config.direction_groups
-        return cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups)
+        return cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups, timeout)
 
     @property
     def is_main(self) -> bool:

@@ -27,7 +27,10 @@ import yaml
 from dist_vlcl.run.environment import describe_environment, is_restart
 from dist_vlcl.run.files import replace_file
 
-MAY_CHANGE = ("run.*", "cluster.*", "data.root", "data.url", "data.num_workers", "data.on_error", "eval.batch_size")
+MAY_CHANGE = (
+    *("run.*", "cluster.*", "eval.batch_size"),
+    *("data.root", "data.url", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
+)
 PATIENCE_S = (
     300  # of a start by a scheduler: ranks on a node that it has lost sight of may still be running, until their exchange times out
 )

@@ -16,7 +16,7 @@ RUNS = {
     "noise": f"{TINY} --repeats 1",
     "slope": f"{TINY} --directions 1 --orders language_all",
     "stream": "--count 32 --images 8 --repeats 1 --size 32",
-    "scale": f"{TINY} --processes 1 --steps 1 --orders dual_all",
+    "scale": f"{TINY} --processes 1 --steps 1 --orders dual_hop_odd --apart",
     "growth": f"{TINY} --class-counts 2,4 --expert-counts 2,4 --orders dual_all",
     "eval": f"{TINY} --class-counts 4 --time --repeats 1",
     "switch": f"{TINY} --repeats 1",

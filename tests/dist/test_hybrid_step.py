@@ -1,11 +1,13 @@
 """Claims about the distributed step: ranks agree bit for bit, and the number of ranks does not change what is learned."""
 
+import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dist_vlcl.bench.count import Exchanges
 from dist_vlcl.dist.agree import DisagreementError, agree, digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
@@ -167,16 +169,23 @@ def test_a_stop_asked_of_one_rank_reaches_all_in_the_same_step():
     assert run_ranks(asked_to_stop, 2) == [[False, True], [False, True]]
 
 
-def wire(world: World) -> list[int]:
-    step, sent = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"]), []
-    gather = world.gather
-    world.gather = lambda vector: (sent.append(vector.numel() * vector.element_size()), gather(vector))[1]  # type: ignore[method-assign]
-    step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
+def wire(world: World) -> list[tuple[list[tuple[str, int]], int, int]]:
+    """What a step of dual MoZO sends, and how many first-order tensors and numbers there are: everywhere zeroth order, then every other layer."""
+    sent = []
+    for layers in ("all", "hop_odd"):
+        step = make_step(world, OrderPlan("dual", layers), STRATEGIES["mozo"])
+        with Exchanges() as exchanges:
+            step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
+        sent.append((exchanges.found, len(step.first.parameters), sum(p.numel() for p in step.first.parameters)))
     return sent
 
 
-def test_dual_zeroth_order_sends_one_small_vector_a_step():
-    assert run_ranks(wire, 2) == [[40], [40]]  # three losses, a count and a flag, in float64
+def test_a_step_sends_40_bytes_and_its_first_order_gradients_in_at_most_three_exchanges():
+    """Three losses, a count and a flag in float64; gradients in fp32; and DDP's note of which tensors were used."""
+    for zeroth, hybrid in run_ranks(wire, 2):
+        assert zeroth == ([("allgather", 40)], 0, 0)
+        found, tensors, numbers = hybrid
+        assert numbers > 0 and found == [("allreduce", 4 * numbers), ("allreduce", 4 * tensors), ("allgather", 40)]
 
 
 def moved_and_tied(world: World) -> list[bool]:
@@ -192,3 +201,36 @@ def moved_and_tied(world: World) -> list[bool]:
 @pytest.mark.parametrize("size", [1, 2])
 def test_zeroth_order_moves_reach_the_model_that_is_wrapped(size):
     assert all(all(outcomes) for outcomes in run_ranks(moved_and_tied, size))
+
+
+def overlapped_or_not(world: World) -> list[tuple[str, list[int]]]:
+    """Digests after four steps of every plan, and how many exchanges were under way when the probes began."""
+    outcomes = []
+    for overlap, micro_batches in itertools.product((True, False), (1, 2)):
+        towers, under_way = tiny_clip(), []
+        plan = OrderPlan("dual", "hop_odd")
+        config = FirstOrderConfig(lr=1e-2, max_grad_norm=0.5)
+        step = HybridStep(
+            towers, assign(towers.units, plan), STRATEGIES["conservative"], lambda m, o=overlap, c=config: FirstOrder(world, c, m, o), world
+        )
+        step.begin(NAMES)
+        decide = step.zeroth.decide
+        step.zeroth.decide = lambda *a, s=step, u=under_way, d=decide: (u.append(len(s.first.under_way)), d(*a))[1]
+        for k in range(4):
+            if k == 2 and world.rank == 0:  # a step that all skip, with gradients under way
+                weight = towers.vision.ends.visual.proj.data
+                kept, weight[0, 0] = weight[0, 0].clone(), float("nan")
+            report = step(part_of(world, k, 10, micro_batches), Key(1000 + k, k), lr=1e-2, observe=k == 3)
+            assert (report.skipped is not None) == (k == 2)
+            if k == 2 and world.rank == 0:
+                weight[0, 0] = kept
+        outcomes.append((digest(step.state_dict()), under_way))
+    return outcomes
+
+
+def test_gradients_travel_while_the_probes_are_evaluated_and_no_bit_depends_on_it():
+    ranks = run_ranks(overlapped_or_not, 3)
+    for (digest_, under_way), (apart, none) in zip(ranks[0][:2], ranks[0][2:], strict=True):
+        assert digest_ == apart
+        assert under_way == [1] * 4 and none == [0] * 4
+    assert [d for d, _ in ranks[0]] == [d for d, _ in ranks[1]] == [d for d, _ in ranks[2]]
