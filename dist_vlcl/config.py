@@ -49,12 +49,15 @@ class TrainConfig:
     max_steps: int | None = None  # of a task, for a short look or a memory probe; null: all
     micro_batches: int = 1  # gradient accumulation: the parts in which a rank takes its share of a batch
     max_skips: int = 10  # steps in a row that a non-finite loss may cost
-    check_every_steps: int = 50  # ranks compare a digest of all adapters
+    check_every_steps: int = 50  # ranks compare a digest of all adapters; also before every checkpoint
+    on_disagreement: str = "stop"  # ranks that come apart: stop, or reload what they last agreed on, and take the steps since again
 
     def check(self) -> None:
         for option in ("batch_size", "epochs", "micro_batches", "max_skips", "check_every_steps"):
             if getattr(self, option) < 1:
                 raise ValueError(f"train.{option}={getattr(self, option)}: give a positive number")
+        if self.on_disagreement not in ("stop", "reload"):
+            raise ValueError(f"train.on_disagreement={self.on_disagreement!r}: choose from stop, reload")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"train.max_steps={self.max_steps}: give a positive number, or null for all")
         if self.warmup_steps < 0:

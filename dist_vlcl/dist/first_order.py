@@ -47,7 +47,8 @@ class FirstOrder:
             return
         optimizer: Any = self._adamw()
         if self.world.accelerator is not None:
-            self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
+            with self.world.exchanging("first look at the parameters by DDP"):
+                self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
         self.optimizer = optimizer
 
     def _adamw(self) -> torch.optim.AdamW:
@@ -71,7 +72,8 @@ class FirstOrder:
 
     def backward(self, loss: Tensor) -> None:
         if self.parameters:
-            loss.backward()
+            with self.world.exchanging("all-reduce of gradients"):
+                loss.backward()
 
     def gradients(self) -> list[Tensor]:
         """Return the gradient of every parameter, the same on all ranks, in the order of `parameters`."""
