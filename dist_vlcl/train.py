@@ -109,7 +109,7 @@ def _train(cfg: Config, world: World) -> AccuracyMatrix | None:
     state.wandb_id = log.wandb_id
     units = [(id.branch, id.layer, step.orders[id].value) for id in towers.units]
     records = UnitRecords(run.path, units, cfg.run.record_every_steps, state.step, world.is_main)
-    log.say(run.message)
+    log.say(run.message + (f", going on after step {state.step}" if state.step else ""))
     introduce(log, cfg, world, step, tasks, index)
     if world.is_main:
         report_status("training")
