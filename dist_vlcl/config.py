@@ -202,7 +202,7 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
             _refuse(error, is_main)
         work(config)
 
-    if not is_main and any(a in ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv):
+    if not is_main and any(a in ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv[1:]):
         return  # one voice is enough
     run()
 

@@ -1,8 +1,8 @@
 """Interrupt a small run again and again, at random moments and in every way, and see that it ends as if nothing had happened.
 
 Two real processes train a tiny CLIP on handwritten digits, by turns with zeroth order alone and with first-order units too. Faults hit
-them from their first instruction to their last: in the start, in steps, in saves, in evaluations, at the end. After each, the same command is
-given again, as a scheduler would. A run that has ended is compared, bit for bit, with one that was never interrupted: adapters, metrics
+them from their first instruction to their last: in the start, in steps, in saves, in evaluations, at the end. After each, the same command
+is given again, as a scheduler would. A run that has ended is compared, bit for bit, with one that was never interrupted: adapters, metrics
 (but for times) and journal. Then the next one starts. Exit status 1 where anything differs or hangs.
 
   python tools/soak.py --faults 200                              about half an hour on two quiet cores
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,23 +37,29 @@ from dist_vlcl.run.jsonl import read_lines
 
 AS_A_RANK = "as-a-rank"  # how torchrun is told
 RANKS, GRACE_S, HANG_S, TIMES = 2, 10, 240, ("time", "seconds", "images_per_second")
-COMMON = ["tasks.num_tasks=2", "train.epochs=2", "train.batch_size=16", "train.warmup_steps=2", "eval.zero_shot=false", "run.wandb=off"]
-COMMON += ["run.record_every_steps=0", "run.progress=false", "model.pretrained=random", "cluster.timeout_s=20", f"cluster.num_processes={RANKS}"]
+COMMON = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=32", "train.warmup_steps=2", "eval.zero_shot=false", "run.wandb=off"]
+COMMON += [
+    "run.record_every_steps=0",
+    "run.progress=false",
+    "model.pretrained=random",
+    "cluster.timeout_s=60",
+    f"cluster.num_processes={RANKS}",
+]
 PLANS = {
-    "zeroth order alone": ["orders=dual_all", "run.save_every_steps=20"],
-    "with first-order units": ["orders=dual_hop_odd", "run.save_every_steps=5"],
+    "zeroth order alone": ["orders=dual_all", "run.save_every_steps=6"],
+    "with first-order units": ["orders=dual_hop_odd", "run.save_every_steps=3"],
 }
 
 # what happens, whom it hits (of launcher and ranks), how often
 FAULTS: list[tuple[str, Callable[[int, list[int]], list[int]], signal.Signals, int]] = [
-    ("kill -9 of rank 0", lambda launcher, ranks: ranks[:1], signal.SIGKILL, 5),
-    ("kill -9 of rank 1", lambda launcher, ranks: ranks[1:], signal.SIGKILL, 5),
-    ("kill -9 of every process", lambda launcher, ranks: [launcher, *ranks], signal.SIGKILL, 3),
-    ("SIGTERM to rank 1", lambda launcher, ranks: ranks[1:], signal.SIGTERM, 2),
-    ("SIGUSR1 to rank 0", lambda launcher, ranks: ranks[:1], signal.SIGUSR1, 2),
-    ("SIGUSR1 to all ranks", lambda launcher, ranks: ranks, signal.SIGUSR1, 2),
-    ("SIGTERM to the launcher", lambda launcher, ranks: [launcher], signal.SIGTERM, 3),
-    ("SIGTERM to every process", lambda launcher, ranks: [launcher, *ranks], signal.SIGTERM, 2),
+    ("kill -9 of rank 0", lambda launcher, ranks: ranks[:1], signal.SIGKILL, 10),
+    ("kill -9 of rank 1", lambda launcher, ranks: ranks[1:], signal.SIGKILL, 10),
+    ("kill -9 of every process", lambda launcher, ranks: [launcher, *ranks], signal.SIGKILL, 6),
+    ("SIGTERM to rank 1", lambda launcher, ranks: ranks[1:], signal.SIGTERM, 4),
+    ("SIGUSR1 to rank 0", lambda launcher, ranks: ranks[:1], signal.SIGUSR1, 4),
+    ("SIGUSR1 to all ranks", lambda launcher, ranks: ranks, signal.SIGUSR1, 4),
+    ("SIGTERM to the launcher", lambda launcher, ranks: [launcher], signal.SIGTERM, 6),
+    ("SIGTERM to every process", lambda launcher, ranks: [launcher, *ranks], signal.SIGTERM, 4),
     ("SIGSTOP of rank 1", lambda launcher, ranks: ranks[1:], signal.SIGSTOP, 1),
 ]
 
@@ -160,10 +167,8 @@ class Start:
         """Wait for the launcher and all that it has started; return its exit code, or None after ending what hangs."""
         self.ranks()
         if self.by_torchrun:
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self._launcher.wait(HANG_S)
-            except subprocess.TimeoutExpired:
-                pass
         else:
             self._launcher.join(HANG_S)
         _, alive = psutil.wait_procs([p for p in self.seen if p.pid != self.pid], timeout=HANG_S)
@@ -194,9 +199,10 @@ class Tally:
         rows = [f"| {name} | {count} |" for name, count in self.faults.most_common()]
         moments = ", ".join(f"{name} {count}" for name, count in self.moments.most_common())
         lost = "; ".join(f"{name}: {self.finished_steps_lost[name]}" for name in PLANS)
+        runs = ", ".join(f"{count} {name}" for name, count in self.runs.items())
         return "\n".join(
             [
-                f"{sum(self.faults.values())} faults in {sum(self.runs.values())} runs ({', '.join(f'{n} {k}' for k, n in self.runs.items())}), "
+                f"{sum(self.faults.values())} faults in {sum(self.runs.values())} runs ({runs}), "
                 f"{self.starts} starts, {self.by_torchrun} of the faults under torchrun; {seconds / 60:.0f} minutes.",
                 "",
                 "| fault | times |",
@@ -220,7 +226,11 @@ def differing(run: Path, reference: Path) -> list[str]:
     if json.loads((run / "accuracy.json").read_text()).get("complete") is not True:
         return ["it is not complete"]
     own, other = (checkpoint.load_newest(folder).tensors for folder in (run, reference))
-    found = [name for name in sorted(own.keys() | other.keys()) if name not in own or name not in other or not torch.equal(own[name], other[name])]
+    found = [
+        name
+        for name in sorted(own.keys() | other.keys())
+        if name not in own or name not in other or not torch.equal(own[name], other[name])
+    ]
     return found + [file for file in ("metrics.jsonl", journal.FILE) if records(run, file) != records(reference, file)]
 
 
@@ -250,10 +260,8 @@ def strike(start: Start, draw: random.Random, after_s: float, folder: Path, tall
     name, whom, number, _ = draw.choices(FAULTS, [weight for *_, weight in FAULTS])[0]
     tally.moments[moment(folder)] += 1
     for pid in whom(start.pid, ranks):
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, number)
-        except ProcessLookupError:
-            pass
     return name
 
 
@@ -316,7 +324,9 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=200, help="(default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=600, help="no more faults after so long, however few (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the faults and their moments (default: %(default)s)")
-    parser.add_argument("--torchrun-every", type=int, default=10, metavar="N", help="every Nth start by torchrun; 0: none (default: %(default)s)")
+    parser.add_argument(
+        "--torchrun-every", type=int, default=10, metavar="N", help="every Nth start by torchrun; 0: none (default: %(default)s)"
+    )
     parser.add_argument("--folder", type=Path, help="where the runs and logs stay (default: a temporary one)")
     parser.add_argument("--report", type=Path, help="write the result here, too, as Markdown")
     options = parser.parse_args()

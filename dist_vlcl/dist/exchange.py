@@ -37,14 +37,15 @@ class Exchanges:
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
         """Around one exchange: its failure becomes an ExchangeError. What is not of the network passes as it is."""
-        self._busy_s += time.perf_counter() - self._free_since
+        entered = time.perf_counter()
+        self._busy_s += entered - self._free_since
         try:
             yield
         except RuntimeError as error:
             if isinstance(error, ExchangeError) or not is_of_the_network(error):
                 raise
             self.has_failed = True
-            raise ExchangeError(self._explained(what, str(error))) from error
+            raise ExchangeError(self._explained(what, time.perf_counter() - entered, str(error))) from error
         finally:
             self._free_since = time.perf_counter()
 
@@ -62,15 +63,15 @@ class Exchanges:
     def named(self, rank: int) -> str:
         return f"rank {rank} ({self.hosts[rank]})"
 
-    def _explained(self, what: str, said: str) -> str:
+    def _explained(self, what: str, waited_s: float, said: str) -> str:
         place = f"{what} at {self.where}"
         is_closed = any(words in said for words in WORDS_OF_A_CLOSED_PEER)
         grace_s = 2.0 if is_closed else min(5.0, self.timeout_s)  # ranks enter an exchange within moments of each other, and so give up
-        notes = self._notes({"place": place}, grace_s)
+        notes = self._notes({"place": place, "waited_s": waited_s}, grace_s)
         how = "has died or closed the connection" if is_closed else f"did not answer within {self.timeout_s:g} s"
         return f"{place}: {self._blame(notes, place, how)} ({' '.join(said.split())[:160]})"
 
-    def _blame(self, notes: Mapping[int, Mapping[str, str]] | None, place: str, how: str) -> str:
+    def _blame(self, notes: Mapping[int, Mapping[str, Any]] | None, place: str, how: str) -> str:
         others = [rank for rank in range(len(self.hosts)) if rank != self.rank]
         if notes is None:
             if self.rank == 0 or len(others) == 1:
@@ -83,15 +84,19 @@ class Exchanges:
         elsewhere = [f"{self.named(rank)} was in {notes[rank]['place']}" for rank in others if notes.get(rank, {}).get("place", place) != place]
         if missing:
             return "; ".join([f"{', '.join(missing)} {how}", *elsewhere])
+        longest = max(note["waited_s"] for note in notes.values())
+        late = [self.named(rank) for rank in sorted(notes) if notes[rank]["waited_s"] < longest - self.timeout_s / 2]
+        if late:
+            return "; ".join([f"{', '.join(late)} came too late, when others had waited for {longest:.0f} s", *elsewhere])
         return "; ".join(elsewhere) or "every rank was there, so the network between them has stalled"
 
-    def _notes(self, own: Mapping[str, str], grace_s: float) -> dict[int, dict[str, str]] | None:
+    def _notes(self, own: Mapping[str, Any], grace_s: float) -> dict[int, dict[str, Any]] | None:
         """Return the ranks' notes by rank, waiting for them at most so long; None where the store itself does not answer."""
 
-        def collect(store: Any) -> dict[int, dict[str, str]]:
+        def collect(store: Any) -> dict[int, dict[str, Any]]:
             self._leave(store, own)
             deadline = time.monotonic() + grace_s
-            found: dict[int, dict[str, str]] = {}
+            found: dict[int, dict[str, Any]] = {}
             while len(found) < len(self.hosts):
                 for rank in range(len(self.hosts)):
                     if rank not in found and store.check([f"{NOTE}/{rank}"]):
@@ -103,7 +108,7 @@ class Exchanges:
 
         return self._bounded(collect, grace_s + 3)
 
-    def _leave(self, store: Any, note: Mapping[str, str]) -> None:
+    def _leave(self, store: Any, note: Mapping[str, Any]) -> None:
         store.set(f"{NOTE}/{self.rank}", json.dumps(note))
 
     def _bounded(self, work: Callable[[Any], Any], limit_s: float) -> Any:
