@@ -114,6 +114,11 @@ class Config:
         ):
             part_check: Callable = getattr(part, "check", lambda: None)
             part_check()
+        if self.data.timeout_s >= self.cluster.timeout_s and self.data.url:
+            raise ValueError(
+                f"data.timeout_s={self.data.timeout_s:g}: give less than cluster.timeout_s={self.cluster.timeout_s:g}, "
+                "or the other ranks give up before this one does"
+            )
         if self.orders.order == "zeroth" and self.zo.granularity == "joint" and self.orders.branch in ("vision", "language"):
             raise ValueError("zo.granularity=joint: moves both branches by one estimate, so it needs orders.branch=dual")
 
@@ -202,7 +207,9 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
             _refuse(error, is_main)
         work(config)
 
-    if not is_main and any(a in ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv[1:]):
+    if not is_main and any(
+        a in ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv[1:]
+    ):
         return  # one voice is enough
     run()
 

@@ -20,6 +20,8 @@ from dist_vlcl.data.shards import Index, ShardError, StoredSample, log, read_sha
 from dist_vlcl.data.tasks import Task
 from dist_vlcl.data.transforms import Transform
 
+MAX_PIXELS = 1 << 26  # a bomb has a few bytes and billions of pixels
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -219,6 +221,9 @@ def test_batches(
 def decode(data: bytes, key: str) -> Image.Image:
     """PNG, JPEG or WebP bytes -> RGB image; raises ShardError for anything else."""
     try:
-        return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        return image.convert("RGB")
     except Exception as error:  # PIL raises what it likes on damaged bytes
         raise ShardError(f"{key}: no image: {error}") from error

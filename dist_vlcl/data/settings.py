@@ -24,6 +24,7 @@ class DataConfig:
     samples_per_shard: int = 64  # at most; the shards of a class are equal to within one sample
     on_error: str = "stop"  # a damaged shard or image: stop the run, or skip the samples and report them
     allow_pipe: bool = False  # let `url` run a command, as in `pipe:aws s3 cp s3://bucket/set/{} -`
+    timeout_s: float = 120  # for reading one shard over a network or from a command, all attempts together
     num_workers: int = 0
 
     def __post_init__(self) -> None:
@@ -32,6 +33,7 @@ class DataConfig:
         _require(self.name not in ("", ".", "..") and "/" not in self.name, "name", self.name, "give a plain folder name")
         _require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "between 0 and 1, both excluded")
         _require(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "1 or more")
+        _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "a positive number of seconds")
         _require(self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
 
     @property

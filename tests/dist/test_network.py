@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_vlcl.config import Config
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.store import open_index
 from dist_vlcl.dist.exchange import ExchangeError, Exchanges
@@ -17,6 +18,8 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.run import checkpoint
 from tests.helpers.hosts import hosts
 from tests.helpers.ranks import free_port, run_ranks
+from tests.helpers.tiny_clip import architecture
+from tests.test_train import configured, run_once
 
 ROOT = Path(__file__).parents[2]
 TINY = f"""
@@ -55,17 +58,20 @@ def wait_for_steps(folder: Path, steps: int, timeout_s: float = 200) -> None:
         time.sleep(0.05)
 
 
+def trained(world: World, cfg: Config) -> str:
+    architecture(3, 3)  # make it known in this process
+    return run_once(world, cfg)
+
+
 def test_a_network_that_drops_is_named_on_both_sides_and_a_restart_ends_with_the_same_numbers(tmp_path, data):
     plan = ["orders=dual_hop_odd"]  # losses and gradients travel
     with hosts() as pair:
 
-        def start(name: str) -> subprocess.Popen:
-            command = pair.command("run", "--timeout", 280, "--", *trainer(tmp_path, data, name, *plan))
+        def start() -> subprocess.Popen:
+            command = pair.command("run", "--timeout", 280, "--", *trainer(tmp_path, data, "broken", *plan))
             return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
-        whole = start("whole")
-        assert whole.wait(300) == 0, whole.stdout.read()[-3000:]
-        broken = start("broken")
+        broken = start()
         wait_for_steps(tmp_path / "runs/broken", 50)
         pair.tool("link", "h2", "blackhole")
         cut = time.monotonic()
@@ -77,8 +83,10 @@ def test_a_network_that_drops_is_named_on_both_sides_and_a_restart_ends_with_the
             assert f"error on rank {rank} of 2: all-" in line and f"rank {other} ({host}) did not answer within {TIMEOUT_S} s" in line
             assert "all-gather of losses at step" in line or "all-reduce of gradients at step" in line
         pair.tool("link", "h2", "up")
-        again = start("broken")
+        again = start()
         assert again.wait(300) == 0, again.stdout.read()[-3000:]
+    whole = configured(tmp_path, *OPTIONS, *plan, f"model.name={architecture(3, 3)}", f"data.root={data}", "run.name=whole")
+    assert run_ranks(trained, 2, whole) == ["finished"] * 2
     expected, got = (checkpoint.load_newest(tmp_path / "runs" / name).tensors for name in ("whole", "broken"))
     assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
 
