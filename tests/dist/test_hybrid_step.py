@@ -134,13 +134,13 @@ def test_a_stop_asked_of_one_rank_reaches_all_in_the_same_step():
 def wire(world: World) -> list[int]:
     step, sent = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"]), []
     gather = world.gather
-    world.gather = lambda vector: (sent.append(vector.numel() * vector.element_size()), gather(vector))[1]  # type: ignore[method-assign]
+    world.gather = lambda vector, what: (sent.append(vector.numel() * vector.element_size()), gather(vector, what))[1]  # type: ignore[method-assign]
     step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
     return sent
 
 
 def test_dual_zeroth_order_sends_one_small_vector_a_step():
-    assert run_ranks(wire, 2) == [[40], [40]]  # three losses, a count and a flag, in float64
+    assert run_ranks(wire, 2) == [[48], [48]]  # three losses, a count, a flag and a time, in float64
 
 
 def moved_and_tied(world: World) -> list[bool]:

@@ -29,7 +29,7 @@ sys.argv.append("model.name=" + architecture(3, 3))
 from dist_vlcl.train import main
 main()
 """
-TIMEOUT_S = 15
+TIMEOUT_S = 20
 OPTIONS = ["tasks.num_tasks=1", "train.batch_size=16", "train.epochs=12", "run.save_every_steps=40", "run.wandb=off", "run.progress=false"]
 OPTIONS += ["model.pretrained=random", "eval.zero_shot=false", f"cluster.timeout_s={TIMEOUT_S}", "run.record_every_steps=0"]
 

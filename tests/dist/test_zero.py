@@ -91,7 +91,7 @@ def poisoned(step: HybridStep, k: int):
     """A step in which the last rank's loss is not finite, with its gradients, which are, exchanged already."""
     gather = step.world.gather
     if step.world.rank == step.world.size - 1:
-        step.world.gather = lambda vector: gather(torch.cat([torch.full_like(vector[:1], torch.nan), vector[1:]]))  # type: ignore[method-assign]
+        step.world.gather = lambda vector, what: gather(torch.cat([torch.full_like(vector[:1], torch.nan), vector[1:]]), what)  # type: ignore[method-assign]
     report = take(step, k)
     step.world.gather = gather  # type: ignore[method-assign]
     return report
