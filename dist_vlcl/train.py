@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -269,7 +270,8 @@ def save(
         run.failed_saves += 1
         if must or run.failed_saves >= PATIENCE:
             raise
-        print(f"step {state.step} could not be saved: {error}; going on, with the older checkpoint whole", file=sys.stderr, flush=True)
+        words = f"step {state.step} could not be saved: {error}; going on, with the older checkpoint whole"
+        warnings.warn(words, RuntimeWarning, stacklevel=2)  # which, other than print, bears that a log cannot be written either
 
 
 def requeue(run: RunFolder) -> NoReturn:
