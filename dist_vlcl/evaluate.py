@@ -9,7 +9,7 @@ from dist_vlcl.config import load_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.world import World
 from dist_vlcl.run import checkpoint
-from dist_vlcl.train import build_towers, evaluate, open_tasks
+from dist_vlcl.train import build_towers, evaluate, make_loader, open_tasks
 
 
 def evaluate_run(folder: Path, world: World) -> AccuracyMatrix:
@@ -28,7 +28,8 @@ def evaluate_run(folder: Path, world: World) -> AccuracyMatrix:
     towers = build_towers(cfg, world)
     towers.units.load_state_dict({n.removeprefix("adapters/"): t for n, t in saved.tensors.items() if n.startswith("adapters/")})
     accuracy = AccuracyMatrix([len(task.classes) for task in tasks], [[tuple(c) for c in row] for row in saved.state["accuracy"][:-1]])
-    accuracy.append(evaluate(cfg, towers, index, tasks, tasks[finished - 1], world, lambda batches, **_: batches))
+    loader = make_loader(cfg, index, world)
+    accuracy.append(evaluate(cfg, towers, loader, tasks, tasks[finished - 1], world, lambda batches, **_: batches))
     return accuracy
 
 

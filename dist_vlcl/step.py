@@ -3,6 +3,7 @@
 # K parameter sets, B samples of this rank, C classes, F features, n numbers of a branch
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,18 +72,30 @@ class BatchLosses:
     def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
         """Return the mean loss over the global batch of each candidate. One exchange of float64 sums. All ranks call this."""
         sums = torch.zeros(len(candidates), dtype=torch.float64)
-        places = [{branch: 0 for branch in ("vision", "language")} for _ in candidates]  # which of K features a candidate reads
+        places: dict[int, dict[str, int]] = {}  # of this rank's candidates: which of K features each reads
         offsets: dict[str, list[Tensor]] = {branch: [] for branch in self.flats}
-        for place, candidate in zip(places, candidates, strict=True):
-            for branch, offset in candidate.items():
+        for k in self._own(candidates):
+            places[k] = dict.fromkeys(BRANCHES, 0)
+            for branch, offset in candidates[k].items():
                 offsets[branch].append(offset)
-                place[branch] = len(offsets[branch])
+                places[k][branch] = len(offsets[branch])
         for part in self.parts:
-            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in ("vision", "language")}
-            for k, place in enumerate(places):
+            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in BRANCHES}
+            for k, place in places.items():
                 image_BF, text_CF = features["vision"][place["vision"]], features["language"][place["language"]]
                 sums[k] += self._loss_sum(image_BF, text_CF, part)
         return self._exchange(sums)
+
+    def _own(self, candidates: Sequence[Candidate]) -> list[int]:
+        """Return which candidates this rank's direction group evaluates: of those that perturb the same branches, every G-th."""
+        turns: Counter[tuple[str, ...]] = Counter()
+        own = []
+        for k, candidate in enumerate(candidates):
+            perturbed = tuple(candidate)
+            if turns[perturbed] % self.world.direction_groups == self.world.direction_group:
+                own.append(k)
+            turns[perturbed] += 1
+        return own
 
     def _features(self, branch: str, offsets: list[Tensor], part: dict) -> Tensor:
         """Return features `[1 + K, B, F]`: the base's, then one set per offset, restarted at the first perturbed block."""
@@ -91,7 +104,7 @@ class BatchLosses:
             return base
         flat, tower = self.flats[branch], self.towers.tower(branch)
         inputs = part["images"] if branch == "vision" else self.tokens
-        sets = flat.sets(flat.values_n + torch.stack(offsets))
+        sets = flat.sets(torch.stack(offsets).add_(flat.values_n))
         carry = part["carries"][branch]
         moved, _ = tower.run(carry, inputs, start=self.start[branch], sets=sets, noise=part["noise"])
         return torch.cat([base, moved])
@@ -108,7 +121,7 @@ class BatchLosses:
         rows = self.world.gather(torch.cat([sums, own]), "losses")
         self.faulty = [rank for rank, row in enumerate(rows) if not torch.isfinite(row).all()]
         total = ordered_sum(rows)
-        self.count, self.stop = int(total[-3]), bool(total[-2] > 0)
+        self.count, self.stop = int(total[-3]) // self.world.direction_groups, bool(total[-2] > 0)  # each group has the whole batch
         self.busy_s = self.busy_s or rows[:, -1].tolist()
         return (total[:-3] / max(self.count, 1)).tolist()
 
@@ -138,6 +151,10 @@ class HybridStep:
         self.first: FirstOrder = first_order_of(towers)
         names = {id(t): f"{address}/{name}" for address, unit in units.items() for name, t in unit.tensors().items()}
         self.first_names = [names[id(p)] for p in self.first.parameters]
+        place = {name: k for k, name in enumerate(self.first_names)}
+        learning = {b: [u for u in units if u.branch == b and orders[u] is Order.FIRST] for b in BRANCHES}
+        self.first_units = [(ids, [place[f"{u}/{name}"] for u in ids for name in units[u].names]) for ids in learning.values() if ids]
+        self.statistics: UnitStatistics | None = None  # of the step before, where that was observed
         self.skips = 0
         self.tokens = torch.zeros(0, 0, dtype=torch.long)
 
@@ -153,6 +170,7 @@ class HybridStep:
         for flat in self.flats.values():
             flat.tie()
         self.zeroth.begin()
+        self.statistics = None
 
     def __call__(
         self, batches: Sequence[Any], key: Key, lr: float, first_label: int = 0, stop: bool = False, observe: bool = False
@@ -174,7 +192,7 @@ class HybridStep:
                 logits_BC = self.towers.logit_scale * base["vision"][0][0] @ base["language"][0][0].T
                 loss_sum = F.cross_entropy(logits_BC, labels, reduction="none")[:real].sum()
                 # DDP averages over ranks; the loss is the mean over the global batch, however unequal the ranks' shares.
-                self.first.backward(loss_sum * (self.world.size / planned))
+                self.first.backward(loss_sum * (self.world.data_size / planned))
             losses.add(images, labels, noise, base, real)
 
         rounds = self.zeroth.rounds()
@@ -183,11 +201,8 @@ class HybridStep:
         report = StepReport(loss, stop=losses.stop, count=losses.count, busy_s=losses.busy_s)
         if moves is None:
             return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
-        statistics = None
-        if observe:
-            with self.first.whole():
-                statistics = UnitStatistics(self.towers.units)
-            self._observe_first(statistics, planned / max(losses.count, 1))
+        statistics = self._observe_first(planned / max(losses.count, 1)) if observe else None
+        self.statistics = None  # what it knows of the parameters ends here, unless the step comes to its end
         report.gradient_norm = self.first.update(lr, planned / max(losses.count, 1))
         if report.gradient_norm is None:
             return self._skip(report, "the gradient is not finite")
@@ -197,28 +212,31 @@ class HybridStep:
             return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
         self.skips = 0
         if statistics:
-            self._observe_zeroth(statistics, report.moves)
-            with self.first.whole():
-                report.figures = statistics.figures()
+            report.figures = self._observe_moved(statistics, report.moves)
         return report
 
-    def _observe_first(self, statistics: UnitStatistics, scale: float) -> None:
-        gradients = dict(zip(self.first_names, self.first.gradients(), strict=True))
-        for branch in BRANCHES:
-            ids = [id for id in self.towers.units if id.branch == branch and self.orders[id] is Order.FIRST]
-            if ids:
-                names = [f"{id}/{name}" for id in ids for name in self.towers.units[id].names]
-                statistics.observe(ids, torch.cat([gradients[name].flatten() for name in names]) * scale)
+    def _observe_first(self, scale: float) -> UnitStatistics:
+        if self.statistics is None:
+            with self.first.whole():
+                self.statistics = UnitStatistics(self.towers.units)
+        gradients = self.first.gradients()
+        for ids, places in self.first_units:
+            self.statistics.observe(ids, [gradients[place] for place in places], scale)
+        return self.statistics
 
-    def _observe_zeroth(self, statistics: UnitStatistics, moves: Sequence[Move]) -> None:
+    def _observe_moved(self, statistics: UnitStatistics, moves: Sequence[Move]) -> Tensor:
         for move in moves:
             for branch, part in move.group.slices.items():
                 ids = [id for id, own in self.flats[branch].slices.items() if part.start <= own.start < part.stop]
-                statistics.observe(ids, move.gradients[branch][part])
+                statistics.observe(ids, [move.gradients[branch][part]])
+        self.statistics = statistics
+        with self.first.whole():
+            return statistics.figures()
 
     def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Take steps of this task again from their journal; for plans without first-order units, of which it knows nothing."""
         assert not self.first.parameters
+        self.statistics = None
         for record in records:
             self.zeroth.replay(record["moves"], Key(record["seed"], record["step"] - 1))
 
@@ -254,7 +272,8 @@ class HybridStep:
         parts = (batch.images, batch.labels - first_label, batch.positions)
         size = self.towers.image_size
         fill = (torch.zeros(blanks, 3, size, size, dtype=torch.uint8), torch.zeros(blanks, dtype=torch.long), torch.zeros(blanks).long())
-        images, labels, positions = (torch.cat(pair).to(device) if blanks else pair[0].to(device) for pair in zip(parts, fill, strict=True))
+        pairs = [(part.to(device), filling.to(device)) for part, filling in zip(parts, fill, strict=True)]
+        images, labels, positions = (torch.cat(pair) if blanks else pair[0] for pair in pairs)
         return images, labels, positions, real
 
     def adapters(self) -> dict[str, Tensor]:
@@ -279,6 +298,7 @@ class HybridStep:
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
+        self.statistics = None
         with self.first.whole(writes=True):
             self.towers.units.load_state_dict(under("adapters/"))
         self.first.load_state_dict(under("adamw/"), self.first_names)

@@ -17,7 +17,7 @@ import torch
 from dist_vlcl.config import Config, hydra_main
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix
-from dist_vlcl.data.loader import Batch, test_batches, train_batches
+from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
 from dist_vlcl.data.order import SampleId, held_out
 from dist_vlcl.data.shards import Index
@@ -83,7 +83,7 @@ def _train(cfg: Config, world: World) -> AccuracyMatrix | None:
         agree(world, what, json.dumps(value, sort_keys=True, default=str), "Start every rank with the same command and the same files.")
     if cfg.train.on_disagreement == "reload" and world.engine != "ddp":
         raise ValueError("train.on_disagreement=reload: not under DeepSpeed, whose hooks outlive a reload; use stop")
-    towers = build_towers(cfg, world)
+    towers, loader = build_towers(cfg, world), make_loader(cfg, index, world)
     step = HybridStep(
         towers,
         assign(towers.units, cfg.orders),
@@ -117,7 +117,7 @@ def _train(cfg: Config, world: World) -> AccuracyMatrix | None:
     try:
         with Preemption() as preemption:
             zero_shot = (
-                evaluate_untrained(cfg, towers, index, tasks, world, log) if state.task == 0 and not saved else state_zero_shot(saved)
+                evaluate_untrained(cfg, towers, loader, tasks, world, log) if state.task == 0 and not saved else state_zero_shot(saved)
             )
             for task in tasks[state.task :]:
                 step.begin(task.names)
@@ -130,13 +130,13 @@ def _train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     log.say(f"the journal gave back {len(journalled)} steps after the checkpoint")
                     journalled = []
                 agreed, stragglers = state.step, Stragglers(world.exchanging.named)
-                for batch, key, lr in training_steps(cfg, step, index, task, world, state, log):
+                for batch, key, lr in training_steps(cfg, step, loader, task, world, state, log):
                     started = time.perf_counter()
                     parts, observe = split(batch, cfg.train.micro_batches), records.is_due(state.step + 1)
                     report = step(parts, key, lr, task.first_label, stop=preemption.requested, observe=observe)
                     state.advance()
                     state.seconds += time.perf_counter() - started
-                    log_step(log, state, report, key, lr, time.perf_counter() - started, batch.count, world.take_peak_gib())
+                    log_step(log, state, report, key, lr, time.perf_counter() - started, batch, world.take_peak_gib())
                     if report.figures is not None:
                         records.add(state.step, state.task, report.figures)
                     if words := stragglers.note(report.busy_s):
@@ -150,7 +150,7 @@ def _train(cfg: Config, world: World) -> AccuracyMatrix | None:
                         requeue(run)
                 agree_on_adapters(world, step, state, log, agreed)
                 save(run, state, step, records, zero_shot)  # an evaluation may outlast the time that a signal leaves
-                accuracy.append(evaluate(cfg, towers, index, tasks, task, world, log.progress))
+                accuracy.append(evaluate(cfg, towers, loader, tasks, task, world, log.progress))
                 state.accuracy = accuracy.rows
                 log.task({"step": state.step, "task": task.index, **accuracy.summary(), "zero_shot": zero_shot.get(task.index)})
                 run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
@@ -202,6 +202,17 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
 def build_towers(cfg: Config, world: World) -> TwoTowers:
     """Return CLIP with fresh adapters, the same on every rank and in every start of a configuration."""
     return build_clip(cfg.model, cfg.adapter, seed=derive_seed(cfg.seed, "adapters")).to(world.device)
+
+
+def make_loader(cfg: Config, index: Index, world: World) -> Loader:
+    """Return this rank's loader of a whole run."""
+    return Loader(
+        index,
+        device=world.device,
+        num_workers=cfg.data.num_workers,
+        cache_gib=cfg.data.cache_gib,
+        on_error=cfg.data.on_error,
+    )
 
 
 def first_direction(step: HybridStep) -> str:
@@ -285,7 +296,7 @@ def state_zero_shot(saved: checkpoint.Checkpoint | None) -> dict[int, float]:
 
 
 def training_steps(
-    cfg: Config, step: HybridStep, index: Index, task: Task, world: World, state: TrainState, log: RunLog
+    cfg: Config, step: HybridStep, loader: Loader, task: Task, world: World, state: TrainState, log: RunLog
 ) -> Iterator[tuple[Batch, Key, float]]:
     """Yield this rank's part of every global batch left in the task, with the step's key and learning rate. All ranks call this."""
     if not step.learns:
@@ -293,15 +304,12 @@ def training_steps(
     shared: dict[str, Any] = {
         "batch_size": cfg.train.batch_size,
         "seed": state.run_seed,
-        "rank": world.rank,
-        "size": world.size,
+        "rank": world.data_rank,
+        "size": world.data_size,
         "transform": TrainTransform(step.towers.image_size),
-        "num_workers": cfg.data.num_workers,
-        "on_error": cfg.data.on_error,
-        "pin_memory": world.device.type == "cuda",
-        "without": not_trained_on(cfg, index, task),
+        "without": not_trained_on(cfg, loader.index, task),
     }
-    per_epoch = steps_per_epoch(cfg, index, task)
+    per_epoch = steps_per_epoch(cfg, loader.index, task)
     steps = min(cfg.train.epochs * per_epoch, cfg.train.max_steps or sys.maxsize)
     if state.epoch == state.batch == 0 and steps < 2 * cfg.train.warmup_steps:
         log.say(f"task {task.index + 1}: {steps} steps are few for train.warmup_steps={cfg.train.warmup_steps}")
@@ -310,7 +318,7 @@ def training_steps(
         torch.tensor([derive_seed(state.run_seed, "step", task.index, k) for k in range(steps)]), f"the seeds of task {task.index + 1}"
     )
     while (done := state.epoch * per_epoch + state.batch) < steps:
-        batches = train_batches(index, task, epoch=state.epoch, start=state.batch, **shared)
+        batches = loader.train(task, epoch=state.epoch, start=state.batch, **shared)
         total = min(per_epoch, steps - state.epoch * per_epoch)
         described = f"task {task.index + 1}" + (f" epoch {state.epoch + 1}/{cfg.train.epochs}" if cfg.train.epochs > 1 else "")
         left = itertools.islice(batches, total - state.batch)
@@ -340,22 +348,22 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
-def evaluate(cfg: Config, towers: TwoTowers, index: Index, tasks: TaskStream, task: Task, world: World, progress: Progress) -> list:
+def evaluate(cfg: Config, towers: TwoTowers, loader: Loader, tasks: TaskStream, task: Task, world: World, progress: Progress) -> list:
     """Return (correct, total) per class: of the classes seen, among those seen; of the next task's, among those and the seen."""
     seen = tasks.seen(task.index)
     ahead = tasks.seen(min(task.index + 1, len(tasks) - 1))
     counts = count(
-        cfg, towers, index, ahead, [len(seen.classes), len(ahead.classes)], world, progress, f"evaluation after task {task.index + 1}"
+        cfg, towers, loader, ahead, [len(seen.classes), len(ahead.classes)], world, progress, f"evaluation after task {task.index + 1}"
     )
     return counts[0][: len(seen.classes)] + counts[1][len(seen.classes) :]
 
 
-def evaluate_untrained(cfg: Config, towers: TwoTowers, index: Index, tasks: TaskStream, world: World, log: RunLog) -> dict[int, float]:
+def evaluate_untrained(cfg: Config, towers: TwoTowers, loader: Loader, tasks: TaskStream, world: World, log: RunLog) -> dict[int, float]:
     """Return A_t of the untrained model, zero-shot CLIP, for every task t."""
     if not cfg.eval.zero_shot:
         return {}
     prefixes = [len(tasks.seen(t).classes) for t in range(len(tasks))]
-    counts = count(cfg, towers, index, tasks.seen(len(tasks) - 1), prefixes, world, log.progress, "zero-shot evaluation")
+    counts = count(cfg, towers, loader, tasks.seen(len(tasks) - 1), prefixes, world, log.progress, "zero-shot evaluation")
     accuracy = {
         t: sum(c for c, _ in row[:n]) / max(1, sum(k for _, k in row[:n])) for t, (n, row) in enumerate(zip(prefixes, counts, strict=True))
     }
@@ -364,23 +372,14 @@ def evaluate_untrained(cfg: Config, towers: TwoTowers, index: Index, tasks: Task
 
 
 def count(
-    cfg: Config, towers: TwoTowers, index: Index, task: Task, prefixes: list[int], world: World, progress: Progress, described: str
+    cfg: Config, towers: TwoTowers, loader: Loader, task: Task, prefixes: list[int], world: World, progress: Progress, described: str
 ) -> list:
     """Return [prefix][class] -> (correct, total) over the test images of a task's classes. All ranks call this."""
     world.exchanging.where = f"the {described}"
     transform = (TrainTransform if cfg.eval.train_transform else TestTransform)(towers.image_size)
-    batches = test_batches(
-        index,
-        task.classes,
-        batch_size=cfg.eval.batch_size,
-        rank=world.rank,
-        size=world.size,
-        transform=transform,
-        num_workers=cfg.data.num_workers,
-        on_error=cfg.data.on_error,
-        pin_memory=world.device.type == "cuda",
-        held_out=not_trained_on(cfg, index, task),
-    )
+    kept = not_trained_on(cfg, loader.index, task)
+    share: dict[str, int] = {"batch_size": cfg.eval.batch_size, "rank": world.rank, "size": world.size}
+    batches = loader.test(task.classes, transform=transform, held_out=kept, **share)
     noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
     shown = progress(batches, total=batches.num_batches, description=described)
     return count_correct(towers, shown, task.names, prefixes, world, noise).tolist()
@@ -396,11 +395,12 @@ def introduce(log: RunLog, cfg: Config, world: World, step: HybridStep, tasks: T
         f"({cfg.zo.name}), {by_order[Order.FROZEN]:,} adapter parameters stay\n"
         f"{index.name}: {len(tasks)} tasks, {index.count('train'):,} training images; "
         f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}"
+        + (f" in {world.data_size} parts, {world.direction_groups} direction groups" if world.direction_groups > 1 else "")
     )
 
 
 def log_step(
-    log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float, planned: int, peak_gib: float | None
+    log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float, batch: Batch, peak_gib: float | None
 ) -> None:
     """Record a step in metrics.jsonl, and its seed and accepted coefficients in journal.jsonl."""
     moves = [move.record() for move in report.moves]
@@ -417,12 +417,13 @@ def log_step(
             "gradient_norm": report.gradient_norm,
             "zo": zo,
             "seconds": seconds,
+            "data_seconds": batch.waited_s,
             "images_per_second": report.count / seconds,
             **({} if peak_gib is None else {"peak_gib": peak_gib}),
         }
     )
-    if report.count < planned:
-        log.note(f"step {state.step}: {planned - report.count} damaged samples were left out", state.step, state.task)
+    if report.count < batch.count:
+        log.note(f"step {state.step}: {batch.count - report.count} damaged samples were left out", state.step, state.task)
     if report.skipped:
         log.note(f"step {state.step} was skipped: {report.skipped}", state.step, state.task)
     log.journal({"step": state.step, "task": state.task, "seed": key.seed, "lr": lr, "moves": moves})  # last: the step is now on record
@@ -449,6 +450,7 @@ def main() -> None:
             world = World.from_environment(cfg.cluster)
             train(cfg, world)
         except Requeued as stopped:
+            world.barrier()  # rank 0 saves: a launcher that ends because its ranks have left may take the others with it
             if world.is_main:
                 report_status("requeue")
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")

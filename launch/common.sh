@@ -1,7 +1,9 @@
 # Sourced by local.sh, multinode.sh and the scripts of slurm/: what they share. Not a command.
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-engines="ddp zero0 zero1 zero2 zero3 zero3_offload"
+engine=ddp engines="ddp zero0 zero1 zero2 zero3 zero3_offload"
+# Ranks save after SIGTERM; so many seconds later their launcher kills them. At least twice a save and the longest step (docs/RELIABILITY.md).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-90}
 
 fail() {
     printf 'error: %s\n' "$*" >&2
@@ -47,14 +49,12 @@ default_processes() {
     echo "$((gpus > 0 ? gpus : $1))"
 }
 
-# accelerate's words for the engine and the total number of processes.
+# accelerate's words for the engine.
 engine_arguments() {
     if [[ $engine == zero* ]]; then
         arguments=(--use_deepspeed --deepspeed_config_file "$here/deepspeed/$engine.json" --deepspeed_multinode_launcher standard --zero3_init_flag false)
-    elif (($1 > 1)); then
-        arguments=(--multi_gpu --mixed_precision no)
     else
-        arguments=(--mixed_precision no)
+        arguments=(--multi_gpu --mixed_precision no)
     fi
     arguments+=(--dynamo_backend no)
 }
@@ -66,8 +66,6 @@ run() {
         printf '\n'
         exit 0
     fi
-    # The ranks save after SIGTERM; the launcher kills them after this many seconds. SIGUSR1 is for the ranks alone: it kills a launcher.
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-90}
-    trap '' USR1
+    trap '' USR1 # it is for the ranks alone: it kills a launcher
     exec "$@"
 }

@@ -18,7 +18,7 @@ Train on this machine:  launch/local.sh [OPTION ...] [TRAINER_OPTION=VALUE ...]
 TEXT
 }
 
-processes="" engine=ddp module=dist_vlcl.train dry_run=no
+processes="" module=dist_vlcl.train dry_run=no
 while (($#)); do
     case $1 in
         --help | -h) usage; exit 0 ;;
@@ -37,6 +37,7 @@ number --processes "$processes" 1
 check_engine
 check_options "$@"
 find_python
-engine_arguments "$processes"
+engine_arguments
+[[ $processes != 1 || $engine != ddp ]] || run "$python" -m "$module" "$@" # accelerate's launcher of one process does not wait after SIGTERM
 run "$python" -m accelerate.commands.launch "${arguments[@]}" --num_machines 1 --num_processes "$processes" \
     --main_process_port "${MASTER_PORT:-0}" -m "$module" "$@"

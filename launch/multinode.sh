@@ -29,7 +29,7 @@ TEXT
 }
 
 nodes=${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-}} rank=${SLURM_NODEID:-} address=${MASTER_ADDR:-} port=${MASTER_PORT:-29500}
-processes="" engine=ddp launcher=accelerate restarts=0 module=dist_vlcl.train dry_run=no
+processes="" launcher=accelerate restarts=0 module=dist_vlcl.train dry_run=no
 while (($#)); do
     case $1 in
         --help | -h) usage; exit 0 ;;
@@ -60,9 +60,10 @@ check_engine
 check_options "$@"
 find_python
 total=$((nodes * processes))
-engine_arguments "$total"
+engine_arguments
 
 if [[ $launcher == accelerate ]]; then
+    [[ $total != 1 || $engine != ddp ]] || run "$python" -m "$module" "$@" # accelerate's launcher of one process does not wait after SIGTERM
     run "$python" -m accelerate.commands.launch "${arguments[@]}" --num_machines "$nodes" --machine_rank "$rank" --num_processes "$total" \
         --main_process_ip "$address" --main_process_port "$port" --rdzv_backend static --max_restarts 0 -m "$module" "$@"
 fi

@@ -1,40 +1,82 @@
-# Sourced by the scripts beside it, inside of a job: rendezvous, the step, and whether the job wants to be started again. Not a command.
+# Sourced by the scripts beside it: their help, the rendezvous, the step, and whether the job wants to be started again. Not a command.
 
-repository=${DIST_VLCL_HOME:-$SLURM_SUBMIT_DIR}
-source "$repository/slurm/site.sh"
-setup
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^$/s/^#\( \|$\)//p' "$0"
+    exit
+fi
+source "$repository/launch/common.sh"
+[[ -n ${SLURM_JOB_ID:-} ]] || fail "this is a batch script: sbatch $0 ... (--help tells more)"
+source "$repository/slurm/site.sh" || fail "slurm/site.sh ended with status $?"
+setup || fail "setup in slurm/site.sh ended with status $?"
+number MAX_RESTARTS "$MAX_RESTARTS" 0
 [[ -z $PYTHON ]] || export PYTHON
-export MASTER_ADDR MASTER_PORT DIST_VLCL_STATUS
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} # the last task of an array has the array's own SLURM_JOB_ID
+job=${job:-$SLURM_JOB_ID}
+restarts=${SLURM_RESTART_COUNT:-0}
+processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
+number PROCESSES "$processes" 1
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-DIST_VLCL_STATUS=$(mktemp) # rank 0, on this node, writes a word here: the exit codes of ranks do not get through their launcher
-processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
+# Rank 0, on this node, writes a word here: exit codes of ranks do not get through their launcher. Not in /tmp, which a container may not share.
+DIST_VLCL_STATUS=$PWD/.slurm-$job.status
+: >"$DIST_VLCL_STATUS" || fail "$PWD: the job cannot write here; submit from a folder where it can"
+export MASTER_ADDR MASTER_PORT DIST_VLCL_STATUS
+
+# A command on one node, by the interpreter that has dist_vlcl.
+run_python() {
+    ((SLURM_NNODES == 1)) || fail "$SLURM_NNODES nodes: this job takes one; slurm/train.sbatch trains on several"
+    run_step bash -c 'source "$0/launch/common.sh"; find_python; trap "" USR1; exec "$python" "$@"' "$repository" "$@"
+}
 
 # Run a command once on each node, and leave the job: done, failed, or to be started again.
 run_step() {
-    local status step
+    local step status state reason word is_queued=no
     trap : TERM USR1 # Slurm signals the steps as well; this shell waits for them
-    echo "$(date '+%F %T') start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: $*"
-    srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${container[@]}" "$@" &
+    say "start $restarts of job $job on $SLURM_JOB_NODELIST: $*"
+    # srun has to be told what sbatch was: CPUs (since Slurm 22.05), and the environment (where a site says --export=NONE). And no MPI: accelerate
+    # reads its variables.
+    srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
+        --export=ALL --mpi=none --kill-on-bad-exit=1 "${container[@]}" "$@" &
     step=$!
-    wait "$step"
-    status=$?
-    while kill -0 "$step" 2>/dev/null; do # a signal ends a wait
-        wait "$step"
-        status=$?
+    while wait "$step"; status=$?; kill -0 "$step" 2>/dev/null; do # a signal ends a wait
+        ask_slurm
+        [[ $reason != TimeLimit || $is_queued == yes ]] || ! wants_to_go_on || queue_again # at once: this shell may be killed with its step
     done
-    local word
-    word=$(cat "$DIST_VLCL_STATUS")
-    rm -f "$DIST_VLCL_STATUS"
-    echo "$(date '+%F %T') the step ended with status $status${word:+ ($word)}"
-    # Stopped by a signal and saved, or a rank died in mid-training: go on from what was saved.
-    if [[ $word == requeue || $word == training || $status == 75 ]]; then
-        if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
-            echo "error: not started again: MAX_RESTARTS=$MAX_RESTARTS (slurm/site.sh)" >&2
-            exit 1
+    word=$(<"$DIST_VLCL_STATUS")
+    say "the step ended with status $status (${word:-before training})"
+    ask_slurm
+    if [[ $is_queued == no ]] && wants_to_go_on; then
+        if [[ $state == RUNNING || $reason == TimeLimit ]]; then
+            queue_again
+        else
+            say "Slurm ends this job itself ($state); the same command goes on with the run"
         fi
-        scontrol requeue "$SLURM_JOB_ID" # an array's task has a job id of its own
-        exit
     fi
+    rm -f "$DIST_VLCL_STATUS"
     exit "$status"
+}
+
+say() {
+    printf '%(%F %T)T %s\n' -1 "$*"
+}
+
+# What Slurm does with this job. scancel and preemption end it for good or queue it themselves: only a running job, or one out of time, is ours.
+ask_slurm() {
+    read -r state reason < <(squeue --noheader --jobs="$job" --format='%T %r') || true
+}
+
+# Stopped by a signal and saved; or steps were being taken, and a rank has died, or an evaluation was longer than the time that was left.
+wants_to_go_on() {
+    word=$(<"$DIST_VLCL_STATUS")
+    [[ $word == requeue || $word == training || $status == 75 ]]
+}
+
+queue_again() {
+    ((restarts < MAX_RESTARTS)) || { status=1; say "error: not started again: MAX_RESTARTS=$MAX_RESTARTS (slurm/site.sh)" >&2; return; }
+    if scontrol requeue "$job"; then
+        is_queued=yes
+    else
+        status=1
+        say "error: Slurm does not queue this job again; submit it once more: the same command goes on with the run" >&2
+    fi
 }

@@ -15,13 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
-from dist_vlcl.data.loader import decode
-from dist_vlcl.data.shards import read_shard
+from dist_vlcl.data.shards import decode, read_shard
 from dist_vlcl.data.store import make_shards
-from dist_vlcl.data.transforms import TestTransform
+from dist_vlcl.data.transforms import TestTransform, resize_image
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import SMALL
-from dist_vlcl.train import build_towers, count, evaluate, open_tasks
+from dist_vlcl.train import build_towers, count, evaluate, make_loader, open_tasks
 from dist_vlcl.zo.noise import Key, StepNoise
 
 NAMES = ["cat", "very long winded otter", "dog"]
@@ -189,11 +188,11 @@ def evaluated(cfg: Config):
     """Evaluate after the first task; return the counts, and the image features' inputs and noise as the evaluation gave them."""
     world, seen = World.alone(), []
     index, tasks = open_tasks(cfg, world)
-    towers = build_towers(cfg, world)
+    towers, loader = build_towers(cfg, world), make_loader(cfg, index, world)
     features = towers.features
     towers.features = lambda branch, inputs, noise=None: seen.append((branch, inputs, noise)) or features(branch, inputs, noise)
-    counts = evaluate(cfg, towers, index, tasks, tasks[0], world, lambda batches, **_: batches)
-    again = count(cfg, towers, index, tasks.seen(1), [1, 2], world, lambda batches, **_: batches, "")
+    counts = evaluate(cfg, towers, loader, tasks, tasks[0], world, lambda batches, **_: batches)
+    again = count(cfg, towers, loader, tasks.seen(1), [1, 2], world, lambda batches, **_: batches, "")
     assert counts == again[0][:1] + again[1][1:]  # noise and crops are seeded (Q3 is not copied)
     return index, tasks, seen
 
@@ -205,13 +204,10 @@ def test_the_evaluation_takes_the_quirks_where_it_is_told_and_only_there(root):
         assert all((noise is not None) == bool(quirks) for _, _, noise in seen)
         shown = torch.cat([inputs for branch, inputs, _ in seen[:2] if branch == "vision"])
         stored = [s for c in tasks.seen(1).classes for shard in index.shards["test"][c] for s in read_shard(index, shard)[0]]
-        plain = torch.stack([tested(picture(s), None) for s in stored])
+        pictures = [decode(s.image, s.key) for s in stored]
+        plain = torch.stack([resize_image(p, tested.plan(*p.shape[:2], None), tested.size) for p in pictures])
         same = (shown == plain).flatten(1).all(1).float().mean()
         assert same < 0.5 if quirks else same == 1  # Q2: a random crop of 0.9 to 1.0 of the area, seldom the whole
-
-
-def picture(stored) -> Image.Image:
-    return decode(stored.image, stored.key)
 
 
 def test_underscores_stay_in_prompts_where_they_are_told_to(root):

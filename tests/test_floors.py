@@ -4,6 +4,7 @@ Downwards only; sideways within a package only. Floor 1 is one outside library e
 """
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,6 +130,13 @@ def test_no_function_below_floor_4_takes_a_whole_config(module):
                 annotation = ast.unparse(argument.annotation) if argument and argument.annotation else ""
                 words = annotation.replace(".", " ").replace("[", " ").replace("]", " ").replace("'", " ").replace("|", " ").split()
                 assert "Config" not in words, f"{module}.{node.name} takes a Config"
+
+
+def test_what_only_some_runs_need_is_imported_late():
+    """`--help` and the commands on shards wait for torch, and for nothing else that is slow to import."""
+    slow = ("torchvision", "open_clip", "timm", "accelerate", "sklearn", "scipy", "pandas", "pyarrow", "matplotlib", "wandb", "deepspeed")
+    code = f"import sys, dist_vlcl.train, dist_vlcl.data.build; print(sorted(set({slow}) & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_the_rule_sees_what_it_should_refuse():

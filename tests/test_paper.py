@@ -59,6 +59,27 @@ def test_lora_by_layers_is_table_2_with_lora():
     assert ours.adapter == configured("paper=t1-lora-cifar10-fo").adapter != theirs.adapter
 
 
+@pytest.mark.parametrize("id", [id for id in catalogue() if id.startswith(("x2-", "frozen-", "zero-shot-", "t5-"))])
+def test_what_is_not_published_is_a_published_run_but_for_what_its_id_says(id):
+    """In words of the command line; what those mean is tested for each published run (tests/test_configs.py)."""
+    own = set(expand_paper([f"paper={id}"])) - {f"paper={id}", f"run.name={id}-seed0"}
+    run = catalogue()[id]
+    like = id if id.startswith("x2-") else next((i for i in paper_runs() if control_of(i) == id), None)
+    if id.startswith("x2-"):
+        like = id.replace("x2-lora", "t2-moe")
+        changed = ({"adapter=moe"}, {"adapter=lora"})
+    elif id.startswith("t5-"):
+        like = f"t1-{run['adapter']}-cifar20-{id.rsplit('-', 1)[1]}"
+        changed = (set(), {"tasks.num_tasks=1", "train.max_steps=5", "eval.zero_shot=false", "run.record_every_steps=0"})
+    elif id.startswith("zero-shot-"):
+        changed = ({"orders=dual_all", "zo=conservative"}, {"orders=zero_shot"})
+    else:  # the controls of LoRA layer by layer have no published run
+        like = like or next(i for i in catalogue() if control_of(i) == id)
+        changed = ({f"zo={catalogue()[like]['zo_variant']}"}, {"orders.order=frozen"})
+    theirs = set(expand_paper([f"paper={like}"])) - {f"paper={like}", f"run.name={like}-seed0"}
+    assert (theirs - own, own - theirs) == changed
+
+
 def test_a_memory_probe_is_a_few_steps_of_one_task():
     config = configured("paper=t5-lora-dual")
     assert (config.tasks.num_tasks, config.train.max_steps, config.eval.zero_shot) == (1, 5, False)

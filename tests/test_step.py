@@ -431,6 +431,30 @@ def test_an_observed_step_tells_every_unit_s_gradient_and_update(strategy, granu
         assert torch.equal(tensor, after[name])
 
 
+def test_figures_are_of_their_own_step_whatever_came_before_it():
+    """Parameters after an observed step are taken for those before the next, unless something lies between the two."""
+    sequential = dataclasses.replace(STRATEGIES["conservative"], update="sequential")  # so that first order has moved when it is skipped
+    step = hybrid(OrderPlan("vision", [1, 3], rest="first"), sequential)
+    saved = step.state_dict()
+    for number, before_it in enumerate(["", "", "unobserved", "skipped", "restored", "a task"]):
+        if before_it == "unobserved":
+            step([images()], Key(8, number), LR)
+        if before_it == "skipped":
+            step.zeroth.config.lr_scale = 1e300
+            assert step([images()], Key(8, number), LR, observe=True).skipped
+            step.zeroth.config.lr_scale = 1.0
+        if before_it == "restored":
+            step.load_state_dict(saved)
+        if before_it == "a task":
+            step.begin(CLASSES)
+        before = adapter_values(step.towers)
+        report = step([images()], Key(9, number), LR, observe=True)
+        after = step.towers.units.state_dict()
+        for id, row in zip(step.towers.units, report.figures, strict=True):
+            moved = torch.cat([(after[name] - before[name]).flatten() for name in (f"{id}/{n}" for n in step.towers.units[id].names)])
+            torch.testing.assert_close(row[3], moved.norm().float(), rtol=1e-4, atol=1e-9)
+
+
 def names_in(flat, part):
     """Yield the names of the tensors in a slice of flat values."""
     start = 0

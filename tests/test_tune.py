@@ -8,8 +8,7 @@ from hydra import compose, initialize_config_dir
 
 from dist_vlcl import tune
 from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, load_config
-from dist_vlcl.data.loader import test_batches as batches_for_testing
-from dist_vlcl.data.loader import train_batches
+from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.order import held_out, plain_order
 from dist_vlcl.data.transforms import TestTransform
 from dist_vlcl.dist.world import World
@@ -29,15 +28,15 @@ def test_held_out_images_are_a_part_of_every_class_and_never_trained_on(tmp_path
     sizes = index.sizes("train", task.classes)
     for class_id, shards in sizes.items():
         assert sum(s.class_id == class_id for s in kept) == round(0.2 * sum(shards))
-    shared = {"batch_size": 50, "rank": 0, "size": 1, "transform": TestTransform(8)}
-    loader = train_batches(index, task, seed=0, epoch=0, without=kept, **shared)
-    trained = [key for batch in loader for key in batch.samples]
-    judged = [key for batch in batches_for_testing(index, task.classes, held_out=kept, **shared) for key in batch.samples]
-    tested = [key for batch in batches_for_testing(index, task.classes, **shared) for key in batch.samples]
-    everything = [key for batch in train_batches(index, task, seed=0, epoch=0, **shared) for key in batch.samples]
+    loader, shared = Loader(index), {"batch_size": 50, "transform": TestTransform(8)}
+    batches = loader.train(task, seed=0, epoch=0, without=kept, **shared)
+    trained = [key for batch in batches for key in batch.samples]
+    judged = [key for batch in loader.test(task.classes, held_out=kept, **shared) for key in batch.samples]
+    tested = [key for batch in loader.test(task.classes, **shared) for key in batch.samples]
+    everything = [key for batch in loader.train(task, seed=0, epoch=0, **shared) for key in batch.samples]
     assert len(judged) == len(kept) and sorted(trained + judged) == sorted(everything)
     assert not set(tested) & set(judged) and not set(tested) & set(trained)
-    assert loader.num_batches == steps_per_epoch(cfg, index, task)
+    assert batches.num_batches == steps_per_epoch(cfg, index, task)
 
 
 def test_what_is_held_out_is_a_function_of_class_and_seed_alone():

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from dist_vlcl.bench import eval as evaluation
-from dist_vlcl.bench import growth, memory, noise, scale, slope, step, stream, switch, wire
+from dist_vlcl.bench import growth, memory, noise, probes, scale, slope, step, stream, switch, wire
 from dist_vlcl.bench.result import Result, machine_line
 
 COMMANDS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ COMMANDS: dict[str, ModuleType] = {
     "growth": growth,
     "eval": evaluation,
     "switch": switch,
+    "probes": probes,
 }
 EXAMPLES = """examples:
   python -m dist_vlcl.bench step --images 4 --classes 4          naive and fast, turn by turn

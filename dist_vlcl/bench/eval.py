@@ -1,13 +1,14 @@
-"""Evaluation against the usual one, which encodes every prompt again, at 77 tokens, for each batch of 64 images."""
+"""Evaluation against the usual one, which encodes every prompt again, at 77 tokens, for each batch of 64 images; and the text alone."""
 
 import argparse
 from typing import Any
 
 import torch
 
+from dist_vlcl.bench.cost import shapes_of
 from dist_vlcl.bench.count import flops, without_numbers
 from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
-from dist_vlcl.bench.setup import add_workload, device_of, workload_of
+from dist_vlcl.bench.setup import Workload, add_workload, device_of, workload_of
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers
@@ -29,28 +30,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    rows, records = [], []
+    rows, texts, records = [], [], []
+    towers, whole = _towers(args, args.count_on)
+    timed = _towers(args, device_of(args)) if args.time else None
     for classes in (int(n) for n in args.class_counts.split(",")):
         workload = workload_of(args, classes=classes, orders="first")
         with without_numbers():
-            ours, usual = (flops(work) for work in _evaluations(workload, args.count_on, args.naive_batch))
+            ours, usual = (flops(work) for work in evaluations_of(workload, towers, whole, args.naive_batch))
+            texts.append(text_alone(workload, towers, whole))
         row: list[Any] = [classes, usual / 1e12, ours / 1e12, usual / ours]
         record: dict[str, Any] = {"classes": classes, "flops": ours, "naive_flops": usual}
-        if args.time:
-            device = device_of(args)
-            fast, naive = _evaluations(workload, device, args.naive_batch)
-            seconds = interleaved({"naive": naive, "fast": fast}, args.repeats, device)
+        if timed:
+            fast, naive = evaluations_of(workload, *timed, args.naive_batch)
+            seconds = interleaved({"naive": naive, "fast": fast}, args.repeats, device_of(args))
             row += [args.images / median(seconds["fast"]), spread(seconds["naive"], seconds["fast"])]
             record |= seconds
         rows.append(row)
-        records.append(record)
+        records.append({**record, "text": texts[-1]})
     columns = ["classes", "naive TFLOP", "TFLOP", "ratio", *(["images/s", "times faster"] if args.time else [])]
-    return Result([Table(f"Evaluation of {args.images} images: {args.model}", columns, rows)], records)
+    text_columns = ["prompts", "tokens", "naive TFLOP", "TFLOP", "ratio", "ratio, were their common beginning encoded once"]
+    return Result(
+        [Table(f"Evaluation of {args.images} images: {args.model}", columns, rows), Table("The text alone", text_columns, texts)], records
+    )
 
 
-def _evaluations(workload, device: str, naive_batch: int):
+def _towers(args: argparse.Namespace, device: str) -> tuple[TwoTowers, TwoTowers]:
+    """Return a model that cuts prompts to the longest, and one that does not."""
+    workload = workload_of(args, orders="first")
+    return workload.towers(device), workload.towers(device, context="full")
+
+
+def text_alone(workload: Workload, towers: TwoTowers, whole: TwoTowers) -> list[Any]:
+    """Return a row about the features of prompts: at 77 tokens, cut to the longest, and (by the cost model) with their beginning shared."""
+    device, tokens = towers.logit_scale.device, towers.prompts(workload.class_names)
+
+    def cost(towers: TwoTowers) -> int:
+        return flops(lambda: towers.features("language", towers.prompts(workload.class_names).to(device)))
+
+    ours, usual = cost(towers), cost(whole)
+    shared = int((tokens == tokens[0]).all(0).long().cumprod(0).sum())
+    return [workload.classes, tokens.shape[1], usual / 1e12, ours / 1e12, usual / ours, usual / _cost_with_shared(shared, towers, tokens)]
+
+
+def _cost_with_shared(shared: int, towers: TwoTowers, tokens: torch.Tensor) -> float:
+    """Return the FLOPs of prompts whose first tokens are encoded once: their own tokens see them as keys and values."""
+    classes, length = tokens.shape
+    shape = shapes_of(towers, length)["language"]
+    of_shared = shared / length * sum(block.forward for block in shape.blocks[:-1]) + 4 * shared * shape.width**2
+    return classes * (shape.forward - of_shared) + of_shared
+
+
+def evaluations_of(workload: Workload, towers: TwoTowers, whole: TwoTowers, naive_batch: int):
     """Return our evaluation and the usual one, to be called."""
-    towers, whole = workload.towers(device), workload.towers(device, context="full")
+    device = towers.logit_scale.device.type
     batch, world = workload.batch(towers.image_size), World.alone(device)
 
     def fast() -> None:

@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     tables, records = [], []
     for orders in settings_of(args):
-        by_classes = {n: workload_of(args, orders=orders, classes=n) for n in _numbers(args.class_counts, "--class-counts")}
-        experts = _numbers(args.expert_counts, "--expert-counts")
+        by_classes = {n: workload_of(args, orders=orders, classes=n) for n in numbers(args.class_counts, "--class-counts")}
+        experts = numbers(args.expert_counts, "--expert-counts")
         by_experts = {n: workload_of(args, orders=orders, options=(("experts", n),)) for n in experts}
         for what, workloads in {"classes": by_classes, "experts": by_experts}.items():
             flops = {n: counted(workload, args.count_on)["executed"] for n, workload in workloads.items()}
@@ -53,7 +53,7 @@ def _seconds(workloads: dict[int, Workload], device: str, repeats: int) -> dict[
     return {int(n): s for n, s in timed.items()}
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def numbers(text: str, option: str) -> list[int]:
     if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
         raise ValueError(f"{option} {text}: give positive numbers with commas between")
     return [int(part) for part in text.split(",")]

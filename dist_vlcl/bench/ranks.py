@@ -24,12 +24,16 @@ from dist_vlcl.zo.noise import Key
 
 
 def launch(
-    processes: int, workload: Workload, device: str, steps: int, trace: str | None = None, timeout_s: float = 3600
+    processes: int, workload: Workload, device: str, steps: int, trace: str | None = None, apart: bool = False, timeout_s: float = 3600
 ) -> dict[str, Any]:
-    """Return what rank 0 reports of `steps` steps on `processes` ranks; raise RuntimeError with the ranks' output where they fail."""
+    """Return what rank 0 reports of `steps` steps on `processes` ranks; raise RuntimeError with the ranks' output where they fail.
+
+    apart: take as many steps, in turn, whose gradients have been exchanged before the probes begin.
+    """
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder) / "task.json", Path(folder) / "answer.json"
-        task.write_text(json.dumps({"workload": asdict(workload), "device": device, "steps": steps, "trace": trace, "answer": str(answer)}))
+        content = {"workload": asdict(workload), "device": device, "steps": steps, "trace": trace, "apart": apart, "answer": str(answer)}
+        task.write_text(json.dumps(content))
         runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
         done = subprocess.run(
@@ -51,23 +55,29 @@ def share_of(batch: Batch, rank: int, size: int) -> Batch:
     return replace(batch, images=batch.images[cut], labels=batch.labels[cut], positions=batch.positions[cut])
 
 
-def work(world: World, workload: Workload, steps: int, trace: str | None) -> dict[str, Any]:
+def work(world: World, workload: Workload, steps: int, trace: str | None, apart: bool) -> dict[str, Any]:
     """Take steps, then one more of which the exchanges are counted. All ranks call this."""
     step = workload.step(workload.towers(str(world.device)), world)
     batch = share_of(workload.batch(step.towers.image_size), world.rank, world.size)
-    seconds = []
+    variants = {"seconds": step}
+    if apart:
+        variants["seconds_apart"] = workload.step(workload.towers(str(world.device)), world, overlap=False)
+    seconds: dict[str, list[float]] = {name: [] for name in (*variants, "cpu_seconds")}
     for k in range(1 + steps):  # the first one warms up
-        world.barrier()
-        start = time.perf_counter()
-        step([batch], Key(0, k), 1e-3)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    slowest = world.gather(torch.tensor(seconds[1:], dtype=torch.float64)).max(0).values
+        for name, variant in variants.items():
+            world.barrier()
+            start, cpu_start = time.perf_counter(), time.process_time()
+            variant([batch], Key(0, k), 1e-3)
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+            if name == "seconds":
+                seconds["cpu_seconds"].append(time.process_time() - cpu_start)
+    slowest = {name: world.gather(torch.tensor(s[1:], dtype=torch.float64)).max(0).values.tolist() for name, s in seconds.items()}
     with Exchanges() as exchanges, traced(trace if world.is_main else None):
         step([batch], Key(0, 1 + steps), 1e-3)
     return {
-        "seconds": slowest.tolist(),
+        **slowest,
         "exchanges": exchanges.found,
         "first_order_parameters": sum(p.numel() for p in step.first.parameters),
         "digest_is_equal": len(set(world.gather_objects(digest(step.towers.units.state_dict())))) == 1,
@@ -89,7 +99,7 @@ def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     values = {**task["workload"], "options": tuple(tuple(pair) for pair in task["workload"]["options"])}
     world = World.from_environment(ClusterConfig(device=task["device"]))
-    answer = work(world, Workload(**values), task["steps"], task["trace"])
+    answer = work(world, Workload(**values), task["steps"], task["trace"], task["apart"])
     if world.is_main:
         Path(task["answer"]).write_text(json.dumps(answer))
     world.barrier()

@@ -66,13 +66,13 @@ class Workload:
     def orders_of(self, towers: TwoTowers) -> dict[Any, Order]:
         return assign(towers.units, self.plan)
 
-    def step(self, towers: TwoTowers, world: World) -> HybridStep:
+    def step(self, towers: TwoTowers, world: World, overlap: bool = True) -> HybridStep:
         """Return the fast step, begun with this workload's classes."""
         step = HybridStep(
             towers,
             self.orders_of(towers),
             self.zeroth,
-            lambda model: FirstOrder(world, FirstOrderConfig(), model),
+            lambda model: FirstOrder(world, FirstOrderConfig(), model, overlap),
             world,
             max_skips=1 << 30,
         )

@@ -3,17 +3,22 @@
 import argparse
 import io
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from dist_vlcl.bench.result import Result, Table, interleaved, median
-from dist_vlcl.data.loader import decode, train_batches
-from dist_vlcl.data.shards import Index, RawSample, RawSet, read_shard, write_shards
+from dist_vlcl.bench.setup import device_of
+from dist_vlcl.data.loader import Loader
+from dist_vlcl.data.order import generator
+from dist_vlcl.data.shards import Index, RawSample, RawSet, decode, read_shard, write_shards
 from dist_vlcl.data.tasks import TaskStream
-from dist_vlcl.data.transforms import TrainTransform
+from dist_vlcl.data.transforms import TrainTransform, resize_batch, resize_image
 
 EXAMPLES = """examples:
   python -m dist_vlcl.bench stream
@@ -24,43 +29,79 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--side", type=int, default=32, help="of the stored images, in pixels: 32 as CIFAR, 64 as Tiny-ImageNet, 256 (default: %(default)s)"
     )
-    parser.add_argument("--format", default="png", choices=("png", "jpeg"), help="of the stored images (default: %(default)s)")
+    parser.add_argument(
+        "--format", default="png", choices=("png", "jpeg"), help="of the original images, beside pixels (default: %(default)s)"
+    )
     parser.add_argument("--size", type=int, default=224, help="of the images that the model takes (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=1024, help="images (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=512, help="images (default: %(default)s)")
     parser.add_argument("--images", type=int, default=128, help="of a batch (default: %(default)s)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="of the batched resize (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="turns that are timed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:
+    device = device_of(args)
+    ways: dict[str, dict[str, Callable]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        index = write_shards(_raw_set(args), Path(folder) / "set", name="bench", reader="folder", samples_per_shard=128)
-        task = TaskStream(index.class_names, 8, list(range(8)))[0]
-
-        def load(start: int = 0) -> None:
-            options = {"batch_size": args.images, "seed": 0, "epoch": 0, "rank": 0, "size": 1, "transform": TrainTransform(args.size)}
-            batches = train_batches(index, task, start=start, **options)
-            for _ in batches if start == 0 else [next(iter(batches))]:
-                pass
-
-        shards = [shard for by_class in index.shards["train"] for shard in by_class]
-        middle = max(1, args.count // args.images // 2)
-        ways = {
-            "read": lambda: [read_shard(index, shard) for shard in shards],
-            "read, decode": lambda: _decode_all(index, shards),
-            "read, decode, crop, resize": load,
-            "resume in the middle": lambda: load(middle),
-        }
-        seconds = interleaved(ways, args.repeats, "cpu")
-    rows = [[way, args.count / median(s), ""] for way, s in seconds.items() if way != "resume in the middle"]
-    rows.append(["resume in the middle: the first batch", "", median(seconds["resume in the middle"])])
-    title = f"The loader on one core: {args.format} of {args.side} pixels to {args.size}, batches of {args.images}"
-    return Result([Table(title, ["", "images/s", "CPU s"], rows)], [{"way": way, "s": s} for way, s in seconds.items()])
+        raw = _raw_set(args)
+        for stored in (args.format, "pixels"):
+            options: dict[str, Any] = {"reader": "folder", "samples_per_shard": 128, "pixels": stored == "pixels"}
+            index = write_shards(raw, Path(folder) / stored, name="bench", **options)
+            for way, work in _ways(args, index).items():
+                ways.setdefault(way, {})[stored] = work
+        seconds = interleaved({f"{way}, {k}": work for way in ways for k, work in ways[way].items()}, args.repeats, "cpu")
+    spent = {way: [median(seconds[f"{way}, {k}"]) for k in ways[way]] for way in ways}
+    rows = [[way, *(s if way == RESUME else args.count / s for s in spent[way])] for way in ways]
+    loader = Table(
+        f"The loader on one core: images of {args.side} pixels to {args.size}, batches of {args.images}",
+        ["images/s of a CPU second", f"stored as {args.format}", "stored as pixels"],
+        rows,
+    )
+    resize = interleaved(_resizes(args, device), args.repeats, device)
+    sides = [[way, args.images / median(s)] for way, s in resize.items()]
+    resized = Table(f"Crop and resize alone: {args.side} pixels to {args.size}, {device}", ["", "images/s"], sides)
+    records = [{"way": way, "s": s} for way, s in {**seconds, **resize}.items()]
+    return Result([loader, resized], records)
 
 
-def _decode_all(index: Index, shards: list) -> None:
-    for shard in shards:
-        for key, data in read_shard(index, shard)[0]:
-            decode(data, key)
+RESUME = "resume in the middle: CPU s to the first batch"
+
+
+def _ways(args: argparse.Namespace, index: Index) -> dict[str, Callable]:
+    """Return what is timed over the shards of an index."""
+    task = TaskStream(index.class_names, 8, list(range(8)))[0]
+
+    def load(loader: Loader, start: int = 0) -> None:
+        options = {"batch_size": args.images, "seed": 0, "epoch": 0, "transform": TrainTransform(args.size)}
+        batches = loader.train(task, start=start, **options)
+        for _ in batches if start == 0 else [next(iter(batches))]:
+            pass
+
+    def read_and_decode() -> None:
+        for shard in (shard for of_class in index.shards["train"] for shard in of_class):
+            for key, data in read_shard(index, shard)[0]:
+                decode(data, key)
+
+    kept, middle = Loader(index), max(1, args.count // args.images // 2)
+    return {
+        "read, decode": read_and_decode,
+        "read, decode, crop, resize": lambda: load(Loader(index)),
+        "crop, resize: from memory": lambda: load(kept),
+        RESUME: lambda: load(Loader(index), middle),
+    }
+
+
+def _resizes(args: argparse.Namespace, device: str) -> dict[str, Callable]:
+    """Return the two ways to the same pixels, for one batch; the batched one with the way to the device."""
+    pixels = torch.randint(0, 256, (args.images, args.side, args.side, 3), dtype=torch.uint8)
+    transform = TrainTransform(args.size)
+    plans = [transform.plan(args.side, args.side, generator(number)) for number in range(args.images)]
+    return {
+        "PIL, one after the other, on one core": lambda: [
+            resize_image(p.numpy(), plan, args.size) for p, plan in zip(pixels, plans, strict=True)
+        ],
+        f"batched on {device}": lambda: resize_batch(pixels.to(device), plans, args.size),
+    }
 
 
 def _raw_set(args: argparse.Namespace) -> RawSet:

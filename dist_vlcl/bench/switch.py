@@ -1,16 +1,37 @@
-"""What a change of task costs, in steps: prompts, fresh optimisers, a new loader; and the first step of a run, after the imports."""
+"""What a change of task costs, in steps: prompts, fresh optimisers, the first batch; and the first step of a run, after the imports."""
 
 import argparse
+import subprocess
+import sys
+import tempfile
 import time
 
 from dist_vlcl.bench.result import Result, Table, median
 from dist_vlcl.bench.setup import add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.data.loader import Loader
+from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.data.store import open_index
+from dist_vlcl.data.tasks import TaskStream
+from dist_vlcl.data.transforms import TrainTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
   python -m dist_vlcl.bench switch
   python -m dist_vlcl.bench switch --model vit_b16 --images 8"""
+
+# A real run, timed from its imports to the record of its first step, where it is left.
+FIRST_STEP = """
+import os, sys, time
+import accelerate, open_clip
+from dist_vlcl import train
+begun = {clock}()
+def leave(*_):
+    print({clock}() - begun, flush=True)
+    os._exit(0)
+train.log_step = leave
+train.main()
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,27 +43,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     device, rows, records = device_of(args), [], []
     clock = time.process_time if device == "cpu" else time.perf_counter
-    for orders in settings_of(args):
-        workload, start = workload_of(args, orders=orders), clock()
-        step = workload.step(workload.towers(device), World.alone(device))
-        batch = workload.batch(step.towers.image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        index = open_index(DataConfig(root=folder))
+        tasks = TaskStream(index.class_names, increment=2)
+        for orders in settings_of(args):
+            workload = workload_of(args, orders=orders)
+            step = workload.step(workload.towers(device), World.alone(device))
+            batch, loader = workload.batch(step.towers.image_size), Loader(index, device=device)
 
-        def one_step(k: int, step=step, batch=batch) -> float:
-            begun = clock()
-            step([batch], Key(0, k), 1e-3).loss  # noqa: B018  reading a loss waits for the device
-            return clock() - begun
+            def one_step(k: int, step=step, batch=batch) -> float:
+                begun = clock()
+                step([batch], Key(0, k), 1e-3).loss  # noqa: B018  reading a loss waits for the device
+                return clock() - begun
 
-        one_step(0)
-        first = clock() - start
-        steps, switches, after = [], [], []
-        for task in range(args.repeats):
-            steps.append(one_step(1 + 2 * task))
-            begun = clock()
-            step.begin([f"{name} of task {task}" for name in workload.class_names])
-            switches.append(clock() - begun)
-            after.append(one_step(2 + 2 * task))
-        cost = median([s + max(0.0, a - b) for s, a, b in zip(switches, after, steps, strict=True)])
-        rows.append([orders, median(steps), cost, cost / median(steps), first])
-        records.append({"orders": orders, "step_s": steps, "begin_s": switches, "step_after_s": after, "first_s": first})
-    columns = ["orders", "s a step", "s a switch", "in steps", "s from the model's construction to the end of the first step"]
-    return Result([Table(f"Change of task: {args.model}, {args.images} images", columns, rows)], records)
+            def first_batch(number: int, loader=loader, size=step.towers.image_size) -> float:
+                begun = clock()
+                options = {"batch_size": args.images, "seed": 0, "epoch": number // len(tasks), "transform": TrainTransform(size)}
+                next(iter(loader.train(tasks[number % len(tasks)], **options)))
+                return clock() - begun
+
+            one_step(0)
+            steps, begins, batches, after = [], [], [], []
+            for task in range(args.repeats):
+                steps.append(one_step(1 + 2 * task))
+                begun = clock()
+                step.begin([f"{name} of task {task}" for name in workload.class_names])
+                begins.append(clock() - begun)
+                batches.append(first_batch(task))
+                after.append(one_step(2 + 2 * task))
+            extra = [max(0.0, a - b) for a, b in zip(after, steps, strict=True)]
+            cost = median([sum(parts) for parts in zip(begins, batches, extra, strict=True)])
+            first = _first_step(args, orders, folder, device)
+            rows.append([orders, median(steps), median(begins), median(batches), median(extra), cost / median(steps), first])
+            records.append({"orders": orders, "step_s": steps, "begin_s": begins, "batch_s": batches, "after_s": after, "first_s": first})
+    columns = [
+        "orders",
+        "s a step",
+        "s prompts, optimisers",
+        "s first batch",
+        "s more, first step",
+        "together, in steps",
+        "s to a run's first step",
+    ]
+    note = "The last column is a run of its own, on digits: from the end of the imports to the record of its first step."
+    return Result([Table(f"Change of task: {args.model}, {args.images} images", columns, rows)], records, [note])
+
+
+def _first_step(args: argparse.Namespace, orders: str, folder: str, device: str) -> float:
+    options = [
+        f"data.root={folder}",
+        f"run.root={folder}/runs",
+        f"model={args.model}",
+        "model.pretrained=random",
+        f"cluster.device={device}",
+    ]
+    options += [f"orders={orders}", f"zo={args.zo}", f"adapter={args.adapter}", f"train.batch_size={args.images}", "eval.zero_shot=false"]
+    options += [f"run.name={orders}", "run.wandb=off", "run.progress=false", "cluster.threads=1"]
+    script = FIRST_STEP.format(clock="time.process_time" if device == "cpu" else "time.perf_counter")
+    done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"a run that was to show its first step ended with {done.returncode}: {done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])

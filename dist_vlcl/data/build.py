@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.shards import Index
+from dist_vlcl.data.shards import Index, ShardError
 from dist_vlcl.data.store import make_shards
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     def work(config: Config) -> None:
         try:
             build(config.data)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ShardError) as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
 

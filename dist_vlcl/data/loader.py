@@ -1,39 +1,41 @@
-"""The batches of a task: the same global batches for every number of ranks, each rank reading its own part of each."""
+"""The batches of a run: the same global batches for every number of ranks, each rank reading its own part of each."""
 
-# B images of this rank in a batch, S side in pixels
+# B images of this rank in a batch, S side in pixels, H W sides as stored
 
-import io
 import os
-import random
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dist_vlcl.data.order import SampleId, generator, plain_order, rank_slice, train_order
 from dist_vlcl.data.settings import ON_ERROR
-from dist_vlcl.data.shards import Index, ShardError, StoredSample, log, read_shard
+from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, is_ppm, log, ppm, read_shard
 from dist_vlcl.data.tasks import Task
-from dist_vlcl.data.transforms import Transform
+from dist_vlcl.data.transforms import Plan, Transform, resize_batch, resize_image
 
-MAX_PIXELS = 1 << 26  # a bomb has a few bytes and billions of pixels
+WORKERS_OF_A_GPU = 4
+LARGEST = 4  # stored images with more than this many times the model's pixels are resized before they travel to the device
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's part of a global batch; it may be empty, so that every rank has the same number of batches."""
 
-    images: Tensor  # uint8 [B, 3, S, S]
+    images: Tensor  # uint8 [B, 3, S, S]; as stored [B, H, W, 3] while it has plans
     labels: Tensor  # int64 [B], the place of the class in the stream's order
     positions: Tensor  # int64 [B], the place of each sample in the global batch
     count: int  # samples of the global batch, those skipped included
     index: int  # of the batch in the epoch
     samples: list[str]  # keys
     skipped: list[str] = field(default_factory=list)  # this rank's damaged samples, in words; they are not in the tensors
+    plans: list[Plan] | None = None  # how the device is to crop and resize
+    waited_s: float = 0.0  # how long the trainer waited for it
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("images", "labels", "positions")}
@@ -44,186 +46,255 @@ class Batch:
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), positions=self.positions.pin_memory())
 
 
-class GlobalBatches(Dataset[Batch]):
-    """Batch i is this rank's part of order[i * batch_size : (i + 1) * batch_size], the last one short; nothing dropped or repeated."""
+@dataclass(frozen=True)
+class Part:
+    """What one rank loads of a global batch, in full: any process can load it."""
 
-    def __init__(
-        self,
-        index: Index,
-        split: str,
-        order: Sequence[SampleId],
-        labels: Mapping[int, int],
-        *,
-        batch_size: int,
-        rank: int,
-        size: int,
-        transform: Transform,
-        seeds: tuple[int, ...] = (),
-        cached_shards: int = 8,
-        on_error: str = "stop",
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: 1 or more")
-        if not 0 <= rank < size:
-            raise ValueError(f"rank={rank}: choose from 0 to {size - 1}, with {size} ranks")
+    split: str
+    members: Sequence[SampleId]
+    positions: Sequence[int]
+    labels: Sequence[int]
+    count: int
+    index: int
+    transform: Transform
+    seeds: tuple[int, ...]
+    shards: int  # that may have to be at hand at a time
+
+
+def parts_of(
+    split: str,
+    order: Sequence[SampleId],
+    labels: Mapping[int, int],
+    *,
+    batch_size: int,
+    rank: int,
+    size: int,
+    transform: Transform,
+    seeds: tuple[int, ...] = (),
+    shards: int = 8,
+) -> list[Part]:
+    """A rank's part of order[i * batch_size : (i + 1) * batch_size], for every i, the last one short; nothing dropped or repeated."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: 1 or more")
+    if not 0 <= rank < size:
+        raise ValueError(f"rank={rank}: choose from 0 to {size - 1}, with {size} ranks")
+    parts = []
+    for index, first in enumerate(range(0, len(order), batch_size)):
+        whole = order[first : first + batch_size]
+        positions = rank_slice(len(whole), rank, size)
+        members = [whole[position] for position in positions]
+        own = [labels[member.class_id] for member in members]
+        parts.append(Part(split, members, positions, own, len(whole), index, transform, seeds, shards))
+    return parts
+
+
+class ImageStore:
+    """Images by their place in the shards; what was read and decoded stays in memory, as pixels, while there is room."""
+
+    def __init__(self, index: Index, limit_bytes: float, on_error: str = "stop") -> None:
         if on_error not in ON_ERROR:
             raise ValueError(f"data.on_error={on_error!r}: choose from {', '.join(ON_ERROR)}")
-        self.index, self.split, self.order, self.labels = index, split, order, labels
-        self.batch_size, self.rank, self.size, self.transform = batch_size, rank, size, transform
-        self.seeds, self.cached_shards, self.on_error = seeds, cached_shards, on_error
-        self._cache: OrderedDict[tuple[int, int], tuple[list[StoredSample], str]] = OrderedDict()
+        self.index, self.limit, self.on_error, self.bytes = index, limit_bytes, on_error, 0
+        self._held: OrderedDict[tuple[str, int, int], tuple[list[StoredSample], str]] = OrderedDict()
 
-    def __len__(self) -> int:
-        return -(-len(self.order) // self.batch_size)
-
-    def __getitem__(self, number: int) -> Batch:
-        if not 0 <= number < len(self):
-            raise IndexError(f"batch {number} of {len(self)}")
-        members = self.order[number * self.batch_size : (number + 1) * self.batch_size]
-        images, labels, positions, keys, skipped = [], [], [], [], []
-        for position in rank_slice(len(members), self.rank, self.size):
-            try:
-                key, image = self._load(members[position])
-            except ShardError as error:
-                skipped.append(self._skip(error))
-                continue
-            images.append(image)
-            labels.append(self.labels[members[position].class_id])
-            positions.append(position)
-            keys.append(key)
-        stacked = torch.stack(images) if images else torch.empty((0, 3, self.transform.size, self.transform.size), dtype=torch.uint8)
-        as_tensor = {"labels": torch.tensor(labels, dtype=torch.int64), "positions": torch.tensor(positions, dtype=torch.int64)}
-        return Batch(stacked, **as_tensor, count=len(members), index=number, samples=keys, skipped=skipped)
-
-    def _load(self, sample: SampleId) -> tuple[str, Tensor]:
-        stored, problem = self._shard(sample.class_id, sample.shard)
+    def image(self, split: str, sample: SampleId, shards: int) -> tuple[str, np.ndarray]:
+        """Key and pixels, uint8 [H, W, 3]. The newest `shards` shards are kept whatever they take, for an order that mixes so many."""
+        stored, problem = self._shard((split, sample.class_id, sample.shard), shards)
         if problem and (self.on_error == "stop" or sample.position >= len(stored)):
             raise ShardError(f"{problem}; needed: sample {sample.position}")
         key, data = stored[sample.position]
-        # a crop is a function of the sample, not of who loads it
-        return key, self.transform(decode(data, key), self._draw(key))
+        pixels = decode(data, key)
+        if not is_ppm(data) and self.bytes + pixels.nbytes <= self.limit:
+            stored[sample.position] = StoredSample(key, ppm(pixels))
+            self.bytes += len(stored[sample.position].image) - len(data)
+        return key, pixels
 
-    def _draw(self, key: str) -> random.Random:
-        return generator(*self.seeds, "crop", key)
-
-    def _shard(self, class_id: int, number: int) -> tuple[list[StoredSample], str]:
-        name = (class_id, number)
-        if name not in self._cache:
-            self._cache[name] = read_shard(self.index, self.index.shards[self.split][class_id][number])
-            if problem := self._cache[name][1]:
+    def _shard(self, name: tuple[str, int, int], shards: int) -> tuple[list[StoredSample], str]:
+        if name not in self._held:
+            split, class_id, number = name
+            self._held[name] = stored, problem = read_shard(self.index, self.index.shards[split][class_id][number])
+            if problem:
                 log.warning("%s", problem)
-            while len(self._cache) > self.cached_shards:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(name)
-        return self._cache[name]
+            self.bytes += _bytes_of(stored)
+            while self.bytes > self.limit and len(self._held) > shards:
+                _, (oldest, _) = self._held.popitem(last=False)
+                self.bytes -= _bytes_of(oldest)
+        self._held.move_to_end(name)
+        return self._held[name]
+
+
+def _bytes_of(samples: Sequence[StoredSample]) -> int:
+    return sum(len(sample.image) for sample in samples)
+
+
+class Reader(Dataset[Batch]):
+    """What a process that loads does: a part in, a batch out. `as_stored`: leave cropping and resizing to the device, where it can."""
+
+    def __init__(self, store: ImageStore, as_stored: bool) -> None:
+        self.store, self.as_stored = store, as_stored
+
+    def __getitem__(self, part: Part) -> Batch:
+        images, plans, labels, positions, keys, skipped = [], [], [], [], [], []
+        for member, position, label in zip(part.members, part.positions, part.labels, strict=True):
+            try:
+                key, pixels = self.store.image(part.split, member, part.shards)
+            except ShardError as error:
+                skipped.append(self._skip(error))
+                continue
+            images.append(pixels)
+            # a crop is a function of the sample, not of who loads it
+            plans.append(part.transform.plan(pixels.shape[0], pixels.shape[1], generator(*part.seeds, "crop", key)))
+            labels.append(label)
+            positions.append(position)
+            keys.append(key)
+        where = torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+        size = part.transform.size
+        if self.as_stored and can_be_stacked(images, size):
+            return Batch(torch.from_numpy(np.stack(images)), *where, part.count, part.index, keys, skipped, plans)
+        resized = [resize_image(pixels, plan, size) for pixels, plan in zip(images, plans, strict=True)]
+        stacked = torch.stack(resized) if resized else torch.empty((0, 3, size, size), dtype=torch.uint8)
+        return Batch(stacked, *where, part.count, part.index, keys, skipped)
 
     def _skip(self, error: ShardError) -> str:
-        if self.on_error == "stop":
+        if self.store.on_error == "stop":
             raise error
         log.warning("skipped: %s", error)
         return str(error)
 
 
-def _leave_process_group(_worker: int) -> None:
-    # A launcher signals the whole process group; a worker that dies of it takes the trainer down before it has saved.
-    os.setpgid(0, 0)
+def can_be_stacked(images: Sequence[np.ndarray], size: int) -> bool:
+    """Whether images are of one size, and not so large that resizing them first is the shorter way."""
+    shapes = {image.shape for image in images}
+    return len(shapes) == 1 and images[0].size <= LARGEST * 3 * size * size
 
 
-class BatchLoader:
-    """Iterate over the batches from `start` on; a DataLoader that leaves torch's global generator alone."""
+class Loader:
+    """Loads all batches of a run: one set of workers and one store of images, over epochs, tasks and evaluations.
 
-    def __init__(self, batches: GlobalBatches, *, start: int = 0, num_workers: int = 0, pin_memory: bool = False) -> None:
-        if not 0 <= start <= len(batches):
-            raise ValueError(f"start={start}: choose from 0 to {len(batches)}, the number of batches")
-        self.num_batches = len(batches)
+    On a GPU, images travel as they are stored, and are cropped and resized there, with the same bits. Iterators follow one another: a
+    new one ends the one before.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        *,
+        device: torch.device | str = "cpu",
+        num_workers: int | None = None,
+        cache_gib: float = 1.0,
+        on_error: str = "stop",
+        resize_on_device: bool | None = None,
+    ) -> None:
+        self.index, self.device = index, torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        workers = _default_workers(on_gpu) if num_workers is None else num_workers
+        store = ImageStore(index, cache_gib * 2**30 / max(1, workers), on_error)
+        self._asked: list[Part] = []  # what the workers are to load now
         self._loader = DataLoader(
-            batches,
+            Reader(store, as_stored=on_gpu if resize_on_device is None else resize_on_device),
             batch_size=None,
-            sampler=range(start, len(batches)),
-            num_workers=num_workers,
-            pin_memory=pin_memory,
+            sampler=self._asked,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=on_gpu,
             # without its own generator a DataLoader draws from the global one, and a resumed run would leave the path of an unbroken one
             generator=torch.Generator(),
             worker_init_fn=_leave_process_group,
         )
 
+    def train(
+        self,
+        task: Task,
+        *,
+        batch_size: int,
+        seed: int,
+        epoch: int,
+        transform: Transform,
+        rank: int = 0,
+        size: int = 1,
+        start: int = 0,
+        without: Sequence[SampleId] = (),
+    ) -> "Batches":
+        """One epoch of a task; `batch_size` counts the samples of all ranks. A resume starts at batch `start`. `without` is held out."""
+        left_out = set(without)
+        order = [s for s in train_order(self.index.sizes("train", task.classes), seed, task.index, epoch) if s not in left_out]
+        parts = parts_of(
+            "train",
+            order,
+            task.labels,
+            batch_size=batch_size,
+            rank=rank,
+            size=size,
+            transform=transform,
+            seeds=(seed, task.index, epoch),
+            shards=2 * len(task.classes),  # a batch may straddle two windows
+        )
+        return Batches(self, parts, start)
+
+    def test(
+        self,
+        classes: Sequence[int],
+        *,
+        batch_size: int,
+        transform: Transform,
+        rank: int = 0,
+        size: int = 1,
+        held_out: Sequence[SampleId] = (),
+    ) -> "Batches":
+        """Every test sample of the classes, given in the stream's order, exactly once over all ranks; or in their place `held_out`."""
+        parts = parts_of(
+            "train" if held_out else "test",
+            held_out or plain_order(self.index.sizes("test", classes)),
+            {class_id: label for label, class_id in enumerate(classes)},
+            batch_size=batch_size,
+            rank=rank,
+            size=size,
+            transform=transform,
+        )
+        return Batches(self, parts)
+
+    def load(self, parts: Sequence[Part]) -> Iterator[Batch]:
+        """The batches of some parts, on the device, ready for the model."""
+        self._asked[:] = parts
+        batches = iter(self._loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            images = batch.images.to(self.device, non_blocking=True)
+            if batch.plans is not None:
+                images = resize_batch(images, batch.plans, parts[0].transform.size)
+            yield replace(batch, images=images, plans=None, waited_s=time.perf_counter() - asked)
+
+
+class Batches:
+    """Iterate over the batches from `start` on."""
+
+    def __init__(self, loader: Loader, parts: Sequence[Part], start: int = 0) -> None:
+        if not 0 <= start <= len(parts):
+            raise ValueError(f"start={start}: choose from 0 to {len(parts)}, the number of batches")
+        self._loader, self._parts, self._start = loader, parts, start
+
+    @property
+    def num_batches(self) -> int:
+        """Of the whole epoch."""
+        return len(self._parts)
+
     def __len__(self) -> int:
-        """Batches from `start` on; `num_batches` is the whole epoch."""
-        return len(self._loader)
+        """Batches from `start` on."""
+        return len(self._parts) - self._start
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        return self._loader.load(self._parts[self._start :])
 
 
-def train_batches(
-    index: Index,
-    task: Task,
-    *,
-    batch_size: int,
-    seed: int,
-    epoch: int,
-    rank: int,
-    size: int,
-    transform: Transform,
-    start: int = 0,
-    num_workers: int = 0,
-    on_error: str = "stop",
-    pin_memory: bool = False,
-    without: Sequence[SampleId] = (),
-) -> BatchLoader:
-    """One epoch of a task; `batch_size` counts the samples of all ranks. A resume starts at batch `start`. `without` is held out."""
-    left_out = set(without)
-    order = [s for s in train_order(index.sizes("train", task.classes), seed, task.index, epoch) if s not in left_out]
-    batches = GlobalBatches(
-        index,
-        "train",
-        order,
-        task.labels,
-        batch_size=batch_size,
-        rank=rank,
-        size=size,
-        transform=transform,
-        seeds=(seed, task.index, epoch),
-        cached_shards=2 * len(task.classes),  # a batch may straddle two windows
-        on_error=on_error,
-    )
-    return BatchLoader(batches, start=start, num_workers=num_workers, pin_memory=pin_memory)
+def _default_workers(on_gpu: bool) -> int:
+    """A CPU's cores are busy with the step; a GPU wants its batches made meanwhile, by its share of the cores."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(WORKERS_OF_A_GPU, max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)) if on_gpu else 0
 
 
-def test_batches(
-    index: Index,
-    classes: Sequence[int],
-    *,
-    batch_size: int,
-    rank: int,
-    size: int,
-    transform: Transform,
-    num_workers: int = 0,
-    on_error: str = "stop",
-    pin_memory: bool = False,
-    held_out: Sequence[SampleId] = (),
-) -> BatchLoader:
-    """Every test sample of the classes, given in the stream's order, exactly once over all ranks; or in their place `held_out`."""
-    batches = GlobalBatches(
-        index,
-        "train" if held_out else "test",
-        held_out or plain_order(index.sizes("test", classes)),
-        {class_id: label for label, class_id in enumerate(classes)},
-        batch_size=batch_size,
-        rank=rank,
-        size=size,
-        transform=transform,
-        on_error=on_error,
-    )
-    return BatchLoader(batches, num_workers=num_workers, pin_memory=pin_memory)
-
-
-def decode(data: bytes, key: str) -> Image.Image:
-    """PNG, JPEG or WebP bytes -> RGB image; raises ShardError for anything else."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-        return image.convert("RGB")
-    except Exception as error:  # PIL raises what it likes on damaged bytes
-        raise ShardError(f"{key}: no image: {error}") from error
+def _leave_process_group(_worker: int) -> None:
+    # A launcher signals the whole process group; a worker that dies of it takes the trainer down before it has saved.
+    os.setpgid(0, 0)

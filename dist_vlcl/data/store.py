@@ -18,7 +18,8 @@ def make_shards(data: DataConfig, track: Callable[[Sequence[Any]], Iterable[Any]
     if (folder / "index.json").exists():
         raise FileExistsError(f"{folder} has shards already: remove it to build them again, or choose another data.root")
     raw = read_raw(data)
-    write_shards(raw, folder, name=data.name, reader=data.reader_name, samples_per_shard=data.samples_per_shard, track=track)
+    options: dict[str, Any] = {"samples_per_shard": data.samples_per_shard, "pixels": data.stores_pixels, "track": track}
+    write_shards(raw, folder, name=data.name, reader=data.reader_name, **options)
     return folder
 
 
@@ -40,7 +41,8 @@ def build_command(data: DataConfig) -> str:
     words = [f"data={data.reader_name}"]
     if data.name != data.reader_name:
         words.append(f"data.name={data.name}")
-    for option in ("root", "source", "test_source", "test_fraction", "split_file", "split_seed", "class_names", "samples_per_shard"):
+    of_source = ("root", "source", "test_source", "test_fraction", "split_file", "split_seed", "class_names")
+    for option in (*of_source, "samples_per_shard", "encoding"):
         value = getattr(data, option)
         if value != getattr(defaults, option):
             words.append(f"data.{option}={value}")

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from dist_vlcl.dist.world import World
 
@@ -31,10 +34,17 @@ class FirstOrderConfig:
 
 
 class FirstOrder:
-    """The model as wrapped for training. With no first-order parameter nothing is wrapped: DDP refuses such a model."""
+    """The model as wrapped for training. With no first-order parameter nothing is wrapped: DDP refuses such a model.
 
-    def __init__(self, world: World, config: FirstOrderConfig, model: nn.Module):
+    Gradients travel while zeroth order evaluates its candidates, which read the values of before the update: the backward pass starts the
+    exchange, `arrive` ends it. overlap=False is the twin that ends it in the backward pass, as DDP does: the same bits.
+    """
+
+    def __init__(self, world: World, config: FirstOrderConfig, model: nn.Module, overlap: bool = True):
         config.check()
+        self.overlap = overlap
+        self.group: Any = None
+        self.under_way: list[dist.Work] = []
         self.world, self.config, self.model = world, config, model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.wrapped: nn.Module = model
@@ -50,6 +60,10 @@ class FirstOrder:
             with self.world.exchanging("first look at the parameters by DDP"):
                 self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
         self.optimizer = optimizer
+        if self.overlap and isinstance(self.wrapped, DistributedDataParallel):
+            # A group of its own: in the default one, exchanges queue up, and what DDP itself waits for would stand behind the gradients.
+            self.group = self.group or dist.new_group(timeout=self.world.timeout)
+            self.wrapped.register_comm_hook(self, _start_exchange)
 
     def _adamw(self) -> torch.optim.AdamW:
         config = self.config
@@ -75,8 +89,16 @@ class FirstOrder:
             with self.world.exchanging("all-reduce of gradients"):
                 loss.backward()
 
+    @record_function("first order: wait for gradients")
+    def arrive(self) -> None:
+        """Wait until the gradients of all ranks are added up; on a GPU the stream waits, not the process."""
+        with self.world.exchanging("all-reduce of gradients"):
+            while self.under_way:
+                self.under_way.pop().wait()
+
     def gradients(self) -> list[Tensor]:
         """Return the gradient of every parameter, the same on all ranks, in the order of `parameters`."""
+        self.arrive()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
 
     def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
@@ -86,6 +108,7 @@ class FirstOrder:
         """
         if self.optimizer is None:
             return 0.0
+        self.arrive()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradient_scale != 1.0:
             torch._foreach_mul_(gradients, gradient_scale)
@@ -102,6 +125,7 @@ class FirstOrder:
         return norm
 
     def zero_grad(self) -> None:
+        self.arrive()
         for p in self.parameters:
             p.grad = None
 
@@ -128,3 +152,12 @@ class FirstOrder:
             if f"{name}/step" in state
         }
         self.optimizer.load_state_dict(own)
+
+
+def _start_exchange(first: FirstOrder, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's communication hook: start to average a bucket, in place, and call it done. Gradients are views of it (see World)."""
+    average = bucket.buffer().mul_(1 / first.world.size)
+    first.under_way.append(dist.all_reduce(average, group=first.group, async_op=True))
+    done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[average.device] if average.is_cuda else None)
+    done.set_result(average)
+    return done

@@ -23,6 +23,7 @@ class ClusterConfig:
     num_processes: int | None = None
     device: str = "auto"  # or cpu, cuda
     timeout_s: float = 600.0
+    direction_groups: int = 1  # data-parallel copies that share out the zeroth-order candidates of the whole batch among them
     threads: int | None = None  # CPU threads of a rank; default: the cores, shared among the ranks of this machine
     traceback: bool = False  # show where an error came from, not only what it says
 
@@ -31,19 +32,27 @@ class ClusterConfig:
             raise ValueError(f"cluster.device={self.device!r}: choose from auto, cpu, cuda")
         if self.timeout_s <= 0:
             raise ValueError(f"cluster.timeout_s={self.timeout_s}: give a positive number of seconds")
+        if self.direction_groups < 1:
+            raise ValueError(f"cluster.direction_groups={self.direction_groups}: give a positive number that divides the number of ranks")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"cluster.threads={self.threads}: give a positive number, or null for the cores shared among the ranks")
 
 
 @dataclass
 class World:
-    """Rank, size, device, and exchanges whose result has the same bits on every rank. All ranks call every exchange."""
+    """Rank, size, device, and exchanges whose result has the same bits on every rank. All ranks call every exchange.
+
+    The ranks are a grid of `direction_groups` rows: each row has the whole batch, cut into `data_size` parts, and evaluates its own
+    share of the zeroth-order candidates.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     accelerator: Any = None
     engine: str = "ddp"  # of first-order units; or zero0, zero1, zero2, zero3, zero3_offload
+    direction_groups: int = 1
+    timeout: timedelta = timedelta(seconds=ClusterConfig.timeout_s)  # of an exchange
     exchanging: Exchanges = field(default_factory=lambda: Exchanges(0, ["this host"], 0))  # `with world.exchanging("all-gather of ..."):`
 
     @classmethod
@@ -78,7 +87,8 @@ class World:
         # Zeroth-order slopes drown in the rounding of bf16, fp16 and TF32 (METHOD 2.2), whatever the user's accelerate configuration says.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         on_deepspeed = zero.is_requested()
-        process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
+        timeout = timedelta(seconds=config.timeout_s)
+        process_group = InitProcessGroupKwargs(timeout=timeout)
         if on_deepspeed:
             zero.make_ready(on_cpu)
             process_group.backend = "gloo" if on_cpu else "nccl"
@@ -90,7 +100,10 @@ class World:
                     # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
                     # Without find_unused_parameters DDP re-orders its buckets after the first backward: sums over three ranks and more
                     # then differ in their last bits between a resumed run and one never stopped.
-                    DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
+                    # One bucket, of which gradients are views: it is exchanged while zeroth order goes on (dist/first_order.py).
+                    DistributedDataParallelKwargs(
+                        broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=256
+                    ),
                     process_group,
                 ],
             )
@@ -118,8 +131,11 @@ class World:
                 raise RuntimeError(
                     f"the process group runs on {dist.get_backend()!r}, not on {backend}: unset ACCELERATE_* backend settings"
                 )
+        if announced % config.direction_groups:
+            raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
         engine = zero.name_of(accelerator) if on_deepspeed else "ddp"
-        world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine)
+        groups = config.direction_groups
+        world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups, timeout)
         world.exchanging = Exchanges(world.rank, ["?"] * world.size, config.timeout_s)
         world.exchanging.hosts = world.gather_objects(socket.gethostname())
         return world
@@ -127,6 +143,21 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def data_size(self) -> int:
+        """Return into how many parts a batch is cut."""
+        return self.size // self.direction_groups
+
+    @property
+    def data_rank(self) -> int:
+        """Return which part of a batch this rank has."""
+        return self.rank % self.data_size
+
+    @property
+    def direction_group(self) -> int:
+        """Return which share of the candidates this rank evaluates."""
+        return self.rank // self.data_size
 
     def take_peak_gib(self) -> float | None:
         """Return the most memory that this rank's accelerator has held since the last call, in GiB; None on a CPU."""

@@ -85,7 +85,8 @@ class MoEAdapter(nn.Module):
         """
         logits = torch.matmul(first_KBD, sets["router"])
         # Without noise the noise router still has its place in the graph, with gradient zero: DDP and ZeRO want every parameter used.
-        spread = F.softplus(torch.matmul(first_KBD, sets["noise"])) + 0.01
+        # In float64: the CPU's exp has other last bits in the tail of a tensor, so that a sample's gate would depend on its company.
+        spread = F.softplus(torch.matmul(first_KBD, sets["noise"]).double()).to(logits.dtype) + 0.01
         logits = logits + spread * (noise if noise is not None else 0.0)
         if self.config.top_k == self.config.experts:
             return logits.softmax(-1), None

@@ -1,6 +1,6 @@
 """Per step and unit: the size of its gradient, of its update and of its parameters (METHOD 2.11)."""
 
-# U units, n numbers of a unit
+# U units of a branch, n numbers of a unit
 
 from collections.abc import Sequence
 
@@ -13,35 +13,52 @@ FIGURES = ("gradient_norm", "gradient_mean", "gradient_variance", "update_norm",
 
 
 class UnitStatistics:
-    """Watches one step: made before anything moves, told the gradients, asked when all has moved.
+    """Watches one step after another: made before anything moves, told each step's gradients, asked for its figures when all has moved.
 
-    A few large operations a branch, whose units are all of one size; no figure leaves the device before it is asked for.
+    A few large operations a branch, whose units are all of one size, into memory that is kept: with small adapters, what takes time is
+    fresh memory and many small tensors. No figure leaves the device before it is asked for.
     """
 
     def __init__(self, units: Units):
         self.units = units
-        self.ids = [ids for branch in BRANCHES if (ids := [id for id in units if id.branch == branch])]
-        self.before = [self._values(ids) for ids in self.ids]
+        self.ids = {branch: ids for branch in BRANCHES if (ids := [id for id in units if id.branch == branch])}
+        self.tensors = {branch: [t for id in ids for t in units[id].tensors().values()] for branch, ids in self.ids.items()}
         self.gradients: dict[UnitId, Tensor] = {}
+        self._before_Un, self._after_Un = self._rows(), self._rows()
+        self._gather_all(self._before_Un)
 
-    def observe(self, ids: Sequence[UnitId], gradient: Tensor) -> None:
-        """Take the gradients of some units of one branch, one after another in a flat tensor; a later one replaces an earlier one."""
-        gradient_Un = gradient.view(len(ids), -1)
+    def observe(self, ids: Sequence[UnitId], gradients: Sequence[Tensor], scale: float = 1.0) -> None:
+        """Take the gradients, times `scale`, of some units of one branch, one after another in pieces of any size; a later one counts."""
+        gradient_Un = self._after_Un[ids[0].branch][: len(ids)]
+        _gather(gradients, gradient_Un)
         norm_U, mean_U = torch.linalg.vector_norm(gradient_Un, dim=1), gradient_Un.mean(1)
         variance_U = (norm_U.square() / gradient_Un.shape[1] - mean_U.square()).clamp_min(0)
-        self.gradients |= zip(ids, torch.stack([norm_U, mean_U, variance_U], 1).unbind(), strict=True)
+        figures_U3 = torch.stack([norm_U * scale, mean_U * scale, variance_U * scale**2], 1)
+        self.gradients |= zip(ids, figures_U3.unbind(), strict=True)
 
     def figures(self) -> Tensor:
-        """Return FIGURES of every unit, in the units' order `[U, 5]`, fp32; NaN for the gradient of a unit that has none."""
-        moved = []
-        for ids, before_Un in zip(self.ids, self.before, strict=True):
-            after_Un = self._values(ids)
-            moved.append(torch.stack([torch.linalg.vector_norm(x, dim=1) for x in (after_Un - before_Un, after_Un)], 1))
-        unknown = torch.full((3,), torch.nan, device=moved[0].device)
-        gradients_U3 = torch.stack([self.gradients.get(id, unknown).float() for id in self.units])
-        return torch.cat([gradients_U3, torch.cat(moved).float()], 1)
+        """Return FIGURES of every unit, in the units' order `[units, 5]`, fp32; NaN for the gradient of a unit that has none.
 
-    def _values(self, ids: Sequence[UnitId]) -> Tensor:
-        """Return the parameters of some units as rows `[U, n]`, a copy."""
-        tensors = [t.detach().flatten() for id in ids for t in self.units[id].tensors().values()]
-        return torch.cat(tensors).view(len(ids), -1)
+        The parameters are then those before the next step.
+        """
+        self._gather_all(self._after_Un)
+        moved = []
+        for before_Un, after_Un in zip(self._before_Un.values(), self._after_Un.values(), strict=True):
+            moved.append(torch.stack([torch.linalg.vector_norm(x, dim=1) for x in (before_Un.sub_(after_Un), after_Un)], 1))
+        self._before_Un, self._after_Un = self._after_Un, self._before_Un
+        unknown = torch.full((3,), torch.nan, device=moved[0].device)
+        gradients, self.gradients = self.gradients, {}
+        return torch.cat([torch.stack([gradients.get(id, unknown).float() for id in self.units]), torch.cat(moved).float()], 1)
+
+    def _rows(self) -> dict[str, Tensor]:
+        """Return memory for a row a unit, by branch."""
+        return {branch: self.tensors[branch][0].new_empty(len(ids), self.units[ids[0]].numel) for branch, ids in self.ids.items()}
+
+    def _gather_all(self, rows: dict[str, Tensor]) -> None:
+        for branch, tensors in self.tensors.items():
+            _gather(tensors, rows[branch])
+
+
+@torch.no_grad()
+def _gather(tensors: Sequence[Tensor], out: Tensor) -> None:
+    torch.cat([tensor.view(-1) for tensor in tensors], out=out.view(-1))

@@ -1,11 +1,13 @@
 """Put our runs beside the paper's numbers:  python -m dist_vlcl.report.build runs/* [--out report]
 
 Writes OUT/report.md, OUT/report.html (one file, its pictures inside), OUT/images/*.png, and every number as tidy CSV in OUT/data/.
+With --into PAGE.md, results, claims and their pictures also go into that page, between its lines <!-- report --> and <!-- /report -->.
 """
 
 import argparse
 import base64
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,15 +22,18 @@ from rich.progress import track
 from dist_vlcl.config import CONFIG_FOLDER, from_hydra
 from dist_vlcl.report import paper_tables as tables
 from dist_vlcl.report.cells import ZERO_SHOT, Entry, Method, Published, Section, Stream, classify, published_cells, sections_of
+from dist_vlcl.report.claims import CLAIMS, RULE, tally
 from dist_vlcl.report.figures import STYLE
-from dist_vlcl.report.paper_figures import FIGURES, Picture, draw_memory, pictures_of
+from dist_vlcl.report.paper_figures import FIGURES, Picture, claims_pictures, draw_memory, pictures_of
 from dist_vlcl.report.records import NoRun, Run, read_run
 from dist_vlcl.report.tables import TextTable
+from dist_vlcl.run.files import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd
 
 T = TypeVar("T")
+MARKS = ("<!-- report -->", "<!-- /report -->")
 INTRODUCTION = """# Report
 
 Accuracy in % over all classes seen, task-agnostic. Last: after the final task; Avg: the mean over tasks. *paper*: the published number, of
@@ -45,6 +50,8 @@ class Report:
     """What a report holds, before it is written: its page, its pictures and its tidy tables, by name."""
 
     page: str = INTRODUCTION
+    digest: str = ""  # results and claims alone, for another page
+    shown_there: list[str] = field(default_factory=list)  # its pictures
     pictures: dict[str, Picture] = field(default_factory=dict)
     data: dict[str, "pd.DataFrame"] = field(default_factory=dict)
 
@@ -103,19 +110,23 @@ def _slugs(sections: Sequence[Section]) -> list[str]:
 
 def _add_section(report: Report, section: Section, slug: str, published: Sequence[Published], memory_gb: Mapping) -> None:
     report.add(f"## {section.title}")
-    if section.departures:
-        report.add(f"Other than in the paper, in every run that it concerns: {'; '.join(map(str, section.departures))}.")
+    report.add(_departures(section))
     report.add_data("runs", section, _runs_frame(section))
+    for stream in section.streams:
+        what = "Δ: mean paired difference to the control, with its 95 % interval."
+        report.add(f"### {stream.label}, every method", f"{section.title}. {what}", tables.result_table(section, stream).markdown())
+    comparisons = tables.comparison_frame(section, published)
+    _add_claims(report, section, comparisons, slug)
     _add_accuracies(report, section, published)
     memory = tables.memory_frame(section, memory_gb)
     if section.is_paper or memory.runs.any():
         _add_memory(report, section, memory)
-    _add_comparisons(report, section)
     pictures = list(_shown(pictures_of(section), f"figures of part {section.number}", len(FIGURES) * len(section.streams)))
     if memory.runs.any():
         pictures.append(Picture("memory", "Table 5 as a picture", f"{section.title}.", draw_memory(memory), memory))
     _add_figures(report, pictures, slug)
     report.add("### Missing", _missing(section, published))
+    _add_digest(report, section, comparisons, slug)
 
 
 def _add_accuracies(report: Report, section: Section, published: Sequence[Published]) -> None:
@@ -136,28 +147,61 @@ def _add_memory(report: Report, section: Section, memory: "pd.DataFrame") -> Non
     report.add("### Table 5. Memory", what, tables.memory_table(memory).markdown())
 
 
-def _add_comparisons(report: Report, section: Section) -> None:
-    comparisons = tables.comparison_frame(section)
+def _add_claims(report: Report, section: Section, comparisons: "pd.DataFrame", slug: str) -> None:
     if comparisons.empty:
         return
     report.add_data("comparisons", section, comparisons)
-    what = (
-        "Mean difference in points over the seeds that both have; 95 % interval and p of a paired t-test, not corrected for their number."
-    )
-    report.add("### What differs", f"{section.title}. {what}", tables.comparison_table(comparisons).markdown())
+    report.add("### The paper's claims, on these runs", f"{section.title}. {RULE}", *_claim_blocks(comparisons))
+    _add_pictures(report, list(claims_pictures(section, comparisons)), slug)
+    others = comparisons[comparisons.claim == ""]
+    if len(others):
+        what = "Mean difference in points over the seeds that both have; 95 % interval and p of a paired t-test, not corrected."
+        report.add("### Other differences", f"{section.title}. {what}", tables.comparison_table(others).markdown())
+
+
+def _claim_blocks(comparisons: "pd.DataFrame") -> Iterator[str]:
+    """Each claim's question with what the runs say, and its table."""
+    for claim in CLAIMS:
+        found = comparisons[comparisons.claim == claim.name]
+        yield f"**{claim.question}** (Δ {claim.condition}) {tally(found) if len(found) else 'Not run.'}"
+        if len(found):
+            yield tables.comparison_table(found, claim).markdown()
+
+
+def _add_digest(report: Report, section: Section, comparisons: "pd.DataFrame", slug: str) -> None:
+    """Put together, from what the report has, what another page shows of a section."""
+    blocks = [f"### {section.title}", _departures(section)]
+    for stream in section.streams:
+        blocks += [f"#### {stream.label}", tables.result_table(section, stream).markdown()]
+    if len(comparisons):
+        blocks += ["#### The paper's claims", RULE, *_claim_blocks(comparisons)]
+    for name, picture in report.pictures.items():
+        if name.startswith((f"{slug}-claims-", f"{slug}-figure2-")):
+            report.shown_there.append(name)
+            blocks += [f"![{picture.title}](images/{name}.png)", f"**{picture.title}.** {picture.caption}"]
+    report.digest += "".join(f"\n{block.rstrip()}\n" for block in blocks if block)
+
+
+def _departures(section: Section) -> str:
+    told = "; ".join(map(str, section.departures))
+    return f"Other than in the paper, in every run that it concerns: {told}." if told else ""
 
 
 def _add_figures(report: Report, pictures: Sequence[Picture], slug: str) -> None:
     report.add("### Figures")
+    _add_pictures(report, pictures, slug)
+    absent = [f"- {picture.title}: {picture.caption}" for picture in pictures if picture.figure is None]
+    if absent:
+        report.add("Not drawn:", "\n".join(absent))
+
+
+def _add_pictures(report: Report, pictures: Sequence[Picture], slug: str) -> None:
     for picture in pictures:
         if picture.figure is not None:
             name = f"{slug}-{picture.name}"
             report.pictures[name] = picture
             text = f"**{picture.title}.** {picture.caption} Data: `data/{name}.csv`."
             report.add(f"![{picture.title}](images/{name}.png)", text)
-    absent = [f"- {picture.title}: {picture.caption}" for picture in pictures if picture.figure is None]
-    if absent:
-        report.add("Not drawn:", "\n".join(absent))
 
 
 def _missing(section: Section, published: Sequence[Published]) -> str:
@@ -236,6 +280,25 @@ def write(report: Report, out: Path) -> None:
     (out / "report.html").write_text(to_html(report.page, out))
 
 
+def write_into(report: Report, page: Path, out: Path) -> None:
+    """Put a report's digest between the marks of another page, and its pictures, from `out`, into the images folder beside that page."""
+    before, after = _around_marks(page)
+    replace_file(page, f"{before}{MARKS[0]}\n{report.digest}\n{MARKS[1]}{after}")
+    (page.parent / "images").mkdir(exist_ok=True)
+    for name in report.shown_there:
+        shutil.copy(out / "images" / f"{name}.png", page.parent / "images")
+
+
+def _around_marks(page: Path) -> tuple[str, str]:
+    """Return what stands before and after the marks of a page; raise ValueError where it has them not."""
+    text = page.read_text() if page.exists() else ""
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (begin and end):
+        raise ValueError(f"--into {page}: give a page that has the lines {MARKS[0]} and {MARKS[1]}")
+    return before, after
+
+
 def to_html(page: str, folder: Path) -> str:
     """A Markdown page as one HTML file that needs no other: the pictures, relative to `folder`, are inside."""
     from markdown_it import MarkdownIt
@@ -271,16 +334,23 @@ def main() -> None:
         "runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, such as runs/*; others are passed over and named"
     )
     parser.add_argument("--out", type=Path, default=Path("report"), help="where to write (default: report)")
+    parser.add_argument("--into", type=Path, metavar="PAGE.md", help="also put results and claims into this page, between its marks")
     arguments = parser.parse_args()
     absent = [str(folder) for folder in arguments.runs if not folder.exists()]
     if absent:
         parser.error(f"no such folder: {', '.join(absent)}")
+    try:
+        _ = arguments.into and _around_marks(arguments.into)
+    except ValueError as error:
+        parser.error(str(error))
     runs, passed_over = read_runs(arguments.runs)
     if not runs:
         parser.error("none of these is the folder of a run (config.yaml is missing): give runs/*, or runs/NAME")
     with matplotlib.rc_context(STYLE):
         report = build(runs, passed_over)
         write(report, arguments.out)
+        if arguments.into:
+            write_into(report, arguments.into, arguments.out)
     complete = sum(run.is_complete for run in runs)
     print(f"{complete} complete runs of {len(runs)}, {len(report.pictures)} pictures: open {arguments.out}/report.html")
 

@@ -20,10 +20,8 @@ IMAGES_A_CLASS = {
 # What changes neither a result nor its meaning.
 IMMATERIAL = (
     *("seed", "paper", "run.*", "cluster.*", "eval.batch_size", "eval.zero_shot"),
-    *(
-        f"data.{key}"
-        for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "num_workers", "on_error", "samples_per_shard")
-    ),
+    *(f"data.{key}" for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "on_error")),
+    *(f"data.{key}" for key in ("num_workers", "cache_gib", "encoding", "samples_per_shard")),
     *(f"train.{key}" for key in ("micro_batches", "max_skips", "check_every_steps")),
     *("orders.branch", "orders.layers", "orders.order", "zo.name"),  # these are the cell itself
 )
@@ -131,13 +129,16 @@ def published_cells(runs: Iterable[Mapping[str, Any]]) -> list[Published]:
 
 
 def cell_of(config: Mapping[str, Any], published: Iterable[Published]) -> tuple[Stream, Method]:
-    """The cell of a run's configuration: that of its `paper` id, or by its resolved settings. A control is one whatever its id says."""
+    """The cell of a run's configuration: the method of its `paper` id, or by its resolved settings. A control is one whatever its id says.
+
+    The data are what the run had, whatever its id says.
+    """
     stream = Stream(config["data"]["name"], config["tasks"]["increment"])
     method = _method_of(config)
     named = next((cell for cell in published if cell.id == config.get("paper")), None)
     if named is None or method == ZERO_SHOT:
-        return (named.stream if named else stream), method
-    return named.stream, named.method.twin if method.variant == "frozen" else named.method
+        return stream, method
+    return stream, named.method.twin if method.variant == "frozen" else named.method
 
 
 def _method_of(config: Mapping[str, Any]) -> Method:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dist_vlcl.report.cells import ZERO_SHOT, Entry, Method, Section, Stream, first_order
+from dist_vlcl.report.cells import DATASETS, ZERO_SHOT, Entry, Method, Section, Stream, first_order
+from dist_vlcl.report.claims import CLAIMS
 from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, new_figure, put_legend, smoothed
-from dist_vlcl.report.paper_tables import accuracies, cell_columns, comparison_frame, paired_test
+from dist_vlcl.report.paper_tables import METRICS, accuracies, cell_columns, comparison_frame, paired_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -165,8 +166,9 @@ def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[
     cells = {cell: cells[cell] for cell in sorted(cells, key=lambda cell: (cell[0].order, cell[1])) if cell[0] != ZERO_SHOT}
     if max(map(len, cells.values()), default=0) < 2:
         raise NothingToDraw("no method has runs with two seeds")
+    differences = _seed_differences(section, stream, list(cells))
     figure = new_figure(6.9, 1.1 + 0.27 * len(cells))
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1])
+    left, *others = figure.subplots(1, 2 if differences else 1, sharey=True, squeeze=False)[0]
     seeds = [(value, place) for place, values in enumerate(cells.values()) for value in values.values()]
     left.plot(*zip(*seeds, strict=True), color=GREY, marker="|", linewidth=0, markersize=9, label="a seed")
     for place, values in enumerate(cells.values()):
@@ -174,41 +176,51 @@ def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[
     zero_shot = list(accuracies(section, stream, ZERO_SHOT, (), "last").values())
     if zero_shot:
         left.axvline(float(np.mean(zero_shot)), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
-    _draw_differences(right, section, stream, list(cells))
+    for right in others:
+        _draw_differences(right, differences)
     names = [method.label + "".join(f"\n{text}" for text in note) for method, note in cells]
     left.set_yticks(range(len(cells)), names)
     left.set_ylim(len(cells) - 0.4, -0.6)
     left.set_xlabel("Last (%)")
-    right.set_xlabel("difference in Last (points)")
     looks: dict[str, Any] = {"ncols": 3, "fontsize": 8, "handletextpad": 0.4, "columnspacing": 1}
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", **looks)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", **looks)
+    for right in others:
+        right.set_xlabel("difference in Last (points)")
+        figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", **looks)
     lines = [
         {**cell_columns(stream, *cell), "seed": seed, "last": value} for cell, values in cells.items() for seed, value in values.items()
     ]
     what = (
-        "Left: Last of every seed, with the mean and its 95 % t-interval. Right: differences over the seeds that both methods have, with "
-        "their 95 % intervals (paired; not corrected for their number); control: the same units frozen, or zero-shot CLIP where nothing "
-        "else learns. "
+        "Last of every seed, with the mean and its 95 % t-interval; beside it, where they can be had, differences over the seeds that both "
+        "methods have, with their 95 % intervals (paired; not corrected for their number); control: the same units frozen, or zero-shot "
+        "CLIP where nothing else learns. "
         "Marks without a bar are single seeds. The paper's figure has the whole branches only."
     )
     return figure, pd.DataFrame(lines), what
 
 
-def _draw_differences(axes: "Axes", section: Section, stream: Stream, cells: Sequence[tuple[Method, tuple[str, ...]]]) -> None:
-    tests = comparison_frame(section)
+def _seed_differences(section: Section, stream: Stream, cells: Sequence[tuple[Method, tuple[str, ...]]]) -> list[tuple[int, bool, dict]]:
+    """The tests of Last of each zeroth-order cell, by its place, against its control or against first order."""
+    tests = comparison_frame(section).to_dict("records")
+    found = []
+    for place, (method, note) in enumerate(cells):
+        for is_control, other in ((False, first_order(method.adapter)), (True, method.twin)):
+            wanted = {**cell_columns(stream, method, note), "against": other.label, "metric": "last"}
+            matching = (test for test in tests if method.is_zeroth and all(test[key] == value for key, value in wanted.items()))
+            found += [(place, is_control, test) for test in matching]
+    return found
+
+
+def _draw_differences(axes: "Axes", differences: Sequence[tuple[int, bool, dict]]) -> None:
     axes.axvline(0, color=GREY, linewidth=0.8)
-    for offset, color, marker, face, label in (
-        (-0.14, ORANGE, "s", ORANGE, "less first order"),
-        (0.14, GREEN, "^", "white", "less the control"),
+    for of_control, offset, color, marker, face, label in (
+        (False, -0.14, ORANGE, "s", ORANGE, "less first order"),
+        (True, 0.14, GREEN, "^", "white", "less the control"),
     ):
         axes.plot([], [], color=color, marker=marker, markerfacecolor=face, label=label)
-        for place, (method, note) in enumerate(cells):
-            other = first_order(method.adapter) if face == color else method.twin
-            wanted = {**cell_columns(stream, method, note), "against": other.label, "metric": "last"}
-            for test in tests.to_dict("records"):
-                if method.is_zeroth and all(test[key] == value for key, value in wanted.items()):
-                    _draw_interval(axes, place + offset, test, color, marker, face)
+        for place, is_control, test in differences:
+            if is_control == of_control:
+                _draw_interval(axes, place + offset, test, color, marker, face)
 
 
 def _draw_interval(axes: "Axes", place: float, test: dict[str, Any], color: str, marker: str, face: str, label: str = "") -> None:
@@ -216,6 +228,65 @@ def _draw_interval(axes: "Axes", place: float, test: dict[str, Any], color: str,
     axes.errorbar(
         [test["mean"]], [place], xerr=reach, color=color, fmt=marker, markerfacecolor=face, markersize=5, capsize=2.5, label=label
     )
+
+
+def draw_claims(comparisons: "pd.DataFrame") -> "Figure":
+    """The differences that each claim of the paper rests on, a row of axes a claim and a column a data set."""
+    streams = list(dict.fromkeys(zip(comparisons.dataset, comparisons.increment, strict=True)))
+    claims = [claim for claim in CLAIMS if claim.name in set(comparisons.claim)]
+    labels = {claim.name: list(dict.fromkeys(_difference_labels(comparisons[comparisons.claim == claim.name]))) for claim in claims}
+    numbers = [len(labels[claim.name]) for claim in claims]
+    figure = new_figure(max(6.9, 2.3 + 2.6 * len(streams)), 0.7 + sum(0.5 + 0.24 * number for number in numbers))
+    heights = [number + 0.4 for number in numbers]
+    grid = figure.subplots(len(claims), len(streams), sharex="row", sharey="row", squeeze=False, height_ratios=heights)
+    for claim, row in zip(claims, grid, strict=True):
+        for axes, (dataset, increment) in zip(row, streams, strict=True):
+            of_cell = (comparisons.claim == claim.name) & (comparisons.dataset == dataset) & (comparisons.increment == increment)
+            _draw_claim(axes, comparisons[of_cell], labels[claim.name], claim.bound or 0.0)
+        row[0].set_yticks(range(len(labels[claim.name])), labels[claim.name], fontsize=8)
+        row[0].set_ylim(len(labels[claim.name]) - 0.3, -0.7)
+        row[0].set_title(claim.question, fontsize=9, loc="left", fontweight="bold")
+    for axes, (dataset, increment) in zip(grid[-1], streams, strict=True):
+        axes.set_xlabel(f"{Stream(dataset, increment).label}: difference (points)", fontsize=9)
+    handles, texts = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside upper right", ncols=2, fontsize=8, handletextpad=0.4, columnspacing=1.2)
+    return figure
+
+
+def _draw_claim(axes: "Axes", comparisons: "pd.DataFrame", labels: Sequence[str], bound: float) -> None:
+    axes.axvline(bound, color=GREY, linewidth=1, linestyle="--" if bound else "-")
+    axes.tick_params(labelsize=8)
+    for offset, metric, color, marker, face, theirs in ((-0.17, "last", BLUE, "o", BLUE, "x"), (0.17, "avg", ORANGE, "s", "white", "+")):
+        name = METRICS[metric]
+        axes.plot([], [], color=color, marker=marker, markerfacecolor=face, markersize=5, label=f"{name}, with 95 % interval")
+        axes.plot([], [], color=GREY, marker=theirs, linewidth=0, markersize=5, label=f"{name} in the paper")
+        of_metric = comparisons[comparisons.metric == metric]
+        for label, test in zip(_difference_labels(of_metric), of_metric.to_dict("records"), strict=True):
+            place = labels.index(label) + offset
+            _draw_interval(axes, place, test, color, marker, face)
+            axes.plot([test["paper"]], [place], color=GREY, marker=theirs, markersize=5, linewidth=0)
+
+
+def _difference_labels(comparisons: "pd.DataFrame") -> list[str]:
+    rows = comparisons.to_dict("records")
+    methods = [Method(row["adapter"], row["branch"], row["layers"], row["variant"]) for row in rows]
+    return [method.label + (f"\n{row['settings']}" if row["settings"] else "") for method, row in zip(methods, rows, strict=True)]
+
+
+def claims_pictures(section: Section, comparisons: "pd.DataFrame") -> Iterator[Picture]:
+    """One picture a data set of what the claims rest on; the two data sets beside each other are its increments."""
+    of_claims = comparisons[comparisons.claim != ""] if len(comparisons) else comparisons
+    for dataset in dict.fromkeys(stream.dataset for stream in section.streams):
+        data = of_claims[of_claims.dataset == dataset] if len(of_claims) else of_claims
+        if len(data):
+            name = DATASETS.get(dataset, dataset)
+            what = (
+                "Mean paired difference of each method to the one that the question names, with the 95 % interval where there are seeds "
+                "for one (where freezing leaves nothing that learns, the other is zero-shot CLIP). Grey: the same difference of the "
+                "published numbers. Line: the bound that the question asks about."
+            )
+            title = f"The paper's claims on {name}"
+            yield Picture(f"claims-{dataset}", title, f"{section.title}. {what}", draw_claims(data), data)
 
 
 def draw_memory(frame: "pd.DataFrame") -> "Figure":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_vlcl.report.cells import BRANCHES, PLANS, ZERO_SHOT, Method, Published, Section, Stream, first_order
+from dist_vlcl.report.claims import Claim, claim_of
 from dist_vlcl.report.tables import UNKNOWN, TextTable
 
 if TYPE_CHECKING:
@@ -257,21 +258,33 @@ def memory_table(frame: "pd.DataFrame") -> TextTable:
     return TextTable(["adapter", "", *(names.get(setting, f"{setting} all") for setting in frame.setting.unique())], rows, num_left=2)
 
 
-def comparison_frame(section: Section) -> "pd.DataFrame":
+def comparison_frame(section: Section, published: Sequence[Published] = ()) -> "pd.DataFrame":
     """What the paper's claims rest on: differences of two methods over the seeds that both have, with a paired t-test.
 
-    `low` and `high` bound the 95 % confidence interval; they and `p` are missing with fewer than two seeds.
+    `low` and `high` bound the 95 % confidence interval; they and `p` are missing with fewer than two seeds. `claim` and `verdict`: which
+    claim of the paper the difference bears on, if any, and what it says. `paper`: the same difference of the published numbers.
     """
     import pandas as pd
 
+    known = {(cell.stream, cell.method): cell for cell in published}
     lines = []
     for stream in section.streams:
         for (method, note), (other, other_note) in _pairs(section, stream):
+            claim = claim_of(method, other)
+            theirs = [known[stream, m] for m in (method, other) if (stream, m) in known]
             for metric in METRICS:
-                ours, theirs = accuracies(section, stream, method, note, metric), accuracies(section, stream, other, other_note, metric)
-                if ours.keys() & theirs.keys():
-                    result = {"metric": metric, **paired_test(_differences(ours, theirs))}
-                    lines.append({**cell_columns(stream, method, note), "against": other.label, **result})
+                values = [accuracies(section, stream, *cell, metric) for cell in ((method, note), (other, other_note))]
+                if values[0].keys() & values[1].keys():
+                    test = paired_test(_differences(*values))
+                    lines.append(
+                        {
+                            **cell_columns(stream, method, note),
+                            **{"against": other.label, "metric": metric, **test},
+                            "paper": getattr(theirs[0], metric) - getattr(theirs[1], metric) if len(theirs) == 2 else np.nan,
+                            "claim": claim.name if claim else "",
+                            "verdict": claim.verdict(test["low"], test["high"]) if claim else "",
+                        }
+                    )
     return pd.DataFrame(lines)
 
 
@@ -308,27 +321,62 @@ def paired_test(differences: Sequence[float]) -> dict[str, float]:
     return {**known, "low": float(low), "high": float(high), "p": float(test.pvalue)}
 
 
-def comparison_table(frame: "pd.DataFrame") -> TextTable:
-    """One row a comparison: for Last and Avg the mean difference, its interval and p."""
+def comparison_table(frame: "pd.DataFrame", claim: Claim | None = None) -> TextTable:
+    """One row a comparison: for Last and Avg the mean difference, its interval and p; for a claim the verdict and the paper's, not p."""
     rows = []
     keys = ["dataset", "increment", "adapter", "branch", "layers", "variant", "settings", "against"]
     for (dataset, increment, *cell, note, against), both in frame.groupby(keys, sort=False):
         by_metric = {row["metric"]: row for row in both.to_dict("records")}
-        texts = [text for metric in METRICS for text in _test_texts(by_metric[metric])]
+        texts = [text for metric in METRICS for text in _test_texts(by_metric[metric], claim)]
         label = Method(*cell).label + (f" ({note})" if note else "")
         rows.append([Stream(dataset, increment).label, label, against, str(by_metric["last"]["seeds"]), *texts])
-    heads = [head for name in METRICS.values() for head in (f"Δ {name}", "95 % interval", "p")]
+    heads = [head for name in METRICS.values() for head in _test_heads(name, claim)]
     return TextTable(["data", "method", "compared with", "seeds", *heads], rows, num_left=3)
 
 
-def _test_texts(test: Mapping[str, float]) -> list[str]:
-    if np.isnan(test["p"]):
-        return [signed(test["mean"]), UNKNOWN, UNKNOWN]
-    p = "< 0.001" if test["p"] < 1e-3 else f"{test['p']:.3f}"
-    return [signed(test["mean"]), f"[{signed(test['low'])}, {signed(test['high'])}]", p]
+def _test_heads(name: str, claim: Claim | None) -> list[str]:
+    return [f"Δ {name}", "95 % interval", *(["verdict", "paper's Δ"] if claim else ["p"])]
 
 
-def _summary(prefix: str, values: Values) -> dict[str, float]:
+def _test_texts(test: Mapping[str, Any], claim: Claim | None) -> list[str]:
+    if claim:
+        return [signed(test["mean"]), interval(test), test["verdict"], signed(test["paper"])]
+    p = UNKNOWN if np.isnan(test["p"]) else "< 0.001" if test["p"] < 1e-3 else f"{test['p']:.3f}"
+    return [signed(test["mean"]), interval(test), p]
+
+
+def interval(test: Mapping[str, Any]) -> str:
+    """The bounds of an interval; a dash where there is none."""
+    return UNKNOWN if np.isnan(test["low"]) else f"[{signed(test['low'])}, {signed(test['high'])}]"
+
+
+def result_table(section: Section, stream: Stream) -> TextTable:
+    """One row a method: Last and Avg over the seeds, and the paired differences to its control."""
+    cells = [
+        (method, note)
+        for method in sorted({e.method for e in section.entries if e.stream == stream}, key=lambda m: m.order)
+        for note in section.notes(method)
+        if section.find(stream, method, note)
+    ]
+    cells = [cell for cell in cells if cell[0] != ZERO_SHOT]
+    if accuracies(section, stream, ZERO_SHOT, (), "last"):
+        cells.insert(0, (ZERO_SHOT, ()))
+    rows = []
+    for method, note in cells:
+        label = method.label + (f" ({'; '.join(note)})" if note else "")
+        values = {metric: accuracies(section, stream, method, note, metric) for metric in METRICS}
+        spreads = [spread(**_summary("", values[metric])) for metric in METRICS]
+        gains = []
+        for metric in METRICS:
+            control = accuracies(section, stream, method.twin, control_note(note), metric) if method.is_zeroth else {}
+            test = paired_test(_differences(values[metric], control))
+            gains += [signed(test["mean"]), interval(test)]
+        rows.append([label, *spreads, ("zero-shot" if method.twin == ZERO_SHOT else "frozen") if method.is_zeroth else "", *gains])
+    heads = [head for name in METRICS.values() for head in (f"Δ {name}", "95 % interval")]
+    return TextTable(["method", *METRICS.values(), "control", *heads], rows)
+
+
+def _summary(prefix: str, values: Values) -> dict[str, Any]:
     std = float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else np.nan
     return {f"{prefix}mean": _mean(values.values()), f"{prefix}std": std, f"{prefix}seeds": len(values)}
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dist_vlcl.report.records import read_records
 
@@ -72,7 +73,17 @@ def summarize_run(folder: Path | str, names: Sequence[str] | None = None) -> str
     records = read_records(folder)
     newest = records.tasks[-1] if records.tasks else {}
     figures = {key: newest.get(key) for key in ("last", "avg", "forgetting", "zero_shot")}
-    return summary_markdown(Path(folder).resolve().name, records.matrix, names, records.seen, **figures)
+    return summary_markdown(Path(folder).resolve().name, records.matrix, names, records.seen, **figures) + _waits(records.steps)
+
+
+def _waits(steps: Sequence[dict[str, Any]]) -> str:
+    """A line on the time that steps waited for their images; nothing where no step says."""
+    waited = sum(record.get("data_seconds", 0.0) for record in steps)
+    whole = waited + sum(record.get("seconds", 0.0) for record in steps)
+    if not waited:
+        return ""
+    advice = " More `data.num_workers`, or shards built with `data.encoding=pixels`, would help." if waited > 0.05 * whole else ""
+    return f"\nWaiting for images took {percent(waited / whole)} % of the time of the steps.{advice}\n"
 
 
 def _mean(row: Row) -> float | None:

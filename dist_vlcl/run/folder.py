@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -27,8 +28,14 @@ from dist_vlcl.masking import masked
 from dist_vlcl.run.environment import describe_environment, is_restart
 from dist_vlcl.run.files import replace_file
 
-MAY_CHANGE = ("run.*", "cluster.*", "data.root", "data.url", "data.timeout_s", "data.num_workers", "data.on_error", "data.allow_pipe")
-MAY_CHANGE += ("eval.batch_size", "train.check_every_steps", "train.on_disagreement", "train.max_skips")
+MAY_CHANGE = (
+    *("run.*", "cluster.*", "eval.batch_size"),
+    *("train.check_every_steps", "train.on_disagreement", "train.max_skips"),
+    *("data.root", "data.url", "data.timeout_s", "data.allow_pipe", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
+)
+PATIENCE_S = (
+    300  # of a start by a scheduler: ranks on a node that it has lost sight of may still be running, until their exchange times out
+)
 WANDB_MODES = ("auto", "online", "offline", "off")
 
 
@@ -170,7 +177,7 @@ def _prepare(
 ) -> tuple[TextIO, dict[str, Any]]:
     path = _path(settings)
     path.mkdir(parents=True, exist_ok=True)
-    lock = _locked(path)
+    lock = _locked(path, PATIENCE_S if is_restart() else 0)
     notes = []
     # A requeued job has the command line of the first one, and must not set its own work aside.
     if settings.overwrite and not is_restart() and _is_used(path):
@@ -200,17 +207,22 @@ def _is_used(path: Path) -> bool:
     return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
 
 
-def _locked(path: Path) -> TextIO:
+def _locked(path: Path, patience_s: float = 0) -> TextIO:
     # lockf, not flock: it ends with the process, is not inherited by its workers, and lets one process open twice.
     file = open(path / ".lock", "a")  # noqa: SIM115, it stays open as long as the run
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        raise RunRefused(f"{path} is in use by another process; wait for it, or choose another run.name") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() < deadline:
+                time.sleep(0.5)
+                continue
+            file.close()
+            raise RunRefused(f"{path} is in use by another process; wait for it, or choose another run.name") from None
+        except OSError:
+            pass  # a file system without locks
+        return file
 
 
 def _set_aside(path: Path, lock: TextIO) -> tuple[TextIO, Path]:

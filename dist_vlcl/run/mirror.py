@@ -6,16 +6,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from dist_vlcl.run.files import replace_file
+
 
 class WandbMirror:
     """Repeats records to wandb until something goes wrong, which it says once.
 
-    `id` names the wandb run; given again on a resume, both parts become one run there.
+    `id` names the wandb run; given again on a resume, both parts become one run there. Without one, the folder remembers it.
     """
 
     def __init__(self, folder: Path, mode: str, project: str, name: str, config: dict[str, Any], id: str | None = None) -> None:
         """Start the mirror; `mode` is auto, online, offline or off. It writes below folder/wandb/."""
-        self.id = id or uuid.uuid4().hex[:12]
+        self.id = id or _id_of(folder)
         self._run: Any = None
         if mode == "off":
             return
@@ -61,6 +63,14 @@ class WandbMirror:
     def _give_up(self, error: Exception) -> None:
         self._run = None
         warnings.warn(f"wandb is off for this run: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+
+
+def _id_of(folder: Path) -> str:
+    """The id that an earlier start in this folder has drawn, which may have died before its first checkpoint; else a new one."""
+    file = folder / ".wandb_id"
+    if not file.exists():
+        replace_file(file, uuid.uuid4().hex[:12])
+    return file.read_text()
 
 
 def flat_numbers(record: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -15,11 +15,7 @@ SCRIPTS = {
 }
 # What sbatch is told goes through this shell only as arguments: $0 is the site's file, $@ the command.
 IN_SITE = ["bash", "-c", 'source "$0" && exec "$@"']
-
-
-def sbatch_command(what: str, options: Sequence[str], sbatch_options: Sequence[str], folder: Path) -> list[str]:
-    """Return the command that submits slurm/<what>.sbatch with a trainer's options."""
-    return ["sbatch", *sbatch_options, str(folder / "slurm" / f"{what}.sbatch"), *options]
+NOT_FOUND = 127  # a shell's exit status
 
 
 def check_options(what: str, options: Sequence[str]) -> None:
@@ -55,10 +51,12 @@ def main() -> None:
     """Run the command line. Exit status: sbatch's, or 2 for a wrong option."""
     parser = argparse.ArgumentParser(prog="python -m dist_vlcl.run.submit", description=__doc__)
     parser.add_argument("what", choices=SCRIPTS, help="; ".join(f"{name}: {text}" for name, text in SCRIPTS.items()))
-    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of the job (default: that of slurm/<what>.sbatch)")
+    parser.add_argument("--nodes", type=positive, metavar="N", help="train: nodes of the job (default: that of slurm/train.sbatch)")
     parser.add_argument("--time", metavar="LIMIT", help="time limit, such as 4:00:00")
-    parser.add_argument("--engine", default="ddp", help="of first-order units: ddp (default), zero0, zero1, zero2, zero3, zero3_offload")
-    parser.add_argument("--parallel", type=int, default=8, metavar="N", help="sweep: tasks of the array at a time (default 8)")
+    parser.add_argument(
+        "--engine", metavar="NAME", help="train: of first-order units: ddp (default), zero0, zero1, zero2, zero3, zero3_offload"
+    )
+    parser.add_argument("--parallel", type=positive, default=8, metavar="N", help="sweep: tasks of the array at a time (default 8)")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="for sbatch itself, such as --sbatch=--partition=gpu"
     )
@@ -73,10 +71,11 @@ def main() -> None:
     try:
         if not script.exists():
             raise ValueError(f"{script} is missing: call this from the repository's folder, or give --repository")
-        if arguments.engine not in engines:
+        if arguments.engine and arguments.engine not in engines:
             raise ValueError(f"--engine {arguments.engine}: choose from {', '.join(engines)}")
-        if arguments.engine != "ddp" and arguments.what != "train":
-            raise ValueError(f"--engine {arguments.engine}: {arguments.what} runs with ddp only; engines are for train")
+        for name in ("engine", "nodes"):
+            if getattr(arguments, name) and arguments.what != "train":
+                raise ValueError(f"--{name}: it is for train; {arguments.what} takes one node and no engine")
         check_options(arguments.what, arguments.options)
         own = [f"--nodes={arguments.nodes}"] if arguments.nodes else []
         own += [f"--time={arguments.time}"] if arguments.time else []
@@ -85,20 +84,25 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    command = sbatch_command(arguments.what, arguments.options, [*own, *arguments.sbatch], arguments.repository.resolve())
-    own_environment = {"ENGINE": arguments.engine, "DIST_VLCL_HOME": str(arguments.repository.resolve())}
+    repository, engine = str(arguments.repository.resolve()), ["--engine", arguments.engine] if arguments.engine else []
+    command = ["sbatch", *own, *arguments.sbatch, f"{repository}/slurm/{arguments.what}.sbatch", *engine, *arguments.options]
     if arguments.dry_run:
-        given = " ".join(f"{name}={shlex.quote(value)}" for name, value in own_environment.items())
         print(script.read_text())
-        print(f"# cd {shlex.quote(str(arguments.repository.resolve()))} && source slurm/site.sh && \\\n# {given} {shlex.join(command)}")
+        print(
+            f"# source {shlex.quote(f'{repository}/slurm/site.sh')} && \\\n# DIST_VLCL_HOME={shlex.quote(repository)} {shlex.join(command)}"
+        )
         return
-    environment = {**os.environ, **own_environment}
-    try:
-        done = subprocess.run([*IN_SITE, str(arguments.repository.resolve() / "slurm/site.sh"), *command], env=environment)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    done = subprocess.run([*IN_SITE, f"{repository}/slurm/site.sh", *command], env={**os.environ, "DIST_VLCL_HOME": repository})
+    if done.returncode == NOT_FOUND:
+        print("error: there is no sbatch here; call this where jobs are submitted, on the cluster's login node", file=sys.stderr)
     sys.exit(done.returncode)
+
+
+def positive(text: str) -> int:
+    """Return a whole number from 1 on; argparse names the option otherwise."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -71,9 +71,13 @@ def philox4x32(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, 
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps in int64, yet all 64 bits of the product are right
-        c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
+        c0, c2 = (
+            (p >> 32).bitwise_xor_(c).bitwise_xor_(k).bitwise_and_(_MASK)  # of c the low half counts: it is masked here
+            for p, c, k in ((p1, c1, k0), (p0, c3, k1))
+        )
+        c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
+    return c0, c1 & _MASK, c2, c3 & _MASK
 
 
 def _to_normals(words: tuple[Tensor, ...]) -> Tensor:
@@ -86,8 +90,8 @@ def _to_normals(words: tuple[Tensor, ...]) -> Tensor:
 
 def _to_signs(words: tuple[Tensor, ...]) -> Tensor:
     """Four words `[M]` to signs +-1 `[M, 128]` in fp32, the lowest bit first: 8 at a time, from a table of all bytes."""
-    bytes_Mn = torch.stack([(w >> shift) & 0xFF for w in words for shift in (0, 8, 16, 24)], -1)
-    return _sign_table(bytes_Mn.device).index_select(0, bytes_Mn.flatten()).view(-1, SIGNS_PER_COUNTER)
+    bytes_n = torch.stack(words, -1).int().view(torch.uint8).flatten()  # int64 to int32 keeps the low half
+    return _sign_table(bytes_n.device).index_select(0, bytes_n.int()).view(-1, SIGNS_PER_COUNTER)
 
 
 @functools.cache

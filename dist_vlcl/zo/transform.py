@@ -2,6 +2,7 @@
 
 # n numbers of a branch
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ TRANSFORMS = ("identity", "sign", "sign_scalar")
 
 def gradient(slopes: Sequence[float], directions: Sequence[Tensor]) -> Tensor:
     """Return the estimate `[n]`: mean_q s_q z_q."""
-    return sum((z * (s / len(slopes)) for s, z in zip(slopes, directions, strict=True)), torch.zeros_like(directions[0]))
+    return functools.reduce(torch.add, (z * (s / len(slopes)) for s, z in zip(slopes, directions, strict=True)))
 
 
 def transformed(gradient_n: Tensor, slopes: Sequence[float], directions: Sequence[Tensor], transform: str) -> Tensor:

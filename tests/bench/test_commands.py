@@ -20,10 +20,11 @@ RUNS = {
     "noise": f"{TINY} --repeats 1",
     "slope": f"{TINY} --directions 1 --orders language_all",
     "stream": "--count 32 --images 8 --repeats 1 --size 32",
-    "scale": f"{TINY} --processes 1 --steps 1 --orders dual_all",
+    "scale": f"{TINY} --processes 1 --steps 1 --orders dual_hop_odd --apart",
     "growth": f"{TINY} --class-counts 2,4 --expert-counts 2,4 --orders dual_all",
     "eval": f"{TINY} --class-counts 4 --time --repeats 1",
     "switch": f"{TINY} --repeats 1",
+    "probes": f"{TINY} --probes 1,2 --draws 32 --batches 1 --orders language_all",
 }
 
 
@@ -39,6 +40,8 @@ def test_a_benchmark_runs(command, tmp_path, capsys):
     if command == "wire":  # three losses, a count, a flag and a time in float64, and one more vector of candidates' losses for none
         assert saved["tables"][0]["rows"][0][2] == 48
         assert saved["records"][0]["digest_is_equal"]
+    if command == "probes":  # the error of two probes is half of that of one: a law of Gaussian directions
+        assert all(0.7 < record["error"] / record["expected"] < 1.4 for record in saved["records"])
     if command == "step":
         assert saved["tables"][0]["rows"][0][4] <= 1.05
 
@@ -64,7 +67,8 @@ def test_the_commands_of_the_documentation_are_commands():
 
     from dist_vlcl.bench.__main__ import build_parser
 
-    text = (Path(__file__).parents[2] / "docs" / "PERFORMANCE.md").read_text()
+    docs = Path(__file__).parents[2] / "docs"
+    text = (docs / "PERFORMANCE.md").read_text() + (docs / "ENGINES.md").read_text()
     commands = [match["command"] for match in MARKED.finditer(text)]
     assert {command.split()[0] for command in commands} == set(COMMANDS)
     for command in commands:

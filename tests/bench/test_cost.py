@@ -3,17 +3,25 @@
 from functools import cache
 
 import pytest
+import torch
 
 from dist_vlcl.bench.cost import naive_cost, shapes_of, step_cost
 from dist_vlcl.bench.count import flops, without_numbers
 from dist_vlcl.bench.naive import NaiveStep
 from dist_vlcl.bench.setup import SETTINGS, Workload
 from dist_vlcl.dist.world import World
+from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.zo.noise import Key
 
 SMALL = {"model": "small", "images": 8, "classes": 8}  # executed for real; the product of experts and widths is that of the real CLIP's
 LIMIT = 1.05
+
+
+@cache
+def big_towers() -> TwoTowers:
+    """ViT-B/16 in shapes only."""
+    return Workload().towers("meta")
 
 
 @cache
@@ -74,7 +82,7 @@ def test_naive_and_fast_start_from_the_same_loss():
 
 def test_the_published_sizes():
     """open_clip's profile of ViT-B/16: an image 35.13 GF, a prompt of 77 tokens 5.96 GF (both as two FLOPs a multiply-add), no adapters."""
-    shapes = shapes_of(Workload().towers("meta"), 77)
+    shapes = shapes_of(big_towers(), 77)
     bare = {b: s.naive(s.tokens).forward - sum(k.adapter for k in s.naive(s.tokens).blocks) for b, s in shapes.items()}
     assert bare["vision"] / 1e9 == pytest.approx(35.13, rel=0.002)
     assert bare["language"] / 1e9 == pytest.approx(5.96, rel=0.002)
@@ -82,7 +90,7 @@ def test_the_published_sizes():
 
 def test_language_zeroth_order_is_almost_free():
     """A conservative step of it costs at most 1.05 x first order on vision alone."""
-    towers = Workload().towers("meta")
+    towers = big_towers()
     shapes, vision_only = shapes_of(towers, 11), assign(towers.units, OrderPlan("language", "all", order="frozen"))
     step, alone = (
         step_cost(shapes, orders, Workload().zeroth, 128, 20).total
@@ -100,3 +108,41 @@ def test_cost_grows_by_at_most_15_percent_from_10_to_200_classes_and_from_2_to_2
     with without_numbers():
         small, large = (executed(Workload(orders="language_all", **options), "meta")[0] for options in (few, many))
     assert small < large <= 1.15 * small
+
+
+GOALS = {  # of a conservative step, how many times fewer FLOPs than the naive step at 128 images and 20 classes
+    **{f"{branch}_suffix": 1.95 for branch in ("dual", "vision")},
+    **{f"{branch}_{layers}": 1.4 for branch in ("dual", "vision") for layers in ("hop_odd", "hop_even", "prefix")},
+    **{f"language_{layers}": 3.3 for layers in ("all", "hop_odd", "hop_even", "prefix", "suffix")},
+    "vision_all": 1.5,
+    "dual_all": 1.25,
+}
+
+
+def test_the_goals_of_every_setting_are_met_by_what_is_executed():
+    """With the at most 5 % that the step executes beyond its model, which the tests above hold."""
+    towers = big_towers()
+    shapes = shapes_of(towers, 11)
+
+    def ratio(orders: str, zo: str) -> float:
+        workload = Workload(orders=orders, zo=zo)
+        naive, model = (cost(shapes, workload.orders_of(towers), workload.zeroth, 128, 20).total for cost in (naive_cost, step_cost))
+        return naive / (LIMIT * model)
+
+    assert {orders: ratio(orders, "conservative") for orders in GOALS if ratio(orders, "conservative") < GOALS[orders]} == {}
+    assert all(ratio(f"language_{layers}", "naive") >= 1.9 for layers in ("all", "hop_odd", "prefix", "suffix"))
+    assert all(ratio(f"dual_{layers}", "mozo") >= 1.4 for layers in ("hop_odd", "hop_even", "prefix", "suffix"))
+
+
+def test_the_goals_of_evaluation_and_text_are_met():
+    """1.25 times fewer FLOPs at 100 classes, 1.5 at 200 (2,048 images, the usual batches of 64); prompts alone six times fewer."""
+    towers, batches = big_towers(), 32
+    names = Workload(classes=200).class_names
+    whole = towers.tokenizer([towers.config.prompt.format(name) for name in names])
+    with without_numbers():
+        images = flops(lambda: towers.features("vision", torch.zeros(64, 3, 224, 224, dtype=torch.uint8, device="meta")))
+        usual, ours = (flops(lambda t=t: towers.features("language", t.to("meta"))) for t in (whole, towers.prompts(names)))
+    assert usual >= 6 * ours
+    for classes, limit in ((100, 1.25), (200, 1.5)):
+        share = classes / 200
+        assert batches * (images + share * usual) >= limit * (batches * images + share * ours)

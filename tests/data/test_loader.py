@@ -1,12 +1,15 @@
 import io
 import logging
+import multiprocessing
 import os
 import random
 import resource
 import struct
 import subprocess
 import sys
+import time
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +17,12 @@ import torch
 from PIL import Image
 
 from dist_vlcl.data import loader
-from dist_vlcl.data.shards import ShardError
+from dist_vlcl.data.loader import Loader
+from dist_vlcl.data.order import plain_order, train_order
+from dist_vlcl.data.shards import ShardError, decode, write_shards
 from dist_vlcl.data.tasks import TaskStream
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
-from tests.helpers.shards import make_index
+from tests.helpers.shards import make_index, png, raw_set
 
 WORLDS = [1, 2, 3, 8]
 
@@ -32,9 +37,13 @@ def task(index):
     return TaskStream(index.class_names, increment=3, order=[2, 0, 3, 1])[0]  # 21 training images
 
 
+OF_LOADER = ("num_workers", "cache_gib", "on_error", "resize_on_device")
+
+
 def train(index, task, rank=0, size=1, **options):
     settings = {"batch_size": 8, "seed": 0, "epoch": 0, "transform": TrainTransform(16)} | options
-    return loader.train_batches(index, task, rank=rank, size=size, **settings)
+    of_loader = {name: settings.pop(name) for name in OF_LOADER if name in settings}
+    return Loader(index, **of_loader).train(task, rank=rank, size=size, **settings)
 
 
 def joined(parts):
@@ -135,13 +144,105 @@ def test_each_shard_is_read_once_per_epoch(index, task, monkeypatch):
 
 @pytest.mark.parametrize("size", WORLDS)
 def test_evaluation_sees_every_test_sample_once(index, size):
-    options = {"batch_size": 4, "size": size, "transform": TestTransform(16)}
-    ranks = [list(loader.test_batches(index, [3, 1, 0], rank=rank, **options)) for rank in range(size)]
+    options = {"batch_size": 4, "transform": TestTransform(16)}
+    ranks = [list(Loader(index).test([3, 1, 0], rank=rank, size=size, **options)) for rank in range(size)]
     assert {len(batches) for batches in ranks} == {3}
     keys = [key for batches in ranks for batch in batches for key in batch.samples]
     assert sorted(keys) == [f"class{class_id}/test_{number:02d}" for class_id in (0, 1, 3) for number in range(3)]
     labels = [label for batches in ranks for batch in batches for label in batch.labels.tolist()]
     assert labels == [{"class3": 0, "class1": 1, "class0": 2}[key.split("/")[0]] for key in keys]
+
+
+def of_digits(*loaders):
+    """Batches of a training epoch, the evaluation after it and a second epoch, by each of the loaders."""
+    task = TaskStream(loaders[0].index.class_names, increment=4)[0]
+
+    def run(loader):
+        for epoch in (0, 1):
+            yield from loader.train(task, batch_size=8, seed=0, epoch=epoch, transform=TrainTransform(16))
+            yield from loader.test(task.classes, batch_size=5, transform=TestTransform(16))
+
+    return [list(run(loader)) for loader in loaders]
+
+
+def test_pixels_do_not_depend_on_where_they_are_stored_decoded_or_resized(tmp_path, index):
+    """Original or decoded shards, cached or not, resized by PIL or in a batch, with workers or without: the same bits."""
+    decoded = make_index(tmp_path, pixels=True)
+    assert decoded.encodings == ("ppm",) and index.encodings == ("png",)
+    loaders = [Loader(set, resize_on_device=here, cache_gib=gib) for set in (index, decoded) for here in (False, True) for gib in (0, 1)]
+    first, *others = of_digits(*loaders, Loader(decoded, resize_on_device=True, num_workers=2))
+    assert len(first) == 14 and first[0].images.shape == (8, 3, 16, 16) and first[0].plans is None
+    for other in others:
+        assert_equal_batches(other, first)
+
+
+def test_images_of_unequal_size_are_resized_where_they_are_read(tmp_path):
+    raw = raw_set()
+    samples = [s._replace(read=partial(png, 20 + number % 3, number)) for number, s in enumerate(raw.samples)]
+    index = write_shards(raw._replace(samples=samples), tmp_path / "x", name="x", reader="folder")
+    assert_equal_batches(*of_digits(Loader(index, resize_on_device=True), Loader(index, resize_on_device=False)))
+
+
+def test_one_set_of_workers_serves_epochs_tasks_and_evaluations(index, task):
+    loader, seen = Loader(index, num_workers=2), set()
+    for epoch in range(2):
+        batches = iter(loader.train(task, batch_size=4, seed=0, epoch=epoch, transform=TrainTransform(16)))
+        expected = list(train(index, task, batch_size=4, epoch=epoch))
+        assert_equal_batches([next(batches), next(batches)], expected[:2])  # left in mid-epoch, as max_steps does
+        assert_equal_batches(*(by.test([0], batch_size=2, transform=TestTransform(16)) for by in (loader, Loader(index))))
+        seen |= {worker.pid for worker in multiprocessing.active_children()}
+    assert len(seen) == 2
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Shards that are read and images that are decoded, as they happen."""
+    happened = []
+    whole_read, whole_decode = loader.read_shard, loader.decode
+    monkeypatch.setattr(loader, "read_shard", lambda index, shard: happened.append(shard.path) or whole_read(index, shard))
+
+    def decode(data, key):
+        happened.extend([] if data.startswith(b"P6") else [key])
+        return whole_decode(data, key)
+
+    monkeypatch.setattr(loader, "decode", decode)
+    return happened
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_what_fits_in_memory_is_read_and_decoded_once_a_run(tmp_path, reads, pixels):
+    index = make_index(tmp_path, pixels=pixels)
+    of_digits(Loader(index))
+    assert len(reads) == len(set(reads)) == 16 + (0 if pixels else 40)
+
+
+def test_memory_stays_within_its_bound(tmp_path, index, reads):
+    limit = 20_000  # six images of 32 x 32
+    store = loader.ImageStore(index, limit)
+    for sample in plain_order(index.sizes("train", range(4))) * 2:
+        key, pixels = store.image("train", sample, shards=1)
+        assert key.startswith(f"class{sample.class_id}/") and pixels.shape == (32, 32, 3)
+        assert store.bytes == sum(len(s.image) for stored, _ in store._held.values() for s in stored) <= limit
+    assert len(reads) > 2 * 28  # nothing of the first turn was left in the second
+    small = loader.ImageStore(index, 0)
+    for sample in train_order(index.sizes("train", range(4)), 0, 0, 0):
+        small.image("train", sample, shards=8)  # the two windows of a shuffled order are at hand however little room there is
+    assert len([path for path in reads[-40:] if path.endswith(".tar")]) == 12
+
+
+def test_the_wait_for_a_batch_is_measured(index, task, monkeypatch):
+    whole = loader.read_shard
+    monkeypatch.setattr(loader, "read_shard", lambda index, shard: time.sleep(0.05) or whole(index, shard))
+    waits = [batch.waited_s for batch in train(index, task, batch_size=21)]
+    assert len(waits) == 1 and waits[0] > 9 * 0.05
+
+
+def test_a_gpu_has_workers_by_default_and_a_cpu_has_none(index, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert [loader._default_workers(on_gpu) for on_gpu in (False, True)] == [0, 1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert loader._default_workers(True) == 4
 
 
 def test_a_batch_moves_to_a_device(index, task):
@@ -215,11 +316,11 @@ def test_changed_bytes_stop_the_run_even_if_every_image_opens(tmp_path, task):
 
 def test_a_broken_image_is_skipped_by_name():
     with pytest.raises(ShardError, match="apple/1: no image"):
-        loader.decode(b"\x89PNG\r\n\x1a\nnothing", "apple/1")
+        decode(b"\x89PNG\r\n\x1a\nnothing", "apple/1")
     gif = io.BytesIO()
     Image.new("RGB", (8, 8)).save(gif, format="GIF")
     with pytest.raises(ShardError, match="apple/2: no image"):
-        loader.decode(gif.getvalue(), "apple/2")
+        decode(gif.getvalue(), "apple/2")
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -241,14 +342,14 @@ def test_an_image_that_claims_a_gigabyte_of_pixels_is_refused_unopened(side):
 GROUP_SIGNAL = """
 import os, signal, sys
 from pathlib import Path
-from dist_vlcl.data import loader
+from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.transforms import TestTransform
 from dist_vlcl.run.preemption import Preemption
 from tests.helpers.shards import make_index
 
 if __name__ == "__main__":
     index = make_index(Path(sys.argv[1]), num_classes=4, train=7, test=6)
-    batches = loader.test_batches(index, range(4), batch_size=2, rank=0, size=1, transform=TestTransform(32), num_workers=1)
+    batches = Loader(index, num_workers=1).test(range(4), batch_size=2, transform=TestTransform(32))
     with Preemption() as preemption:
         seen = 0
         for number, batch in enumerate(batches):

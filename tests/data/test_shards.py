@@ -12,9 +12,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from dist_vlcl.data.shards import Index, RawSample, RawSet, Shard, ShardError, read_bytes, read_shard, write_shards
+from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.data.shards import Index, RawSample, RawSet, Shard, ShardError, decode, read_bytes, read_shard, write_shards
+from dist_vlcl.data.store import build_command
 from tests.helpers.shards import Quiet, make_index, png, raw_set, served
 
 
@@ -40,12 +43,59 @@ def test_shards_hold_the_original_bytes_of_one_class(tmp_path):
     assert [shard.count for shard in index.shards["train"][1]] == [3, 2, 2]  # equal to within one
 
 
-def test_webdataset_reads_our_shards(tmp_path):
+@pytest.mark.parametrize(("pixels", "suffix"), [(False, "png"), (True, "ppm")])
+def test_webdataset_reads_our_shards(tmp_path, pixels, suffix):
     import webdataset
 
-    make_index(tmp_path)
+    make_index(tmp_path, pixels=pixels)
     samples = list(webdataset.WebDataset(str(tmp_path / "tiny/train/0002-000.tar"), shardshuffle=False).decode("pil"))
-    assert [sample["cls"] for sample in samples] == [2, 2, 2] and samples[0]["png"].size == (32, 32)
+    assert [sample["cls"] for sample in samples] == [2, 2, 2] and samples[0][suffix].size == (32, 32)
+    assert np.array_equal(np.asarray(samples[1][suffix]), decode(png(32, "train", 2, 1), ""))
+
+
+def test_shards_of_pixels_hold_the_same_images(tmp_path):
+    index = make_index(tmp_path, num_classes=2, pixels=True)
+    stored = [sample for shard in index.shards["train"][1] for sample in read_shard(index, shard)[0]]
+    assert [sample.image[:13] for sample in stored] == [b"P6\n32 32\n255\n"] * 7
+    for number, sample in enumerate(stored):
+        assert np.array_equal(decode(sample.image, ""), decode(png(32, "train", 1, number), ""))
+    assert Index.load(index.location).encodings == ("ppm",)
+    path = tmp_path / "tiny" / index.shards["train"][1][0].path
+    path.write_bytes(path.read_bytes().replace(stored[0].image[50:60], b"0123456789"))
+    with pytest.raises(ShardError, match=r"1 of 8 shards are damaged:\n.*train/0001-000\.tar.*the bytes differ"):
+        index.verify()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"P6\n2 2\n255\n" + b"x" * n for n in (0, 11, 13)),
+        *(b"P6\n" + size + b"\n255\n" + b"x" * 12 for size in (b"99999 99999", b"-2 -2", b"0 0", b"02 2", b"2  2", b"4 1 1", b"100000 1")),
+        *(b"P6\n2 2\n65535\n" + b"x" * 24, b"P6 2 2 255 " + b"x" * 12, b"P3\n2 2\n255\n" + b"1 " * 12, b"P6\n#\n2 2\n255\n" + b"x" * 12),
+    ],
+)
+def test_pixels_that_are_not_as_many_as_they_say_are_refused(data):
+    assert decode(b"P6\n2 2\n255\n" + bytes(range(12)), "").tolist() == np.arange(12).reshape(2, 2, 3).tolist()
+    with pytest.raises(ShardError, match="apple/1: no image"):
+        decode(data, "apple/1")
+
+
+def test_small_images_are_stored_as_pixels_by_default_and_others_as_they_are():
+    by_default = {name: DataConfig(name=name).stores_pixels for name in ("digits", "cifar100", "tiny_imagenet", "imagenet_r")}
+    assert by_default == {"digits": True, "cifar100": True, "tiny_imagenet": True, "imagenet_r": False}
+    assert DataConfig(name="imagenet_r", encoding="pixels").stores_pixels and not DataConfig(encoding="original").stores_pixels
+    with pytest.raises(ValueError, match=r"data\.encoding='raw': choose from auto, original, pixels"):
+        DataConfig(encoding="raw")
+    assert "data.encoding=pixels" in build_command(DataConfig(name="imagenet_r", encoding="pixels"))
+
+
+def test_a_compressed_tar_is_no_shard(tmp_path):
+    """A shard's size on disk is its size in memory: nothing is unpacked that a few bytes could blow up."""
+    index, shard = shard_of(tmp_path, [("a.cls", b"0"), ("a.png", png(8))])
+    content = gzip.compress((tmp_path / shard.path).read_bytes())
+    (tmp_path / shard.path).write_bytes(content)
+    samples, problem = read_shard(index, replace(shard, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
+    assert samples == [] and "found 0" in problem
 
 
 def test_the_index_survives_its_file(tmp_path):

@@ -1,15 +1,18 @@
 """Claims about the distributed step: ranks agree bit for bit, and the number of ranks does not change what is learned."""
 
+import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dist_vlcl.bench.count import Exchanges
 from dist_vlcl.dist.agree import DisagreementError, agree, digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
 from dist_vlcl.orders import OrderPlan, assign
-from dist_vlcl.step import HybridStep
+from dist_vlcl.step import BatchLosses, HybridStep
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.strategies import ZerothOrderConfig
 from tests.helpers.ranks import run_ranks
@@ -20,6 +23,7 @@ STRATEGIES = {
     "mozo": ZerothOrderConfig(),
     "conservative": ZerothOrderConfig(transform="identity", acceptance="best_of_three"),
     "naive": ZerothOrderConfig(transform="identity"),
+    "four probes": ZerothOrderConfig(transform="identity", acceptance="best_of_three", sides=2, probes=4),
 }
 
 
@@ -41,7 +45,7 @@ def global_batch(step: int, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
 def part_of(world: World, step: int, samples: int, micro_batches: int = 1) -> list[Part]:
     """This rank's share, sizes differing by one at most, cut into micro-batches."""
     images, labels = global_batch(step, samples)
-    low, high = samples * world.rank // world.size, samples * (world.rank + 1) // world.size
+    low, high = (samples * k // world.data_size for k in (world.data_rank, world.data_rank + 1))
     cuts = [low + (high - low) * k // micro_batches for k in range(micro_batches + 1)]
     spans = list(zip(cuts, cuts[1:], strict=False))
     return [Part(images[a:b], labels[a:b], torch.arange(a, b), samples if k == 0 else 0) for k, (a, b) in enumerate(spans)]
@@ -92,6 +96,40 @@ def test_gradient_accumulation_and_ranks_without_a_sample_give_the_loss_of_the_w
     assert len({d for _, _, d in four}) == 1 and len({d for _, _, d in accumulated}) == 1
 
 
+def train_in_groups(world: World, groups: int, *arguments) -> tuple[dict, list, str]:
+    world.direction_groups = groups
+    return train(world, *arguments)
+
+
+@pytest.mark.parametrize("strategy", ["mozo", "four probes"])
+def test_ranks_that_share_out_the_directions_take_the_step_of_ranks_that_share_out_the_samples(strategy):
+    plan = OrderPlan("dual", "all")
+    alone = run_ranks(train, 1, plan, strategy)[0]
+    for groups in (2, 4):
+        for _, losses, found in run_ranks(train_in_groups, 4, groups, plan, strategy):
+            assert (losses, found) == (alone[1], alone[2])
+
+
+def test_first_order_units_see_the_whole_batch_once_however_many_groups_have_it():
+    plan = OrderPlan("dual", "hop_odd")
+    alone = run_ranks(train, 1, plan, "four probes")[0]
+    together = run_ranks(train_in_groups, 4, 2, plan, "four probes", 10, 2)
+    assert len({found for _, _, found in together}) == 1
+    torch.testing.assert_close(torch.tensor(together[0][1]), torch.tensor(alone[1]), rtol=1e-5, atol=1e-6)
+    for name, tensor in alone[0].items():
+        torch.testing.assert_close(together[0][0][name], tensor, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_candidate_is_evaluated_by_one_group_and_each_gets_its_share():
+    candidates = [{}] + [{"language": None}] * 4 + [{"vision": None}] * 4
+    shares = []
+    for rank in range(4):
+        world = World(rank=rank, size=4, direction_groups=4)
+        shares.append(BatchLosses(SimpleNamespace(), {}, torch.zeros(1, 1), world)._own(candidates))
+    assert sorted(k for share in shares for k in share) == list(range(len(candidates)))
+    assert all([len([k for k in share if 1 <= k < 5]), len([k for k in share if k >= 5])] == [1, 1] for share in shares)
+
+
 def poisoned(world: World) -> tuple[str, str, str]:
     step = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"], max_skips=3)
     before = digest(step.towers.units.state_dict())
@@ -131,16 +169,23 @@ def test_a_stop_asked_of_one_rank_reaches_all_in_the_same_step():
     assert run_ranks(asked_to_stop, 2) == [[False, True], [False, True]]
 
 
-def wire(world: World) -> list[int]:
-    step, sent = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"]), []
-    gather = world.gather
-    world.gather = lambda vector, what: (sent.append(vector.numel() * vector.element_size()), gather(vector, what))[1]  # type: ignore[method-assign]
-    step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
+def wire(world: World) -> list[tuple[list[tuple[str, int]], int, int]]:
+    """What a step of dual MoZO sends, and how many first-order tensors and numbers there are: everywhere zeroth order, then every other layer."""
+    sent = []
+    for layers in ("all", "hop_odd"):
+        step = make_step(world, OrderPlan("dual", layers), STRATEGIES["mozo"])
+        with Exchanges() as exchanges:
+            step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
+        sent.append((exchanges.found, len(step.first.parameters), sum(p.numel() for p in step.first.parameters)))
     return sent
 
 
-def test_dual_zeroth_order_sends_one_small_vector_a_step():
-    assert run_ranks(wire, 2) == [[48], [48]]  # three losses, a count, a flag and a time, in float64
+def test_a_step_sends_48_bytes_and_its_first_order_gradients_in_at_most_three_exchanges():
+    """Three losses, a count, a flag and a time in float64; gradients in fp32; and DDP's note of which tensors were used."""
+    for zeroth, hybrid in run_ranks(wire, 2):
+        assert zeroth == ([("allgather", 48)], 0, 0)
+        found, tensors, numbers = hybrid
+        assert numbers > 0 and found == [("allreduce", 4 * numbers), ("allreduce", 4 * tensors), ("allgather", 48)]
 
 
 def moved_and_tied(world: World) -> list[bool]:
@@ -156,3 +201,36 @@ def moved_and_tied(world: World) -> list[bool]:
 @pytest.mark.parametrize("size", [1, 2])
 def test_zeroth_order_moves_reach_the_model_that_is_wrapped(size):
     assert all(all(outcomes) for outcomes in run_ranks(moved_and_tied, size))
+
+
+def overlapped_or_not(world: World) -> list[tuple[str, list[int]]]:
+    """Digests after four steps of every plan, and how many exchanges were under way when the probes began."""
+    outcomes = []
+    for overlap, micro_batches in itertools.product((True, False), (1, 2)):
+        towers, under_way = tiny_clip(), []
+        plan = OrderPlan("dual", "hop_odd")
+        config = FirstOrderConfig(lr=1e-2, max_grad_norm=0.5)
+        step = HybridStep(
+            towers, assign(towers.units, plan), STRATEGIES["conservative"], lambda m, o=overlap, c=config: FirstOrder(world, c, m, o), world
+        )
+        step.begin(NAMES)
+        decide = step.zeroth.decide
+        step.zeroth.decide = lambda *a, s=step, u=under_way, d=decide: (u.append(len(s.first.under_way)), d(*a))[1]
+        for k in range(4):
+            if k == 2 and world.rank == 0:  # a step that all skip, with gradients under way
+                weight = towers.vision.ends.visual.proj.data
+                kept, weight[0, 0] = weight[0, 0].clone(), float("nan")
+            report = step(part_of(world, k, 10, micro_batches), Key(1000 + k, k), lr=1e-2, observe=k == 3)
+            assert (report.skipped is not None) == (k == 2)
+            if k == 2 and world.rank == 0:
+                weight[0, 0] = kept
+        outcomes.append((digest(step.state_dict()), under_way))
+    return outcomes
+
+
+def test_gradients_travel_while_the_probes_are_evaluated_and_no_bit_depends_on_it():
+    ranks = run_ranks(overlapped_or_not, 3)
+    for (digest_, under_way), (apart, none) in zip(ranks[0][:2], ranks[0][2:], strict=True):
+        assert digest_ == apart
+        assert under_way == [1] * 4 and none == [0] * 4
+    assert [d for d, _ in ranks[0]] == [d for d, _ in ranks[1]] == [d for d, _ in ranks[2]]

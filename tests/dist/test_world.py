@@ -76,3 +76,15 @@ def test_a_launch_of_another_size_is_refused_in_words(monkeypatch):
 def test_an_unknown_device_is_refused():
     with pytest.raises(ValueError, match=r"cluster.device='tpu': choose from auto, cpu, cuda"):
         World.from_environment(ClusterConfig(device="tpu"))
+
+
+def too_many_groups(world: World) -> str:
+    try:
+        World.from_environment(ClusterConfig(direction_groups=3, device="cpu", threads=1))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_direction_groups_that_do_not_divide_the_ranks_are_refused():
+    assert run_ranks(too_many_groups, 2) == ["cluster.direction_groups=3: choose a divisor of the 2 ranks"] * 2

@@ -36,11 +36,18 @@ def raw_set(num_classes: int = 4, train: int = 7, test: int = 3, size: int = 32)
 
 
 def make_index(
-    tmp_path: Path, num_classes: int = 4, train: int = 7, test: int = 3, size: int = 32, samples_per_shard: int = 3, name: str = "tiny"
+    tmp_path: Path,
+    num_classes: int = 4,
+    train: int = 7,
+    test: int = 3,
+    size: int = 32,
+    samples_per_shard: int = 3,
+    name: str = "tiny",
+    pixels: bool = False,
 ) -> Index:
     """Write a tiny set's shards into tmp_path/name."""
     raw = raw_set(num_classes, train, test, size)
-    return write_shards(raw, tmp_path / name, name=name, reader="folder", samples_per_shard=samples_per_shard)
+    return write_shards(raw, tmp_path / name, name=name, reader="folder", samples_per_shard=samples_per_shard, pixels=pixels)
 
 
 @contextmanager

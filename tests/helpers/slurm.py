@@ -16,6 +16,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# A kill that is not answered within the message time-out (processes have KillWait for their end) is sent once more a minute later, and hits
+# the same step of a job that has been started again by then. By default jobs wait 121 s for that.
+TIMES = ("--kill-wait", 8, "--message-timeout", 10)
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
@@ -50,12 +53,17 @@ class Cluster:
         """Return Slurm's fields of a job."""
         return dict(field.split("=", 1) for field in self.run("scontrol", "-o", "show", "job", job).split() if "=" in field)
 
-    def wait(self, job: str, states: set[str] = ENDED, timeout_s: float = 300) -> dict[str, str]:
+    def wait(self, job: str, states: set[str] = ENDED, timeout_s: float = 600) -> dict[str, str]:
         """Return the fields of a job once it is in one of these states (`sbatch --wait` looks after 2, 10 and 42 seconds only)."""
         self.until(lambda: self.job(job)["JobState"] in states, f"job {job} to be {' or '.join(sorted(states))}", timeout_s)
         return self.job(job)
 
-    def until(self, is_so: Callable[[], bool], what: str, timeout_s: float = 300) -> None:
+    def until_queued_again(self, job: str, restarts: int) -> None:
+        """Wait until Slurm has taken a job back, and have it start without the delay of a requeue (6 s here, 121 s by default)."""
+        self.until(lambda: self.job(job)["Restarts"] == str(restarts), f"job {job} to be queued again")
+        self.tool("exec", "--", "scontrol", "update", f"JobId={job}", "StartTime=now")  # refused if it runs already
+
+    def until(self, is_so: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
         deadline = time.monotonic() + timeout_s
         while not is_so():
             if time.monotonic() > deadline:
@@ -64,19 +72,19 @@ class Cluster:
 
 
 @contextmanager
-def cluster(isolation: str = "host") -> Iterator[Cluster]:
-    """Two nodes of made-up CPUs; with isolation `net` each has a network of its own, and may be broken."""
+def cluster() -> Iterator[Cluster]:
+    """Two nodes of eight made-up CPUs and two GPUs, each with a host name, a process table and a network of its own."""
     tool = _minislurm()
     if tool is None:
         _absent("minislurm is not here: set CLUSTER_TOOLS to the folder that holds it")
     assert tool is not None
-    check = subprocess.run([sys.executable, tool, "check", "--isolation", isolation], capture_output=True, text=True)
+    check = subprocess.run([sys.executable, tool, "check", "--isolation", "net"], capture_output=True, text=True)
     if check.returncode:
         _absent(f"minislurm: {(check.stdout + check.stderr).strip()}")
     folder = tempfile.mkdtemp(prefix="ms-")  # short: the path of a Unix socket ends at 107 bytes
     running = Cluster(tool, folder)
     try:
-        up = running.tool("up", "--nodes", 2, "--isolation", isolation, "--cpus", 8)
+        up = running.tool("up", "--nodes", 2, "--isolation", "net", "--cpus", 8, "--gpus", 2, *TIMES)
         assert up.returncode == 0, up.stdout + up.stderr
         yield running
     finally:

@@ -100,6 +100,41 @@ def test_every_accelerate_file_names_a_deepspeed_file_that_the_trainer_takes(pat
     assert command[:4] == ["accelerate", "launch", "--config_file", f"launch/{path.name}"]
 
 
+@pytest.mark.parametrize("command", [["local.sh"], ["multinode.sh", "--nodes", "1", *NODE[2:]]])
+def test_one_process_needs_no_launcher(command):
+    """accelerate's launcher of a single process does not wait for its save after SIGTERM."""
+    done = called(*command, "--dry-run", "--processes", "1", "a=b")
+    assert shlex.split(done.stdout) == [sys.executable, "-m", "dist_vlcl.train", "a=b"], done.stderr
+
+
+SLOW = """
+import os, pathlib, signal, sys, time
+def save(*_):
+    time.sleep(float(sys.argv[1].partition("=")[2]))
+    pathlib.Path("saved-" + os.environ["RANK"]).write_text(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+pathlib.Path("ready-" + os.environ["RANK"]).touch()
+while True:
+    time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize(("patience", "saving", "saved"), [("", "3", ["90", "90"]), ("1", "300", [])])
+def test_a_launcher_that_is_told_to_stop_waits_for_a_slow_save_as_long_as_it_is_told(patience, saving, saved, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    command = [LAUNCH / "local.sh", "--processes", "2", "--module", "slow", f"save_s={saving}"]
+    environment = {**ENVIRONMENT, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": patience}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as launcher:
+        deadline = time.monotonic() + 200
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            assert launcher.poll() is None and time.monotonic() < deadline, "the ranks do not start"
+            time.sleep(0.1)
+        launcher.send_signal(signal.SIGTERM)
+        launcher.wait(200)
+    assert [path.read_text() for path in tmp_path.glob("saved-*")] == saved
+
+
 class Nodes:
     """Two machines that happen to be this one: multinode.sh twice, each with a rank."""
 

@@ -117,3 +117,14 @@ def test_impossible_experts_are_refused_in_words(options, words):
     with pytest.raises(ValueError) as caught:
         MoEConfig(**options).check()
     assert words in str(caught.value)
+
+
+def test_a_sample_is_weighed_the_same_in_any_company():
+    """Ranks cut a batch differently; float32 exp on a CPU has other bits in a tensor's tail."""
+    adapter, draws = adapter_of().float(), torch.Generator().manual_seed(0)
+    values = {name: value.float() for name, value in sets_of(adapter, 1).items()}
+    for _ in range(20):
+        first, noise = torch.randn(1, 37, D, generator=draws) / 4, torch.randn(37, 2, generator=draws)
+        whole, _ = adapter.gates(first, values, noise)
+        for low, high in [(0, 8), (5, 13), (5, 15), (9, 18), (20, 37)]:
+            assert torch.equal(adapter.gates(first[:, low:high], values, noise[low:high])[0], whole[:, low:high])

@@ -12,10 +12,12 @@ def test_figures_are_those_of_plain_formulas():
     towers = tiny_clip(vision_layers=3, language_layers=2)
     units, before, draw = towers.units, adapter_values(towers), torch.Generator().manual_seed(0)
     statistics = UnitStatistics(units)
+    statistics.observe([id for id in units if id.branch == "language"], [torch.ones(2 * units[UnitId("language", 1)].numel)])
+    statistics.figures()  # of an earlier step nothing is left
     vision = [id for id in units if id.branch == "vision"]
     gradients = {id: 1e-6 + 1e-3 * torch.randn(units[id].numel, generator=draw) for id in vision}
-    statistics.observe(vision, torch.cat([gradients[id] * 9 for id in vision]))
-    statistics.observe(vision[1:], torch.cat([gradients[id] for id in vision[1:]]))  # the later one counts
+    statistics.observe(vision, [gradients[id] * 3 for id in vision], 3.0)
+    statistics.observe(vision[1:], torch.cat([gradients[id] for id in vision[1:]]).split(7))  # the later one counts
     gradients[vision[0]] *= 9
     with torch.no_grad():
         units[UnitId("language", 2)].tensors()["up_bias"].add_(0.25)
@@ -23,7 +25,7 @@ def test_figures_are_those_of_plain_formulas():
     assert figures.shape == (5, len(FIGURES)) and figures.dtype == torch.float32
     for id, row in zip(units, figures, strict=True):
         got = dict(zip(FIGURES, row.tolist(), strict=True))
-        after = torch.cat([t.flatten() for t in units[id].tensors().values()])
+        after = torch.cat([t.detach().flatten() for t in units[id].tensors().values()])
         moved = after - torch.cat([before[f"{id}/{name}"].flatten() for name in units[id].names])
         assert got["parameter_norm"] == pytest.approx(float(after.double().norm()), rel=1e-5)
         assert got["update_norm"] == pytest.approx(float(moved.double().norm()), rel=1e-5)

@@ -164,6 +164,46 @@ def test_figure_8_has_a_line_a_seed(report):
     assert sorted(data[data.variant == "conservative"]["last"]) == pytest.approx([81, 83]) and set(data.seed) == {0, 1}
 
 
+def test_the_claims_are_answered_with_the_paper_s_own_difference_beside(report):
+    found = pd.read_csv(report / "data" / "comparisons.csv").query("section.str.startswith('Part 1') and variant == 'conservative'")
+    by_claim = found.set_index(["claim", "metric"])
+    assert set(found.claim) == {"hop_reaches_first_order", "differs_from_control"}
+    reached, control = by_claim.loc[("hop_reaches_first_order", "last")], by_claim.loc[("differs_from_control", "last")]
+    assert (reached.paper, reached["mean"]) == (pytest.approx(81.64 - 80.47), pytest.approx(1.5)) and np.isnan(control.paper)
+    low = 1.5 - 12.706 * 0.5  # differences 1 and 2; t(1)
+    assert (reached.low, reached.verdict) == (pytest.approx(low, abs=1e-3), "not told apart")
+    text = page(report)
+    assert "**Do hop plans reach first order?** (Δ > −1 point) Last: not told apart 1; Avg: not told apart 1." in text
+    assert "**Does dual zeroth order fall behind first order?** (Δ < 0) Not run." in text
+    assert (report / "images" / "vit-b-16-quickgelu-openai-claims-cifar100.png").exists()
+
+
+def test_every_method_stands_beside_its_control(report):
+    assert (
+        "| dual hop_odd, conservative | 82.00 ± 1.41 (2) | 88.50 ± 0.71 (2) | frozen | +1.50 | [−4.85, +7.85] | +0.50 | [−5.85, +6.85] |"
+        in page(report)
+    )
+
+
+def test_results_and_claims_go_into_another_page_between_its_marks(runs, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "docs" / "PAGE.md"
+    other.parent.mkdir()
+    other.write_text("before\n<!-- report -->\nstale words\n<!-- /report -->\nafter\n")
+    small = [str(folder) for folder in runs.glob("cifar100-inc20-*seed*")]
+    monkeypatch.setattr(sys, "argv", ["build", *small, "--out", str(tmp_path / "out"), "--into", str(other)])
+    build.main()
+    text = other.read_text()
+    assert text.startswith("before\n<!-- report -->\n") and text.endswith("<!-- /report -->\nafter\n") and "stale words" not in text
+    assert "### Part 1, small_clip (shipped): not the paper's model" in text and "#### CIFAR-100 Inc20" in text
+    pictures = re.findall(r"\]\((images/[^)]+)\)", text)
+    assert pictures and all((other.parent / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    other.write_text("no marks")
+    with pytest.raises(SystemExit):
+        build.main()
+    assert "give a page that has the lines <!-- report --> and <!-- /report -->" in capsys.readouterr().err
+    assert other.read_text() == "no marks"
+
+
 def test_a_paired_test_is_that_of_the_textbook():
     """t(2) = 2 / (1 / sqrt 3) = 3.464; its 97.5 % quantile is 4.303."""
     found = paired_test([1.0, 2.0, 3.0])

@@ -56,6 +56,12 @@ def test_where_nothing_is_left_to_learn_the_control_is_zero_shot():
     assert Method("lora", "dual", "all", "sign").twin == ZERO_SHOT and Method("moe", "vision", "all", "sign").twin != ZERO_SHOT
 
 
+def test_the_data_are_what_the_run_had_whatever_its_id_says():
+    found = entry("paper=t1-moe-cifar10-dual", "data=digits", "tasks.increment=2", "tasks.order=natural")
+    assert (found.stream, found.method.branch) == (Stream("digits", 2), "dual")
+    assert entry("paper=t1-moe-cifar10-dual", "tasks.increment=20").stream == Stream("cifar100", 20)
+
+
 def test_seeds_places_and_ranks_are_no_departure():
     assert shown(entry(HOP, "seed=3", "run.name=other", "data.root=elsewhere", "cluster.num_processes=4", "train.micro_batches=2")) == []
 

@@ -1,5 +1,7 @@
 import json
 
+import pytest
+
 from dist_vlcl.report.records import read_records
 from dist_vlcl.report.tables import accuracy_table, summarize_run, summary_markdown
 
@@ -39,5 +41,13 @@ def test_a_run_that_has_no_task_yet_has_a_summary(tmp_path):
 def test_a_summary_is_read_from_the_log(tmp_path):
     record = {"kind": "task", "step": 4, "task": 0, "per_task": [0.5], "seen": 0.5, "last": 0.5, "avg": 0.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + '\n{"kind": "st')
-    assert "| task 1 | 50.00 | 50.00 |" in summarize_run(tmp_path)
+    assert "| task 1 | 50.00 | 50.00 |" in summarize_run(tmp_path) and "Waiting" not in summarize_run(tmp_path)
     assert len(read_records(tmp_path).tasks) == 1
+
+
+@pytest.mark.parametrize(("waits", "words", "advises"), [((0.01, 0.02), "took 1.48 % of", False), ((0.1, 0.2), "took 13.04 % of", True)])
+def test_a_summary_says_how_long_steps_waited_for_images(tmp_path, waits, words, advises):
+    lines = [{"kind": "step", "step": k + 1, "seconds": 1.0, "data_seconds": wait} for k, wait in enumerate(waits)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = summarize_run(tmp_path)
+    assert words in page and ("data.num_workers" in page) == advises

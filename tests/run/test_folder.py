@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import yaml
@@ -171,6 +172,17 @@ def test_a_folder_that_another_process_uses_is_refused(tmp_path):
                 RunFolder.open(settings(tmp_path, overwrite=overwrite), CONFIG, Alone())
         other.stdin.close()
     assert not RunFolder.open(settings(tmp_path), CONFIG, Alone()).is_new
+
+
+def test_a_start_by_the_scheduler_waits_for_ranks_that_it_had_lost_sight_of(tmp_path, monkeypatch):
+    RunFolder.open(settings(tmp_path), CONFIG, Alone()).close()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "runs/a/.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        threading.Timer(1, other.stdin.close).start()
+        RunFolder.open(settings(tmp_path), CONFIG, Alone()).close()
+        assert other.wait(10) == 0
 
 
 def test_no_secret_of_the_environment_or_command_line_is_written(tmp_path, monkeypatch):

@@ -214,6 +214,8 @@ for start in range(2):
     state.advance()
     log.step({"step": state.step, "task": 0, "loss": 0.5, "zo": {"vision": {"projected_gradient": 1.0}}})
     log.close()
+died_before_its_first_checkpoint = RunLog(Path(sys.argv[1]), RunConfig(name="a", wandb="off"), Alone(), {})
+assert died_before_its_first_checkpoint.wandb_id == state.wandb_id
 print(f"the id is <{state.wandb_id}>", flush=True)
 """
 

@@ -1,12 +1,12 @@
 """Claims about slurm/ on a real Slurm: jobs train on two nodes, make room when asked, come back, and end as if nothing had happened."""
 
-import importlib.util
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -16,14 +16,16 @@ import torch
 from dist_vlcl.dist.world import World
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.submit import check_options
+from dist_vlcl.run.submit import main as submit_main
 from dist_vlcl.train import train
+from tests.helpers.paced import Pace
 from tests.helpers.runs import QUICK_RUN
-from tests.helpers.slurm import ROOT, Cluster, cluster
+from tests.helpers.slurm import ENDED, ROOT, Cluster, cluster
 from tests.test_train import configured
 
-EIGHT_CORES = ["--sbatch=--cpus-per-task=1", "--sbatch=--output=%x-%j.out"]
 SUBMIT = [sys.executable, "-m", "dist_vlcl.run.submit"]
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+SMALL = ["--sbatch=--cpus-per-task=1", "--sbatch=--output=%x-%j.out"]
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +34,32 @@ def slurm():
         yield running
 
 
-def submit(slurm: Cluster, folder: Path, *arguments: str) -> str:
+@pytest.fixture(scope="module")
+def beside(slurm, tmp_path_factory):
+    """Jobs that run beside the long test, in its pauses: name -> (folder, id)."""
+    python = tmp_path_factory.mktemp("python") / "python"
+    python.write_text(f'#!/bin/bash\nexec nice -n 10 {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    small = ["data=digits", "tasks.increment=2", "tasks.order=natural", "model=small", "run.wandb=off", *QUICK_RUN[:-2]]
+    one_minute = ["--nodes", "1", "--time", "1", "--sbatch=--gpus-per-node=2", "--sbatch=--cpus-per-task=3"]
+    commands = {
+        "out of time": ["train", *one_minute, "run.root=a b"],  # ranks that do not stop when signalled, as in a long evaluation
+        "refused": ["train", "--nodes", "1", *QUICK_RUN, "run.wandb=off", "cluster.num_processes=3"],
+        "shards": ["shards", "data=digits"],
+        "array": ["sweep", "paper=t1-moe-cifar10-fo,t2-moe-cifar10-dual-hop_odd", *small],
+    }
+    jobs = {}
+    for name, command in commands.items():
+        folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
+        interpreter = ROOT / "tests/slurm/standin.py" if name == "out of time" else python
+        jobs[name] = folder, submit(slurm, folder, *command, "--sbatch=--nodelist=node1", python=interpreter)  # node2 will be crashed
+    return jobs
+
+
+def submit(slurm: Cluster, folder: Path, *arguments: str, python: Path | str = sys.executable, **environment: str) -> str:
     """Return the id of a job submitted from `folder`."""
-    command = [*SUBMIT, arguments[0], "--repository", str(ROOT), *EIGHT_CORES, "--sbatch=--parsable", *arguments[1:]]
-    return slurm.run(*command, cwd=folder, env=ENVIRONMENT).split()[-1].split(";")[0]
+    command = [*SUBMIT, arguments[0], "--repository", str(ROOT), *SMALL, "--sbatch=--parsable", *arguments[1:]]
+    return slurm.run(*command, cwd=folder, env={**ENVIRONMENT, "PYTHON": str(python), **environment}).split()[-1].split(";")[0]
 
 
 def steps(folder: Path) -> int:
@@ -43,100 +67,195 @@ def steps(folder: Path) -> int:
     return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
-def rank_1(folder: Path) -> psutil.Process:
-    """Return rank 1 of the run that was submitted from `folder`."""
-    trainers = [p for p in psutil.process_iter(["cmdline"]) if "dist_vlcl.train" in (p.info["cmdline"] or ())]
-    return next(p for p in trainers if p.cwd() == str(folder) and p.environ().get("RANK") == "1")
+def took(what: str, seconds: float) -> None:
+    """Say a figure of docs/ENGINES.md: `pytest tests/slurm -s -k everything`."""
+    print(f"{seconds:6.1f} s  {what}", flush=True)
 
 
-def assert_ended_as_never_stopped(tmp_path: Path, name: str, starts: int) -> None:
+class Lives:
+    """One run of two ranks on two nodes, whose jobs are struck between two steps."""
+
+    def __init__(self, slurm: Cluster, folder: Path) -> None:
+        self.slurm, self.folder, self.pace = slurm, folder, Pace(folder / "pace")
+        self.run, self.job, self.step, self.is_started = folder / "runs/lives", "", 0, 0
+        self.pace.folder.mkdir()
+        # the interpreter of the jobs: a gate before every step of dist_vlcl.train
+        self.python = folder / "paced-python"
+        self.python.write_text(f'#!/bin/bash\nexec {shlex.quote(sys.executable)} "${{@/#dist_vlcl.train/tests.helpers.paced}}"\n')
+        self.python.chmod(0o755)
+
+    def submit(self, *options: str, **environment: str) -> None:
+        environment = {"PACE": str(self.pace.folder), **environment}
+        command = ["train", "--nodes", "2", *QUICK_RUN, "run.name=lives", *options]
+        self.job = submit(self.slurm, self.folder, *command, python=self.python, **environment)
+
+    def train_until(self, step: int, restarts: int) -> None:
+        """Wait until the job, started again so many times, has taken this step and both ranks stand before the next."""
+        self.pace.write("gate", step)
+        before = f"{self.job}.{restarts} {step + 1}"
+
+        def both_stand_there() -> bool:
+            assert self.slurm.job(self.job)["JobState"] not in ENDED, self.said()
+            return [self.pace.read(f"at-{rank}") for rank in "01"] == [before, before]
+
+        self.slurm.until(both_stand_there, f"both ranks to stand before {before}")
+        assert steps(self.run) == step, "a finished step was lost, or one was taken too many"
+
+    def let_them_stop(self, step: int, restarts: int, ranks: str = "01", name: str = "") -> float:
+        """Wait until these ranks have got a signal, and see that all take a step and save; return seconds to the save."""
+        got = f"{self.job}.{restarts} {name}"
+        self.slurm.until(lambda: all(self.pace.read(f"signal-{rank}").startswith(got) for rank in ranks), f"the signal at {ranks}")
+        since = time.time()
+        self.pace.write("gate", step)
+        saved = self.run / f"checkpoints/step-{step:08d}"
+        self.slurm.until(saved.exists, f"{saved}\n{self.said()}")
+        return saved.stat().st_mtime - since
+
+    def process(self, what: str, node: str) -> psutil.Process:
+        """Return the process of a node of this job whose command line has this word."""
+        found = [p for p in psutil.process_iter(["cmdline"]) if what in (p.info["cmdline"] or ()) and p.cwd() == str(self.folder)]
+        return next(p for p in found if p.environ().get("SLURM_NODEID") == node)
+
+    def rank(self, node: str) -> psutil.Process:
+        return next(p for p in self.process("accelerate.commands.launch", node).children(recursive=True) if "-m" in p.cmdline())
+
+    def said(self) -> str:
+        file = self.folder / f"dist_vlcl-{self.job}.out"
+        return file.read_text() if file.exists() else ""
+
+
+def test_a_run_goes_through_everything_that_a_cluster_does_to_it_and_ends_as_if_nothing_had(slurm, beside, tmp_path):
+    """Seven starts under three jobs. Each loses no finished step, and takes at most one more before it saves."""
+    lives = Lives(slurm, tmp_path)
+    lives.submit("run.wandb=offline", "cluster.num_processes=2", MAX_RESTARTS="3")
+
+    lives.train_until(2, restarts=0)
+    slurm.run(
+        "scancel", "--signal=USR1", lives.job
+    )  # what --signal=USR1@180 sends before the time limit: to the steps, not the batch shell
+    took("SIGUSR1 to all ranks", lives.let_them_stop(3, 0, "01", "SIGUSR1"))
+    slurm.until_queued_again(lives.job, 1)
+    since = time.time()
+    lives.train_until(3, restarts=1)
+    took("queued again to training again", time.time() - since)
+
+    lives.rank("1").send_signal(signal.SIGTERM)
+    took("SIGTERM to one rank", lives.let_them_stop(4, 1, "1", "SIGTERM"))
+    slurm.until_queued_again(lives.job, 2)
+
+    lives.train_until(4, restarts=2)
+    lives.rank("1").kill()
+    lives.pace.write("gate", 5)  # rank 0 goes into the step, and finds nobody there
+    slurm.until_queued_again(lives.job, 3)
+    assert "(training)" in lives.said()
+
+    lives.train_until(4, restarts=3)
+    lives.pace.write("save_s", 3)  # the launcher of node 2 would be gone before rank 0 has saved, were it not for a barrier
+    lives.process("accelerate.commands.launch", "1").send_signal(signal.SIGTERM)
+    took("SIGTERM to the launcher of node 2, save of 3 s", lives.let_them_stop(5, 3, "1", "SIGTERM"))
+    lives.pace.write("save_s", 0)
+    ended = slurm.wait(lives.job)
+    assert (ended["JobState"], ended["Restarts"], ended["NumNodes"]) == ("FAILED", "3", "2")
+    assert "not started again: MAX_RESTARTS=3" in lives.said() and "2 x cpu (ddp)" in lives.said()
+    assert steps(lives.run) == 5 and lives.said().count("saved and stopped on a signal") == 3
+
+    lives.submit("run.wandb=off", "cluster.num_processes=2")
+    lives.train_until(5, restarts=0)
+    since = time.time()
+    assert slurm.tool("crash", "node2").returncode == 0
+    slurm.until(lambda: slurm.job(lives.job)["Restarts"] == "1", "Slurm to see that node2 is dead")
+    took("death of a node to queued again", time.time() - since)
+    assert slurm.tool("revive", "node2").returncode == 0
+    slurm.until_queued_again(lives.job, 1)
+
+    lives.train_until(5, restarts=1)
+    lives.pace.write("eager", "yes")  # Slurm leaves them KillWait, 8 s here
+    slurm.run("scancel", lives.job)
+    took("scancel", lives.let_them_stop(6, 1, "01", "SIGTERM"))
+    ended = slurm.wait(lives.job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "1")
+
+    lives.submit("run.wandb=off", "cluster.num_processes=2")
+    lives.pace.write("gate", 1000)
+    ended = slurm.wait(lives.job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), lives.said()
+
     whole = configured(tmp_path, *QUICK_RUN, "run.name=whole")
     train(whole, World.alone())
-    expected, got = (checkpoint.load_newest(tmp_path / "runs" / run).tensors for run in ("whole", name))
-    assert all(torch.equal(expected[key], got[key]) for key in expected)
-    assert len(json.loads((tmp_path / "runs" / name / "env.json").read_text())) == starts
-    assert steps(tmp_path / "runs" / name) == steps(tmp_path / "runs/whole")
+    expected, got = (checkpoint.load_newest(tmp_path / "runs" / run).tensors for run in ("whole", "lives"))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[key], got[key]) for key in expected)
+    assert steps(lives.run) == steps(tmp_path / "runs/whole")
+    assert len(json.loads((lives.run / "env.json").read_text())) == 7
+    wandb = [path.name.rsplit("-", 1)[1] for path in (lives.run / "wandb").glob("offline-run-*")]
+    assert len(wandb) == 4 and len(set(wandb)) == 1
+    assert not list(tmp_path.glob(".slurm-*.status"))
 
 
-def test_a_preempted_run_on_two_nodes_is_queued_again_and_ends_as_if_never_stopped(slurm, tmp_path):
-    job = submit(slurm, tmp_path, "train", "--nodes", "2", *QUICK_RUN, "run.name=moved", "cluster.num_processes=2", "run.wandb=offline")
-    folder = tmp_path / "runs/moved"
-    slurm.until(lambda: steps(folder) >= 2, "two steps")
-    slurm.run("scancel", "--signal=USR1", job)  # what --signal=USR1@180 sends before the time limit: to the steps, not the batch shell
-    slurm.until(lambda: slurm.job(job)["Restarts"] == "1", "the requeue")
-    fields = slurm.wait(job)
-    said = (tmp_path / f"dist_vlcl-{job}.out").read_text()
-    assert (fields["JobState"], fields["Restarts"], fields["NumNodes"]) == ("COMPLETED", "1", "2"), said
-    assert "saved and stopped on a signal" in said and "(requeue)" in said and "continuing runs/moved" in said and "2 x cpu" in said
-    assert len({path.name.rsplit("-", 1)[1] for path in (folder / "wandb").glob("offline-run-*")}) == 1  # one wandb run
-    assert_ended_as_never_stopped(tmp_path, "moved", starts=2)
+def test_a_job_out_of_time_is_queued_again_though_its_ranks_do_not_stop(slurm, beside):
+    """By the clock: signalled in advance, ended by Slurm at its limit, killed, and started again."""
+    folder, job = beside["out of time"]
+    ended = slurm.wait(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), (folder / f"dist_vlcl-{job}.out").read_text()
+    told, *signals = [json.loads(line) for line in (folder / "said-0.jsonl").read_text().splitlines()]
+    assert [said["signal"] for said in signals[:2]] == ["USR1", "TERM"]
+    assert told["arguments"][:3] == ["-m", "accelerate.commands.launch", "--multi_gpu"] and told["arguments"][-1] == "run.root=a b"
+    assert told["arguments"][told["arguments"].index("--num_processes") + 1] == "2"  # a rank per GPU
+    assert (told["CUDA_VISIBLE_DEVICES"], told["SLURM_CPUS_PER_TASK"], told["SLURM_STEP_NUM_TASKS"]) == ("0,1", "3", "1")
+    assert (told["MASTER_ADDR"], told["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) == ("node1", "90")
 
 
-def test_a_job_whose_rank_dies_is_queued_again_and_a_refused_one_is_not(slurm, tmp_path):
-    job = submit(slurm, tmp_path, "train", "--nodes", "2", *QUICK_RUN, "run.name=killed", "run.wandb=off")
-    slurm.until(lambda: steps(tmp_path / "runs/killed") >= 2, "two steps")
-    rank_1(tmp_path).send_signal(signal.SIGKILL)
-    fields = slurm.wait(job)
-    said = (tmp_path / f"dist_vlcl-{job}.out").read_text()
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1"), said
-    assert "(training)" in said and "the journal gave back" in said
-    refused = submit(slurm, tmp_path, "train", "--nodes", "2", *QUICK_RUN, "run.name=killed", "run.wandb=off", "zo.probes=2")
-    fields = slurm.wait(refused)
-    assert (fields["JobState"], fields["Restarts"]) == ("FAILED", "0")
-    assert "zo.probes: 1 -> 2" in (tmp_path / f"dist_vlcl-{refused}.out").read_text()
+def test_a_refused_run_is_not_tried_again(slurm, beside):
+    folder, job = beside["refused"]
+    ended = slurm.wait(job)
+    said = (folder / f"dist_vlcl-{job}.out").read_text()
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0") and "cluster.num_processes=3" in said, said
 
 
-def test_a_node_that_dies_costs_no_finished_step(tmp_path):
-    with cluster(isolation="net") as slurm:
-        job = submit(slurm, tmp_path, "train", "--nodes", "2", *QUICK_RUN, "run.name=lost", "run.wandb=off", "cluster.timeout_s=20")
-        slurm.until(lambda: steps(tmp_path / "runs/lost") >= 2, "two steps")
-        before = steps(tmp_path / "runs/lost")
-        assert slurm.tool("crash", "node2").returncode == 0
-        slurm.wait(job, {"PENDING"})  # Slurm sees it after some 15 s, or the batch script before
-        assert steps(tmp_path / "runs/lost") >= before
-        assert slurm.tool("revive", "node2").returncode == 0
-        fields = slurm.wait(job)
-        assert fields["JobState"] == "COMPLETED" and int(fields["Restarts"]) >= 1, (tmp_path / f"dist_vlcl-{job}.out").read_text()
-    assert_ended_as_never_stopped(tmp_path, "lost", starts=1 + int(fields["Restarts"]))
+def test_shards_are_built_by_a_job(slurm, beside):
+    folder, job = beside["shards"]
+    assert slurm.wait(job)["JobState"] == "COMPLETED", next(folder.glob("*.out")).read_text()
+    assert list((folder / "data").rglob("index.json"))
 
 
-def test_shards_are_built_by_a_job(slurm, tmp_path):
-    job = submit(slurm, tmp_path, "shards", "data=digits")
-    assert slurm.wait(job)["JobState"] == "COMPLETED", next(tmp_path.glob("*.out")).read_text()
-    assert list((tmp_path / "data").rglob("index.json"))
+def test_an_array_trains_every_run_of_a_sweep(slurm, beside):
+    folder, job = beside["array"]
+    slurm.until(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), "the array to end", timeout_s=600)
+    complete = [json.loads(path.read_text())["complete"] for path in (folder / "runs").glob("*/accuracy.json")]
+    assert complete == [True, True], [path.read_text() for path in folder.glob("*.out")]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("dist_vlcl.sweep") is None, reason="there is no dist_vlcl.sweep yet")
-def test_an_array_trains_every_run_of_a_sweep(slurm, tmp_path):
-    small = ["data=digits", "tasks.increment=2", "tasks.order=natural", "model=small", "run.wandb=off", *QUICK_RUN[:-2]]
-    job = submit(slurm, tmp_path, "sweep", "--parallel", "1", "paper=t1-moe-cifar10-fo,t2-moe-cifar10-dual-hop_odd", *small)
-    slurm.until(lambda: len(list((tmp_path / "runs").glob("*/accuracy.json"))) == 2, "two runs")
-    slurm.until(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), "the array to end")
-    complete = [json.loads(path.read_text())["complete"] for path in (tmp_path / "runs").glob("*/accuracy.json")]
-    assert complete == [True, True], [path.read_text() for path in tmp_path.glob("*.out")]
+def test_one_task_of_an_array_is_queued_again_by_itself_and_a_cancelled_one_is_not(slurm, tmp_path):
+    options = ["paper=t1-moe-cifar10-fo,t2-moe-cifar10-dual-hop_odd", "--parallel", "2"]
+    job = submit(slurm, tmp_path, "sweep", *options, python=ROOT / "tests/slurm/standin.py", STANDIN_STOPS="yes")
+    slurm.until(lambda: len(list(tmp_path.glob("said?-0.jsonl"))) == 2, "two tasks")
+    assert slurm.job(f"{job}_1")["JobId"] == job  # the last task has the id of the array: one must not ask for that
+    slurm.run("scancel", "--signal=USR1", f"{job}_1")
+    slurm.until_queued_again(f"{job}_1", 1)
+    slurm.wait(f"{job}_1", {"COMPLETED"})
+    assert (slurm.job(f"{job}_0")["JobState"], slurm.job(f"{job}_0")["Restarts"]) == ("RUNNING", "0")
+    slurm.run("scancel", job)
+    slurm.until(lambda: any("Slurm ends this job itself" in path.read_text() for path in tmp_path.glob("*.out")), "the batch script's word")
+    assert slurm.wait(f"{job}_0")["JobState"] == "CANCELLED"
 
 
-def submitted(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([*SUBMIT, *arguments], capture_output=True, text=True, timeout=120, env=ENVIRONMENT, **options)
+def submit_here(monkeypatch, *arguments: str) -> int:
+    """Return the exit status of `python -m dist_vlcl.run.submit`, called in this process."""
+    monkeypatch.setattr(sys, "argv", ["submit", *arguments])
+    try:
+        submit_main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
 
 
-def test_a_dry_run_prints_the_script_and_the_command_quoted(tmp_path):
-    done = submitted(
-        "train",
-        "--dry-run",
-        "--repository",
-        str(ROOT),
-        "--nodes",
-        "4",
-        "--time",
-        "1:00:00",
-        "data.root='a b;$(touch hacked)'",
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (ROOT / "slurm/train.sbatch").read_text() in done.stdout
-    assert shlex.join(["data.root='a b;$(touch hacked)'"]) in done.stdout
-    assert f"sbatch --nodes=4 --time=1:00:00 {ROOT}/slurm/train.sbatch " in done.stdout
+def test_a_dry_run_prints_the_script_and_the_command_quoted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    hostile = "data.root='a b;$(touch hacked)'"
+    options = ["--dry-run", "--repository", str(ROOT), "--nodes", "4", "--time", "1:00:00", "--engine", "zero2"]
+    assert submit_here(monkeypatch, "train", *options, hostile) == 0
+    printed = capsys.readouterr().out
+    assert (ROOT / "slurm/train.sbatch").read_text() in printed
+    assert f"sbatch --nodes=4 --time=1:00:00 {ROOT}/slurm/train.sbatch --engine zero2 {shlex.quote(hostile)}\n" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -154,17 +273,39 @@ def test_options_that_the_job_would_refuse_are_refused_before_it_waits(options, 
         check_options("train", options)
 
 
-def test_submit_says_what_is_missing(tmp_path):
-    done = submitted("train", "seed=1", cwd=tmp_path)
-    assert done.returncode == 2 and "train.sbatch is missing: call this from the repository's folder" in done.stderr
+def test_submit_says_what_is_missing(tmp_path, monkeypatch, capfd):
+    assert submit_here(monkeypatch, "train", "--repository", str(tmp_path), "seed=1") == 2
+    assert "train.sbatch is missing: call this from the repository's folder" in capfd.readouterr().err
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert submit_here(monkeypatch, "train", "--repository", str(ROOT), "seed=1") == 127
+    assert "error: there is no sbatch here; call this where jobs are submitted" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--nodes", "0"], "argument --nodes: 0: give a whole number from 1"),
+        (["sweep", "--parallel", "-1"], "argument --parallel: -1: give a whole number from 1"),
+        (["sweep", "--nodes", "2"], "--nodes: it is for train; sweep takes one node"),
+        (["shards", "--engine", "zero2"], "--engine: it is for train"),
+        (["train", "--engine", "zero9"], "--engine zero9: choose from ddp, zero0, zero1, zero2, zero3, zero3_offload"),
+    ],
+)
+def test_submit_refuses_what_no_job_could_do(arguments, message, monkeypatch, capsys):
+    assert submit_here(monkeypatch, *arguments, "--repository", str(ROOT)) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", ["train", "sweep", "shards"])
-def test_a_script_run_elsewhere_says_where_it_belongs(script, tmp_path):
-    done = subprocess.run(
-        ["bash", ROOT / f"slurm/{script}.sbatch"],
-        env={"PATH": os.environ["PATH"], "SLURM_SUBMIT_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "submit from the repository's folder, or set DIST_VLCL_HOME" in done.stderr
+def test_a_script_says_what_it_is_for_and_where_it_belongs(script, tmp_path):
+    def called(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        environment = {"PATH": os.environ["PATH"], **environment}
+        return subprocess.run([ROOT / f"slurm/{script}.sbatch", *arguments], env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+    helped = called("--help")
+    assert helped.returncode == 0 and f"slurm/{script}.sbatch " in helped.stdout and "#" not in helped.stdout and not helped.stderr
+    by_hand = called("seed=1")
+    assert by_hand.returncode == 2 and "error: this is a batch script: sbatch" in by_hand.stderr
+    elsewhere = called("seed=1", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert elsewhere.returncode == 2 and "submit from the repository's folder, or set DIST_VLCL_HOME" in elsewhere.stderr
