@@ -18,7 +18,7 @@ import contextlib
 import itertools
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -84,9 +84,10 @@ def trial_of(choice: Choice, items: Sequence[Item]) -> Trial:
 def write(folder: Path, command: str, fixed: Sequence[str], trials: Sequence[Trial], references: dict[str, float]) -> Path:
     """Write tables and picture, and the best choice with the other `zo` options as a file; return its path."""
     best = trials[0]
+    doubt = warning(best, references)
     table = trial_table(trials, references).markdown()
     note = "Accuracy in % on held-out training images of the first task; test images were not read. The first row is in tuned.yaml."
-    replace_file(folder / "tuning.md", f"# {folder.name}\n\n    {command}\n\n{table}\n{note}\n")
+    replace_file(folder / "tuning.md", f"# {folder.name}\n\n    {command}\n\n{table}\n{note}\n" + (f"\n**{doubt}**\n" if doubt else ""))
     write_csv(folder / "tuning.csv", trials)
     plot_trials(folder / "tuning.png", trials, references)
     content: dict[str, Any] = {}
@@ -98,8 +99,15 @@ def write(folder: Path, command: str, fixed: Sequence[str], trials: Sequence[Tri
             inner = inner.setdefault(parent, {})
         inner[leaf] = _read(value)
     head = f"# {command}\n# held-out accuracy {100 * (best.accuracy or 0):.2f} %, the best of {len(trials)}\n"
+    head += f"# {doubt}\n" if doubt else ""
     replace_file(folder / "tuned.yaml", head + yaml.safe_dump(content, sort_keys=False))
     return folder / "tuned.yaml"
+
+
+def warning(best: Trial, references: Mapping[str, float]) -> str:
+    """Return what speaks against a choice: that what it is compared with does as well; nothing where nothing does."""
+    as_good = [name for name, value in references.items() if value >= (best.accuracy or 0)]
+    return f"No better than {' and '.join(as_good)}: zeroth order adds nothing that the held-out images show." if as_good else ""
 
 
 def _read(text: str) -> Any:
@@ -155,6 +163,8 @@ def main() -> None:
     console.print(f"\n{trial_table(ranked(trials), references).markdown()}", highlight=False, markup=False, soft_wrap=True)
     if failed := [item.folder.name for item, fate in fates.items() if fate.startswith(FAILED)]:
         console.print(f"failed and left out: {', '.join(failed)}", highlight=False, soft_wrap=True)
+    if doubt := warning(ranked(trials)[0], references):
+        console.print(doubt, highlight=False, soft_wrap=True)
     console.print(f"Train with tuned={tuned}; the picture is {folder}/tuning.png", highlight=False, soft_wrap=True)
 
 

@@ -48,7 +48,7 @@ def on_one_core(folder: Path, *arguments: str, **options) -> subprocess.Complete
     """Run Python there; two threads on busy cores would take many times as long."""
     core = min(os.sched_getaffinity(0))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    limits = {"preexec_fn": lambda: os.sched_setaffinity(0, {core}), "timeout": 300, "env": environment, "cwd": folder}
+    limits = {"preexec_fn": lambda: os.sched_setaffinity(0, {core}), "timeout": 900, "env": environment, "cwd": folder}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **limits, **options)
 
 

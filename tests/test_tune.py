@@ -115,6 +115,15 @@ def test_a_search_that_cannot_be_is_refused_before_anything_runs(words, message,
     assert status == 2 and message in said
 
 
+def test_a_choice_that_is_no_better_than_the_control_is_told_so(tmp_path):
+    best, frozen = Trial({"zo.lr_scale": "1"}, [0.5], 1.0), "the same units frozen"
+    said = "No better than the same units frozen: zeroth order adds nothing that the held-out images show."
+    for control, is_doubtful in ((0.5, True), (0.4, False)):
+        tuned_file = tune.write(tmp_path, "command", ["zo.sides=2"], [best], {frozen: control, "zero-shot CLIP": 0.1})
+        assert (f"# {said}\n" in tuned_file.read_text()) == (f"**{said}**" in (tmp_path / "tuning.md").read_text()) == is_doubtful
+        assert yaml.safe_load(tuned_file.read_text()) == {"zo": {"sides": 2, "lr_scale": 1}}
+
+
 def test_the_best_has_the_highest_mean_then_the_lowest_loss_and_failed_ones_are_last(tmp_path):
     a, b, c, d = (
         Trial({"zo.lr_scale": k}, acc, loss)

@@ -365,7 +365,8 @@ def result_table(section: Section, stream: Stream) -> TextTable:
     for method, note in cells:
         label = method.label + (f" ({'; '.join(note)})" if note else "")
         values = {metric: accuracies(section, stream, method, note, metric) for metric in METRICS}
-        spreads = [spread(**_summary("", values[metric])) for metric in METRICS]
+        summaries = [_summary("", values[metric]) for metric in METRICS]
+        spreads = [spread(summary["mean"], summary["std"], len(values[metric])) for summary, metric in zip(summaries, METRICS, strict=True)]
         gains = []
         for metric in METRICS:
             control = accuracies(section, stream, method.twin, control_note(note), metric) if method.is_zeroth else {}

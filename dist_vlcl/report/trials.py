@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from dist_vlcl.report.figures import BLUE, GREY, ORANGE, STYLE
+from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, STYLE
 from dist_vlcl.report.tables import TextTable, percent
 
-LINES = (("-.", GREY), ("--", ORANGE))
+LINES = (("-.", ORANGE), ("--", GREEN))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plot_trials(path: Path, trials: Sequence[Trial], references: Mapping[str, fl
             axes.plot([100 * a for a in trial.accuracies], [place] * len(trial.accuracies), "o", color=color, markersize=4, alpha=0.7)
             axes.plot([100 * (trial.accuracy or 0)], [place], "|", color=color, markersize=12, markeredgewidth=2)
         for (line, color), (name, value) in zip(LINES, references.items(), strict=False):
-            axes.axvline(100 * value, color=color, linestyle=line, label=name)
+            axes.axvline(100 * value, color=color, linestyle=line, linewidth=1.2, zorder=1, label=name)
         axes.set_yticks(range(len(shown)), [t.label for t in shown], fontsize=8)
         axes.set(xlabel="accuracy on held-out training images of the first task (%)", ylim=(len(shown) - 0.5, -0.5))
         if references:

@@ -59,9 +59,8 @@ class Cluster:
         return self.job(job)
 
     def until_queued_again(self, job: str, restarts: int) -> None:
-        """Wait until Slurm has taken a job back, and have it start without the delay of a requeue (6 s here, 121 s by default)."""
+        """Wait until Slurm has taken a job back. It starts 6 s later (121 s by default); StartTime=now in the same second makes it fail."""
         self.until(lambda: self.job(job)["Restarts"] == str(restarts), f"job {job} to be queued again")
-        self.tool("exec", "--", "scontrol", "update", f"JobId={job}", "StartTime=now")  # refused if it runs already
 
     def until(self, is_so: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
         deadline = time.monotonic() + timeout_s
