@@ -49,12 +49,15 @@ class TrainConfig:
     max_steps: int | None = None  # of a task, for a short look or a memory probe; null: all
     micro_batches: int = 1  # gradient accumulation: the parts in which a rank takes its share of a batch
     max_skips: int = 10  # steps in a row that a non-finite loss may cost
-    check_every_steps: int = 50  # ranks compare a digest of all adapters
+    check_every_steps: int = 50  # ranks compare a digest of all adapters; also before every checkpoint
+    on_disagreement: str = "stop"  # ranks that come apart: stop, or reload what they last agreed on, and take the steps since again
 
     def check(self) -> None:
         for option in ("batch_size", "epochs", "micro_batches", "max_skips", "check_every_steps"):
             if getattr(self, option) < 1:
                 raise ValueError(f"train.{option}={getattr(self, option)}: give a positive number")
+        if self.on_disagreement not in ("stop", "reload"):
+            raise ValueError(f"train.on_disagreement={self.on_disagreement!r}: choose from stop, reload")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"train.max_steps={self.max_steps}: give a positive number, or null for all")
         if self.warmup_steps < 0:
@@ -111,6 +114,11 @@ class Config:
         ):
             part_check: Callable = getattr(part, "check", lambda: None)
             part_check()
+        if self.data.timeout_s >= self.cluster.timeout_s and self.data.url:
+            raise ValueError(
+                f"data.timeout_s={self.data.timeout_s:g}: give less than cluster.timeout_s={self.cluster.timeout_s:g}, "
+                "or the other ranks give up before this one does"
+            )
         if self.orders.order == "zeroth" and self.zo.granularity == "joint" and self.orders.branch in ("vision", "language"):
             raise ValueError("zo.granularity=joint: moves both branches by one estimate, so it needs orders.branch=dual")
 
@@ -200,7 +208,9 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
             _refuse(error, is_main)
         work(config)
 
-    if not is_main and any(a in ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv):
+    if not is_main and any(
+        a in ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv[1:]
+    ):
         return  # one voice is enough
     run()
 

@@ -44,6 +44,7 @@ class StepReport:
     skipped: str | None = None  # why nothing was updated
     stop: bool = False  # some rank was asked to stop
     count: int = 0
+    busy_s: list[float] = field(default_factory=list)  # of every rank: seconds outside of exchanges since the last step's losses
     figures: Tensor | None = None  # model.statistics.FIGURES of every unit, where they were asked for
 
 
@@ -59,6 +60,7 @@ class BatchLosses:
         self.start = {branch: min(unit.layer for unit in flat.slices) for branch, flat in flats.items()}
         self.parts: list[dict[str, Any]] = []  # per micro-batch: images, labels, weight, noise, base features and carries
         self.flag, self.stop, self.count = 0.0, False, 0
+        self.busy_s: list[float] = []
         self.faulty: list[int] = []  # ranks whose loss was not finite
 
     def add(self, images: Tensor, labels: Tensor, noise: StepNoise, base: Mapping[str, tuple], real: int) -> None:
@@ -124,12 +126,15 @@ class BatchLosses:
         return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum().cpu()
 
     def _exchange(self, sums: Tensor) -> list[float]:
+        """Return mean losses from every rank's sums; what else rides along: counts, stop flags, and how long each rank was at work."""
         count = sum(part["real"] for part in self.parts)
-        rows = self.world.gather(torch.cat([sums, torch.tensor([count, self.flag], dtype=torch.float64)]))
+        own = torch.tensor([count, self.flag, self.world.exchanging.take_busy_s()], dtype=torch.float64)
+        rows = self.world.gather(torch.cat([sums, own]), "losses")
         self.faulty = [rank for rank, row in enumerate(rows) if not torch.isfinite(row).all()]
         total = ordered_sum(rows)
-        self.count, self.stop = int(total[-2]) // self.world.direction_groups, bool(total[-1] > 0)  # each group has the whole batch
-        return (total[:-2] / max(self.count, 1)).tolist()
+        self.count, self.stop = int(total[-3]) // self.world.direction_groups, bool(total[-2] > 0)  # each group has the whole batch
+        self.busy_s = self.busy_s or rows[:, -1].tolist()
+        return (total[:-3] / max(self.count, 1)).tolist()
 
 
 class HybridStep:
@@ -152,7 +157,7 @@ class HybridStep:
             if orders[address] is Order.FROZEN:
                 freeze(unit)
         for tensor in units.state_dict().values():
-            world.broadcast(tensor)
+            world.broadcast(tensor, "the adapters")
         self.zeroth = ZerothOrder(self.flats, zeroth)
         rounded = [branch for branch in self.flats if towers.tower(branch).dtype.itemsize < 4]
         self.by_delta = {"auto": rounded, "whole": [], "delta": list(self.flats)}[zeroth.evaluation]
@@ -193,6 +198,7 @@ class HybridStep:
             self.refuse_noisy_slopes(batches[0], key, first_label)
         losses = BatchLosses(self.towers, self.flats, self.tokens, self.world, self.by_delta)
         losses.flag = float(stop)
+        self.world.exchanging.where = f"step {key.step + 1}"
         planned = sum(batch.count for batch in batches)
         for k, batch in enumerate(batches):
             images, labels, positions, real = self._on_device(batch, first_label)
@@ -208,7 +214,7 @@ class HybridStep:
         rounds = self.zeroth.rounds()
         sequential = self.zeroth.config.update == "sequential"
         loss, moves = self._decide(losses, [] if sequential or not rounds else rounds[0], key, lr)
-        report = StepReport(loss, stop=losses.stop, count=losses.count)
+        report = StepReport(loss, stop=losses.stop, count=losses.count, busy_s=losses.busy_s)
         if moves is None:
             return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
         statistics = self._observe_first(planned / max(losses.count, 1)) if observe else None

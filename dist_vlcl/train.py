@@ -7,13 +7,13 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 
-from dist_vlcl import __version__
 from dist_vlcl.config import Config, hydra_main
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix
@@ -24,24 +24,30 @@ from dist_vlcl.data.shards import Index
 from dist_vlcl.data.store import open_index
 from dist_vlcl.data.tasks import Task, TaskStream
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
-from dist_vlcl.dist.agree import DisagreementError, agree, digest
+from dist_vlcl.dist.agree import AstrayError, agree, agree_on_tensors, digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.dist.zero import first_order
+from dist_vlcl.masking import masked, masked_values
 from dist_vlcl.model.clip import TwoTowers, build_clip
 from dist_vlcl.orders import Order, assign, describe
 from dist_vlcl.report.figures import plot_run
 from dist_vlcl.report.tables import summarize_run
 from dist_vlcl.run import checkpoint, journal
+from dist_vlcl.run.environment import code_digest
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunFolder
+from dist_vlcl.run.jsonl import PATIENCE
 from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.preemption import Preemption
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.status import report_status
+from dist_vlcl.run.stragglers import Stragglers
 from dist_vlcl.run.units import UnitRecords
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.noise import Key, derive_seed
+
+MAX_RELOADS = 3  # of a run whose ranks come apart again and again
 
 Progress = Callable[..., Iterable[Any]]  # shows how far an iterable of batches is: RunLog.progress, or nothing
 
@@ -56,11 +62,27 @@ class Requeued(Exception):
 def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     """Learn a sequence of tasks; return the accuracy on every task after every task, or None if that was known before.
 
-    All ranks call this. Raises Requeued after a signal; a second call with the same configuration then goes on where it stopped.
+    All ranks call this. Raises Requeued after a signal; a second call with the same configuration then goes on where it stopped. Ranks that
+    come apart go back to what they last agreed on, where `train.on_disagreement` says so.
     """
+    for reloads_left in reversed(range(MAX_RELOADS + 1)):
+        try:
+            return _train(cfg, world)
+        except AstrayError as error:
+            if cfg.train.on_disagreement == "stop" or not reloads_left:
+                raise
+            if world.is_main:
+                print(f"{error}\ngoing back to what the ranks last agreed on", flush=True)
+            cfg = replace(cfg, run=replace(cfg.run, resume=True, overwrite=False))
+    raise AssertionError("unreachable")
+
+
+def _train(cfg: Config, world: World) -> AccuracyMatrix | None:
     index, tasks = open_tasks(cfg, world)
-    for what, value in {"the configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": __version__}.items():
+    for what, value in {"the configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code_digest()}.items():
         agree(world, what, json.dumps(value, sort_keys=True, default=str), "Start every rank with the same command and the same files.")
+    if cfg.train.on_disagreement == "reload" and world.engine != "ddp":
+        raise ValueError("train.on_disagreement=reload: not under DeepSpeed, whose hooks outlive a reload; use stop")
     towers, loader = build_towers(cfg, world), make_loader(cfg, index, world)
     step = HybridStep(
         towers,
@@ -73,21 +95,22 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     agree(world, "the frozen weights", digest({name: t for name, t in towers.state_dict().items() if ".adapter." not in name}))
     agree(world, "the adapters", digest(towers.units.state_dict()))
     agree(world, "the first direction", first_direction(step), "CPUs of another kind? Take zo.directions=rademacher: it has no rounding.")
-    run = RunFolder.open(cfg.run, cfg.as_dict(), world)
+    run = RunFolder.open(cfg.run, cfg.as_dict(), world, data=index.fingerprint, code=code_digest())
     if run.is_complete:
         if world.is_main:
             report_status("complete")
             print(f"{run.message}\nDelete it, or take another run.name or seed, to train again.")
         return None
     state, saved = resume_or_start(cfg, run, world)
-    journalled = roll_forward(cfg, run, step, state, index, tasks, world)
+    moved_from = saved.state["device"] if saved and saved.state["device"] != world.device.type else None
+    journalled = roll_forward(cfg, run, step, state, index, tasks, world, moved_from)
     accuracy = AccuracyMatrix([len(task.classes) for task in tasks], [[tuple(c) for c in row] for row in state.accuracy])
 
-    log = RunLog(run.path, cfg.run, world, cfg.as_dict(), state)
+    log = RunLog(run.path, cfg.run, world, masked_values(cfg.as_dict()), state)
     state.wandb_id = log.wandb_id
     units = [(id.branch, id.layer, step.orders[id].value) for id in towers.units]
     records = UnitRecords(run.path, units, cfg.run.record_every_steps, state.step, world.is_main)
-    log.say(run.message)
+    log.say(run.message + (f", going on after step {state.step}" if state.step else ""))
     introduce(log, cfg, world, step, tasks, index)
     if world.is_main:
         report_status("training")
@@ -106,7 +129,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     agree(world, "the adapters as the journal rebuilds them", digest(towers.units.state_dict()))
                     log.say(f"the journal gave back {len(journalled)} steps after the checkpoint")
                     journalled = []
-                agreed = state.step
+                agreed, stragglers = state.step, Stragglers(world.exchanging.named)
                 for batch, key, lr in training_steps(cfg, step, loader, task, world, state, log):
                     started = time.perf_counter()
                     parts, observe = split(batch, cfg.train.micro_batches), records.is_due(state.step + 1)
@@ -116,34 +139,47 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                     log_step(log, state, report, key, lr, time.perf_counter() - started, batch, world.take_peak_gib())
                     if report.figures is not None:
                         records.add(state.step, state.task, report.figures)
-                    if state.step % cfg.train.check_every_steps == 0:
-                        try:
-                            agree(world, f"the adapters after step {state.step}", digest(step.adapters()), "A rank went astray.")
-                        except DisagreementError:
-                            log.disown(after=agreed)
-                            raise
-                        agreed = state.step
-                    if report.stop or run.is_time_to_save(state.step):
-                        save(run, state, step, records, zero_shot)
+                    if words := stragglers.note(report.busy_s):
+                        log.say(f"step {state.step}: {words}")
+                    is_to_save = report.stop or run.is_time_to_save(state.step)
+                    if is_to_save or state.step % cfg.train.check_every_steps == 0:
+                        agreed = agree_on_adapters(world, step, state, log, agreed)
+                    if is_to_save:
+                        save(run, state, step, records, zero_shot, must=report.stop)
                     if report.stop:
                         requeue(run)
+                agree_on_adapters(world, step, state, log, agreed)
                 save(run, state, step, records, zero_shot)  # an evaluation may outlast the time that a signal leaves
                 accuracy.append(evaluate(cfg, towers, loader, tasks, task, world, log.progress))
                 state.accuracy = accuracy.rows
                 log.task({"step": state.step, "task": task.index, **accuracy.summary(), "zero_shot": zero_shot.get(task.index)})
                 run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
                 state.next_task()
-                save(run, state, step, records, zero_shot)
-                if task is not tasks[-1] and world.sum(torch.tensor([float(preemption.requested)]))[0] > 0:
+                save(run, state, step, records, zero_shot, must=task is tasks[-1])
+                if task is not tasks[-1] and world.sum(torch.tensor([float(preemption.requested)]), "wishes to stop")[0] > 0:
                     requeue(run)
         farewell(log, run, world)
         run.complete({**accuracy.summary(), "rows": accuracy.rows, "zero_shot": zero_shot, "seconds": state.seconds, "steps": state.step})
         if world.is_main:
             report_status("complete")
     finally:
+        step.first.end()
         log.close()
         run.close()
     return accuracy
+
+
+def agree_on_adapters(world: World, step: HybridStep, state: TrainState, log: RunLog, agreed: int) -> int:
+    """Return the step now agreed on; raise AstrayError, naming rank and tensor, with the journal cut back to `agreed`. All ranks call this.
+
+    It goes before every checkpoint, so that none holds what a rank that went astray has had a part in.
+    """
+    try:
+        agree_on_tensors(world, f"the adapters after step {state.step}", step.adapters())
+    except AstrayError:
+        log.disown(after=agreed)
+        raise
+    return state.step
 
 
 def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
@@ -154,7 +190,7 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
             open_index(cfg.data)
         except (OSError, ValueError) as error:
             outcome = str(error)
-    outcome = world.share(outcome)
+    outcome = world.share(outcome, "rank 0's look at the data set")
     if outcome:
         raise ValueError(outcome)
     index = open_index(cfg.data)
@@ -193,7 +229,7 @@ def first_direction(step: HybridStep) -> str:
 
 def resume_or_start(cfg: Config, run: RunFolder, world: World) -> tuple[TrainState, checkpoint.Checkpoint | None]:
     """Return the state to go on from, read by rank 0. All ranks call this."""
-    saved = world.share(checkpoint.load_newest(run.path) if world.is_main and not run.is_new else None)
+    saved = world.share(checkpoint.load_newest(run.path) if world.is_main and not run.is_new else None, "the checkpoint")
     if saved is None:
         return TrainState(run_seed=cfg.seed), None
     if saved.state["world_size"] != world.size and world.is_main:
@@ -202,29 +238,58 @@ def resume_or_start(cfg: Config, run: RunFolder, world: World) -> tuple[TrainSta
 
 
 def roll_forward(
-    cfg: Config, run: RunFolder, step: HybridStep, state: TrainState, index: Index, tasks: TaskStream, world: World
+    cfg: Config,
+    run: RunFolder,
+    step: HybridStep,
+    state: TrainState,
+    index: Index,
+    tasks: TaskStream,
+    world: World,
+    moved_from: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return the steps of the task that the journal holds beyond the checkpoint, and count them in `state`. All ranks call this.
 
-    None where first-order units learn: the journal does not know their updates, so those steps are taken again.
+    None where first-order units learn: the journal does not know their updates, so those steps are taken again. Nor where the run has
+    `moved_from` a device of another type, whose normal directions were others.
     """
     if run.is_new or step.first.parameters or state.task >= len(tasks):
         return []
-    records = world.share(list(journal.read_after(run.path, state.step)) if world.is_main else None)
+    records = world.share(list(journal.read_after(run.path, state.step)) if world.is_main else None, "the journal")
     records = [record for record in records if record["task"] == state.task]  # an evaluation lies between two tasks
+    if records and moved_from and cfg.zo.directions != "rademacher":
+        if world.is_main:
+            print(
+                f"saved on {moved_from}, resumed on {world.device.type}: normal directions differ in their last bits, so {len(records)} "
+                "steps of the journal are taken again (zo.directions=rademacher has the same on both)"
+            )
+        return []
     per_epoch = steps_per_epoch(cfg, index, tasks[state.task])
     state.epoch, state.batch = divmod(state.epoch * per_epoch + state.batch + len(records), per_epoch)
     state.step += len(records)
     return records
 
 
-def save(run: RunFolder, state: TrainState, step: HybridStep, records: UnitRecords, zero_shot: dict[int, float]) -> None:
-    """Write the units' records, then a checkpoint. All ranks call this; rank 0 writes."""
-    records.flush()
+def save(
+    run: RunFolder, state: TrainState, step: HybridStep, records: UnitRecords, zero_shot: dict[int, float], must: bool = False
+) -> None:
+    """Write the units' records, then a checkpoint. All ranks call this; rank 0 writes.
+
+    On a full disk the run goes on with the older checkpoint; the third failure in a row is raised, and the first where it `must` be saved.
+    """
     tensors = step.state_dict(optimizers=state.epoch > 0 or state.batch > 0)  # a new task starts with fresh ones
-    if run.is_main:
-        extra = {"world_size": step.world.size, "device": step.world.device.type, "zero_shot": zero_shot}
+    if not run.is_main:
+        return
+    extra = {"world_size": step.world.size, "device": step.world.device.type, "zero_shot": zero_shot}
+    try:
+        records.flush()
         checkpoint.save(run.path, state.step, tensors, {**state.to_dict(), **extra}, keep=run.settings.keep)
+        run.failed_saves = 0
+    except OSError as error:
+        run.failed_saves += 1
+        if must or run.failed_saves >= PATIENCE:
+            raise
+        words = f"step {state.step} could not be saved: {error}; going on, with the older checkpoint whole"
+        warnings.warn(words, RuntimeWarning, stacklevel=2)  # which, other than print, bears that a log cannot be written either
 
 
 def requeue(run: RunFolder) -> NoReturn:
@@ -256,7 +321,9 @@ def training_steps(
     if state.epoch == state.batch == 0 and steps < 2 * cfg.train.warmup_steps:
         log.say(f"task {task.index + 1}: {steps} steps are few for train.warmup_steps={cfg.train.warmup_steps}")
     # Rank 0 draws the seeds of the task's steps; the others learn them here.
-    seeds = world.broadcast(torch.tensor([derive_seed(state.run_seed, "step", task.index, k) for k in range(steps)]))
+    seeds = world.broadcast(
+        torch.tensor([derive_seed(state.run_seed, "step", task.index, k) for k in range(steps)]), f"the seeds of task {task.index + 1}"
+    )
     while (done := state.epoch * per_epoch + state.batch) < steps:
         batches = loader.train(task, epoch=state.epoch, start=state.batch, **shared)
         total = min(per_epoch, steps - state.epoch * per_epoch)
@@ -315,6 +382,7 @@ def count(
     cfg: Config, towers: TwoTowers, loader: Loader, task: Task, prefixes: list[int], world: World, progress: Progress, described: str
 ) -> list:
     """Return [prefix][class] -> (correct, total) over the test images of a task's classes. All ranks call this."""
+    world.exchanging.where = f"the {described}"
     transform = (TrainTransform if cfg.eval.train_transform else TestTransform)(towers.image_size)
     kept = not_trained_on(cfg, loader.index, task)
     share: dict[str, int] = {"batch_size": cfg.eval.batch_size, "rank": world.rank, "size": world.size}
@@ -393,13 +461,14 @@ def main() -> None:
             if world.is_main:
                 report_status("requeue")
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")
-        except (ValueError, RuntimeError, FloatingPointError) as error:
+        except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
+            world.exchanging.stopped(error)  # the others are waiting for this rank, and can then say why it is gone
             if world.is_main and isinstance(error, FloatingPointError):
                 report_status("failed")
             if cfg.cluster.traceback:
                 raise
             # Any rank may be the one that knows; cluster.traceback=true shows where.
-            print(f"error on rank {world.rank} of {world.size}: {error}", file=sys.stderr, flush=True)
+            print(f"error on rank {world.rank} of {world.size}: {masked(str(error))}", file=sys.stderr, flush=True)
             raise SystemExit(2) from error
         finally:
             world.close()

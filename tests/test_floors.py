@@ -26,6 +26,7 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("zo", 0),
     ("orders", 0),
     ("schedule", 0),
+    ("masking", 0),
     ("model", 0),
     ("dist", 1),
     ("data", 1),

@@ -33,10 +33,11 @@ def count_correct(
             towers.features("vision", torch.zeros(1, 3, towers.image_size, towers.image_size, dtype=torch.uint8, device=device))
             continue
         step_noise = noise and StepNoise(Key(noise.seed, batch.index + 1), {"vision": batch.positions.to(device)})
-        image_BF = towers.features("vision", batch.images.to(device), step_noise)
+        with world.exchanging("forward pass of an evaluation"):
+            image_BF = towers.features("vision", batch.images.to(device), step_noise)
         logits_BC = image_BF @ text_CF.T
         for p, num_classes in enumerate(prefixes):
             right = (logits_BC[:, :num_classes].argmax(1).cpu() == batch.labels).long()
             counts[p, :, 0].index_add_(0, batch.labels, right)
             counts[p, :, 1].index_add_(0, batch.labels, torch.ones_like(right))
-    return world.sum(counts.flatten()).view(counts.shape)
+    return world.sum(counts.flatten(), "counts of right answers").view(counts.shape)

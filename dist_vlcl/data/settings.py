@@ -27,6 +27,7 @@ class DataConfig:
     encoding: str = "auto"  # of images in shards: original (PNG, JPEG), or pixels: no decoding; auto: pixels for sets of small images
     on_error: str = "stop"  # a damaged shard or image: stop the run, or skip the samples and report them
     allow_pipe: bool = False  # let `url` run a command, as in `pipe:aws s3 cp s3://bucket/set/{} -`
+    timeout_s: float = 120  # for reading one shard over a network or from a command, all attempts together
     num_workers: int | None = None  # processes that load, of each rank; null: 4 for a GPU, none on CPUs, which are busy with the step
     cache_gib: float = 1.0  # of each rank: images kept as pixels in memory, over epochs, tasks and evaluations
 
@@ -36,6 +37,7 @@ class DataConfig:
         _require(self.name not in ("", ".", "..") and "/" not in self.name, "name", self.name, "give a plain folder name")
         _require(0 < self.test_fraction < 1, "test_fraction", self.test_fraction, "between 0 and 1, both excluded")
         _require(self.samples_per_shard >= 1, "samples_per_shard", self.samples_per_shard, "1 or more")
+        _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "a positive number of seconds")
         _require(self.encoding in ENCODINGS, "encoding", self.encoding, f"choose from {', '.join(ENCODINGS)}")
         _require(self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "0 or more, or null")
         _require(self.cache_gib >= 0, "cache_gib", self.cache_gib, "0 or more")

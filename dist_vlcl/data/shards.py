@@ -11,8 +11,11 @@ import hashlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
+import signal
+import subprocess
 import tarfile
 import tempfile
 import time
@@ -21,7 +24,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -33,9 +36,15 @@ from PIL import Image
 from webdataset.tariterators import group_by_keys
 
 from dist_vlcl.data.order import rank_slice
+from dist_vlcl.masking import masked
 
 FORMAT = 1
 SPLITS = ("train", "test")
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+MAX_PIXELS = 1 << 26  # a bomb has a few bytes and billions of pixels
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+INDEX_BYTES = 1 << 28  # an index.json is not larger
+ATTEMPTS = 3  # that each have a part of the time, where a server or command stalls; one that refuses is asked again until the time is over
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")  # of raw images
 PIXELS = "ppm"  # of images stored as pixels: binary PPM, a short header and H x W x 3 bytes, which any viewer opens
 PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
@@ -80,7 +89,10 @@ def decode(data: bytes, key: str) -> np.ndarray:
             raise ShardError(f"{key}: no image: {width} x {height} pixels need {width * height * 3} bytes, not {len(data) - header.end()}")
         return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3)
     try:
-        return np.asarray(Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")).convert("RGB"))
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        return np.asarray(image.convert("RGB"))
     except Exception as error:  # PIL raises what it likes on damaged bytes
         raise ShardError(f"{key}: no image: {error}") from error
 
@@ -113,6 +125,7 @@ class Index:
     shards: dict[str, tuple[tuple[Shard, ...], ...]]  # split -> class id -> shards
     location: str
     allow_pipe: bool = False
+    timeout_s: float = 120  # for reading one shard over a network, all attempts together
 
     @property
     def num_classes(self) -> int:
@@ -144,23 +157,23 @@ class Index:
 
     def _text(self) -> str:
         content = {"format": FORMAT, **asdict(self)}
-        del content["location"], content["allow_pipe"]
+        del content["location"], content["allow_pipe"], content["timeout_s"]
         return json.dumps(content, indent=1, sort_keys=True)
 
     def save(self, folder: Path) -> None:
         (folder / "index.json").write_text(self._text() + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, location: str, allow_pipe: bool = False) -> "Index":
+    def load(cls, location: str, allow_pipe: bool = False, timeout_s: float = 120) -> "Index":
         """Read index.json below a folder or address; raises ValueError if it is not an index of this format."""
-        empty = cls("", "", (), (), {}, location, allow_pipe)
+        empty = cls("", "", (), (), {}, location, allow_pipe, timeout_s)
         url = empty.url("index.json")
-        content = json.loads(read_bytes(url, allow_pipe))
+        content = json.loads(read_bytes(url, allow_pipe, INDEX_BYTES, timeout_s))
         if content.get("format") != FORMAT:
             raise ValueError(f"{url}: format {content.get('format')}, this version reads {FORMAT}; build the shards again")
         shards = {split: tuple(tuple(_shard(entry) for entry in of_class) for of_class in content["shards"][split]) for split in SPLITS}
         names, encodings = tuple(content["class_names"]), tuple(content["encodings"])
-        return cls(content["name"], content["reader"], names, encodings, shards, location, allow_pipe)
+        return cls(content["name"], content["reader"], names, encodings, shards, location, allow_pipe, timeout_s)
 
 
 def _shard(entry: dict[str, Any]) -> Shard:
@@ -266,21 +279,22 @@ def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], str]:
     Raises ShardError for members that a shard of ours never has: nothing but text labels and images is ever opened.
     """
     try:
-        content = read_bytes(index.url(shard.path), index.allow_pipe)
+        content = read_bytes(index.url(shard.path), index.allow_pipe, shard.bytes + 1, index.timeout_s)
     except (OSError, HTTPException) as error:
-        return [], f"{index.url(shard.path)}: cannot be read: {error}"
+        return [], masked(f"{index.url(shard.path)}: cannot be read: {error}")
     samples, error_text = _parse(content, shard)
     sound = hashlib.sha256(content).hexdigest() == shard.sha256 and len(samples) == shard.count
     if sound:
         return samples, ""
     problem = (
-        f"{index.url(shard.path)}: the index says {shard.count} samples in {shard.bytes} bytes, "
+        f"{masked(index.url(shard.path))}: the index says {shard.count} samples in {shard.bytes} bytes, "
         f"found {len(samples)} in {len(content)}, {'the bytes differ' if len(content) == shard.bytes else 'another length'}{error_text}"
     )
     return samples, problem
 
 
 def _parse(content: bytes, shard: Shard) -> tuple[list[StoredSample], str]:
+    _refuse_bombs(content, shard)
     samples: list[StoredSample] = []
     try:
         for sample in group_by_keys(_members(content)):
@@ -319,31 +333,82 @@ def _stored(sample: dict[str, Any], shard: Shard) -> StoredSample | None:
     return StoredSample(key, images[0])
 
 
-def read_bytes(url: str, allow_pipe: bool = False) -> bytes:
-    """The whole of a local file, an http(s) address, or, if allowed, the output of a command or a tool (pipe:, gs:, ...)."""
+def _refuse_bombs(content: bytes, shard: Shard) -> None:
+    """Raise ShardError for a shard that would be larger in memory than its bytes: compressed, or with members that claim to be."""
+    for magic, name in COMPRESSED.items():
+        if content.startswith(magic):
+            raise ShardError(f"{shard.path}: refused, it is compressed ({name}); a shard is a plain tar")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+            for member in tar:
+                if member.size > max(len(content), shard.bytes) or member.sparse is not None:
+                    raise ShardError(f"{shard.path}: refused, the member {member.name!r} claims {member.size:,} bytes")
+    except (tarfile.TarError, ValueError, OverflowError):
+        pass  # damaged: the reader says how
+
+
+def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, timeout_s: float = 120) -> bytes:
+    """The whole of a local file, an http(s) address, or, if allowed, the output of a command or a tool (pipe:, gs:, ...).
+
+    Never more than `limit` bytes. Over a network within `timeout_s`, or OSError.
+    """
     parts = urlparse(url)
     if parts.scheme in ("http", "https"):
-        return _download(url)
+        return _patiently(lambda patience_s: _download(url, limit, patience_s), url, timeout_s)
     if parts.scheme in ("", "file"):
-        return Path(url2pathname(parts.path) if parts.scheme else url).read_bytes()
+        with open(url2pathname(parts.path) if parts.scheme else url, "rb") as file:
+            return file.read(-1 if limit is None else limit)
     if not allow_pipe:
-        raise ValueError(f"data.url={url!r}: reading this runs a command; allow it with data.allow_pipe=true")
+        raise ValueError(f"data.url={masked(url)!r}: reading this runs a command; allow it with data.allow_pipe=true")
+    if parts.scheme == "pipe":
+        return _patiently(lambda patience_s: _output(url.removeprefix("pipe:"), limit, patience_s), url, timeout_s, refusals=ATTEMPTS)
     with webdataset.gopen(url) as stream:
         return stream.read()
 
 
-def _download(url: str, attempts: int = 3, timeout_s: float = 60) -> bytes:
-    """urllib rather than webdataset's `curl --retry 30`: a cut transfer is an error here, and giving up takes seconds, not minutes."""
-    for attempt in range(1, attempts + 1):
+def _patiently(read: Callable[[float], bytes], url: str, timeout_s: float, refusals: int = 1000) -> bytes:
+    """Return what `read(seconds that this attempt may take)` returns, trying again with longer and longer pauses until the time is over."""
+    deadline, attempt = time.monotonic() + timeout_s, 0
+    while True:
+        attempt += 1
         try:
-            with urllib.request.urlopen(url, timeout=timeout_s) as response:
-                return response.read()
-        except urllib.error.HTTPError as error:
-            if error.code < 500 or attempt == attempts:
+            return read(max(0.1, min(timeout_s / ATTEMPTS, deadline - time.monotonic())))
+        except (OSError, HTTPException) as error:
+            pause_s = 0.25 * 2**attempt
+            is_final = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if is_final or attempt >= refusals or time.monotonic() + pause_s > deadline:
                 raise
-        except (OSError, HTTPException):
-            if attempt == attempts:
-                raise
-        log.warning("%s: attempt %d of %d failed", url, attempt, attempts)
-        time.sleep(0.5 * attempt)
-    raise AssertionError("unreachable")
+            log.warning("%s: attempt %d failed: %s", masked(url), attempt, error)
+        time.sleep(pause_s)
+
+
+def _download(url: str, limit: int | None, patience_s: float) -> bytes:
+    """urllib rather than webdataset's `curl --retry 30`: a cut transfer is an error here, and one that trickles has a time limit."""
+    deadline, pieces, size = time.monotonic() + patience_s, [], 0
+    with urllib.request.urlopen(url, timeout=patience_s) as response:
+        while piece := response.read1(1 << 16):
+            pieces.append(piece)
+            size += len(piece)
+            if limit is not None and size >= limit:
+                return b"".join(pieces)[:limit]
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"only {size:,} bytes in {patience_s:.0f} s")
+        if response.length:
+            raise IncompleteRead(b"", response.length)
+    return b"".join(pieces)
+
+
+def _output(command: str, limit: int | None, patience_s: float) -> bytes:
+    """The output of a shell command, which data.allow_pipe=true has allowed; OSError if it fails or takes longer."""
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"the command took longer than {patience_s:.0f} s") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with what it has started, which holds the pipe open
+            process.wait()
+    if process.returncode:
+        raise OSError(f"the command ended with status {process.returncode}")
+    return output[:limit]

@@ -26,7 +26,7 @@ def make_shards(data: DataConfig, track: Callable[[Sequence[Any]], Iterable[Any]
 def open_index(data: DataConfig) -> Index:
     """The index of the shards; `digits` are built on the spot, with others FileNotFoundError gives the command that builds them."""
     if data.url:
-        return Index.load(data.url, data.allow_pipe)
+        return Index.load(data.url, data.allow_pipe, data.timeout_s)
     folder = Path(data.root) / data.name
     if not (folder / "index.json").exists():
         if data.reader_name != "digits":

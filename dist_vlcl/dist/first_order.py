@@ -57,7 +57,8 @@ class FirstOrder:
             return
         optimizer: Any = self._adamw()
         if self.world.accelerator is not None:
-            self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
+            with self.world.exchanging("first look at the parameters by DDP"):
+                self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
         self.optimizer = optimizer
         if self.overlap and isinstance(self.wrapped, DistributedDataParallel):
             # A group of its own: in the default one, exchanges queue up, and what DDP itself waits for would stand behind the gradients.
@@ -85,13 +86,15 @@ class FirstOrder:
 
     def backward(self, loss: Tensor) -> None:
         if self.parameters:
-            loss.backward()
+            with self.world.exchanging("all-reduce of gradients"):
+                loss.backward()
 
     @record_function("first order: wait for gradients")
     def arrive(self) -> None:
         """Wait until the gradients of all ranks are added up; on a GPU the stream waits, not the process."""
-        while self.under_way:
-            self.under_way.pop().wait()
+        with self.world.exchanging("all-reduce of gradients"):
+            while self.under_way:
+                self.under_way.pop().wait()
 
     def gradients(self) -> list[Tensor]:
         """Return the gradient of every parameter, the same on all ranks, in the order of `parameters`."""

@@ -3,6 +3,7 @@
 # W ranks, n numbers
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dist_vlcl.dist.exchange import Exchanges, is_of_the_network
 
 
 @dataclass
@@ -50,6 +53,7 @@ class World:
     engine: str = "ddp"  # of first-order units; or zero0, zero1, zero2, zero3, zero3_offload
     direction_groups: int = 1
     timeout: timedelta = timedelta(seconds=ClusterConfig.timeout_s)  # of an exchange
+    exchanging: Exchanges = field(default_factory=lambda: Exchanges(0, ["this host"], 0))  # `with world.exchanging("all-gather of ..."):`
 
     @classmethod
     def alone(cls, device: str = "cpu") -> "World":
@@ -88,20 +92,25 @@ class World:
         if on_deepspeed:
             zero.make_ready(on_cpu)
             process_group.backend = "gloo" if on_cpu else "nccl"
-        accelerator = Accelerator(
-            cpu=on_cpu and not on_deepspeed,  # with it, accelerate puts DDP in DeepSpeed's place
-            mixed_precision="no",
-            kwargs_handlers=[
-                # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
-                # Without find_unused_parameters DDP re-orders its buckets after the first backward: sums over three ranks and more then
-                # differ in their last bits between a resumed run and one never stopped.
-                # One bucket, of which gradients are views: it is exchanged while zeroth order goes on (dist/first_order.py).
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=256
-                ),
-                process_group,
-            ],
-        )
+        try:
+            accelerator = Accelerator(
+                cpu=on_cpu and not on_deepspeed,  # with it, accelerate puts DDP in DeepSpeed's place
+                mixed_precision="no",
+                kwargs_handlers=[
+                    # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
+                    # Without find_unused_parameters DDP re-orders its buckets after the first backward: sums over three ranks and more
+                    # then differ in their last bits between a resumed run and one never stopped.
+                    # One bucket, of which gradients are views: it is exchanged while zeroth order goes on (dist/first_order.py).
+                    DistributedDataParallelKwargs(
+                        broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=256
+                    ),
+                    process_group,
+                ],
+            )
+        except RuntimeError as error:
+            if not is_of_the_network(error):
+                raise
+            raise RuntimeError(f"not all {announced} ranks have met within cluster.timeout_s={config.timeout_s:g}: {error}") from error
         if accelerator.num_processes != announced or (announced > 1 and accelerator.distributed_type == DistributedType.NO):
             raise RuntimeError(
                 f"the launcher announced {announced} processes, accelerate sees {accelerator.num_processes} "
@@ -126,7 +135,10 @@ class World:
             raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
         engine = zero.name_of(accelerator) if on_deepspeed else "ddp"
         groups = config.direction_groups
-        return cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups, timeout)
+        world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups, timeout)
+        world.exchanging = Exchanges(world.rank, ["?"] * world.size, config.timeout_s)
+        world.exchanging.hosts = world.gather_objects(socket.gethostname())
+        return world
 
     @property
     def is_main(self) -> bool:
@@ -155,47 +167,52 @@ class World:
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
-    def gather(self, vector: Tensor) -> Tensor:
+    def gather(self, vector: Tensor, what: str = "numbers") -> Tensor:
         """Return every rank's vector `[W, n]`, for a vector `[n]` of one shape and dtype on all ranks."""
         if self.size == 1:
             return vector[None]
         vector = vector.to(self.device)
         rows = [torch.empty_like(vector) for _ in range(self.size)]
-        dist.all_gather(rows, vector)
-        return torch.stack(rows).cpu()
+        with self.exchanging(f"all-gather of {what}"):
+            dist.all_gather(rows, vector)
+            return torch.stack(rows).cpu()
 
-    def sum(self, vector: Tensor) -> Tensor:
+    def sum(self, vector: Tensor, what: str = "numbers") -> Tensor:
         """Return the sum over ranks `[n]`, added in rank order: the same bits on every rank, whatever the network does."""
-        return ordered_sum(self.gather(vector))
+        return ordered_sum(self.gather(vector, what))
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
+    def broadcast(self, tensor: Tensor, what: str = "a tensor") -> Tensor:
         """Overwrite a tensor with rank 0's, and return it."""
         if self.size > 1:
             moved = tensor.to(self.device)
-            dist.broadcast(moved, src=0)
+            with self.exchanging(f"broadcast of {what}"):
+                dist.broadcast(moved, src=0)
             if moved is not tensor:
                 tensor.copy_(moved)
         return tensor
 
-    def share(self, value: Any) -> Any:
+    def share(self, value: Any, what: str = "rank 0's word") -> Any:
         """Return rank 0's value, a small picklable object."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        with self.exchanging(f"broadcast of {what}"):
+            dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def gather_objects(self, value: Any, what: str = "what must agree") -> list[Any]:
         """Return every rank's value, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self.exchanging(f"all-gather of {what}"):
+            dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            with self.exchanging("barrier"):
+                dist.barrier()
 
     def close(self) -> None:
         """Leave the process group, so that an orderly end is not taken for a crash."""

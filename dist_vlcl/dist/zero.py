@@ -108,7 +108,8 @@ class ZeroFirstOrder(FirstOrder):
     def accumulate(self, is_last: bool) -> Iterator[None]:
         if self.optimizer is not None:
             self.engine.set_gradient_accumulation_boundary(is_last)
-        yield
+        with self.world.exchanging("exchanges of ZeRO in the forward and backward pass"):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         if self.optimizer is not None:
@@ -131,7 +132,8 @@ class ZeroFirstOrder(FirstOrder):
             group["lr"] = lr
         if gradient_scale != 1.0:  # a loss scale of 1/s multiplies the gradients by s
             zero.override_loss_scale(1 / gradient_scale)
-        self.engine.step()
+        with self.world.exchanging("exchanges of ZeRO in its step"):
+            self.engine.step()
         self.has_gradients = False
         if gradient_scale != 1.0:
             zero.override_loss_scale(1.0)

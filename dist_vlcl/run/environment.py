@@ -1,9 +1,9 @@
 """Which code ran where, so that a number can be traced to what made it."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
-import re
 import shlex
 import socket
 import subprocess
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-SECRET = re.compile(r"(\S*(?:key|token|secret|password)\S*?)=\S+", re.IGNORECASE)
+from dist_vlcl import __version__
+from dist_vlcl.masking import masked
 
 
 def describe_environment() -> dict[str, Any]:
@@ -33,9 +34,13 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def masked(text: str) -> str:
-    """The text with the value of every `...key=`, `...token=`, `...secret=` and `...password=` hidden."""
-    return SECRET.sub(r"\1=***", text)
+def code_digest() -> str:
+    """The version of this package and of torch, and a digest of this package's source: equal where the code is."""
+    package = Path(__file__).parents[1]
+    h = hashlib.blake2b(digest_size=6)
+    for file in sorted(package.rglob("*.py")):
+        h.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return f"dist_vlcl {__version__} {h.hexdigest()}, torch {torch.__version__}"
 
 
 def code_version(folder: Path) -> str | None:

@@ -24,12 +24,14 @@ from typing import Any, Protocol, TextIO
 
 import yaml
 
+from dist_vlcl.masking import masked
 from dist_vlcl.run.environment import describe_environment, is_restart
 from dist_vlcl.run.files import replace_file
 
 MAY_CHANGE = (
     *("run.*", "cluster.*", "eval.batch_size"),
-    *("data.root", "data.url", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
+    *("train.check_every_steps", "train.on_disagreement", "train.max_skips"),
+    *("data.root", "data.url", "data.timeout_s", "data.allow_pipe", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
 )
 PATIENCE_S = (
     300  # of a start by a scheduler: ranks on a node that it has lost sight of may still be running, until their exchange times out
@@ -96,19 +98,29 @@ class RunFolder:
     is_new: bool  # no earlier start of this run has left anything
     is_complete: bool
     message: str  # what the user should know about the folder, in one line
+    failed_saves: int = 0  # in a row
     _lock: TextIO | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, settings: RunConfig, config: dict[str, Any], world: World, may_change: Sequence[str] = MAY_CHANGE) -> "RunFolder":
+    def open(
+        cls,
+        settings: RunConfig,
+        config: dict[str, Any],
+        world: World,
+        may_change: Sequence[str] = MAY_CHANGE,
+        data: str | None = None,
+        code: str | None = None,
+    ) -> "RunFolder":
         """Make or reopen runs/<name>/ for a configuration; all ranks call this.
 
-        `config` is the resolved configuration, nested; `may_change` are patterns of dotted keys that a resume may alter.
+        `config` is the resolved configuration, nested; `may_change` are patterns of dotted keys that a resume may alter. `data`: a digest
+        of the data set, which has to stay. `code`: what ran, where a change is only said.
         Raises ValueError for an impossible setting and RunRefused where the folder cannot be used.
         """
         settings.check()
         lock, outcome = None, None
         if world.is_main:
-            lock, outcome = _prepared(settings, _plain(config), may_change)
+            lock, outcome = _prepared(settings, _plain(config), may_change, {"data": data, "code_digest": code})
         outcome = world.share(outcome)
         if "error" in outcome:
             raise RunRefused(outcome["error"])
@@ -150,15 +162,19 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return {key: f"{old.get(key, '(absent)')} -> {new.get(key, '(absent)')}" for key in changed}
 
 
-def _prepared(settings: RunConfig, config: dict[str, Any], may_change: Sequence[str]) -> tuple[TextIO | None, dict[str, Any]]:
+def _prepared(
+    settings: RunConfig, config: dict[str, Any], may_change: Sequence[str], facts: dict[str, str | None]
+) -> tuple[TextIO | None, dict[str, Any]]:
     try:
-        return _prepare(settings, config, may_change)
+        return _prepare(settings, config, may_change, facts)
     except (RunRefused, OSError, yaml.YAMLError) as error:
         # The other ranks are waiting for word, so an error is an answer too.
         return None, {"error": str(error) if isinstance(error, RunRefused) else f"run folder {_path(settings)}: {error}"}
 
 
-def _prepare(settings: RunConfig, config: dict[str, Any], may_change: Sequence[str]) -> tuple[TextIO, dict[str, Any]]:
+def _prepare(
+    settings: RunConfig, config: dict[str, Any], may_change: Sequence[str], facts: dict[str, str | None]
+) -> tuple[TextIO, dict[str, Any]]:
     path = _path(settings)
     path.mkdir(parents=True, exist_ok=True)
     lock = _locked(path, PATIENCE_S if is_restart() else 0)
@@ -170,8 +186,9 @@ def _prepare(settings: RunConfig, config: dict[str, Any], may_change: Sequence[s
     is_new = not _is_used(path)
     if not is_new:
         notes += _check_same_run(path, settings, config, may_change)
+        notes += _check_same_facts(path, facts)
     replace_file(path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    _record_start(path)
+    replace_file(path / "env.json", json.dumps([*_starts(path), {**describe_environment(), **facts}], indent=1) + "\n")
     (path / "REQUEUE").unlink(missing_ok=True)
     for name in ("checkpoints", "plots"):
         (path / name).mkdir(exist_ok=True)
@@ -233,13 +250,24 @@ def _check_same_run(path: Path, settings: RunConfig, config: dict[str, Any], may
     return [f"{key}: {change}" for key, change in allowed.items() if not key.startswith("run.")]
 
 
-def _record_start(path: Path) -> None:
-    env = path / "env.json"
+def _check_same_facts(path: Path, facts: dict[str, str | None]) -> list[str]:
+    """Words about what changed since the last start and may; raises RunRefused for another data set."""
+    last = next(reversed(_starts(path)), {})
+    if last.get("data") and facts["data"] and last["data"] != facts["data"]:
+        raise RunRefused(
+            f"{path} was started on other data (digest was {last['data'][:16]}, is {facts['data'][:16]}): the shards have been built again "
+            "from other images or names; run.overwrite=true starts anew, or choose another run.name"
+        )
+    if last.get("code_digest") and facts["code_digest"] and last["code_digest"] != facts["code_digest"]:
+        return [f"the code is not that of the last start ({last['code_digest']} -> {facts['code_digest']})"]
+    return []
+
+
+def _starts(path: Path) -> list[dict[str, Any]]:
     try:
-        starts = json.loads(env.read_text())
-    except (OSError, ValueError):
-        starts = []
-    replace_file(env, json.dumps([*starts, describe_environment()], indent=1) + "\n")
+        return list(json.loads((path / "env.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return []
 
 
 def _read_accuracy(path: Path) -> dict[str, Any]:
@@ -270,10 +298,12 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as YAML gives it back, so that a saved configuration equals the one it was saved from."""
+    """A value as YAML gives it back, so that a saved configuration equals the one it was saved from; without secrets."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return masked(str(value))
     # The exact types: YAML's safe writer refuses subclasses, such as an Enum of strings.
     return value if type(value) in (type(None), bool, int, float, str) else str(value)

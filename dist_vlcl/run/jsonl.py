@@ -1,13 +1,19 @@
 """Files of one JSON object a line that grow with a run and shrink back when it resumes from earlier."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+PATIENCE = 3  # writes in a row that may fail before the run stops
+
 
 class JsonLines:
-    """An append-only file whose every line is with the system before `append` returns."""
+    """An append-only file whose every line is with the system before `append` returns.
+
+    On a full disk lines wait, and go out with the next that can be written; the third failure in a row is raised.
+    """
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Open the file, first removing what `keep` refuses and lines that an interruption has cut off."""
@@ -15,12 +21,21 @@ class JsonLines:
         aside = path.with_name(path.name + ".tmp")
         aside.write_text("".join(map(line_of, self.kept)))
         aside.replace(path)
-        self._file = open(path, "a")  # noqa: SIM115, it stays open as long as the run
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115, it stays open as long as the run
+        self._waiting, self._failures = b"", 0
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line."""
-        self._file.write(line_of(record))
-        self._file.flush()
+        self._waiting += line_of(record).encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._failures = 0
+        except OSError as error:
+            self._failures += 1
+            if self._failures >= PATIENCE:
+                raise
+            warnings.warn(f"{self._file.name}: {error}; trying again with the next line", RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
         """Write no more; harmless when repeated."""

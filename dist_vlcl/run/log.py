@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -89,7 +90,8 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print what belongs in no record, such as that this start resumes an earlier one."""
         if self._is_main:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with suppress(OSError):  # a log on a full disk is no reason to stop
+                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def journal(self, record: dict[str, Any]) -> None:
         """Append to journal.jsonl; `record` has at least `step`, and is the last that is logged of its step."""

@@ -1,12 +1,16 @@
 """Every benchmark runs at a tiny size, hands back what it says, and refuses bad input in words."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 from dist_vlcl.bench.__main__ import COMMANDS, MARKED, main
 from dist_vlcl.bench.result import Table, interleaved, spread
+from tests.helpers.hosts import hosts
 
 TINY = "--model small --images 8 --classes 4 --count-on cpu"
 RUNS = {
@@ -33,8 +37,8 @@ def test_a_benchmark_runs(command, tmp_path, capsys):
     for table in saved["tables"]:
         assert table["title"] in printed and table["rows"]
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
-    if command == "wire":  # three losses, a count and a flag in float64, and one more vector of candidates' losses for none
-        assert saved["tables"][0]["rows"][0][2] == 40
+    if command == "wire":  # three losses, a count, a flag and a time in float64, and one more vector of candidates' losses for none
+        assert saved["tables"][0]["rows"][0][2] == 48
         assert saved["records"][0]["digest_is_equal"]
     if command == "probes":  # the error of two probes is half of that of one: a law of Gaussian directions
         assert all(0.7 < record["error"] / record["expected"] < 1.4 for record in saved["records"])
@@ -112,3 +116,32 @@ def test_a_table_in_markdown():
     assert (
         Table("T", ["a", "b"], [["x", 1.23456], [1000, ""]]).markdown() == "**T**\n\n| a | b |\n| --- | --- |\n| x | 1.23 |\n| 1,000 |  |"
     )
+
+
+def test_on_the_interface_between_two_hosts_zeroth_order_sends_a_few_packets_and_first_order_its_gradients(tmp_path):
+    """The promise of DESIGN: at most 64 bytes handed over a rank and step, against the gradients of every parameter."""
+    command = [
+        sys.executable,
+        "-m",
+        "dist_vlcl.bench",
+        "wire",
+        "--interface",
+        "eth0",
+        "--steps",
+        "5",
+        *TINY.replace("--count-on cpu", "").split(),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    with hosts("--no-gso") as pair:
+        done = subprocess.run(
+            pair.command("run", "--timeout", 250, "--", *command, "--orders", "dual_all,first", "--json", str(tmp_path / "{host}.json")),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+    assert done.returncode == 0, done.stdout[-2000:]
+    zeroth, first = json.loads((tmp_path / "h1.json").read_text())["records"]
+    assert (zeroth["orders"], zeroth["exchanges"]) == ("dual_all", 1) and zeroth["payload"] <= 64
+    assert zeroth["payload"] < zeroth["bytes"] < 2000  # headers and acknowledgements of a few packets
+    assert first["payload"] > 2_000_000 and first["bytes"] > first["payload"]

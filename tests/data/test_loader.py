@@ -3,9 +3,12 @@ import logging
 import multiprocessing
 import os
 import random
+import resource
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -318,6 +321,22 @@ def test_a_broken_image_is_skipped_by_name():
     Image.new("RGB", (8, 8)).save(gif, format="GIF")
     with pytest.raises(ShardError, match="apple/2: no image"):
         decode(gif.getvalue(), "apple/2")
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size, and has a few bytes."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = b"IDAT" + zlib.compress(b"\0" * 1000)
+    chunks = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in (chunk, body))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("side", [9_000, 100_000])
+def test_an_image_that_claims_a_gigabyte_of_pixels_is_refused_unopened(side):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ShardError, match="bomb/1: no image"):
+        loader.decode(png_header(side, side), "bomb/1")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
 
 GROUP_SIGNAL = """

@@ -1,16 +1,20 @@
+import contextlib
 import gzip
 import hashlib
 import io
 import json
+import resource
 import subprocess
 import sys
 import tarfile
+import threading
+import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from dist_vlcl.data import shards
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, RawSample, RawSet, Shard, ShardError, decode, read_bytes, read_shard, write_shards
 from dist_vlcl.data.store import build_command
@@ -198,7 +202,6 @@ def test_commands_run_only_if_allowed(tmp_path):
 
 def test_shards_are_read_over_http(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
     index = make_index(tmp_path)
     with served(tmp_path) as address:
         remote = Index.load(f"{address}/tiny")
@@ -209,7 +212,7 @@ def test_shards_are_read_over_http(tmp_path, monkeypatch):
         assert "train/0000-000.tar: cannot be read: HTTP Error 404" in problem
 
 
-@pytest.mark.parametrize(("bad_answers", "found"), [(2, True), (3, False)])
+@pytest.mark.parametrize(("bad_answers", "found"), [(2, True), (99, False)])
 @pytest.mark.parametrize("failure", ["cut", "503"])
 def test_a_failed_transfer_is_tried_again_then_named(tmp_path, monkeypatch, failure, bad_answers, found):
     answers = []
@@ -227,13 +230,106 @@ def test_a_failed_transfer_is_tried_again_then_named(tmp_path, monkeypatch, fail
             self.wfile.write(b"x" * 100)
 
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
     index = make_index(tmp_path)
     with served(tmp_path / "tiny", Unsteady) as address:
-        samples, problem = read_shard(replace(index, location=address), index.shards["train"][0][0])
-    assert len(answers) == 3
+        remote = replace(index, location=address, timeout_s=30 if found else 1)
+        samples, problem = read_shard(remote, index.shards["train"][0][0])
+    assert len(answers) >= 2 and (len(answers) == 3 or not found)
     assert (len(samples), problem == "") == ((3, True) if found else (0, False))
     assert found or "train/0000-000.tar: cannot be read" in problem
+
+
+def test_a_server_that_dies_and_comes_back_costs_nothing_but_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    index = make_index(tmp_path)
+    with served(tmp_path / "tiny") as address:
+        port = int(address.rsplit(":", 1)[1])
+        assert read_shard(replace(index, location=address), index.shards["train"][0][0])[1] == ""
+    with pytest.raises(OSError):
+        read_bytes(f"{address}/index.json", timeout_s=0.3)  # it is gone
+
+    def come_back():
+        time.sleep(1.5)
+        stack.enter_context(served(tmp_path / "tiny", port=port))
+
+    with ExitStack() as stack:
+        back = threading.Thread(target=come_back)
+        back.start()
+        samples, problem = read_shard(replace(index, location=address, timeout_s=60), index.shards["train"][0][0])
+        back.join()
+    assert (len(samples), problem) == (3, "")
+
+
+class Stalling(Quiet):
+    """Sends a byte now and then, for ever: no read of the socket ever times out."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(b"x")
+                time.sleep(0.05)
+
+
+def test_a_server_or_command_that_trickles_or_stalls_ends_in_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    index = make_index(tmp_path)
+    shard = index.shards["train"][0][0]
+    with served(tmp_path, Stalling) as address:
+        started = time.monotonic()
+        _, problem = read_shard(replace(index, location=address, timeout_s=1.5), shard)
+    assert "cannot be read: only" in problem and time.monotonic() - started < 10
+    started = time.monotonic()
+    piped = replace(index, location="pipe:sleep 100 | cat; : {}", allow_pipe=True, timeout_s=1.5)
+    assert "the command took longer" in read_shard(piped, shard)[1] and time.monotonic() - started < 10
+
+
+def test_no_more_is_read_than_a_shard_has(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    sent = []
+
+    class Endless(Quiet):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    sent.append(self.wfile.write(b"x" * (1 << 20)))
+
+    index = make_index(tmp_path)
+    with served(tmp_path, Endless) as address:
+        _, problem = read_shard(replace(index, location=address), index.shards["train"][0][0])
+    assert "the index says 3 samples" in problem and len(sent) < 64
+
+
+def bomb_of(kind: str) -> bytes:
+    """A tar that would need 10 GB: by a member's header, by a hole in a sparse one, or compressed."""
+    if kind == "gzip":
+        return gzip.compress(b"\0" * (1 << 20))
+    info = tarfile.TarInfo("a.png")
+    info.size = 10 << 30
+    if kind == "header":
+        return info.tobuf(tarfile.USTAR_FORMAT if info.size < 8 << 30 else tarfile.GNU_FORMAT) + b"x" * 10240
+    info.size, info.type = 512, tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[386:410] = b"00000000000\0" + b"00000001000\0"  # 512 bytes of data at 0, then a hole
+    header[483:495] = b"120000000000"  # 10 GB in all
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + b"x" * 512 + b"\0" * 1024
+
+
+@pytest.mark.parametrize("kind", ["header", "sparse", "gzip"])
+def test_a_small_shard_that_would_be_large_in_memory_is_refused(tmp_path, kind):
+    index, shard = shard_of(tmp_path, [])
+    content = bomb_of(kind)
+    (tmp_path / shard.path).write_bytes(content)
+    shard = replace(shard, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ShardError, match=r"refused, (the member 'a.png' claims 10,737,418,240 bytes|it is compressed)"):
+        read_shard(index, shard)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
 def test_keys_survive_dots_spaces_length_and_repetition(tmp_path):

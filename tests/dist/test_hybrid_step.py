@@ -180,12 +180,12 @@ def wire(world: World) -> list[tuple[list[tuple[str, int]], int, int]]:
     return sent
 
 
-def test_a_step_sends_40_bytes_and_its_first_order_gradients_in_at_most_three_exchanges():
-    """Three losses, a count and a flag in float64; gradients in fp32; and DDP's note of which tensors were used."""
+def test_a_step_sends_48_bytes_and_its_first_order_gradients_in_at_most_three_exchanges():
+    """Three losses, a count, a flag and a time in float64; gradients in fp32; and DDP's note of which tensors were used."""
     for zeroth, hybrid in run_ranks(wire, 2):
-        assert zeroth == ([("allgather", 40)], 0, 0)
+        assert zeroth == ([("allgather", 48)], 0, 0)
         found, tensors, numbers = hybrid
-        assert numbers > 0 and found == [("allreduce", 4 * numbers), ("allreduce", 4 * tensors), ("allgather", 40)]
+        assert numbers > 0 and found == [("allreduce", 4 * numbers), ("allreduce", 4 * tensors), ("allgather", 48)]
 
 
 def moved_and_tied(world: World) -> list[bool]:

@@ -12,9 +12,11 @@ import torch
 
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.dist.agree import digest
-from dist_vlcl.dist.first_order import FirstOrderConfig
+from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
 from dist_vlcl.dist.zero import first_order
+from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
@@ -91,10 +93,48 @@ def poisoned(step: HybridStep, k: int):
     """A step in which the last rank's loss is not finite, with its gradients, which are, exchanged already."""
     gather = step.world.gather
     if step.world.rank == step.world.size - 1:
-        step.world.gather = lambda vector: gather(torch.cat([torch.full_like(vector[:1], torch.nan), vector[1:]]))  # type: ignore[method-assign]
+        step.world.gather = lambda vector, what: gather(torch.cat([torch.full_like(vector[:1], torch.nan), vector[1:]]), what)  # type: ignore[method-assign]
     report = take(step, k)
     step.world.gather = gather  # type: ignore[method-assign]
     return report
+
+
+EXPERTS = MoEConfig(bottleneck=4, experts=4, top_k=1, dropout=0.0, router_noise=False)
+
+
+def towers_of_experts() -> TwoTowers:
+    return tiny_clip(adapter=EXPERTS)
+
+
+def learn_by_few_experts(world: World) -> dict[str, torch.Tensor]:
+    """First order with one expert of four a sample: which of them act differs from rank to rank."""
+    towers = towers_of_experts()
+    step = HybridStep(
+        towers, assign(towers.units, PLANS["first"]), STRATEGIES["mozo"], lambda m: first_order(world, FirstOrderConfig(lr=1e-2), m), world
+    )
+    step.begin(NAMES)
+    for k in range(3):
+        take(step, k)
+    return states(step)
+
+
+def acting(rank: int) -> set[tuple[str, int]]:
+    """Return the experts that a rank's share of the first batch has chosen: those with a gradient."""
+    towers, alone = towers_of_experts(), World.alone()
+    step = HybridStep(
+        towers, assign(towers.units, PLANS["first"]), STRATEGIES["mozo"], lambda m: FirstOrder(alone, FirstOrderConfig(lr=1e-2), m), alone
+    )
+    step.begin(NAMES)
+    found: set[tuple[str, int]] = set()
+    step.first.update = lambda *_: found.update(  # type: ignore[method-assign]
+        (str(id), e)
+        for id, unit in towers.units.items()
+        if id.branch == "vision"
+        for e in range(4)
+        if unit.tensors()["down_weight"].grad[e].any() or unit.tensors()["up_weight"].grad[e].any()
+    )
+    step(part_of(World(rank=rank, size=2), 0, 10), Key(1000, 0), lr=1e-2)
+    return found
 
 
 def trained(world: World) -> dict:
@@ -103,6 +143,7 @@ def trained(world: World) -> dict:
     step.begin(NAMES)
     mine = [batch_of(5, len(NAMES), seed=7)] if world.rank == 0 else [batch_of(0, len(NAMES), seed=7)]  # one rank has no sample
     results["evaluation"] = count_correct(step.towers, mine, NAMES, [2, len(NAMES)], world).tolist()
+    results["experts"] = learn_by_few_experts(world)
     results["engine"] = world.engine
     return results
 
@@ -130,7 +171,19 @@ def test_a_zero_stage_learns_what_data_parallelism_learns(engine, ddp):
             torch.testing.assert_close(
                 ours[tensor], theirs[tensor], rtol=0, atol=TOLERANCE, msg=lambda m, n=tensor, p=name: f"{p} {n}: {m}"
             )
+    for tensor, expected in ddp[0]["experts"].items():
+        torch.testing.assert_close(ranks[0]["experts"][tensor], expected, rtol=0, atol=TOLERANCE)
     assert ranks[0]["dual_all"][2]["straight"] == ddp[0]["dual_all"][2]["straight"]
+
+
+def test_experts_that_differ_from_rank_to_rank_learn_what_they_learn_on_one():
+    """With top_k < experts a rank leaves some out; a wrapper that takes them for unused makes wrong gradients without a word."""
+    one, other = acting(0), acting(1)
+    assert one - other and other - one
+    alone, together = run_ranks(learn_by_few_experts, 1)[0], run_ranks(learn_by_few_experts, 2)
+    for name, expected in alone.items():
+        torch.testing.assert_close(together[0][name], expected, rtol=0, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        assert torch.equal(together[0][name], together[1][name])
 
 
 def bf16(world: World) -> None: ...

@@ -20,15 +20,23 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_ranks(work: Callable, size: int, *arguments: Any, timeout_s: float = 90, environment: Mapping[str, str] | None = None) -> list[Any]:
+def run_ranks(
+    work: Callable,
+    size: int,
+    *arguments: Any,
+    timeout_s: float = 90,
+    environment: Mapping[str, str] | None = None,
+    ends_apart: bool = False,
+) -> list[Any]:
     """Return `work(world, *arguments)` of every rank; raise RuntimeError with the rank's traceback if one fails.
 
-    environment: variables that a launcher would set. `work` must be importable (a function at the top of a test module), its arguments
+    environment: variables that a launcher would set. ends_apart: the ranks do not
+    wait for each other at the end. `work` must be importable (a function at the top of a test module), its arguments
     and results picklable.
     """
     port, pipes = free_port(), [_context.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        _context.Process(target=_rank, args=(work, rank, size, port, pipes[rank][1], arguments, dict(environment or {})))
+        _context.Process(target=_rank, args=(work, rank, size, port, pipes[rank][1], arguments, dict(environment or {}), ends_apart))
         for rank in range(size)
     ]
     for process, (_, sender) in zip(processes, pipes, strict=True):
@@ -56,7 +64,9 @@ def _answer(rank: int, receiver: Any, deadline: float) -> tuple[str | None, byte
         return f"rank {rank} died without a word", b""
 
 
-def _rank(work: Callable, rank: int, size: int, port: int, sender: Any, arguments: tuple, environment: dict[str, str]) -> None:
+def _rank(
+    work: Callable, rank: int, size: int, port: int, sender: Any, arguments: tuple, environment: dict[str, str], ends_apart: bool
+) -> None:
     import torch
 
     from dist_vlcl.dist.world import ClusterConfig, World
@@ -67,7 +77,8 @@ def _rank(work: Callable, rank: int, size: int, port: int, sender: Any, argument
     try:
         world = World.from_environment(ClusterConfig(device="cpu", threads=1, timeout_s=60))
         result = work(world, *arguments)
-        world.barrier()
+        if not ends_apart:
+            world.barrier()
         sender.send((None, pickle.dumps(result)))  # tensors as bytes: shared memory would end with this process
     except BaseException:
         sender.send((f"rank {rank} failed:\n{traceback.format_exc()}", b""))

@@ -51,9 +51,9 @@ def make_index(
 
 
 @contextmanager
-def served(folder: Path, handler: type[SimpleHTTPRequestHandler] | None = None) -> Iterator[str]:
+def served(folder: Path, handler: type[SimpleHTTPRequestHandler] | None = None, port: int = 0) -> Iterator[str]:
     """The address of an http server on the loopback that serves a folder."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler or Quiet, directory=str(folder))) as server:
+    with ThreadingHTTPServer(("127.0.0.1", port), partial(handler or Quiet, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()

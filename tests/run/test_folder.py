@@ -7,7 +7,8 @@ import threading
 import pytest
 import yaml
 
-from dist_vlcl.run.environment import code_version, masked
+from dist_vlcl.masking import masked
+from dist_vlcl.run.environment import code_version
 from dist_vlcl.run.folder import RunConfig, RunFolder, RunRefused, differences
 from tests.run.alone import Alone, Follower
 

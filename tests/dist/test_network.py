@@ -1,0 +1,186 @@
+"""Claims about a network that drops and ranks that freeze or die: a bounded time, words that name rank and exchange, and a restart."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_vlcl.config import Config
+from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.data.store import open_index
+from dist_vlcl.dist.exchange import ExchangeError, Exchanges
+from dist_vlcl.dist.world import World
+from dist_vlcl.run import checkpoint
+from tests.helpers.hosts import hosts
+from tests.helpers.ranks import free_port, run_ranks
+from tests.helpers.tiny_clip import architecture
+from tests.test_train import configured, run_once
+
+ROOT = Path(__file__).parents[2]
+TINY = f"""
+import sys
+from tests.helpers.tiny_clip import architecture
+sys.argv.append("model.name=" + architecture(3, 3))
+from dist_vlcl.train import main
+main()
+"""
+TIMEOUT_S = 20
+OPTIONS = ["tasks.num_tasks=1", "train.batch_size=16", "train.epochs=12", "run.save_every_steps=40", "run.wandb=off", "run.progress=false"]
+OPTIONS += ["model.pretrained=random", "eval.zero_shot=false", f"cluster.timeout_s={TIMEOUT_S}", "run.record_every_steps=0"]
+
+
+def trainer(root: Path, data: Path, name: str, *options: str) -> list[str]:
+    return [sys.executable, "-c", TINY, *OPTIONS, f"run.root={root}/runs", f"run.name={name}", f"data.root={data}", *options]
+
+
+def environment(**more: object) -> dict[str, str]:
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return {**os.environ, **own, **{name: str(value) for name, value in more.items()}}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Shards, so that no rank has to wait while another builds them."""
+    folder = tmp_path_factory.mktemp("data")
+    open_index(DataConfig(root=str(folder)))
+    return folder
+
+
+def wait_for_steps(folder: Path, steps: int, timeout_s: float = 200) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not (folder / "journal.jsonl").exists() or (folder / "journal.jsonl").read_bytes().count(b"\n") < steps:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.05)
+
+
+def trained(world: World, cfg: Config) -> str:
+    architecture(3, 3)  # make it known in this process
+    return run_once(world, cfg)
+
+
+def test_a_network_that_drops_is_named_on_both_sides_and_a_restart_ends_with_the_same_numbers(tmp_path, data):
+    plan = ["orders=dual_hop_odd"]  # losses and gradients travel
+    with hosts() as pair:
+
+        def start() -> subprocess.Popen:
+            command = pair.command("run", "--timeout", 280, "--", *trainer(tmp_path, data, "broken", *plan))
+            return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+        broken = start()
+        wait_for_steps(tmp_path / "runs/broken", 50)
+        pair.tool("link", "h2", "blackhole")
+        cut = time.monotonic()
+        said = broken.communicate(timeout=200)[0]
+        assert broken.returncode == 2 and time.monotonic() - cut < TIMEOUT_S + 60
+        errors = [line for line in said.splitlines() if "error on rank" in line]
+        assert len(errors) == 2, said[-3000:]
+        for line, (rank, other, host) in zip(sorted(errors), [(0, 1, "h2"), (1, 0, "h1")], strict=True):
+            assert f"error on rank {rank} of 2: all-" in line and f"rank {other} ({host}) did not answer within {TIMEOUT_S} s" in line
+            assert "all-gather of losses at step" in line or "all-reduce of gradients at step" in line
+        pair.tool("link", "h2", "up")
+        again = start()
+        assert again.wait(300) == 0, again.stdout.read()[-3000:]
+    whole = configured(tmp_path, *OPTIONS, *plan, f"model.name={architecture(3, 3)}", f"data.root={data}", "run.name=whole")
+    assert run_ranks(trained, 2, whole) == ["finished"] * 2
+    expected, got = (checkpoint.load_newest(tmp_path / "runs" / name).tensors for name in ("whole", "broken"))
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("fault", "rank"), [(signal.SIGSTOP, 1), (signal.SIGKILL, 0)], ids=["frozen", "killed with the store"])
+def test_a_rank_that_freezes_or_dies_is_named_by_the_other_in_a_bounded_time(tmp_path, data, fault, rank):
+    port, log = free_port(), open(tmp_path / "log", "w+")  # noqa: SIM115, closed below
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = trainer(tmp_path, data, "run", "orders=dual_all", "zo=mozo")
+    ranks = [subprocess.Popen(command, env=environment(RANK=r, **shared), stdout=log, stderr=log) for r in (0, 1)]
+    try:
+        wait_for_steps(tmp_path / "runs/run", 5)
+        ranks[rank].send_signal(fault)
+        struck = time.monotonic()
+        assert ranks[1 - rank].wait(120) == 2
+        assert time.monotonic() - struck < (TIMEOUT_S if fault is signal.SIGSTOP else 0) + 40
+        log.seek(0)
+        how = f"did not answer within {TIMEOUT_S} s" if fault is signal.SIGSTOP else "has died or closed the connection"
+        (line,) = [line for line in log if "error on rank" in line]
+        assert f"error on rank {1 - rank} of 2: all-gather of losses at step" in line and f": rank {rank} (" in line and how in line
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+        log.close()
+
+
+def parted(world: World, what: str) -> str:
+    """Three ranks, one of which stops for a reason of its own, or waits elsewhere; the others say so."""
+    world.exchanging.where = "step 7"
+    try:
+        if world.rank == 1 and what == "stops":
+            world.exchanging.stopped(ValueError("train/0003-000.tar: the index says 3 samples"))
+            torch.distributed.destroy_process_group()
+            return ""
+        if world.rank == 1 and what == "elsewhere":
+            world.exchanging.where = "step 8"
+            world.broadcast(torch.zeros(3), "the seeds")
+        world.gather(torch.zeros(3), "losses")
+    except ExchangeError as error:
+        torch.distributed.destroy_process_group()
+        return str(error)
+    return "no error"
+
+
+def test_a_rank_that_stops_leaves_word_for_the_others():
+    first, _, third = run_ranks(parted, 3, "stops", ends_apart=True)
+    for message in (first, third):
+        assert message.startswith("all-gather of losses at step 7: rank 1 (")
+        assert "had stopped: ValueError: train/0003-000.tar: the index says 3 samples" in message
+
+
+class Store(dict):
+    """Notes of others, as they would lie in the process group's store."""
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        return self[key]
+
+    def set(self, key, value):
+        self[key] = value
+
+
+@pytest.mark.parametrize(
+    ("notes", "said", "words"),
+    [
+        ({}, "gloo: Timed out waiting 20ms", "rank 1 (b), rank 2 (c) did not answer within 1 s"),
+        ({1: ("losses at step 3", 1)}, "gloo: Timed out waiting", "rank 2 (c) did not answer within 1 s"),
+        ({1: ("losses at step 3", 1)}, "gloo: Connection closed by peer", "rank 2 (c) has died or closed the connection"),
+        ({1: ("losses at step 3", 1), 2: ("barrier at step 9", 1)}, "gloo: Timed out waiting", "rank 2 (c) was in barrier at step 9"),
+        ({1: ("losses at step 3", 0), 2: ("losses at step 3", 0)}, "gloo: Timed out waiting", "the network between them has stalled"),
+        ({1: ("losses at step 3", 9), 2: ("losses at step 3", 0)}, "gloo: reset by peer", "rank 2 (c) came too late, when others had waited for 9 s"),
+    ],
+)
+def test_the_blame_follows_the_notes(notes, said, words):
+    store = Store({f"dist_vlcl/stopped/{r}": f'{{"place": "{place}", "waited_s": {s}}}' for r, (place, s) in notes.items()})
+    exchanging = Exchanges(0, ["a", "b", "c"], 1, store)
+    exchanging.where = "step 3"
+    with pytest.raises(ExchangeError, match="^losses at step 3: ") as failed, exchanging("losses"):
+        raise RuntimeError(said)
+    assert words in str(failed.value)
+
+
+def test_an_error_that_is_not_of_the_network_passes_as_it_is():
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), Exchanges(0, ["a", "b"], 1, Store())("losses"):
+        raise RuntimeError("shapes differ")
+
+
+def test_time_in_exchanges_is_not_time_at_work():
+    exchanging = Exchanges(0, ["a"], 1)
+    exchanging.take_busy_s()
+    with exchanging("waiting"):
+        time.sleep(0.3)
+    time.sleep(0.05)
+    assert 0.05 <= exchanging.take_busy_s() < 0.3

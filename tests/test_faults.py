@@ -1,0 +1,325 @@
+"""Claims about faults of whole runs (docs/RELIABILITY.md): found and named, survived without a trace, or refused in words."""
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from dist_vlcl.config import Config
+from dist_vlcl.dist.agree import AstrayError
+from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
+from dist_vlcl.dist.world import World
+from dist_vlcl.orders import OrderPlan, assign
+from dist_vlcl.run import checkpoint
+from dist_vlcl.run.folder import RunRefused
+from dist_vlcl.run.log import RunLog
+from dist_vlcl.run.stragglers import WINDOW, Stragglers
+from dist_vlcl.step import HybridStep
+from dist_vlcl.train import train
+from dist_vlcl.zo.noise import Key
+from tests.dist.test_hybrid_step import NAMES, STRATEGIES, part_of
+from tests.helpers.ranks import run_ranks
+from tests.helpers.tiny_clip import architecture, tiny_clip
+from tests.test_train import configured, records, run_once
+
+ROOT = Path(__file__).parents[1]
+TINY = ["model.pretrained=random", "eval.zero_shot=false", "run.record_every_steps=0", "tasks.num_tasks=1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def tiny(tmp_path: Path, data: Path, name: str, *overrides: str) -> Config:
+    return configured(tmp_path, *TINY, f"model.name={architecture(3, 3)}", f"data.root={data}", f"run.name={name}", *overrides)
+
+
+def folder_of(cfg: Config) -> Path:
+    return Path(cfg.run.root) / cfg.run.name
+
+
+def equal(one: Config, other: Config) -> bool:
+    a, b = (checkpoint.load_newest(folder_of(cfg)).tensors for cfg in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def plain(world: World, cfg: Config, stop_at: int | None = None) -> str:
+    architecture(3, 3)  # make it known in this process
+    return run_once(world, cfg, stop_at)
+
+
+def with_step(change):
+    """Have `change(step object, number of the call)` done before every step of this process."""
+    whole, calls = HybridStep.__call__, []
+
+    def changed(self, *arguments, **options):
+        calls.append(1)
+        change(self, len(calls))
+        return whole(self, *arguments, **options)
+
+    HybridStep.__call__ = changed  # type: ignore[method-assign]
+
+
+def flipped(world: World, cfg: Config, order: str) -> str:
+    """Train; one bit of rank 1's parameters flips before its third step."""
+    architecture(3, 3)
+
+    def flip(step: HybridStep, number: int) -> None:
+        if number == 3 and world.rank == 1:
+            unit = next(unit for id, unit in step.towers.units.items() if step.orders[id].value == order)
+            unit.tensors()["down_weight"].detach().view(torch.int32)[0, 0, 0] ^= 1
+
+    with_step(flip)
+    try:
+        return "finished" if train(cfg, world) else "known"
+    except AstrayError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("order", ["zeroth", "first"])
+def test_one_flipped_bit_is_found_named_by_rank_and_tensor_and_mended_by_a_reload(tmp_path, data, order):
+    """Two more steps than needed are taken with it, and a checkpoint is due in between: none may keep a trace."""
+    options = ["orders=dual_all" if order == "zeroth" else "orders=dual_hop_odd", "train.check_every_steps=2", "run.save_every_steps=1"]
+    whole = tiny(tmp_path, data, "whole", *options)
+    assert run_ranks(plain, 2, whole) == ["finished"] * 2
+    for message in run_ranks(flipped, 2, tiny(tmp_path, data, "stopped", *options), order):
+        layer = 1 if order == "zeroth" else 2
+        assert message.startswith("the adapters after step 3: ranks [1] differ from rank 0: rank 1 (")
+        assert f"language.{layer}/down_weight" in message
+    mended = tiny(tmp_path, data, "mended", *options, "train.on_disagreement=reload")
+    assert run_ranks(flipped, 2, mended, order) == ["finished"] * 2
+    assert equal(whole, mended)
+    assert records(whole, "journal.jsonl") == records(mended, "journal.jsonl")
+
+
+def slow(world: World, cfg: Config) -> list[str]:
+    architecture(3, 3)
+    with_step(lambda step, number: time.sleep(0.5 if world.rank == 1 else 0))
+    said: list[str] = []
+    RunLog.say = lambda self, text: said.append(text)  # type: ignore[method-assign]
+    train(cfg, world)
+    return said
+
+
+@pytest.mark.parametrize("orders", ["dual_all", "dual_hop_odd"])
+def test_a_straggler_is_named_in_the_log(tmp_path, data, orders):
+    cfg = tiny(tmp_path, data, "slow", f"orders={orders}", "train.batch_size=24")  # twelve steps
+    told = [text for text in run_ranks(slow, 2, cfg)[0] if "holds the others up" in text]
+    assert len(told) == 1 and "rank 1 (" in told[0]
+    assert int(told[0].split(":")[0].removeprefix("step ")) <= 20
+
+
+def test_stragglers_are_those_that_are_slow_for_a_while_and_are_named_once():
+    watch = Stragglers(lambda rank: f"rank {rank}")
+    assert [watch.note([0.1, 0.1, 0.9 if k % 2 else 0.1]) for k in range(30)] == [None] * 30  # now and then
+    watch = Stragglers(lambda rank: f"rank {rank}")
+    told = [watch.note([0.1, 0.12, 0.4]) for _ in range(50)]
+    assert told.index(next(filter(None, told))) == WINDOW - 1 and len(list(filter(None, told))) == 1
+    assert "rank 2 holds the others up: 0.40 s" in told[WINDOW - 1]
+    assert not any(Stragglers(str).note([1.0]) for _ in range(30))
+
+
+def with_a_full_disk(world: World, cfg: Config, first: int, last: int) -> str:
+    """Train; from step `first` to `last` no file of rank 0 can grow beyond a few bytes, as on a full disk."""
+    architecture(3, 3)
+    for descriptor in (1, 2):  # the tests' own record of what is printed is a file, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+    def fill(step: HybridStep, number: int) -> None:
+        if world.rank == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1) if first <= number <= last else (-1, -1))
+
+    with_step(fill)
+    try:
+        train(cfg, world)
+    except (OSError, RuntimeError) as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        world.exchanging.stopped(error)
+        torch.distributed.destroy_process_group()
+        return str(error)
+    return "finished"
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(tmp_path, data):
+    options = ["orders=dual_hop_odd", "run.save_every_steps=1"]
+    whole, through = tiny(tmp_path, data, "whole", *options), tiny(tmp_path, data, "through", *options)
+    assert run_ranks(with_a_full_disk, 2, whole, 99, 99) == ["finished"] * 2
+    assert run_ranks(with_a_full_disk, 2, through, 3, 4) == ["finished"] * 2
+    assert equal(whole, through)
+    assert [{**r, "name": ""} for r in records(whole)] == [{**r, "name": ""} for r in records(through)]  # the lines had waited
+
+
+def test_a_disk_that_stays_full_stops_the_run_with_the_old_checkpoint_whole(tmp_path, data):
+    options = ["orders=dual_hop_odd", "run.save_every_steps=1"]
+    whole, full = tiny(tmp_path, data, "whole", *options), tiny(tmp_path, data, "full", *options)
+    first, second = run_ranks(with_a_full_disk, 2, full, 3, 99, ends_apart=True)
+    assert "File too large" in first and "rank 0 (" in second and "had stopped: OSError" in second
+    assert checkpoint.load_newest(folder_of(full)).step == 2
+    assert run_ranks(plain, 2, full) == run_ranks(plain, 2, whole) == ["finished"] * 2
+    assert equal(whole, full)
+
+
+def fifty_tasks(world: World) -> list[int]:
+    towers = tiny_clip()
+    orders = assign(towers.units, OrderPlan("dual", "hop_odd"))
+    step = HybridStep(towers, orders, STRATEGIES["mozo"], lambda model: FirstOrder(world, FirstOrderConfig(), model), world)
+    memory = []
+    for task in range(50):
+        step.begin(NAMES)
+        for k in range(2):
+            step(part_of(world, k, 8), Key(task, k), lr=1e-3)
+        memory.append(psutil.Process().memory_info().rss)
+    return memory
+
+
+def test_fifty_tasks_take_no_more_memory_than_five():
+    for memory in run_ranks(fifty_tasks, 2, timeout_s=200):
+        assert memory[49] < 1.05 * memory[4]
+
+
+def test_a_run_moves_from_one_rank_to_two_and_four(tmp_path, data):
+    """In the middle of a task, with first-order units, whose sums are rounded in another way."""
+    options = ["orders=dual_hop_odd", "train.batch_size=16"]  # eighteen steps
+    whole, moved = tiny(tmp_path, data, "whole", *options), tiny(tmp_path, data, "moved", *options)
+    assert run_ranks(plain, 1, whole) == ["finished"]
+    assert run_ranks(plain, 1, moved, 4) == ["requeued"]
+    assert run_ranks(plain, 2, moved, 4) == ["requeued"] * 2
+    assert run_ranks(plain, 4, moved) == ["finished"] * 4
+    expected, got = (checkpoint.load_newest(folder_of(cfg)).tensors for cfg in (whole, moved))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_second_run_is_the_first_one_again_whatever_loads_the_data(tmp_path, data):
+    one, other = tiny(tmp_path, data, "one", "data.num_workers=0"), tiny(tmp_path, data, "other", "data.num_workers=2")
+    for cfg in (one, other):
+        assert run_ranks(plain, 2, cfg) == ["finished"] * 2
+    assert equal(one, other)
+    assert [{**r, "name": ""} for r in records(one)] == [{**r, "name": ""} for r in records(other)]
+
+
+def test_other_data_under_the_same_name_are_refused_on_resume(tmp_path):
+    cfg = tiny(tmp_path, tmp_path / "data", "mine", "orders=dual_all")
+    assert run_ranks(plain, 1, cfg, 2) == ["requeued"]
+    index = tmp_path / "data/digits/index.json"
+    index.write_text(index.read_text().replace('"zero"', '"nought"'))
+    with pytest.raises(RunRefused, match="was started on other data"):
+        train(cfg, World.alone())
+
+
+def test_a_run_from_another_kind_of_device_takes_the_journals_steps_again(tmp_path, data, capsys):
+    """Normal directions differ in their last bits there; losses of the run tell whether the steps were taken again."""
+    whole, moved = (
+        tiny(tmp_path, data, "whole", "orders=dual_all"),
+        tiny(tmp_path, data, "moved", "orders=dual_all", "run.save_every_steps=2"),
+    )
+    train(whole, World.alone())
+    assert run_ranks(plain, 1, moved, 2) == ["requeued"]
+    saved = checkpoint.load_newest(folder_of(moved))
+    checkpoint.save(folder_of(moved), saved.step, saved.tensors, {**saved.state, "device": "cuda"})
+    line = (folder_of(whole) / "journal.jsonl").read_text().splitlines()[saved.step]
+    with open(folder_of(moved) / "journal.jsonl", "a") as journal:
+        journal.write(line + "\n")
+    train(moved, World.alone())
+    assert "saved on cuda, resumed on cpu" in capsys.readouterr().out
+    assert equal(whole, moved)
+
+
+SECRETS = {"WANDB_API_KEY": "hush-1" + "0" * 34, "HF_TOKEN": "hush-2", "AWS_SECRET_ACCESS_KEY": "hush-3"}
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/{}?token=hush-4", "pipe:curl -H 'Authorization: Bearer hush-5' http://127.0.0.1:9/{}"])
+def test_no_secret_reaches_a_file_or_the_terminal(tmp_path, data, url):
+    """Neither of the environment nor of an address: in a run with wandb, in its help, and in the words of its failure."""
+    environment = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), "no_proxy": "*"}
+    quoted = f"data.url='{url}'" if "'" not in url else 'data.url="' + url + '"'
+    options = [*TINY, "model=small", "train.max_steps=1", f"run.root={tmp_path}/runs", f"data.root={data}", "run.name=secret"]
+    command = [sys.executable, "-m", "dist_vlcl.train", *options]
+    said = ""
+    for more in (["orders=zero_shot"], ["--help"], [quoted, "data.allow_pipe=true", "data.timeout_s=1"]):
+        done = subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        said += done.stdout + done.stderr
+    assert "cannot" in said or "error on rank 0" in said
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"hush" not in written and "hush" not in said
+
+
+def test_a_configuration_that_would_run_code_runs_none(tmp_path, data):
+    cfg = tiny(tmp_path, data, "mine", "orders=zero_shot")
+    train(cfg, World.alone())
+    (folder_of(cfg) / "config.yaml").write_text(f"seed: !!python/object/apply:os.system ['touch {tmp_path}/hacked']\n")
+    with pytest.raises(RunRefused, match="python/object"):
+        train(cfg, World.alone())
+    for module in ("dist_vlcl.evaluate", "dist_vlcl.run.replay"):
+        done = subprocess.run([sys.executable, "-m", module, str(folder_of(cfg))], capture_output=True, text=True, timeout=100)
+        assert done.returncode != 0
+    assert not (tmp_path / "hacked").exists()
+
+
+WITH_ANOTHER_CAPABILITY = """
+import os, sys
+if os.environ["RANK"] == "1":
+    os.environ["ATEN_CPU_CAPABILITY"] = "default"
+from tests.helpers.tiny_clip import architecture
+sys.argv.append("model.name=" + architecture(3, 3))
+from dist_vlcl.train import main
+main()
+"""
+
+
+def test_a_rank_whose_cpu_draws_other_directions_is_found_at_the_start(tmp_path, data):
+    script = tmp_path / "rank.py"
+    script.write_text(WITH_ANOTHER_CAPABILITY)
+    options = [*TINY, "orders=dual_all", "run.wandb=off", f"run.root={tmp_path}/runs", f"data.root={data}", "cluster.timeout_s=60"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode != 0
+    assert "the first direction: ranks [1] differ from rank 0" in done.stderr and "zo.directions=rademacher" in done.stderr
+
+
+def other_code(world: World, cfg: Config) -> str:
+    import dist_vlcl.train as trainer
+
+    architecture(3, 3)
+    if world.rank == 1:
+        trainer.code_digest = lambda: "dist_vlcl 0.1.0 another"
+    try:
+        train(cfg, world)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_with_other_code_do_not_start(tmp_path, data):
+    assert all("the code: ranks [1] differ from rank 0" in message for message in run_ranks(other_code, 2, tiny(tmp_path, data, "run")))
+
+
+def test_the_soak_survives_a_few_faults(tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "tools/soak.py"),
+        "--faults",
+        "3",
+        "--torchrun-every",
+        "0",
+        "--report",
+        str(tmp_path / "report.md"),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "otherwise than the one never interrupted, or hung: 0." in (tmp_path / "report.md").read_text()
