@@ -33,9 +33,7 @@ MAY_CHANGE = (
     *("train.check_every_steps", "train.on_disagreement", "train.max_skips"),
     *("data.root", "data.url", "data.timeout_s", "data.allow_pipe", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
 )
-PATIENCE_S = (
-    300  # of a start by a scheduler: ranks on a node that it has lost sight of may still be running, until their exchange times out
-)
+PATIENCE_S = 300  # of a start by a scheduler: ranks on a node that it has lost sight of may still run, until their exchange times out
 WANDB_MODES = ("auto", "online", "offline", "off")
 
 
@@ -252,7 +250,7 @@ def _check_same_run(path: Path, settings: RunConfig, config: dict[str, Any], may
 
 def _check_same_facts(path: Path, facts: dict[str, str | None]) -> list[str]:
     """Words about what changed since the last start and may; raises RunRefused for another data set."""
-    last = next(reversed(_starts(path)), {})
+    last: dict[str, Any] = next(reversed(_starts(path)), {})
     if last.get("data") and facts["data"] and last["data"] != facts["data"]:
         raise RunRefused(
             f"{path} was started on other data (digest was {last['data'][:16]}, is {facts['data'][:16]}): the shards have been built again "
