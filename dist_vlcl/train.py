@@ -463,8 +463,8 @@ def main() -> None:
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")
         except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
             world.exchanging.stopped(error)  # the others are waiting for this rank, and can then say why it is gone
-            if world.is_main and isinstance(error, FloatingPointError):
-                report_status("failed")
+            if world.is_main and isinstance(error, FloatingPointError | ValueError):
+                report_status("failed")  # another start would end the same way
             if cfg.cluster.traceback:
                 raise
             # Any rank may be the one that knows; cluster.traceback=true shows where.
