@@ -190,6 +190,8 @@ BAD = {
     "cluster.device=tpu": "cluster.device='tpu': choose from auto, cpu, cuda",
     "cluster.timeout_s=0": "cluster.timeout_s=0.0: give a positive number",
     "cluster.threads=0": "cluster.threads=0: give a positive number",
+    "cluster.direction_groups=0": "cluster.direction_groups=0: give a positive number",
+    "cluster.direction_groups=2 data.on_error=skip": "data.on_error=skip: not with cluster.direction_groups",
     "data.reader=mnist": "data.reader='mnist': choose from",
     "data.name=a/b data.reader=folder": "data.name='a/b': give a plain folder name",
     "data.on_error=ignore": "data.on_error='ignore': choose from stop, skip",
