@@ -273,11 +273,9 @@ def test_a_configuration_that_would_run_code_runs_none(tmp_path, data):
 
 
 WITH_ANOTHER_CAPABILITY = """
-import os, sys
+import os
 if os.environ["RANK"] == "1":
     os.environ["ATEN_CPU_CAPABILITY"] = "default"
-from tests.helpers.tiny_clip import architecture
-sys.argv.append("model.name=" + architecture(3, 3))
 from dist_vlcl.train import main
 main()
 """

@@ -286,7 +286,7 @@ def test_joint_moves_both_branches_by_one_loss_difference():
 
 
 def test_a_probe_of_one_tower_does_not_compute_the_other(monkeypatch):
-    """What does not change is not computed again (docs/ARCHITECTURE.md, 5): one base forward of vision, and the probe and candidates of language."""
+    """What does not change is not computed again: one base forward of vision, and the probe and candidates of language."""
     step = hybrid(OrderPlan("language", "suffix"), STRATEGIES["conservative"])
     runs = []
     for branch in ("vision", "language"):
