@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class Part:
     transform: Transform
     seeds: tuple[int, ...]
     shards: int  # that may have to be at hand at a time
+    turn: int = 0  # the number of the epoch or evaluation in the run
 
 
 def parts_of(
@@ -88,6 +90,12 @@ def parts_of(
     return parts
 
 
+class Held(NamedTuple):
+    samples: list[StoredSample]
+    problem: str  # "" for a sound shard
+    turn: int  # in which it was read
+
+
 class ImageStore:
     """Images by their place in the shards; what was read and decoded stays in memory, as pixels, while there is room."""
 
@@ -95,11 +103,14 @@ class ImageStore:
         if on_error not in ON_ERROR:
             raise ValueError(f"data.on_error={on_error!r}: choose from {', '.join(ON_ERROR)}")
         self.index, self.limit, self.on_error, self.bytes = index, limit_bytes, on_error, 0
-        self._held: OrderedDict[tuple[str, int, int], tuple[list[StoredSample], str]] = OrderedDict()
+        self._held: OrderedDict[tuple[str, int, int], Held] = OrderedDict()
 
-    def image(self, split: str, sample: SampleId, shards: int) -> tuple[str, np.ndarray]:
-        """Key and pixels, uint8 [H, W, 3]. The newest `shards` shards are kept whatever they take, for an order that mixes so many."""
-        stored, problem = self._shard((split, sample.class_id, sample.shard), shards)
+    def image(self, split: str, sample: SampleId, shards: int, turn: int = 0) -> tuple[str, np.ndarray]:
+        """Key and pixels, uint8 [H, W, 3]. The newest `shards` shards are kept whatever they take, for an order that mixes so many.
+
+        A shard with a problem is read again in another `turn`: it may have been the network's.
+        """
+        stored, problem, _ = self._shard((split, sample.class_id, sample.shard), shards, turn)
         if problem and (self.on_error == "stop" or sample.position >= len(stored)):
             raise ShardError(f"{problem}; needed: sample {sample.position}")
         key, data = stored[sample.position]
@@ -109,18 +120,23 @@ class ImageStore:
             self.bytes += len(stored[sample.position].image) - len(data)
         return key, pixels
 
-    def _shard(self, name: tuple[str, int, int], shards: int) -> tuple[list[StoredSample], str]:
+    def _shard(self, name: tuple[str, int, int], shards: int, turn: int) -> Held:
+        held = self._held.get(name)
+        if held and held.problem and held.turn != turn:
+            self._drop(name)
         if name not in self._held:
             split, class_id, number = name
-            self._held[name] = stored, problem = read_shard(self.index, self.index.shards[split][class_id][number])
-            if problem:
-                log.warning("%s", problem)
-            self.bytes += _bytes_of(stored)
+            self._held[name] = held = Held(*read_shard(self.index, self.index.shards[split][class_id][number]), turn)
+            if held.problem:
+                log.warning("%s", held.problem)
+            self.bytes += _bytes_of(held.samples)
             while self.bytes > self.limit and len(self._held) > shards:
-                _, (oldest, _) = self._held.popitem(last=False)
-                self.bytes -= _bytes_of(oldest)
+                self._drop(next(iter(self._held)))
         self._held.move_to_end(name)
         return self._held[name]
+
+    def _drop(self, name: tuple[str, int, int]) -> None:
+        self.bytes -= _bytes_of(self._held.pop(name).samples)
 
 
 def _bytes_of(samples: Sequence[StoredSample]) -> int:
@@ -137,7 +153,7 @@ class Reader(Dataset[Batch]):
         images, plans, labels, positions, keys, skipped = [], [], [], [], [], []
         for member, position, label in zip(part.members, part.positions, part.labels, strict=True):
             try:
-                key, pixels = self.store.image(part.split, member, part.shards)
+                key, pixels = self.store.image(part.split, member, part.shards, part.turn)
             except ShardError as error:
                 skipped.append(self._skip(error))
                 continue
@@ -190,12 +206,15 @@ class Loader:
         workers = _default_workers(on_gpu) if num_workers is None else num_workers
         store = ImageStore(index, cache_gib * 2**30 / max(1, workers), on_error)
         self._asked: list[Part] = []  # what the workers are to load now
+        self._turn = 0
         self._loader = DataLoader(
             Reader(store, as_stored=on_gpu if resize_on_device is None else resize_on_device),
             batch_size=None,
             sampler=self._asked,
             num_workers=workers,
             persistent_workers=workers > 0,
+            # other ways to start (the default of Python 3.14) import torch and all of this again: 9 s on two busy cores
+            multiprocessing_context="fork" if workers else None,
             pin_memory=on_gpu,
             # without its own generator a DataLoader draws from the global one, and a resumed run would leave the path of an unbroken one
             generator=torch.Generator(),
@@ -255,11 +274,16 @@ class Loader:
 
     def load(self, parts: Sequence[Part]) -> Iterator[Batch]:
         """The batches of some parts, on the device, ready for the model."""
-        self._asked[:] = parts
+        self._turn += 1
+        self._asked[:] = [replace(part, turn=self._turn) for part in parts]
         batches = iter(self._loader)
         while True:
             asked = time.perf_counter()
-            batch = next(batches, None)
+            try:
+                batch = next(batches, None)
+            except ShardError as error:
+                # torch's frames hold the error, which holds them: as garbage, workers are given up only after 5 s each
+                raise error.with_traceback(None) from None
             if batch is None:
                 return
             images = batch.images.to(self.device, non_blocking=True)

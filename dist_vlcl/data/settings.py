@@ -27,7 +27,7 @@ class DataConfig:
     encoding: str = "auto"  # of images in shards: original (PNG, JPEG), or pixels: no decoding; auto: pixels for sets of small images
     on_error: str = "stop"  # a damaged shard or image: stop the run, or skip the samples and report them
     allow_pipe: bool = False  # let `url` run a command, as in `pipe:aws s3 cp s3://bucket/set/{} -`
-    timeout_s: float = 120  # for reading one shard over a network or from a command, all attempts together
+    timeout_s: float = 120  # for reading one shard from http(s) or a `pipe:`, all attempts together; other tools (gs:, hf:) have their own
     num_workers: int | None = None  # processes that load, of each rank; null: 4 for a GPU, none on CPUs, which are busy with the step
     cache_gib: float = 1.0  # of each rank: images kept as pixels in memory, over epochs, tasks and evaluations
 

@@ -7,10 +7,12 @@ A task is a choice of classes, so the same shards serve every class order and in
 visible: webdataset itself reads 9 of 13 samples without a word.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -24,7 +26,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from http.client import HTTPException, IncompleteRead
+from http.client import HTTPException, IncompleteRead, InvalidURL
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -40,11 +42,11 @@ from dist_vlcl.masking import masked
 
 FORMAT = 1
 SPLITS = ("train", "test")
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 1 << 26  # a bomb has a few bytes and billions of pixels
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 INDEX_BYTES = 1 << 28  # an index.json is not larger
 ATTEMPTS = 3  # that each have a part of the time, where a server or command stalls; one that refuses is asked again until the time is over
+LONGEST_PAUSE_S = 5  # between two attempts
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")  # of raw images
 PIXELS = "ppm"  # of images stored as pixels: binary PPM, a short header and H x W x 3 bytes, which any viewer opens
 PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
@@ -125,7 +127,7 @@ class Index:
     shards: dict[str, tuple[tuple[Shard, ...], ...]]  # split -> class id -> shards
     location: str
     allow_pipe: bool = False
-    timeout_s: float = 120  # for reading one shard over a network, all attempts together
+    timeout_s: float = 120  # for reading one shard from http(s) or a pipe:, all attempts together
 
     @property
     def num_classes(self) -> int:
@@ -165,10 +167,13 @@ class Index:
 
     @classmethod
     def load(cls, location: str, allow_pipe: bool = False, timeout_s: float = 120) -> "Index":
-        """Read index.json below a folder or address; raises ValueError if it is not an index of this format."""
+        """Read index.json below a folder or address; raises OSError, or ValueError if it is not an index of this format."""
         empty = cls("", "", (), (), {}, location, allow_pipe, timeout_s)
         url = empty.url("index.json")
-        content = json.loads(read_bytes(url, allow_pipe, INDEX_BYTES, timeout_s))
+        try:
+            content = json.loads(read_bytes(url, allow_pipe, INDEX_BYTES, timeout_s))
+        except OSError as error:
+            raise OSError(masked(f"{url}: cannot be read: {error}")) from error
         if content.get("format") != FORMAT:
             raise ValueError(f"{url}: format {content.get('format')}, this version reads {FORMAT}; build the shards again")
         shards = {split: tuple(tuple(_shard(entry) for entry in of_class) for of_class in content["shards"][split]) for split in SPLITS}
@@ -280,7 +285,7 @@ def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], str]:
     """
     try:
         content = read_bytes(index.url(shard.path), index.allow_pipe, shard.bytes + 1, index.timeout_s)
-    except (OSError, HTTPException) as error:
+    except OSError as error:
         return [], masked(f"{index.url(shard.path)}: cannot be read: {error}")
     samples, error_text = _parse(content, shard)
     sound = hashlib.sha256(content).hexdigest() == shard.sha256 and len(samples) == shard.count
@@ -294,10 +299,12 @@ def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], str]:
 
 
 def _parse(content: bytes, shard: Shard) -> tuple[list[StoredSample], str]:
-    _refuse_bombs(content, shard)
+    for magic, name in COMPRESSED.items():
+        if content.startswith(magic):
+            raise ShardError(f"{shard.path}: refused, it is compressed ({name}); a shard is a plain tar")
     samples: list[StoredSample] = []
     try:
-        for sample in group_by_keys(_members(content)):
+        for sample in group_by_keys(_members(content, shard)):
             if stored := _stored(sample, shard):
                 samples.append(stored)
     except ShardError:
@@ -307,9 +314,14 @@ def _parse(content: bytes, shard: Shard) -> tuple[list[StoredSample], str]:
     return samples, ""
 
 
-def _members(content: bytes) -> Iterator[dict[str, Any]]:
-    """What webdataset's tar_file_expander gives for an uncompressed tar, in half the time: no pipe, no guess at compression."""
+def _members(content: bytes, shard: Shard) -> Iterator[dict[str, Any]]:
+    """What webdataset's tar_file_expander gives for an uncompressed tar, in half the time: no pipe, no guess at compression.
+
+    Raises ShardError for a member that would be larger in memory than the shard's bytes.
+    """
     for member in tarfile.open(fileobj=io.BytesIO(content), mode="r:"):  # noqa: SIM115 - a buffer
+        if member.size > max(len(content), shard.bytes) or member.sparse is not None:
+            raise ShardError(f"{shard.path}: refused, the member {member.name!r} claims {member.size:,} bytes")
         if member.isreg():
             end = member.offset_data + member.size
             if end > len(content):
@@ -333,24 +345,10 @@ def _stored(sample: dict[str, Any], shard: Shard) -> StoredSample | None:
     return StoredSample(key, images[0])
 
 
-def _refuse_bombs(content: bytes, shard: Shard) -> None:
-    """Raise ShardError for a shard that would be larger in memory than its bytes: compressed, or with members that claim to be."""
-    for magic, name in COMPRESSED.items():
-        if content.startswith(magic):
-            raise ShardError(f"{shard.path}: refused, it is compressed ({name}); a shard is a plain tar")
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-            for member in tar:
-                if member.size > max(len(content), shard.bytes) or member.sparse is not None:
-                    raise ShardError(f"{shard.path}: refused, the member {member.name!r} claims {member.size:,} bytes")
-    except (tarfile.TarError, ValueError, OverflowError):
-        pass  # damaged: the reader says how
-
-
 def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, timeout_s: float = 120) -> bytes:
     """The whole of a local file, an http(s) address, or, if allowed, the output of a command or a tool (pipe:, gs:, ...).
 
-    Never more than `limit` bytes. Over a network within `timeout_s`, or OSError.
+    Never more than `limit` bytes. From an http(s) address or a `pipe:` within `timeout_s`, or OSError.
     """
     parts = urlparse(url)
     if parts.scheme in ("http", "https"):
@@ -363,39 +361,45 @@ def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, tim
     if parts.scheme == "pipe":
         return _patiently(lambda patience_s: _output(url.removeprefix("pipe:"), limit, patience_s), url, timeout_s, refusals=ATTEMPTS)
     with webdataset.gopen(url) as stream:
-        return stream.read()
+        return stream.read(-1 if limit is None else limit)
 
 
-def _patiently(read: Callable[[float], bytes], url: str, timeout_s: float, refusals: int = 1000) -> bytes:
-    """Return what `read(seconds that this attempt may take)` returns, trying again with longer and longer pauses until the time is over."""
-    deadline, attempt = time.monotonic() + timeout_s, 0
+def _patiently(read: Callable[[float], bytes], url: str, timeout_s: float, refusals: float = math.inf) -> bytes:
+    """Return what `read(seconds that this attempt may take)` returns, trying again with pauses until the time is over; or OSError."""
+    deadline, attempt, pause_s = time.monotonic() + timeout_s, 0, 0.25
     while True:
         attempt += 1
         try:
             return read(max(0.1, min(timeout_s / ATTEMPTS, deadline - time.monotonic())))
         except (OSError, HTTPException) as error:
-            pause_s = 0.25 * 2**attempt
-            is_final = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            if is_final or attempt >= refusals or time.monotonic() + pause_s > deadline:
-                raise
+            left_s = deadline - time.monotonic()
+            is_final = isinstance(error, InvalidURL) or (isinstance(error, urllib.error.HTTPError) and error.code < 500)
+            if is_final or attempt >= refusals or left_s <= 0:
+                if isinstance(error, OSError):
+                    raise
+                raise OSError(str(error)) from error
             log.warning("%s: attempt %d failed: %s", masked(url), attempt, error)
-        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        time.sleep(min(pause_s, left_s))
 
 
 def _download(url: str, limit: int | None, patience_s: float) -> bytes:
     """urllib rather than webdataset's `curl --retry 30`: a cut transfer is an error here, and one that trickles has a time limit."""
     deadline, pieces, size = time.monotonic() + patience_s, [], 0
-    with urllib.request.urlopen(url, timeout=patience_s) as response:
-        while piece := response.read1(1 << 16):
+    with urllib.request.urlopen(url, timeout=patience_s) as response, contextlib.suppress(TimeoutError):
+        socket = response.fp.raw._sock  # urllib has no other way to it, whose time-out starts anew with every read
+        while (left_s := deadline - time.monotonic()) > 0:
+            socket.settimeout(left_s)
+            piece = response.read1(1 << 16)
             pieces.append(piece)
             size += len(piece)
             if limit is not None and size >= limit:
                 return b"".join(pieces)[:limit]
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"only {size:,} bytes in {patience_s:.0f} s")
-        if response.length:
-            raise IncompleteRead(b"", response.length)
-    return b"".join(pieces)
+            if not piece and response.length:
+                raise IncompleteRead(b"", response.length)
+            if not piece:
+                return b"".join(pieces)
+    raise TimeoutError(f"only {size:,} bytes in {patience_s:.0f} s")
 
 
 def _output(command: str, limit: int | None, patience_s: float) -> bytes:

@@ -1,9 +1,9 @@
+import gc
 import io
 import logging
 import multiprocessing
 import os
 import random
-import resource
 import struct
 import subprocess
 import sys
@@ -22,6 +22,7 @@ from dist_vlcl.data.order import plain_order, train_order
 from dist_vlcl.data.shards import ShardError, decode, write_shards
 from dist_vlcl.data.tasks import TaskStream
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
+from tests.helpers.memory import peak_mib
 from tests.helpers.shards import make_index, png, raw_set
 
 WORLDS = [1, 2, 3, 8]
@@ -126,6 +127,36 @@ def test_workers_do_not_change_the_batches(index, task):
     assert_equal_batches(train(index, task, num_workers=2), list(train(index, task)))
 
 
+def test_workers_are_forks_whatever_the_default_is(index, task, monkeypatch):
+    """Those of a rank that a forkserver had started took 9 s: another forkserver, and all imports again."""
+    default = multiprocessing.get_start_method()
+    monkeypatch.setattr(loader, "read_shard", lambda *_: ([], "as in this process"))
+    try:
+        multiprocessing.set_start_method("forkserver", force=True)
+        batch = next(iter(train(index, task, num_workers=1, on_error="skip")))
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+    assert batch.skipped[0].startswith("as in this process")
+
+
+def test_workers_of_a_failed_epoch_end_with_their_loader(truncated, task):
+    """Not as garbage, which torch waits five seconds for."""
+
+    def fail():
+        try:
+            list(train(truncated, task, num_workers=1))
+        except ShardError:
+            return multiprocessing.active_children()
+
+    gc.collect()
+    others = multiprocessing.active_children()
+    gc.disable()
+    try:
+        assert len(fail()) == len(others) + 1 and multiprocessing.active_children() == others
+    finally:
+        gc.enable()
+
+
 def test_loading_leaves_the_global_generators_alone(index, task):
     torch.manual_seed(0)
     random.seed(0)
@@ -222,7 +253,7 @@ def test_memory_stays_within_its_bound(tmp_path, index, reads):
     for sample in plain_order(index.sizes("train", range(4))) * 2:
         key, pixels = store.image("train", sample, shards=1)
         assert key.startswith(f"class{sample.class_id}/") and pixels.shape == (32, 32, 3)
-        assert store.bytes == sum(len(s.image) for stored, _ in store._held.values() for s in stored) <= limit
+        assert store.bytes == sum(len(s.image) for held in store._held.values() for s in held.samples) <= limit
     assert len(reads) > 2 * 28  # nothing of the first turn was left in the second
     small = loader.ImageStore(index, 0)
     for sample in train_order(index.sizes("train", range(4)), 0, 0, 0):
@@ -305,6 +336,32 @@ def test_a_missing_shard_is_skipped_too(tmp_path, task):
         list(train(index, task))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_read_that_fails_once_costs_one_evaluation(tmp_path, index, monkeypatch, num_workers):
+    """The store lives as long as the run: what it could not read, it tries again in the next epoch or evaluation, once."""
+    whole, tries = loader.read_shard, tmp_path / "tries"
+
+    def fails_once(index, shard):
+        with tries.open("a") as file:
+            file.write(f"{shard.path}\n")
+        is_first = tries.read_text().split().count(shard.path) == 1
+        return ([], "the network was down") if is_first and shard.path == "test/0001-000.tar" else whole(index, shard)
+
+    monkeypatch.setattr(loader, "read_shard", fails_once)
+    of_run = Loader(index, on_error="skip", num_workers=num_workers)
+    seen = [[len(b.labels) for b in of_run.test([0, 1, 2, 3], batch_size=2, transform=TestTransform(16))] for _ in range(3)]
+    assert [sum(counts) for counts in seen] == [9, 12, 12]
+    assert tries.read_text().split().count("test/0001-000.tar") == 2 and tries.read_text().split().count("test/0002-000.tar") == 1
+
+
+def test_what_is_read_again_is_counted_again(truncated):
+    store = loader.ImageStore(truncated, 1e9, "skip")
+    sample = next(s for s in plain_order(truncated.sizes("train", [2])) if s.shard == 0)
+    for turn in (1, 1, 2, 3):
+        store.image("train", sample, 8, turn)
+        assert store.bytes == sum(len(s.image) for held in store._held.values() for s in held.samples)
+
+
 def test_changed_bytes_stop_the_run_even_if_every_image_opens(tmp_path, task):
     index = make_index(tmp_path)
     path = tmp_path / "tiny/train/0003-000.tar"
@@ -333,10 +390,11 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("side", [9_000, 100_000])
 def test_an_image_that_claims_a_gigabyte_of_pixels_is_refused_unopened(side):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ShardError, match="bomb/1: no image"):
-        loader.decode(png_header(side, side), "bomb/1")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+    def refuse():
+        with pytest.raises(ShardError, match="bomb/1: no image"):
+            loader.decode(png_header(side, side), "bomb/1")
+
+    assert peak_mib(refuse) < 50 < peak_mib(lambda: b"x" * (100 << 20))
 
 
 GROUP_SIGNAL = """

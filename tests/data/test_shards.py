@@ -3,7 +3,7 @@ import gzip
 import hashlib
 import io
 import json
-import resource
+import os
 import subprocess
 import sys
 import tarfile
@@ -11,13 +11,19 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from dist_vlcl.data import shards
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, RawSample, RawSet, Shard, ShardError, decode, read_bytes, read_shard, write_shards
 from dist_vlcl.data.store import build_command
+from dist_vlcl.dist.world import World
+from dist_vlcl.train import open_tasks
+from tests.helpers.memory import peak_mib
 from tests.helpers.shards import Quiet, make_index, png, raw_set, served
 
 
@@ -87,15 +93,6 @@ def test_small_images_are_stored_as_pixels_by_default_and_others_as_they_are():
     with pytest.raises(ValueError, match=r"data\.encoding='raw': choose from auto, original, pixels"):
         DataConfig(encoding="raw")
     assert "data.encoding=pixels" in build_command(DataConfig(name="imagenet_r", encoding="pixels"))
-
-
-def test_a_compressed_tar_is_no_shard(tmp_path):
-    """A shard's size on disk is its size in memory: nothing is unpacked that a few bytes could blow up."""
-    index, shard = shard_of(tmp_path, [("a.cls", b"0"), ("a.png", png(8))])
-    content = gzip.compress((tmp_path / shard.path).read_bytes())
-    (tmp_path / shard.path).write_bytes(content)
-    samples, problem = read_shard(index, replace(shard, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
-    assert samples == [] and "found 0" in problem
 
 
 def test_the_index_survives_its_file(tmp_path):
@@ -279,10 +276,10 @@ def test_a_server_or_command_that_trickles_or_stalls_ends_in_time(tmp_path, monk
     with served(tmp_path, Stalling) as address:
         started = time.monotonic()
         _, problem = read_shard(replace(index, location=address, timeout_s=1.5), shard)
-    assert "cannot be read: only" in problem and time.monotonic() - started < 10
+    assert "cannot be read: only" in problem and time.monotonic() - started < 60  # not for ever
     started = time.monotonic()
     piped = replace(index, location="pipe:sleep 100 | cat; : {}", allow_pipe=True, timeout_s=1.5)
-    assert "the command took longer" in read_shard(piped, shard)[1] and time.monotonic() - started < 10
+    assert "the command took longer" in read_shard(piped, shard)[1] and time.monotonic() - started < 60  # not for ever
 
 
 def test_no_more_is_read_than_a_shard_has(tmp_path, monkeypatch):
@@ -303,6 +300,85 @@ def test_no_more_is_read_than_a_shard_has(tmp_path, monkeypatch):
     assert "the index says 3 samples" in problem and len(sent) < 64
 
 
+@pytest.mark.parametrize("answer", ["refused", "silent", "silent after a byte"])
+def test_a_server_is_asked_until_the_time_is_over_and_not_longer(tmp_path, monkeypatch, answer):
+    """Pauses do not grow beyond the time, and each read of the socket gets only what is left of it: seen by a wound-up clock."""
+    monkeypatch.setenv("no_proxy", "*")
+    pauses, given, begun = [], [], []
+    now = [0.0]
+    monkeypatch.setattr(shards, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda s: (pauses.append(s), wind(s))))
+
+    def wind(seconds):
+        now[0] += seconds
+
+    class Silent:
+        """A socket's file that gives a byte, or none, after as long as the time-out allows."""
+
+        length, closed = None, False
+
+        def __init__(self):
+            self.fp = SimpleNamespace(raw=SimpleNamespace(_sock=SimpleNamespace(settimeout=given.append)))
+            self.bytes_left = answer == "silent after a byte"
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def read1(self, _):
+            if self.bytes_left:
+                self.bytes_left = False
+                wind(given[-1] * 0.75)
+                return b"x"
+            wind(given[-1])
+            raise TimeoutError("timed out")
+
+    def urlopen(url, timeout):
+        begun.append(now[0])
+        if answer == "refused":
+            raise ConnectionRefusedError("refused")
+        return Silent()
+
+    monkeypatch.setattr(shards.urllib.request, "urlopen", urlopen)
+    with pytest.raises(OSError):
+        read_bytes("http://host/shard", timeout_s=120)
+    assert 120 <= now[0] <= 120.2 and max(pauses) <= 5
+    assert answer != "refused" or (max(b - a for a, b in pairwise(begun)) <= 5 and begun[-1] > 115)
+    assert answer != "silent after a byte" or given[:2] == [40, 10]
+
+
+def test_a_cut_index_is_told_in_words(tmp_path, monkeypatch):
+    class Cut(Quiet):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "10240")
+            self.end_headers()
+            self.wfile.write(b"{" * 100)
+
+    monkeypatch.setenv("no_proxy", "*")
+    with served(tmp_path, Cut) as address:
+        cfg = SimpleNamespace(data=DataConfig(url=address, timeout_s=0.5))
+        with pytest.raises(ValueError, match=r"/index\.json: cannot be read: IncompleteRead.* 10140 more expected"):
+            open_tasks(cfg, World.alone())
+
+
+def test_an_impossible_address_is_not_tried_again(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(shards.time, "sleep", lambda _: pytest.fail("tried again"))
+    with pytest.raises(OSError, match="control characters"):
+        read_bytes("http://127.0.0.1/a b")
+
+
+def test_no_more_is_read_from_a_tool_than_a_shard_has(tmp_path, monkeypatch):
+    """`gs:` runs gsutil: here a command of that name that never ends."""
+    (tmp_path / "gsutil").write_text("#!/bin/sh\nexec yes\n")
+    (tmp_path / "gsutil").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with contextlib.suppress(OSError):  # the tool's own word on being cut off
+        assert len(read_bytes("gs://bucket/shard", allow_pipe=True, limit=1000)) == 1000
+
+
 def bomb_of(kind: str) -> bytes:
     """A tar that would need 10 GB: by a member's header, by a hole in a sparse one, or compressed."""
     if kind == "gzip":
@@ -320,16 +396,26 @@ def bomb_of(kind: str) -> bytes:
     return bytes(header) + b"x" * 512 + b"\0" * 1024
 
 
+def test_a_shard_is_parsed_once(tmp_path, monkeypatch):
+    opened, whole = [], tarfile.open
+    monkeypatch.setattr(shards.tarfile, "open", lambda *args, **options: opened.append(1) or whole(*args, **options))
+    index = make_index(tmp_path)
+    opened.clear()
+    assert read_shard(index, index.shards["train"][0][0])[1] == "" and len(opened) == 1
+
+
 @pytest.mark.parametrize("kind", ["header", "sparse", "gzip"])
 def test_a_small_shard_that_would_be_large_in_memory_is_refused(tmp_path, kind):
     index, shard = shard_of(tmp_path, [])
     content = bomb_of(kind)
     (tmp_path / shard.path).write_bytes(content)
     shard = replace(shard, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ShardError, match=r"refused, (the member 'a.png' claims 10,737,418,240 bytes|it is compressed)"):
-        read_shard(index, shard)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+    def read():
+        with pytest.raises(ShardError, match=r"refused, (the member 'a.png' claims 10,737,418,240 bytes|it is compressed)"):
+            read_shard(index, shard)
+
+    assert peak_mib(read) < 100
 
 
 def test_keys_survive_dots_spaces_length_and_repetition(tmp_path):
