@@ -11,7 +11,7 @@ train: install
 		-m dist_vlcl.train $(ARGS)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS)
 
 check: install
 	$(BIN)/ruff check dist_vlcl tests tools

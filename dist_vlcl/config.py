@@ -119,6 +119,10 @@ class Config:
                 f"data.timeout_s={self.data.timeout_s:g}: give less than cluster.timeout_s={self.cluster.timeout_s:g}, "
                 "or the other ranks give up before this one does"
             )
+        if self.cluster.direction_groups > 1 and self.data.on_error == "skip":
+            raise ValueError(
+                "data.on_error=skip: not with cluster.direction_groups, since all groups have to see the same samples; use stop"
+            )
         if self.orders.order == "zeroth" and self.zo.granularity == "joint" and self.orders.branch in ("vision", "language"):
             raise ValueError("zo.granularity=joint: moves both branches by one estimate, so it needs orders.branch=dual")
 

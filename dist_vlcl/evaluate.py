@@ -8,6 +8,7 @@ from pathlib import Path
 from dist_vlcl.config import load_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.world import World
+from dist_vlcl.masking import HIDDEN
 from dist_vlcl.run import checkpoint
 from dist_vlcl.train import build_towers, evaluate, make_loader, open_tasks
 
@@ -18,6 +19,10 @@ def evaluate_run(folder: Path, world: World) -> AccuracyMatrix:
     Raises FileNotFoundError without a whole checkpoint, ValueError when it is of a task that has not ended.
     """
     cfg = load_config(folder / "config.yaml")
+    if HIDDEN in (cfg.data.url or ""):
+        raise ValueError(
+            f"{folder}/config.yaml: data.url={cfg.data.url!r} had a secret, which was not kept; write it in for the time of the evaluation"
+        )
     index, tasks = open_tasks(cfg, world)
     saved = world.share(checkpoint.load_newest(folder) if world.is_main else None)
     if saved is None:

@@ -4,11 +4,18 @@ import re
 from typing import Any
 
 HIDDEN = "***"
+VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s&'"]+)"""
 PATTERNS = (
-    (re.compile(r"([^\s&?]*(?:key|token|secret|password|credential|signature)[^\s=&]*)=[^\s&'\"]+", re.IGNORECASE), rf"\1={HIDDEN}"),
-    (re.compile(r"://[^/@\s]+@"), f"://{HIDDEN}@"),  # user:password@host
+    (
+        re.compile(rf"([^\s&?='\"]*(?:key|token|secret|password|passwd|credential|signature)[^\s=&'\"]*)={VALUE}", re.IGNORECASE),
+        rf"\1={HIDDEN}",
+    ),
+    (re.compile(rf"(?<![a-z0-9])((?:sig|pwd|pass|auth)=){VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(r"://[^\s'\"]*@"), f"://{HIDDEN}@"),  # user:password@host; a password may hold / and @
     (re.compile(r"\b(Bearer|Basic) +[^\s'\"]+", re.IGNORECASE), rf"\1 {HIDDEN}"),
-    (re.compile(r"(\s(?:-u|--user|--\S*(?:key|token|secret|password)))[ =]+[^\s'\"]+"), rf"\1 {HIDDEN}"),
+    (re.compile(r"((?:-H|--header)[ =]*['\"]?[\w-]+: *)[^'\"\n]+"), rf"\1{HIDDEN}"),  # of curl and wget
+    (re.compile(r"(\s-u|\s--user)[ =]*[^\s'\":]+:[^\s'\"]+"), rf"\1 {HIDDEN}"),
+    (re.compile(rf"(\s--\S*(?:key|token|secret|password))[ =]+{VALUE}"), rf"\1 {HIDDEN}"),
 )
 
 

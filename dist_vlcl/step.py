@@ -4,7 +4,6 @@
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -97,13 +96,13 @@ class BatchLosses:
 
     def _own(self, candidates: Sequence[Candidate]) -> list[int]:
         """Return which candidates this rank's direction group evaluates: of those that perturb the same branches, every G-th."""
-        turns: Counter[tuple[str, ...]] = Counter()
+        turns: dict[tuple[str, ...], int] = {}
         own = []
         for k, candidate in enumerate(candidates):
-            perturbed = tuple(candidate)
-            if turns[perturbed] % self.world.direction_groups == self.world.direction_group:
+            turn = turns.get(tuple(candidate), k)  # a kind begins where the one before it ended
+            if turn % self.world.direction_groups == self.world.direction_group:
                 own.append(k)
-            turns[perturbed] += 1
+            turns[tuple(candidate)] = turn + 1
         return own
 
     def _features(self, branch: str, offsets: list[Tensor], part: dict) -> Tensor:
@@ -161,7 +160,7 @@ class HybridStep:
         self.zeroth = ZerothOrder(self.flats, zeroth)
         rounded = [branch for branch in self.flats if towers.tower(branch).dtype.itemsize < 4]
         self.by_delta = {"auto": rounded, "whole": [], "delta": list(self.flats)}[zeroth.evaluation]
-        self.noise_is_checked = towers.config.precision == "fp32"
+        self.noise_is_checked = towers.config.precision == "fp32" or not self.flats
         self.first: FirstOrder = first_order_of(towers)
         names = {id(t): f"{address}/{name}" for address, unit in units.items() for name, t in unit.tensors().items()}
         self.first_names = [names[id(p)] for p in self.first.parameters]
@@ -194,11 +193,11 @@ class HybridStep:
         key: the step's seed, the same on every rank. lr: that of this step. stop: this rank was asked to stop; the report says whether any
         was. observe: measure what the step does to every unit. All ranks call this, with the same number of micro-batches.
         """
+        self.world.exchanging.where = f"step {key.step + 1}"
         if not self.noise_is_checked:
             self.refuse_noisy_slopes(batches[0], key, first_label)
         losses = BatchLosses(self.towers, self.flats, self.tokens, self.world, self.by_delta)
         losses.flag = float(stop)
-        self.world.exchanging.where = f"step {key.step + 1}"
         planned = sum(batch.count for batch in batches)
         for k, batch in enumerate(batches):
             images, labels, positions, real = self._on_device(batch, first_label)
@@ -235,7 +234,7 @@ class HybridStep:
         """Return `slope_noise` per branch; raise ValueError where it is above the limit. All ranks call this."""
         self.noise_is_checked = True
         noise = self.slope_noise(batch, key, first_label)
-        if any(value > MAX_SLOPE_NOISE for value in noise.values()):
+        if any(not value <= MAX_SLOPE_NOISE for value in noise.values()):
             found = ", ".join(f"{value:.2g} of a {branch} slope" for branch, value in noise.items())
             precision, evaluation = self.towers.config.precision, self.zeroth.config.evaluation
             better = "zo.evaluation=delta, " if evaluation == "whole" else ""

@@ -33,9 +33,9 @@ from dist_vlcl.orders import Order, assign, describe
 from dist_vlcl.report.figures import plot_run
 from dist_vlcl.report.tables import summarize_run
 from dist_vlcl.run import checkpoint, journal
-from dist_vlcl.run.environment import code_digest
+from dist_vlcl.run.environment import code_digest, is_restart
 from dist_vlcl.run.files import replace_file
-from dist_vlcl.run.folder import RunFolder
+from dist_vlcl.run.folder import PATIENCE_S, RunBusy, RunFolder
 from dist_vlcl.run.jsonl import PATIENCE
 from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.preemption import Preemption
@@ -65,21 +65,23 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     All ranks call this. Raises Requeued after a signal; a second call with the same configuration then goes on where it stopped. Ranks that
     come apart go back to what they last agreed on, where `train.on_disagreement` says so.
     """
-    for reloads_left in reversed(range(MAX_RELOADS + 1)):
-        try:
-            return _train(cfg, world)
-        except AstrayError as error:
-            if cfg.train.on_disagreement == "stop" or not reloads_left:
-                raise
-            if world.is_main:
-                print(f"{error}\ngoing back to what the ranks last agreed on", flush=True)
-            cfg = replace(cfg, run=replace(cfg.run, resume=True, overwrite=False))
+    with Preemption() as preemption:
+        for reloads_left in reversed(range(MAX_RELOADS + 1)):
+            try:
+                return _train(cfg, world, preemption)
+            except AstrayError as error:
+                if cfg.train.on_disagreement == "stop" or not reloads_left:
+                    raise
+                if world.is_main:
+                    print(f"{error}\ngoing back to what the ranks last agreed on", flush=True)
+                cfg = replace(cfg, run=replace(cfg.run, resume=True, overwrite=False))
     raise AssertionError("unreachable")
 
 
-def _train(cfg: Config, world: World) -> AccuracyMatrix | None:
+def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix | None:
     index, tasks = open_tasks(cfg, world)
-    for what, value in {"the configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code_digest()}.items():
+    code = code_digest()
+    for what, value in {"the configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code}.items():
         agree(world, what, json.dumps(value, sort_keys=True, default=str), "Start every rank with the same command and the same files.")
     if cfg.train.on_disagreement == "reload" and world.engine != "ddp":
         raise ValueError("train.on_disagreement=reload: not under DeepSpeed, whose hooks outlive a reload; use stop")
@@ -95,7 +97,8 @@ def _train(cfg: Config, world: World) -> AccuracyMatrix | None:
     agree(world, "the frozen weights", digest({name: t for name, t in towers.state_dict().items() if ".adapter." not in name}))
     agree(world, "the adapters", digest(towers.units.state_dict()))
     agree(world, "the first direction", first_direction(step), "CPUs of another kind? Take zo.directions=rademacher: it has no rounding.")
-    run = RunFolder.open(cfg.run, cfg.as_dict(), world, data=index.fingerprint, code=code_digest())
+    patience_s = min(PATIENCE_S, cfg.cluster.timeout_s / 2)  # the other ranks wait for rank 0's word
+    run = RunFolder.open(cfg.run, cfg.as_dict(), world, data=index.fingerprint, code=code, patience_s=patience_s)
     if run.is_complete:
         if world.is_main:
             report_status("complete")
@@ -115,49 +118,46 @@ def _train(cfg: Config, world: World) -> AccuracyMatrix | None:
     if world.is_main:
         report_status("training")
     try:
-        with Preemption() as preemption:
-            zero_shot = (
-                evaluate_untrained(cfg, towers, loader, tasks, world, log) if state.task == 0 and not saved else state_zero_shot(saved)
-            )
-            for task in tasks[state.task :]:
-                step.begin(task.names)
-                if saved:
-                    step.load_state_dict(saved.tensors)
-                    saved = None
-                if journalled:
-                    step.replay(journalled)
-                    agree(world, "the adapters as the journal rebuilds them", digest(towers.units.state_dict()))
-                    log.say(f"the journal gave back {len(journalled)} steps after the checkpoint")
-                    journalled = []
-                agreed, stragglers = state.step, Stragglers(world.exchanging.named)
-                for batch, key, lr in training_steps(cfg, step, loader, task, world, state, log):
-                    started = time.perf_counter()
-                    parts, observe = split(batch, cfg.train.micro_batches), records.is_due(state.step + 1)
-                    report = step(parts, key, lr, task.first_label, stop=preemption.requested, observe=observe)
-                    state.advance()
-                    state.seconds += time.perf_counter() - started
-                    log_step(log, state, report, key, lr, time.perf_counter() - started, batch, world.take_peak_gib())
-                    if report.figures is not None:
-                        records.add(state.step, state.task, report.figures)
-                    if words := stragglers.note(report.busy_s):
-                        log.say(f"step {state.step}: {words}")
-                    is_to_save = report.stop or run.is_time_to_save(state.step)
-                    if is_to_save or state.step % cfg.train.check_every_steps == 0:
-                        agreed = agree_on_adapters(world, step, state, log, agreed)
-                    if is_to_save:
-                        save(run, state, step, records, zero_shot, must=report.stop)
-                    if report.stop:
-                        requeue(run)
-                agree_on_adapters(world, step, state, log, agreed)
-                save(run, state, step, records, zero_shot)  # an evaluation may outlast the time that a signal leaves
-                accuracy.append(evaluate(cfg, towers, loader, tasks, task, world, log.progress))
-                state.accuracy = accuracy.rows
-                log.task({"step": state.step, "task": task.index, **accuracy.summary(), "zero_shot": zero_shot.get(task.index)})
-                run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
-                state.next_task()
-                save(run, state, step, records, zero_shot, must=task is tasks[-1])
-                if task is not tasks[-1] and world.sum(torch.tensor([float(preemption.requested)]), "wishes to stop")[0] > 0:
-                    requeue(run)
+        zero_shot = evaluate_untrained(cfg, towers, loader, tasks, world, log) if state.task == 0 and not saved else state_zero_shot(saved)
+        for task in tasks[state.task :]:
+            step.begin(task.names)
+            if saved:
+                step.load_state_dict(saved.tensors)
+                saved = None
+            if journalled:
+                step.replay(journalled)
+                agree(world, "the adapters as the journal rebuilds them", digest(towers.units.state_dict()))
+                log.say(f"the journal gave back {len(journalled)} steps after the checkpoint")
+                journalled = []
+            agreed, stragglers = state.step, Stragglers(world.exchanging.named, world.direction_groups)
+            for batch, key, lr in training_steps(cfg, step, loader, task, world, state, log):
+                started = time.perf_counter()
+                parts, observe = split(batch, cfg.train.micro_batches), records.is_due(state.step + 1)
+                report = step(parts, key, lr, task.first_label, stop=preemption.requested, observe=observe)
+                state.advance()
+                state.seconds += time.perf_counter() - started
+                log_step(log, state, report, key, lr, time.perf_counter() - started, batch, world.take_peak_gib())
+                if report.figures is not None:
+                    records.add(state.step, state.task, report.figures)
+                if words := stragglers.note(report.busy_s):
+                    log.say(f"step {state.step}: {words}")
+                is_to_save = report.stop or run.is_time_to_save(state.step)
+                if is_to_save or state.step % cfg.train.check_every_steps == 0:
+                    agreed = agree_on_adapters(world, step, state, log, agreed)
+                if is_to_save:
+                    save(run, state, step, records, zero_shot, must=report.stop)
+                if report.stop:
+                    requeue(run, world)
+            agree_on_adapters(world, step, state, log, agreed)
+            save(run, state, step, records, zero_shot)  # an evaluation may outlast the time that a signal leaves
+            accuracy.append(evaluate(cfg, towers, loader, tasks, task, world, log.progress))
+            state.accuracy = accuracy.rows
+            log.task({"step": state.step, "task": task.index, **accuracy.summary(), "zero_shot": zero_shot.get(task.index)})
+            run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
+            state.next_task()
+            save(run, state, step, records, zero_shot, must=task is tasks[-1])
+            if task is not tasks[-1] and world.sum(torch.tensor([float(preemption.requested)]), "wishes to stop")[0] > 0:
+                requeue(run, world)
         farewell(log, run, world)
         run.complete({**accuracy.summary(), "rows": accuracy.rows, "zero_shot": zero_shot, "seconds": state.seconds, "steps": state.step})
         if world.is_main:
@@ -249,7 +249,7 @@ def roll_forward(
 ) -> list[dict[str, Any]]:
     """Return the steps of the task that the journal holds beyond the checkpoint, and count them in `state`. All ranks call this.
 
-    None where first-order units learn: the journal does not know their updates, so those steps are taken again. Nor where the run has
+    Empty where first-order units learn: the journal does not know their updates, so those steps are taken again. Nor where the run has
     `moved_from` a device of another type, whose normal directions were others.
     """
     if run.is_new or step.first.parameters or state.task >= len(tasks):
@@ -292,9 +292,10 @@ def save(
         warnings.warn(words, RuntimeWarning, stacklevel=2)  # which, other than print, bears that a log cannot be written either
 
 
-def requeue(run: RunFolder) -> NoReturn:
-    """Leave the run, saved, with word that it wants to be started again."""
+def requeue(run: RunFolder, world: World) -> NoReturn:
+    """Leave the run, saved, with word that it wants to be started again. All ranks call this."""
     run.request_requeue()
+    world.barrier()  # rank 0 saves: a launcher that ends because its ranks have left may take the others with it
     raise Requeued(str(run.path))
 
 
@@ -457,14 +458,14 @@ def main() -> None:
             world = World.from_environment(cfg.cluster)
             train(cfg, world)
         except Requeued as stopped:
-            world.barrier()  # rank 0 saves: a launcher that ends because its ranks have left may take the others with it
             if world.is_main:
                 report_status("requeue")
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")
         except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
             world.exchanging.stopped(error)  # the others are waiting for this rank, and can then say why it is gone
-            if world.is_main and isinstance(error, FloatingPointError):
-                report_status("failed")
+            if world.is_main and isinstance(error, FloatingPointError | ValueError):
+                # Another start would end the same way; but for one that Slurm has made while ranks on a lost node still run.
+                report_status("requeue" if isinstance(error, RunBusy) and is_restart() else "failed")
             if cfg.cluster.traceback:
                 raise
             # Any rank may be the one that knows; cluster.traceback=true shows where.

@@ -62,7 +62,12 @@ say() {
 
 # What Slurm does with this job. scancel and preemption end it for good or queue it themselves: only a running job, or one out of time, is ours.
 ask_slurm() {
-    read -r state reason < <(squeue --noheader --jobs="$job" --format='%T %r') || true
+    local attempt
+    for attempt in 1 2 3 4 5 6; do # near a time limit the controller may be busy
+        read -r state reason < <(squeue --noheader --jobs="$job" --format='%T %r') && return
+        ((attempt == 6)) || sleep 5
+    done
+    state=RUNNING reason="" # it does not answer: to ask for a start too many is the lesser evil, and it refuses for a job that has ended
 }
 
 # Stopped by a signal and saved; or steps were being taken, and a rank has died, or an evaluation was longer than the time that was left.

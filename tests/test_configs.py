@@ -59,7 +59,7 @@ def test_every_branch_and_layer_plan_has_its_file():
 
 
 def test_the_strategy_files_are_the_rows_of_the_table():
-    """DESIGN 1.2."""
+    """docs/ARCHITECTURE.md, decision 2."""
     table = {
         "naive": ("identity", "always", 1e-3, 1e-3),
         "sign": ("sign", "always", 1e-3, 1e-3),
@@ -190,6 +190,8 @@ BAD = {
     "cluster.device=tpu": "cluster.device='tpu': choose from auto, cpu, cuda",
     "cluster.timeout_s=0": "cluster.timeout_s=0.0: give a positive number",
     "cluster.threads=0": "cluster.threads=0: give a positive number",
+    "cluster.direction_groups=0": "cluster.direction_groups=0: give a positive number",
+    "cluster.direction_groups=2 data.on_error=skip": "data.on_error=skip: not with cluster.direction_groups",
     "data.reader=mnist": "data.reader='mnist': choose from",
     "data.name=a/b data.reader=folder": "data.name='a/b': give a plain folder name",
     "data.on_error=ignore": "data.on_error='ignore': choose from stop, skip",

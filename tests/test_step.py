@@ -286,7 +286,7 @@ def test_joint_moves_both_branches_by_one_loss_difference():
 
 
 def test_a_probe_of_one_tower_does_not_compute_the_other(monkeypatch):
-    """What does not change is not computed again (DESIGN 1.5): one base forward of vision, and the probe and candidates of language."""
+    """What does not change is not computed again: one base forward of vision, and the probe and candidates of language."""
     step = hybrid(OrderPlan("language", "suffix"), STRATEGIES["conservative"])
     runs = []
     for branch in ("vision", "language"):
@@ -320,7 +320,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_too_many_in_a_row_stop_the
 @pytest.mark.parametrize("update", ["simultaneous", "sequential"])
 @pytest.mark.parametrize("strategy", ["mozo", "conservative"])
 def test_a_probe_whose_loss_is_not_finite_skips_and_counts_the_step_too(strategy, update):
-    """DESIGN 6: a non-finite loss skips that update, is counted, and stops the run after some in a row."""
+    """A non-finite loss skips that update, is counted, and stops the run after some in a row."""
     config = dataclasses.replace(STRATEGIES[strategy], epsilon=dict.fromkeys(SAME, 1e300), update=update)
     step = hybrid(OrderPlan("vision", "hop_odd"), config, max_skips=2)
     before = adapter_values(step.towers)

@@ -36,7 +36,7 @@ from dist_vlcl.run import checkpoint, journal
 from dist_vlcl.run.jsonl import read_lines
 
 AS_A_RANK = "as-a-rank"  # how torchrun is told
-RANKS, GRACE_S, HANG_S, TIMES = 2, 10, 240, ("time", "seconds", "images_per_second")
+RANKS, GRACE_S, HANG_S, TIMES = 2, 10, 240, ("time", "seconds", "data_seconds", "images_per_second")
 COMMON = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=32", "train.warmup_steps=2", "eval.zero_shot=false", "run.wandb=off"]
 COMMON += [
     "run.record_every_steps=0",
@@ -277,10 +277,10 @@ def soak(options: argparse.Namespace, folder: Path) -> Tally:
 
     for number, plan in enumerate(PLANS):
         for attempt in ("warm", "reference"):  # the first one writes the shards
-            start, begun = Start(arguments(f"{attempt}-{number}", plan), folder / f"{attempt}-{number}.log"), time.monotonic()
+            start, started = Start(arguments(f"{attempt}-{number}", plan), folder / f"{attempt}-{number}.log"), time.monotonic()
             if start.wait() != 0:
                 raise RuntimeError(f"the run without faults has failed:\n{start.said()[-3000:]}")
-            typical_s[plan], references[plan] = time.monotonic() - begun, runs / f"{attempt}-{number}"
+            typical_s[plan], references[plan] = time.monotonic() - started, runs / f"{attempt}-{number}"
         print(f"{plan}: {typical_s[plan]:.1f} s without a fault", flush=True)
 
     number = 0
@@ -301,8 +301,9 @@ def soak(options: argparse.Namespace, folder: Path) -> Tally:
             if fault:
                 tally.faults[fault] += 1
                 tally.by_torchrun += by_torchrun
-            if found := re.search(r"going on after step (\d+)", start.said()):
-                tally.finished_steps_lost[plan] += before - int(found[1])
+            found = re.search(r"going on after step (\d+)", start.said())
+            if found or code == 0:  # a start that got as far as to know
+                tally.finished_steps_lost[plan] += before - (int(found[1]) if found else 0)
             if code is None:
                 tally.problems.append(f"{name}: hung after {fault}")
             if code != 0 and not fault:

@@ -30,7 +30,9 @@ def count_correct(
     for batch in batches:
         if len(batch.labels) == 0:
             # A forward of a model in pieces is an exchange, which every rank must enter: a blank that does not count.
-            towers.features("vision", torch.zeros(1, 3, towers.image_size, towers.image_size, dtype=torch.uint8, device=device))
+            blank = torch.zeros(1, 3, towers.image_size, towers.image_size, dtype=torch.uint8, device=device)
+            with world.exchanging("forward pass of an evaluation"):
+                towers.features("vision", blank)
             continue
         step_noise = noise and StepNoise(Key(noise.seed, batch.index + 1), {"vision": batch.positions.to(device)})
         with world.exchanging("forward pass of an evaluation"):

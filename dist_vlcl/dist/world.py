@@ -89,6 +89,9 @@ class World:
         on_deepspeed = zero.is_requested()
         timeout = timedelta(seconds=config.timeout_s)
         process_group = InitProcessGroupKwargs(timeout=timeout)
+        if not on_cpu:
+            # Gradients have a communicator of their own (first_order.py); NCCL then launches both in one order on every rank.
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         if on_deepspeed:
             zero.make_ready(on_cpu)
             process_group.backend = "gloo" if on_cpu else "nccl"
@@ -134,6 +137,8 @@ class World:
         if announced % config.direction_groups:
             raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
         engine = zero.name_of(accelerator) if on_deepspeed else "ddp"
+        if config.direction_groups > 1 and engine.startswith("zero3"):
+            raise RuntimeError("cluster.direction_groups: not under ZeRO-3, where ranks must evaluate the same candidates; take another engine")
         groups = config.direction_groups
         world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups, timeout)
         world.exchanging = Exchanges(world.rank, ["?"] * world.size, config.timeout_s)

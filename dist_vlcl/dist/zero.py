@@ -63,6 +63,7 @@ class ZeroFirstOrder(FirstOrder):
     def __init__(self, world: World, config: FirstOrderConfig, model: Any):
         super().__init__(world, config, model)
         self.pieces: list[nn.Module] = model.pieces()
+        self.towers = (model.vision, model.language)
         self.updates = 0  # since the task began
         self.has_gradients = False
 
@@ -91,6 +92,8 @@ class ZeroFirstOrder(FirstOrder):
         if self._stage == 3:
             import deepspeed
 
+            for tower in self.towers:
+                tower.in_slices = False
             # Not its "leaf modules": their gradient hook meets parameters that are in pieces again, and fails (0.19.8).
             for piece in self.pieces:
                 for parameter in piece.parameters():
@@ -121,8 +124,10 @@ class ZeroFirstOrder(FirstOrder):
             return super().gradients()
         from deepspeed.utils import safe_get_full_grad
 
-        found = [safe_get_full_grad(p) for p in self.parameters]
-        return [torch.zeros(getattr(p, "ds_shape", p.shape), device=self.world.device) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
+        return [self._zeros(p) if (g := safe_get_full_grad(p)) is None else g for p in self.parameters]
+
+    def _zeros(self, parameter: Tensor) -> Tensor:
+        return torch.zeros(getattr(parameter, "ds_shape", parameter.shape), device=self.world.device)
 
     def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
         if not self.is_sharded:

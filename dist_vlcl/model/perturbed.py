@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 SHAPES = {
     "cat",
     "chunk",
+    "contiguous",
     "detach",
     "expand",
     "flatten",
@@ -27,9 +28,15 @@ SHAPES = {
     "neg",
     "permute",
     "reshape",
+    "select",
+    "split",
     "squeeze",
+    "stack",
+    "tensor_split",
     "transpose",
+    "unbind",
     "unflatten",
+    "unsqueeze",
     "view",
 }
 
@@ -76,6 +83,8 @@ class Perturbed:
     def __getattr__(self, name: str) -> Callable:
         """Offer the methods of a tensor."""
         method = getattr(Tensor, name)
+        if not callable(method):
+            raise AttributeError(f"a perturbed tensor has no .{name}; use a function of torch")
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
 
     def __getitem__(self, index: Any) -> "Perturbed":
@@ -99,6 +108,9 @@ class Perturbed:
     def __truediv__(self, other: Any) -> "Perturbed":
         return difference(torch.div, self, other)
 
+    def __rtruediv__(self, other: Any) -> "Perturbed":
+        return difference(torch.div, other, self)
+
     def __matmul__(self, other: Any) -> "Perturbed":
         return product(torch.matmul, self, other)
 
@@ -107,8 +119,8 @@ class Perturbed:
 
 def each(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """The rule of functions that move numbers about: the same is done to base and change."""
-    dtype = _dtype(args)
-    base, change = (function(*tree_map(part, args), **kwargs) for part in (_base, _change))
+    dtype = _dtype((args, kwargs))
+    base, change = (function(*tree_map(part, args), **tree_map(part, kwargs)) for part in (_base, _change))
     if isinstance(base, Tensor):
         return Perturbed(base, change, dtype)
     return tuple(Perturbed(b, c, dtype) for b, c in zip(base, change, strict=True))
@@ -143,10 +155,11 @@ def product(function: Callable, a: Any, b: Any, *bias: Any) -> Perturbed:
 
 def difference(function: Callable, *args: Any, **kwargs: Any) -> Perturbed:
     """The rule of all else: two evaluations, in float32 or wider."""
-    dtype = _dtype(args)
+    dtype = _dtype((args, kwargs))
 
     def evaluated(part: Callable) -> Tensor:
-        return function(*(_cast(part(x), _wide(dtype)) for x in args), **{k: _cast(x, _wide(dtype)) for k, x in kwargs.items()})
+        arguments, options = tree_map(lambda x: _cast(part(x), _wide(dtype)), (args, kwargs))
+        return function(*arguments, **options)
 
     before, after = evaluated(_base), evaluated(_moved)
     return Perturbed(before, after - before, dtype)

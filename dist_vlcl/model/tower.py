@@ -138,6 +138,7 @@ class Tower(nn.Module):
     def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: Any, checkpoint: bool = False):
         super().__init__()
         self.branch, self.checkpoint = branch, checkpoint
+        self.in_slices = True  # not where a block's call is an exchange between ranks: all have to make as many
         self.blocks = nn.ModuleList(blocks)
         self.ends: Any = ends
 
@@ -179,7 +180,7 @@ class Tower(nn.Module):
         blocks, so that the peak of memory does not grow with the batch.
         """
         rest = (start, sets, noise, keep, training)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not self.in_slices:
             return self._run(hidden, inputs, slice(None), *rest)
         copies = 1 + max((t.shape[0] for tensors in (sets or {}).values() for t in tensors.values()), default=0)
         at_a_time = max(SAMPLES_AT_A_TIME, ROWS_AT_A_TIME // (copies * self.ends.length(inputs)))

@@ -21,8 +21,8 @@ IMAGES_A_CLASS = {
 IMMATERIAL = (
     *("seed", "paper", "run.*", "cluster.*", "eval.batch_size", "eval.zero_shot"),
     *(f"data.{key}" for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "on_error")),
-    *(f"data.{key}" for key in ("num_workers", "cache_gib", "encoding", "samples_per_shard")),
-    *(f"train.{key}" for key in ("micro_batches", "max_skips", "check_every_steps")),
+    *(f"data.{key}" for key in ("num_workers", "cache_gib", "encoding", "samples_per_shard", "timeout_s")),
+    *(f"train.{key}" for key in ("micro_batches", "max_skips", "check_every_steps", "on_disagreement")),
     *("orders.branch", "orders.layers", "orders.order", "zo.name"),  # these are the cell itself
 )
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")  # a departure in these is another method; in any other key another regime

@@ -38,7 +38,7 @@ class Checkpoint:
     path: Path
 
 
-class BrokenCheckpoint(Exception):
+class BrokenCheckpoint(RuntimeError):
     """A checkpoint that is not what was written."""
 
 

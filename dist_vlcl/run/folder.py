@@ -16,6 +16,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -33,7 +34,7 @@ MAY_CHANGE = (
     *("train.check_every_steps", "train.on_disagreement", "train.max_skips"),
     *("data.root", "data.url", "data.timeout_s", "data.allow_pipe", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
 )
-PATIENCE_S = 300  # of a start by a scheduler: ranks on a node that it has lost sight of may still run, until their exchange times out
+PATIENCE_S = 300  # of a start by a scheduler, while ranks on a node that it has lost sight of may still run
 WANDB_MODES = ("auto", "online", "offline", "off")
 
 
@@ -68,6 +69,10 @@ class RunConfig:
 
 class RunRefused(ValueError):
     """A run cannot use its folder; every rank raises it with the same words."""
+
+
+class RunBusy(RunRefused):
+    """Another process has the folder: later it may not."""
 
 
 class World(Protocol):
@@ -108,20 +113,22 @@ class RunFolder:
         may_change: Sequence[str] = MAY_CHANGE,
         data: str | None = None,
         code: str | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> "RunFolder":
         """Make or reopen runs/<name>/ for a configuration; all ranks call this.
 
         `config` is the resolved configuration, nested; `may_change` are patterns of dotted keys that a resume may alter. `data`: a digest
-        of the data set, which has to stay. `code`: what ran, where a change is only said.
+        of the data set, which has to stay. `code`: what ran, where a change is only said. `patience_s`: how long a start by a scheduler
+        waits for a process that has the folder.
         Raises ValueError for an impossible setting and RunRefused where the folder cannot be used.
         """
         settings.check()
         lock, outcome = None, None
         if world.is_main:
-            lock, outcome = _prepared(settings, _plain(config), may_change, {"data": data, "code_digest": code})
+            lock, outcome = _prepared(settings, _plain(config), may_change, {"data": data, "code_digest": code}, patience_s)
         outcome = world.share(outcome)
         if "error" in outcome:
-            raise RunRefused(outcome["error"])
+            raise (RunBusy if outcome["is_busy"] else RunRefused)(outcome["error"])
         return cls(**{**outcome, "path": Path(outcome["path"])}, settings=settings, is_main=world.is_main, _lock=lock)
 
     def is_time_to_save(self, step: int) -> bool:
@@ -129,8 +136,11 @@ class RunFolder:
         return self.settings.save_every_steps > 0 and step % self.settings.save_every_steps == 0
 
     def write_accuracy(self, accuracy: dict[str, Any]) -> None:
-        """Write accuracy.json of a run that goes on."""
-        self._write_accuracy(accuracy, complete=False)
+        """Write accuracy.json of a run that goes on; a full disk is only warned of, since the checkpoint holds the same."""
+        try:
+            self._write_accuracy(accuracy, complete=False)
+        except OSError as error:
+            warnings.warn(f"{self.path}/accuracy.json: {error}", RuntimeWarning, stacklevel=2)
 
     def complete(self, accuracy: dict[str, Any]) -> None:
         """Write accuracy.json of a run whose every task is done."""
@@ -138,9 +148,12 @@ class RunFolder:
         self.is_complete = True
 
     def request_requeue(self) -> None:
-        """Leave word for the batch script that the run wants to be started again."""
+        """Leave word that the run wants to be started again."""
         if self.is_main:
-            replace_file(self.path / "REQUEUE", "start this run again\n")
+            try:
+                replace_file(self.path / "REQUEUE", "start this run again\n")
+            except OSError as error:
+                warnings.warn(f"{self.path}/REQUEUE: {error}", RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -161,21 +174,22 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 
 def _prepared(
-    settings: RunConfig, config: dict[str, Any], may_change: Sequence[str], facts: dict[str, str | None]
+    settings: RunConfig, config: dict[str, Any], may_change: Sequence[str], facts: dict[str, str | None], patience_s: float
 ) -> tuple[TextIO | None, dict[str, Any]]:
     try:
-        return _prepare(settings, config, may_change, facts)
+        return _prepare(settings, config, may_change, facts, patience_s)
     except (RunRefused, OSError, yaml.YAMLError) as error:
         # The other ranks are waiting for word, so an error is an answer too.
-        return None, {"error": str(error) if isinstance(error, RunRefused) else f"run folder {_path(settings)}: {error}"}
+        told = str(error) if isinstance(error, RunRefused) else f"run folder {_path(settings)}: {error}"
+        return None, {"error": told, "is_busy": isinstance(error, RunBusy)}
 
 
 def _prepare(
-    settings: RunConfig, config: dict[str, Any], may_change: Sequence[str], facts: dict[str, str | None]
+    settings: RunConfig, config: dict[str, Any], may_change: Sequence[str], facts: dict[str, str | None], patience_s: float
 ) -> tuple[TextIO, dict[str, Any]]:
     path = _path(settings)
     path.mkdir(parents=True, exist_ok=True)
-    lock = _locked(path, PATIENCE_S if is_restart() else 0)
+    lock = _locked(path, patience_s if is_restart() else 0)
     notes = []
     # A requeued job has the command line of the first one, and must not set its own work aside.
     if settings.overwrite and not is_restart() and _is_used(path):
@@ -217,7 +231,7 @@ def _locked(path: Path, patience_s: float = 0) -> TextIO:
                 time.sleep(0.5)
                 continue
             file.close()
-            raise RunRefused(f"{path} is in use by another process; wait for it, or choose another run.name") from None
+            raise RunBusy(f"{path} is in use by another process; wait for it, or choose another run.name") from None
         except OSError:
             pass  # a file system without locks
         return file

@@ -28,8 +28,7 @@ class JsonLines:
         """Write one line."""
         self._waiting += line_of(record).encode()
         try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._write()
             self._failures = 0
         except OSError as error:
             self._failures += 1
@@ -38,8 +37,17 @@ class JsonLines:
             warnings.warn(f"{self._file.name}: {error}; trying again with the next line", RuntimeWarning, stacklevel=2)
 
     def close(self) -> None:
-        """Write no more; harmless when repeated."""
-        self._file.close()
+        """Write what still waits, and no more; harmless when repeated."""
+        if not self._file.closed:
+            try:
+                self._write()
+            except OSError as error:
+                warnings.warn(f"{self._file.name}: {error}; its last lines are lost", RuntimeWarning, stacklevel=2)
+            self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

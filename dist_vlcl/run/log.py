@@ -119,7 +119,8 @@ class RunLog:
             table.add_column(column, justify="right" if index else "left")
         for row in rows:
             table.add_row(*map(str, row))
-        self._console.print(table)
+        with suppress(OSError):
+            self._console.print(table)
 
     def close(self) -> None:
         """Finish the files and listeners; harmless when repeated."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from rich.console import Console
@@ -50,7 +51,8 @@ class ProgressDisplay:
 
     def _print_line(self, description: str, done: int, total: int, left_s: float) -> None:
         share = f"{100 * done / max(total, 1):3.0f} %"
-        self._console.print(f"{description}  {done}/{total}  {share}  {self._fields}  {duration(left_s)} left", highlight=False)
+        with suppress(OSError):  # a log on a full disk is no reason to stop
+            self._console.print(f"{description}  {done}/{total}  {share}  {self._fields}  {duration(left_s)} left", highlight=False)
 
 
 def describe_step(record: dict[str, Any]) -> str:

@@ -12,8 +12,9 @@ SILENCE = 200  # steps until the same rank is named again
 class Stragglers:
     """Watches the seconds of a few steps back. Time spent waiting for others is not in them."""
 
-    def __init__(self, named: Callable[[int], str]):
-        self.named = named
+    def __init__(self, named: Callable[[int], str], groups: int = 1):
+        """groups: how many equal rows of ranks have work of their own; a rank is compared within its row."""
+        self.named, self.groups = named, groups
         self._recent: deque[list[float]] = deque(maxlen=WINDOW)
         self._told_at: dict[int, int] = {}
         self._steps = 0
@@ -26,9 +27,11 @@ class Stragglers:
             return None
         for rank in range(len(busy_s)):
             is_quiet = self._steps - self._told_at.get(rank, -SILENCE) < SILENCE
-            if not is_quiet and sum(_stands_out(step, rank) for step in self._recent) >= MOST:
+            row = len(busy_s) // self.groups
+            others_at = [other for other in range(rank // row * row, (rank // row + 1) * row) if other != rank]
+            if not is_quiet and others_at and sum(_stands_out(step, rank, others_at) for step in self._recent) >= MOST:
                 self._told_at[rank] = self._steps
-                others = mean(_of_others(step, rank) for step in self._recent)
+                others = mean(_of(step, others_at) for step in self._recent)
                 own = mean(step[rank] for step in self._recent)
                 return (
                     f"{self.named(rank)} holds the others up: {own:.2f} s at work a step, the others {others:.2f} s (last {WINDOW} steps)"
@@ -36,10 +39,10 @@ class Stragglers:
         return None
 
 
-def _of_others(step: Sequence[float], rank: int) -> float:
-    return median(s for other, s in enumerate(step) if other != rank)
+def _of(step: Sequence[float], ranks: Sequence[int]) -> float:
+    return median(step[rank] for rank in ranks)
 
 
-def _stands_out(step: Sequence[float], rank: int) -> bool:
-    usual = _of_others(step, rank)
+def _stands_out(step: Sequence[float], rank: int, others: Sequence[int]) -> bool:
+    usual = _of(step, others)
     return step[rank] > FACTOR * usual and step[rank] > usual + LEAST_S

@@ -1,4 +1,4 @@
-"""The zeroth-order update: a difference, a transform and an acceptance, put together (DESIGN 1.2, METHOD 2)."""
+"""The zeroth-order update: a difference, a transform and an acceptance, put together (docs/METHOD.md, 2)."""
 
 # n numbers of a branch
 

@@ -128,6 +128,9 @@ def test_every_candidate_is_evaluated_by_one_group_and_each_gets_its_share():
         shares.append(BatchLosses(SimpleNamespace(), {}, torch.zeros(1, 1), world)._own(candidates))
     assert sorted(k for share in shares for k in share) == list(range(len(candidates)))
     assert all([len([k for k in share if 1 <= k < 5]), len([k for k in share if k >= 5])] == [1, 1] for share in shares)
+    pair = [World(rank=rank, size=2, direction_groups=2) for rank in range(2)]  # one probe of each branch: one for each group
+    shares = [BatchLosses(SimpleNamespace(), {}, torch.zeros(1, 1), world)._own([candidates[0], candidates[1], candidates[5]]) for world in pair]
+    assert shares == [[0, 2], [1]]
 
 
 def poisoned(world: World) -> tuple[str, str, str]:

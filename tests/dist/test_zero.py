@@ -13,8 +13,9 @@ import torch
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.dist.agree import digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
-from dist_vlcl.dist.world import World
+from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.dist.zero import first_order
+from dist_vlcl.model import tower
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan, assign
@@ -194,3 +195,28 @@ def test_a_configuration_in_half_precision_is_refused(tmp_path):
     (tmp_path / "bf16.json").write_text(json.dumps({**config, "bf16": {"enabled": True}}))
     with pytest.raises(RuntimeError, match=r"enables bf16|mixed_precision"):
         run_ranks(bf16, 2, environment={**environment_of("zero1"), "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "bf16.json")})
+
+
+def features_of_unequal_shares(world: World) -> tuple[int, int]:
+    tower.SAMPLES_AT_A_TIME, tower.ROWS_AT_A_TIME = 4, 1
+    step = make_step(world, PLANS["first"])
+    step.begin(NAMES)
+    share = 20 - world.rank  # five slices, or four
+    return share, len(step.towers.features("vision", batch_of(share).images))
+
+
+def test_ranks_with_unequal_shares_of_a_model_in_pieces_do_not_wait_for_each_other_for_ever():
+    """Each block's call is an exchange under ZeRO-3: a rank that cut its samples into fewer slices would make fewer of them."""
+    assert run_ranks(features_of_unequal_shares, 2, environment=environment_of("zero3")) == [(20, 20), (19, 19)]
+
+
+def grouped(world: World) -> str:
+    try:
+        World.from_environment(ClusterConfig(direction_groups=2, device="cpu", threads=1))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_direction_groups_are_refused_where_all_ranks_must_evaluate_alike():
+    assert all("not under ZeRO-3" in words for words in run_ranks(grouped, 2, environment=environment_of("zero3")))

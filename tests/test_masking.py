@@ -1,0 +1,40 @@
+"""Claims about what is hidden before a text is written, and what is not."""
+
+import pytest
+
+from dist_vlcl.masking import masked
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host/{}?token=hush&part=1",
+        "https://host/{}?sv=1&sig=hush%2B&se=2",
+        "https://user:hush@host/{}",
+        "https://user:hu/sh@host/{}",
+        "https://user:hu@sh@host/{}",
+        "db_password='hush hush' other=1",
+        "wandb_api_key=hush",
+        "pwd=hush",
+        "curl -H 'Authorization: Bearer hush' https://host/{}",
+        "curl -H 'Authorization: token hush' https://host/{}",
+        'curl -H "X-Api-Key: hush" https://host/{}',
+        "curl --header 'PRIVATE-TOKEN: hush' https://host/{}",
+        "curl -uuser:hush https://host/{}",
+        "curl -u user:hush https://host/{}",
+        "curl --user=user:hush https://host/{}",
+        "tool --access-token hush {}",
+    ],
+)
+def test_a_secret_is_hidden_and_the_rest_is_not(text):
+    said = masked(text)
+    assert "hu" not in said.replace("***", "").replace("host", "") and "***" in said
+    assert "host/{}" in said or "host" not in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["zo.epsilon.vision=0.0005 run.keep=2 data.url=https://host/{}", "compass=north bypass=1", "data.passes=2", "rank 0: it stopped"],
+)
+def test_what_is_no_secret_stays(text):
+    assert masked(text) == text
