@@ -188,7 +188,7 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
     if world.is_main:
         try:
             open_index(cfg.data)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             outcome = str(error)
     outcome = world.share(outcome, "rank 0's look at the data set")
     if outcome:
