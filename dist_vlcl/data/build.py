@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 from rich.console import Console
 from rich.progress import track
@@ -37,6 +38,12 @@ def main() -> None:
             build(config.data)
         except (ValueError, OSError, ShardError) as error:
             print(f"error: {error}", file=sys.stderr)
+            if isinstance(error, URLError):
+                print(
+                    f"No download from here? Get the official archive on another machine, and give it (or the folder that it unpacks to): "
+                    f"data={config.data.name} data.source=PATH",
+                    file=sys.stderr,
+                )
             sys.exit(2)
 
     hydra_main(work)
