@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN = .venv/bin
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ "$$n" -gt 0 ] && echo $$n || echo 2)
+# One more than there are cores, at most 5: many tests wait for processes of their own, for a network or for Slurm.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && echo 5 || echo $$((n + 1)))
 
 .PHONY: train test check install clean
 
@@ -11,7 +13,7 @@ train: install
 		-m dist_vlcl.train $(ARGS)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: install
 	$(BIN)/ruff check dist_vlcl tests tools

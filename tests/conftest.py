@@ -1,5 +1,16 @@
-"""Every test runs on one thread: the machine may be busy, and sums on one thread have one order."""
+"""Every test runs on one thread: the machine may be busy, and sums on one thread have one order. Modules that wait long come first, so that the rest fills in."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+LONG = ("slurm/test_slurm.py", "test_faults.py", "launch/test_launch.py", "dist/test_network.py", "bench/test_commands.py", "test_train.py", "dist/test_zero.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    place = {here / name: index for index, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
