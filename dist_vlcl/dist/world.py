@@ -7,13 +7,16 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dist_vlcl.dist.exchange import Exchanges, is_of_the_network
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass
@@ -65,81 +68,14 @@ class World:
 
         Raises RuntimeError when accelerate's view differs from the launcher's: 2 processes without gradient sync both print success.
         """
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-
-        from dist_vlcl.dist import zero
-
         config.check()
         announced = int(os.environ.get("WORLD_SIZE", 1))
-        on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-        if config.device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("cluster.device=cuda: torch sees no GPU on this machine; use cluster.device=cpu or auto")
-        if config.num_processes is not None and config.num_processes != announced:
-            raise RuntimeError(
-                f"cluster.num_processes={config.num_processes}, but the launcher started {announced}. On CPUs use\n"
-                f"  accelerate launch --multi_gpu --num_processes {config.num_processes} -m dist_vlcl.train ...\n"
-                "(`--cpu` starts a single process), or torchrun --nproc_per_node."
-            )
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
-        if on_cpu:
-            torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
-        # Zeroth-order slopes drown in the rounding of bf16, fp16 and TF32 (METHOD 2.2), whatever the user's accelerate configuration says.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        on_deepspeed = zero.is_requested()
-        timeout = timedelta(seconds=config.timeout_s)
-        process_group = InitProcessGroupKwargs(timeout=timeout)
-        if not on_cpu:
-            # Gradients have a communicator of their own (first_order.py); NCCL then launches both in one order on every rank.
-            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-        if on_deepspeed:
-            zero.make_ready(on_cpu)
-            process_group.backend = "gloo" if on_cpu else "nccl"
-        try:
-            accelerator = Accelerator(
-                cpu=on_cpu and not on_deepspeed,  # with it, accelerate puts DDP in DeepSpeed's place
-                mixed_precision="no",
-                kwargs_handlers=[
-                    # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
-                    # Without find_unused_parameters DDP re-orders its buckets after the first backward: sums over three ranks and more
-                    # then differ in their last bits between a resumed run and one never stopped.
-                    # One bucket, of which gradients are views: it is exchanged while zeroth order goes on (dist/first_order.py).
-                    DistributedDataParallelKwargs(
-                        broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=256
-                    ),
-                    process_group,
-                ],
-            )
-        except RuntimeError as error:
-            if not is_of_the_network(error):
-                raise
-            raise RuntimeError(f"not all {announced} ranks have met within cluster.timeout_s={config.timeout_s:g}: {error}") from error
-        if accelerator.num_processes != announced or (announced > 1 and accelerator.distributed_type == DistributedType.NO):
-            raise RuntimeError(
-                f"the launcher announced {announced} processes, accelerate sees {accelerator.num_processes} "
-                f"({accelerator.distributed_type}): gradients would not be synchronised. Start with accelerate launch --multi_gpu or torchrun."
-            )
-        supported = (
-            (DistributedType.DEEPSPEED,) if on_deepspeed else (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-        )
-        if accelerator.distributed_type not in supported or os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-            raise RuntimeError(
-                f"accelerate is configured for {accelerator.distributed_type} with dynamo backend "
-                f"{os.environ.get('ACCELERATE_DYNAMO_BACKEND', 'no')}; there are plain data parallelism and DeepSpeed. "
-                "Start with accelerate launch --multi_gpu --dynamo_backend no, or with a file of launch/."
-            )
-        if announced > 1:
-            backend = "gloo" if on_cpu else "nccl"
-            if backend not in dist.get_backend():
-                raise RuntimeError(
-                    f"the process group runs on {dist.get_backend()!r}, not on {backend}: unset ACCELERATE_* backend settings"
-                )
-        if announced % config.direction_groups:
-            raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
-        engine = zero.name_of(accelerator) if on_deepspeed else "ddp"
-        if config.direction_groups > 1 and engine.startswith("zero3"):
-            raise RuntimeError("cluster.direction_groups: not under ZeRO-3, where ranks must evaluate the same candidates; take another engine")
+        check_launch(config, announced)
+        accelerator, engine = joined(config, announced)
         groups = config.direction_groups
+        if groups > 1 and engine.startswith("zero3"):
+            raise RuntimeError("cluster.direction_groups: not under ZeRO-3, where ranks must evaluate the same candidates; take another engine")
+        timeout = timedelta(seconds=config.timeout_s)
         world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups, timeout)
         world.exchanging = Exchanges(world.rank, ["?"] * world.size, config.timeout_s)
         world.exchanging.hosts = world.gather_objects(socket.gethostname())
@@ -230,3 +166,81 @@ def ordered_sum(rows_Wn: Tensor | Sequence[Tensor]) -> Tensor:
     for row in rows_Wn:
         total = total + row
     return total
+
+
+def on_cpu(config: ClusterConfig) -> bool:
+    return config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+
+
+def check_launch(config: ClusterConfig, announced: int) -> None:
+    """Refuse, before any rank waits for another, what the launcher's announcement shows to be wrong."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("cluster.device=cuda: torch sees no GPU on this machine; use cluster.device=cpu or auto")
+    if config.num_processes is not None and config.num_processes != announced:
+        raise RuntimeError(
+            f"cluster.num_processes={config.num_processes}, but the launcher started {announced}. On CPUs use\n"
+            f"  accelerate launch --multi_gpu --num_processes {config.num_processes} -m dist_vlcl.train ...\n"
+            "(`--cpu` starts a single process), or torchrun --nproc_per_node."
+        )
+    if announced % config.direction_groups:
+        raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
+
+
+def joined(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
+    """The accelerator of this rank, with the others met, and the engine's name: ddp, or a ZeRO stage."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    from dist_vlcl.dist import zero
+
+    cpu, on_deepspeed = on_cpu(config), zero.is_requested()
+    if cpu:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
+    else:
+        # Gradients have a communicator of their own (first_order.py); NCCL then launches both in one order on every rank.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+    # Zeroth-order slopes drown in the rounding of bf16, fp16 and TF32 (METHOD 2.2), whatever the user's accelerate configuration says.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
+    if on_deepspeed:
+        zero.make_ready(cpu)
+        process_group.backend = "gloo" if cpu else "nccl"
+    # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
+    # Without find_unused_parameters DDP re-orders its buckets after the first backward: sums over three ranks and more
+    # then differ in their last bits between a resumed run and one never stopped.
+    # One bucket, of which gradients are views: it is exchanged while zeroth order goes on (dist/first_order.py).
+    data_parallel = DistributedDataParallelKwargs(
+        broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=256
+    )
+    try:
+        # With cpu=True accelerate would put DDP in DeepSpeed's place.
+        accelerator = Accelerator(cpu=cpu and not on_deepspeed, mixed_precision="no", kwargs_handlers=[data_parallel, process_group])
+    except RuntimeError as error:
+        if not is_of_the_network(error):
+            raise
+        raise RuntimeError(f"not all {announced} ranks have met within cluster.timeout_s={config.timeout_s:g}: {error}") from error
+    check_joined(accelerator, announced, cpu, on_deepspeed)
+    return accelerator, zero.name_of(accelerator) if on_deepspeed else "ddp"
+
+
+def check_joined(accelerator: "Accelerator", announced: int, cpu: bool, on_deepspeed: bool) -> None:
+    """Refuse what accelerate made of the launch where gradients would not be synchronised, or not as announced."""
+    from accelerate.utils import DistributedType
+
+    kind = accelerator.distributed_type
+    if accelerator.num_processes != announced or (announced > 1 and kind == DistributedType.NO):
+        raise RuntimeError(
+            f"the launcher announced {announced} processes, accelerate sees {accelerator.num_processes} "
+            f"({kind}): gradients would not be synchronised. Start with accelerate launch --multi_gpu or torchrun."
+        )
+    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if kind not in ((DistributedType.DEEPSPEED,) if on_deepspeed else plain) or compiler != "no":
+        raise RuntimeError(
+            f"accelerate is configured for {kind} with dynamo backend {compiler}; there are plain data parallelism and DeepSpeed. "
+            "Start with accelerate launch --multi_gpu --dynamo_backend no, or with a file of launch/."
+        )
+    backend = "gloo" if cpu else "nccl"
+    if announced > 1 and backend not in dist.get_backend():
+        raise RuntimeError(f"the process group runs on {dist.get_backend()!r}, not on {backend}: unset ACCELERATE_* backend settings")
