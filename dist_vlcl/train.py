@@ -145,17 +145,17 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
                 if is_to_save or state.step % cfg.train.check_every_steps == 0:
                     agreed = agree_on_adapters(world, step, state, log, agreed)
                 if is_to_save:
-                    save(run, state, step, records, zero_shot, must=report.stop)
+                    save(run, state, step, log, records, zero_shot, must=report.stop)
                 if report.stop:
                     requeue(run, world)
             agree_on_adapters(world, step, state, log, agreed)
-            save(run, state, step, records, zero_shot)  # an evaluation may outlast the time that a signal leaves
+            save(run, state, step, log, records, zero_shot)  # an evaluation may outlast the time that a signal leaves
             accuracy.append(evaluate(cfg, towers, loader, tasks, task, world, log.progress))
             state.accuracy = accuracy.rows
             log.task({"step": state.step, "task": task.index, **accuracy.summary(), "zero_shot": zero_shot.get(task.index)})
             run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
             state.next_task()
-            save(run, state, step, records, zero_shot, must=task is tasks[-1])
+            save(run, state, step, log, records, zero_shot, must=task is tasks[-1])
             if task is not tasks[-1] and world.sum(torch.tensor([float(preemption.requested)]), "wishes to stop")[0] > 0:
                 requeue(run, world)
         farewell(log, run, world)
@@ -270,9 +270,9 @@ def roll_forward(
 
 
 def save(
-    run: RunFolder, state: TrainState, step: HybridStep, records: UnitRecords, zero_shot: dict[int, float], must: bool = False
+    run: RunFolder, state: TrainState, step: HybridStep, log: RunLog, records: UnitRecords, zero_shot: dict[int, float], must: bool = False
 ) -> None:
-    """Write the units' records, then a checkpoint. All ranks call this; rank 0 writes.
+    """Wait for the disk to have the log, write the units' records, then a checkpoint. All ranks call this; rank 0 writes.
 
     On a full disk the run goes on with the older checkpoint; the third failure in a row is raised, and the first where it `must` be saved.
     """
@@ -281,6 +281,7 @@ def save(
         return
     extra = {"world_size": step.world.size, "device": step.world.device.type, "zero_shot": zero_shot}
     try:
+        log.sync()
         records.flush()
         checkpoint.save(run.path, state.step, tensors, {**state.to_dict(), **extra}, keep=run.settings.keep)
         run.failed_saves = 0

@@ -1,4 +1,7 @@
-"""Every test runs on one thread: the machine may be busy, and sums on one thread have one order. Modules that wait long come first, so that the rest fills in."""
+"""Every test runs on one thread: the machine may be busy, and sums on one thread have one order.
+
+Modules that wait long come first, so that the others fill in.
+"""
 
 from pathlib import Path
 
@@ -7,7 +10,15 @@ import torch
 
 torch.set_num_threads(1)
 
-LONG = ("slurm/test_slurm.py", "test_faults.py", "launch/test_launch.py", "dist/test_network.py", "bench/test_commands.py", "test_train.py", "dist/test_zero.py")
+LONG = (
+    "slurm/test_slurm.py",
+    "test_faults.py",
+    "launch/test_launch.py",
+    "dist/test_network.py",
+    "bench/test_commands.py",
+    "test_train.py",
+    "dist/test_zero.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

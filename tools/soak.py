@@ -302,7 +302,7 @@ def soak(options: argparse.Namespace, folder: Path) -> Tally:
                 tally.faults[fault] += 1
                 tally.by_torchrun += by_torchrun
             found = re.search(r"going on after step (\d+)", start.said())
-            if found or code == 0:  # a start that got as far as to know
+            if found or (code == 0 and "Delete it" not in start.said()):  # a start that got as far as to know, and had something left to do
                 tally.finished_steps_lost[plan] += before - (int(found[1]) if found else 0)
             if code is None:
                 tally.problems.append(f"{name}: hung after {fault}")

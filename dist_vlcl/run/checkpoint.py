@@ -21,7 +21,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-from dist_vlcl.run.files import replace_file, sync_folder, write_durably
+from dist_vlcl.run.files import make_folder, replace_file, sync_folder, write_durably
 
 FORMAT = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -49,7 +49,7 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     this one is verified: it was passed over as broken, or belongs to a future that the run has left.
     """
     checkpoints = Path(folder) / "checkpoints"
-    checkpoints.mkdir(parents=True, exist_ok=True)
+    make_folder(checkpoints)
     _remove_leftovers(checkpoints)
     final = checkpoints / f"step-{step:08d}"
     aside = final.with_name(final.name + ".tmp")

@@ -21,6 +21,14 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing, and wait until the disk has their names."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old one or the new one, never a part."""
     aside = path.with_name(path.name + ".tmp")

@@ -27,7 +27,7 @@ import yaml
 
 from dist_vlcl.masking import masked
 from dist_vlcl.run.environment import describe_environment, is_restart
-from dist_vlcl.run.files import replace_file
+from dist_vlcl.run.files import make_folder, replace_file
 
 MAY_CHANGE = (
     *("run.*", "cluster.*", "eval.batch_size"),
@@ -188,7 +188,7 @@ def _prepare(
     settings: RunConfig, config: dict[str, Any], may_change: Sequence[str], facts: dict[str, str | None], patience_s: float
 ) -> tuple[TextIO, dict[str, Any]]:
     path = _path(settings)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     lock = _locked(path, patience_s if is_restart() else 0)
     notes = []
     # A requeued job has the command line of the first one, and must not set its own work aside.
@@ -203,7 +203,7 @@ def _prepare(
     replace_file(path / "env.json", json.dumps([*_starts(path), {**describe_environment(), **facts}], indent=1) + "\n")
     (path / "REQUEUE").unlink(missing_ok=True)
     for name in ("checkpoints", "plots"):
-        (path / name).mkdir(exist_ok=True)
+        make_folder(path / name)
     accuracy = _read_accuracy(path)
     is_complete = accuracy.get("complete") is True
     message = _message(path, is_new, is_complete, notes)

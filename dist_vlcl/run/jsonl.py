@@ -1,16 +1,19 @@
 """Files of one JSON object a line that grow with a run and shrink back when it resumes from earlier."""
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dist_vlcl.run.files import replace_file
+
 PATIENCE = 3  # writes in a row that may fail before the run stops
 
 
 class JsonLines:
-    """An append-only file whose every line is with the system before `append` returns.
+    """An append-only file whose every line is with the system before `append` returns, and on the disk after `sync`.
 
     On a full disk lines wait, and go out with the next that can be written; the third failure in a row is raised.
     """
@@ -18,9 +21,7 @@ class JsonLines:
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Open the file, first removing what `keep` refuses and lines that an interruption has cut off."""
         self.kept = [record for record in read_lines(path) if keep(record)]
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_text("".join(map(line_of, self.kept)))
-        aside.replace(path)
+        replace_file(path, "".join(map(line_of, self.kept)))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, it stays open as long as the run
         self._waiting, self._failures = b"", 0
 
@@ -35,6 +36,11 @@ class JsonLines:
             if self._failures >= PATIENCE:
                 raise
             warnings.warn(f"{self._file.name}: {error}; trying again with the next line", RuntimeWarning, stacklevel=2)
+
+    def sync(self) -> None:
+        """Wait until the disk has every line; raises OSError where it cannot."""
+        self._write()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Write what still waits, and no more; harmless when repeated."""

@@ -98,6 +98,12 @@ class RunLog:
         if self._is_main:
             self._journal.append(journal.sealed(record))
 
+    def sync(self) -> None:
+        """Wait until the disk has all that was logged; call it before a checkpoint, which then never outlives the records up to it."""
+        if self._is_main:
+            self._metrics.sync()
+            self._journal.sync()
+
     def disown(self, after: int) -> None:
         """Take back the journal's lines beyond step `after`: they may rest on the losses of a rank that went astray."""
         if self._is_main:

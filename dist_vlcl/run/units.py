@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_vlcl.model.statistics import FIGURES
-from dist_vlcl.run.files import sync_folder, write_durably
+from dist_vlcl.run.files import make_folder, sync_folder, write_durably
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +52,7 @@ class UnitRecords:
         """Write what was kept as one part; call it before the checkpoint of the same step."""
         if not self._steps:
             return
-        self.folder.mkdir(exist_ok=True)
+        make_folder(self.folder)
         _write(self.folder / f"step-{self._steps[0][0]:08d}.parquet", self._table())
         self._steps, self._figures = [], []
 

@@ -67,8 +67,11 @@ def states(step: HybridStep) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in step.state_dict().items()}
 
 
-def learn(world: World, plan: OrderPlan) -> tuple[dict[str, torch.Tensor], list, dict[str, str]]:
-    """Two tasks: with micro-batches, clipping, a damaged sample, a skipped step, and a resume from what was saved; see the test."""
+def learn(world: World, plan: OrderPlan, elsewhere: dict[str, torch.Tensor] | None = None) -> dict:
+    """Two tasks: with micro-batches, clipping, a damaged sample, a skipped step, and a resume from what was saved; see the test.
+
+    elsewhere: what another engine had saved in the same place, to resume from as well.
+    """
     step, reports = make_step(world, plan, max_grad_norm=0.2), []
     step.begin(NAMES)
     reports += [take(step, 0), take(step, 1, micro_batches=2), take(step, 2, planned=12)]
@@ -81,13 +84,19 @@ def learn(world: World, plan: OrderPlan) -> tuple[dict[str, torch.Tensor], list,
     step.load_state_dict(saved)
     take(step, 6), take(step, 7)
     resumed = states(step)
+    if elsewhere:
+        step.begin(NAMES)
+        step.load_state_dict(elsewhere)
+        take(step, 6), take(step, 7)
+    moved = states(step)
     zeroth = {
         name: t
         for name, t in straight.items()
         if any(name.startswith(f"adapters/{u}/") for u in step.orders if step.orders[u].value == "zeroth")
     }
     digests = {"straight": digest(straight), "resumed": digest(resumed), "zeroth": digest(zeroth)}
-    return straight, [(r.loss, r.gradient_norm, r.skipped) for r in reports], digests
+    reported = [(r.loss, r.gradient_norm, r.skipped) for r in reports]
+    return {"saved": saved, "straight": straight, "moved": moved, "reports": reported, "digests": digests}
 
 
 def poisoned(step: HybridStep, k: int):
@@ -138,8 +147,9 @@ def acting(rank: int) -> set[tuple[str, int]]:
     return found
 
 
-def trained(world: World) -> dict:
-    results = {name: learn(world, plan) for name, plan in PLANS.items()}
+def trained(world: World, elsewhere: Path | None = None) -> dict:
+    saved = torch.load(elsewhere) if elsewhere else {}
+    results = {name: learn(world, plan, saved.get(name)) for name, plan in PLANS.items()}
     step = make_step(world, PLANS["first"])
     step.begin(NAMES)
     mine = [batch_of(5, len(NAMES), seed=7)] if world.rank == 0 else [batch_of(0, len(NAMES), seed=7)]  # one rank has no sample
@@ -155,26 +165,28 @@ def ddp() -> list[dict]:
 
 
 @pytest.mark.parametrize("engine", STAGES)
-def test_a_zero_stage_learns_what_data_parallelism_learns(engine, ddp):
-    ranks = run_ranks(trained, 2, timeout_s=300, environment=environment_of(engine))
+def test_a_zero_stage_learns_what_data_parallelism_learns(tmp_path, engine, ddp):
+    """And goes on from what data parallelism has saved, to the same end; what it saves itself has the same names and values."""
+    torch.save({name: ddp[0][name]["saved"] for name in PLANS}, tmp_path / "saved.pt")
+    ranks = run_ranks(trained, 2, tmp_path / "saved.pt", timeout_s=300, environment=environment_of(engine))
     assert [r["engine"] for r in ranks] == [engine] * 2
     assert ranks[0]["evaluation"] == ranks[1]["evaluation"] == ddp[0]["evaluation"]
     for name in PLANS:
-        (ours, reports, digests), (theirs, expected, _) = ranks[0][name], ddp[0][name]
-        assert digests == ranks[1][name][2]  # ranks agree bit for bit, on zeroth-order units and on all others
-        assert digests["straight"] == digests["resumed"]
-        assert [skipped for *_, skipped in reports] == [skipped for *_, skipped in expected]
-        for (loss, norm, _), (other, other_norm, _) in zip(reports, expected, strict=True):
+        ours, theirs = ranks[0][name], ddp[0][name]
+        assert ours["digests"] == ranks[1][name]["digests"]  # ranks agree bit for bit, on zeroth-order units and on all others
+        assert ours["digests"]["straight"] == ours["digests"]["resumed"]
+        assert [skipped for *_, skipped in ours["reports"]] == [skipped for *_, skipped in theirs["reports"]]
+        for (loss, norm, _), (other, other_norm, _) in zip(ours["reports"], theirs["reports"], strict=True):
             assert loss == pytest.approx(other, rel=1e-5, nan_ok=True)
             assert norm is None or norm == pytest.approx(other_norm, rel=1e-4)
-        assert ours.keys() == theirs.keys()
-        for tensor in ours:
-            torch.testing.assert_close(
-                ours[tensor], theirs[tensor], rtol=0, atol=TOLERANCE, msg=lambda m, n=tensor, p=name: f"{p} {n}: {m}"
-            )
+        for place, same in [("saved", "saved"), ("straight", "straight"), ("moved", "straight")]:
+            assert ours[place].keys() == theirs[same].keys()
+            for tensor, expected in theirs[same].items():
+                words = f"{place}, {name} {tensor}"
+                torch.testing.assert_close(ours[place][tensor], expected, rtol=0, atol=TOLERANCE, msg=lambda m, w=words: f"{w}: {m}")
     for tensor, expected in ddp[0]["experts"].items():
         torch.testing.assert_close(ranks[0]["experts"][tensor], expected, rtol=0, atol=TOLERANCE)
-    assert ranks[0]["dual_all"][2]["straight"] == ddp[0]["dual_all"][2]["straight"]
+    assert ranks[0]["dual_all"]["digests"]["straight"] == ddp[0]["dual_all"]["digests"]["straight"]
 
 
 def test_experts_that_differ_from_rank_to_rank_learn_what_they_learn_on_one():
