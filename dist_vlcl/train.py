@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -36,8 +37,8 @@ from dist_vlcl.run import checkpoint, journal
 from dist_vlcl.run.environment import code_digest, is_restart
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import PATIENCE_S, RunBusy, RunFolder
-from dist_vlcl.run.jsonl import PATIENCE
-from dist_vlcl.run.log import RunLog
+from dist_vlcl.run.jsonl import PATIENCE, read_lines
+from dist_vlcl.run.log import METRICS, RunLog
 from dist_vlcl.run.preemption import Preemption
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.status import report_status
@@ -254,8 +255,7 @@ def roll_forward(
     """
     if run.is_new or step.first.parameters or state.task >= len(tasks):
         return []
-    records = world.share(list(journal.read_after(run.path, state.step)) if world.is_main else None, "the journal")
-    records = [record for record in records if record["task"] == state.task]  # an evaluation lies between two tasks
+    records = world.share(whole_steps(run.path, state) if world.is_main else None, "the journal")
     if records and moved_from and cfg.zo.directions != "rademacher":
         if world.is_main:
             print(
@@ -269,12 +269,23 @@ def roll_forward(
     return records
 
 
+def whole_steps(folder: Path, state: TrainState) -> list[dict[str, Any]]:
+    """Return the journal's records of this task after the state's step, up to the first of which metrics.jsonl has no line.
+
+    A power cut may leave more of one file than of the other.
+    """
+    measured = {record.get("step") for record in read_lines(folder / METRICS) if record.get("kind") == "step"}
+    records = itertools.takewhile(lambda record: record["step"] in measured, journal.read_after(folder, state.step))
+    return [record for record in records if record["task"] == state.task]  # an evaluation lies between two tasks
+
+
 def save(
     run: RunFolder, state: TrainState, step: HybridStep, log: RunLog, records: UnitRecords, zero_shot: dict[int, float], must: bool = False
 ) -> None:
     """Wait for the disk to have the log, write the units' records, then a checkpoint. All ranks call this; rank 0 writes.
 
-    On a full disk the run goes on with the older checkpoint; the third failure in a row is raised, and the first where it `must` be saved.
+    On a full disk, where the log cannot be written either, the run goes on with the older checkpoint; the third failure in a row is raised,
+    and the first where it `must` be saved.
     """
     tensors = step.state_dict(optimizers=state.epoch > 0 or state.batch > 0)  # a new task starts with fresh ones
     if not run.is_main:

@@ -23,5 +23,6 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
+    assert all((here / name).is_file() for name in LONG)
     place = {here / name: index for index, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path, len(LONG)))

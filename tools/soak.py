@@ -223,7 +223,7 @@ def records(folder: Path, file: str) -> list[dict]:
 
 def differing(run: Path, reference: Path) -> list[str]:
     """Return what of a complete run is not as in another."""
-    if json.loads((run / "accuracy.json").read_text()).get("complete") is not True:
+    if not ended(run):
         return ["it is not complete"]
     own, other = (checkpoint.load_newest(folder).tensors for folder in (run, reference))
     found = [
@@ -243,6 +243,10 @@ def moment(folder: Path) -> str:
     if time.time() - (folder / journal.FILE).stat().st_mtime < 1:
         return "steps"
     return "a later start, an evaluation or the end"
+
+
+def ended(folder: Path) -> bool:
+    return (folder / "accuracy.json").exists() and json.loads((folder / "accuracy.json").read_text()).get("complete") is True
 
 
 def journalled(folder: Path) -> int:
@@ -290,7 +294,7 @@ def soak(options: argparse.Namespace, folder: Path) -> Tally:
         is_complete = False
         while not is_complete:
             by_torchrun = bool(options.torchrun_every) and (tally.starts + 1) % options.torchrun_every == 0
-            before = journalled(runs / name)
+            before, was_complete = journalled(runs / name), ended(runs / name)
             start = Start(arguments(name, plan), log, by_torchrun)
             tally.starts += 1
             fault = None
@@ -302,14 +306,13 @@ def soak(options: argparse.Namespace, folder: Path) -> Tally:
                 tally.faults[fault] += 1
                 tally.by_torchrun += by_torchrun
             found = re.search(r"going on after step (\d+)", start.said())
-            if found or (code == 0 and "Delete it" not in start.said()):  # a start that got as far as to know, and had something left to do
+            if not was_complete and (found or code == 0):  # a start that got as far as to know
                 tally.finished_steps_lost[plan] += before - (int(found[1]) if found else 0)
             if code is None:
                 tally.problems.append(f"{name}: hung after {fault}")
             if code != 0 and not fault:
                 tally.problems.append(f"{name}: failed without a fault: {start.said()[-300:]}")
-            accuracy = runs / name / "accuracy.json"
-            is_complete = code == 0 and accuracy.exists() and json.loads(accuracy.read_text()).get("complete") is True
+            is_complete = code == 0 and ended(runs / name)
             if len(tally.problems) > 5:
                 return tally
         tally.runs[plan] += 1

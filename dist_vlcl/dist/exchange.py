@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -81,7 +81,9 @@ class Exchanges:
         if stopped:
             return "; ".join(stopped)
         missing = [self.named(rank) for rank in others if rank not in notes]
-        elsewhere = [f"{self.named(rank)} was in {notes[rank]['place']}" for rank in others if notes.get(rank, {}).get("place", place) != place]
+        elsewhere = [
+            f"{self.named(rank)} was in {notes[rank]['place']}" for rank in others if notes.get(rank, {}).get("place", place) != place
+        ]
         if missing:
             return "; ".join([f"{', '.join(missing)} {how}", *elsewhere])
         longest = max(note["waited_s"] for note in notes.values())
@@ -116,10 +118,8 @@ class Exchanges:
         answers: list[Any] = []
 
         def call() -> None:
-            try:
+            with suppress(Exception):  # the store is gone, which is an answer
                 answers.append(work(self._store or dist.distributed_c10d._get_default_store()))
-            except Exception:  # the store is gone, which is an answer
-                pass
 
         thread = threading.Thread(target=call, daemon=True)
         thread.start()

@@ -69,13 +69,14 @@ class World:
         Raises RuntimeError when accelerate's view differs from the launcher's: 2 processes without gradient sync both print success.
         """
         config.check()
-        announced = int(os.environ.get("WORLD_SIZE", 1))
+        announced, timeout = int(os.environ.get("WORLD_SIZE", 1)), timedelta(seconds=config.timeout_s)
         check_launch(config, announced)
-        accelerator, engine = joined(config, announced)
+        accelerator, engine = join(config, announced, timeout)
         groups = config.direction_groups
         if groups > 1 and engine.startswith("zero3"):
-            raise RuntimeError("cluster.direction_groups: not under ZeRO-3, where ranks must evaluate the same candidates; take another engine")
-        timeout = timedelta(seconds=config.timeout_s)
+            raise RuntimeError(
+                "cluster.direction_groups: not under ZeRO-3, where ranks must evaluate the same candidates; take another engine"
+            )
         world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups, timeout)
         world.exchanging = Exchanges(world.rank, ["?"] * world.size, config.timeout_s)
         world.exchanging.hosts = world.gather_objects(socket.gethostname())
@@ -168,7 +169,8 @@ def ordered_sum(rows_Wn: Tensor | Sequence[Tensor]) -> Tensor:
     return total
 
 
-def on_cpu(config: ClusterConfig) -> bool:
+def runs_on_cpu(config: ClusterConfig) -> bool:
+    """Whether ranks compute on the CPU: because they were told to, or for want of a GPU."""
     return config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
 
 
@@ -186,15 +188,19 @@ def check_launch(config: ClusterConfig, announced: int) -> None:
         raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
 
 
-def joined(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
-    """The accelerator of this rank, with the others met, and the engine's name: ddp, or a ZeRO stage."""
+def join(config: ClusterConfig, announced: int, timeout: timedelta) -> tuple["Accelerator", str]:
+    """Meet the other ranks; return accelerate's view of them and the engine's name: ddp, or a ZeRO stage. All ranks call this.
+
+    Sets torch's threads and turns TF32 off for the whole process. Raises RuntimeError when not all ranks come in time, or for a
+    launch whose gradients would not be synchronised.
+    """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from dist_vlcl.dist import zero
 
-    cpu, on_deepspeed = on_cpu(config), zero.is_requested()
-    if cpu:
+    on_cpu, on_deepspeed = runs_on_cpu(config), zero.is_requested()
+    if on_cpu:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
     else:
@@ -202,10 +208,10 @@ def joined(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     # Zeroth-order slopes drown in the rounding of bf16, fp16 and TF32 (METHOD 2.2), whatever the user's accelerate configuration says.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
+    process_group = InitProcessGroupKwargs(timeout=timeout)
     if on_deepspeed:
-        zero.make_ready(cpu)
-        process_group.backend = "gloo" if cpu else "nccl"
+        zero.make_ready(on_cpu)
+        process_group.backend = "gloo" if on_cpu else "nccl"
     # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
     # Without find_unused_parameters DDP re-orders its buckets after the first backward: sums over three ranks and more
     # then differ in their last bits between a resumed run and one never stopped.
@@ -215,16 +221,16 @@ def joined(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
     )
     try:
         # With cpu=True accelerate would put DDP in DeepSpeed's place.
-        accelerator = Accelerator(cpu=cpu and not on_deepspeed, mixed_precision="no", kwargs_handlers=[data_parallel, process_group])
+        accelerator = Accelerator(cpu=on_cpu and not on_deepspeed, mixed_precision="no", kwargs_handlers=[data_parallel, process_group])
     except RuntimeError as error:
         if not is_of_the_network(error):
             raise
         raise RuntimeError(f"not all {announced} ranks have met within cluster.timeout_s={config.timeout_s:g}: {error}") from error
-    check_joined(accelerator, announced, cpu, on_deepspeed)
+    check_joined(accelerator, announced, on_cpu, on_deepspeed)
     return accelerator, zero.name_of(accelerator) if on_deepspeed else "ddp"
 
 
-def check_joined(accelerator: "Accelerator", announced: int, cpu: bool, on_deepspeed: bool) -> None:
+def check_joined(accelerator: "Accelerator", announced: int, on_cpu: bool, on_deepspeed: bool) -> None:
     """Refuse what accelerate made of the launch where gradients would not be synchronised, or not as announced."""
     from accelerate.utils import DistributedType
 
@@ -235,12 +241,12 @@ def check_joined(accelerator: "Accelerator", announced: int, cpu: bool, on_deeps
             f"({kind}): gradients would not be synchronised. Start with accelerate launch --multi_gpu or torchrun."
         )
     plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if kind not in ((DistributedType.DEEPSPEED,) if on_deepspeed else plain) or compiler != "no":
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if kind not in ((DistributedType.DEEPSPEED,) if on_deepspeed else plain) or compiler.lower() != "no":
         raise RuntimeError(
             f"accelerate is configured for {kind} with dynamo backend {compiler}; there are plain data parallelism and DeepSpeed. "
             "Start with accelerate launch --multi_gpu --dynamo_backend no, or with a file of launch/."
         )
-    backend = "gloo" if cpu else "nccl"
+    backend = "gloo" if on_cpu else "nccl"
     if announced > 1 and backend not in dist.get_backend():
         raise RuntimeError(f"the process group runs on {dist.get_backend()!r}, not on {backend}: unset ACCELERATE_* backend settings")

@@ -22,7 +22,7 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it that are missing, and wait until the disk has their names."""
+    """Make a folder and those above it where they are missing, and wait until the disk has the names of those made."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)

@@ -243,7 +243,7 @@ def _set_aside(path: Path, lock: TextIO) -> tuple[TextIO, Path]:
         number += 1
     os.replace(path, aside)
     lock.close()
-    path.mkdir()
+    make_folder(path)
     return _locked(path), aside
 
 

@@ -2,9 +2,8 @@
 
     {"step": 7, "task": 0, "seed": 8, "lr": 0.1, "moves": [{"group": "vision", "projected_gradient": ..., "coefficient": ...}], "crc": "…"}
 
-A step's line is the last that is written of it, and is with the system before the next step begins: it survives kill -9; a power cut, once a checkpoint
-has been saved after it.
-The CRC-32 of the rest of the line tells a damaged line from a whole one.
+A step's line is the last that is written of it, and is with the system before the next step begins: it survives kill -9.
+A power cut may take the lines after the last checkpoint. The CRC-32 of the rest of the line tells a damaged line from a whole one.
 """
 
 import json

@@ -24,13 +24,13 @@ class JsonLines:
         replace_file(path, "".join(map(line_of, self.kept)))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, it stays open as long as the run
         self._waiting, self._failures = b"", 0
+        self._size, self._unsynced = path.stat().st_size, b""  # what the disk is known to have, and what was written since
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line."""
         self._waiting += line_of(record).encode()
         try:
             self._write()
-            self._failures = 0
         except OSError as error:
             self._failures += 1
             if self._failures >= PATIENCE:
@@ -40,7 +40,13 @@ class JsonLines:
     def sync(self) -> None:
         """Wait until the disk has every line; raises OSError where it cannot."""
         self._write()
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError:  # is told once; the next fsync would call good what was lost
+            self._waiting, self._unsynced = self._unsynced, b""
+            self._file.truncate(self._size)
+            raise
+        self._size, self._unsynced = self._size + len(self._unsynced), b""
 
     def close(self) -> None:
         """Write what still waits, and no more; harmless when repeated."""
@@ -53,7 +59,10 @@ class JsonLines:
 
     def _write(self) -> None:
         while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+            count = self._file.write(self._waiting)
+            self._unsynced += self._waiting[:count]
+            self._waiting = self._waiting[count:]
+        self._failures = 0
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

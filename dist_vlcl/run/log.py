@@ -18,6 +18,7 @@ from dist_vlcl.run.progress import ProgressDisplay
 from dist_vlcl.run.state import TrainState
 
 T = TypeVar("T")
+METRICS = "metrics.jsonl"
 PLAIN_WIDTH = 160  # of a log file, where there is no terminal to ask
 
 
@@ -48,7 +49,7 @@ class RunLog:
         folder, state = Path(folder), state or TrainState()
         self._console = console or default_console()
         self._display = ProgressDisplay(self._console, clock)
-        self._metrics = JsonLines(folder / "metrics.jsonl", lambda record: is_before(record, state))
+        self._metrics = JsonLines(folder / METRICS, lambda record: is_before(record, state))
         self._folder = folder
         self._journal = JsonLines(folder / journal.FILE, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]

@@ -47,20 +47,24 @@ def part_of(world: World, step: int, samples: int, micro_batches: int = 1) -> li
     images, labels = global_batch(step, samples)
     low, high = (samples * k // world.data_size for k in (world.data_rank, world.data_rank + 1))
     cuts = [low + (high - low) * k // micro_batches for k in range(micro_batches + 1)]
-    spans = list(zip(cuts, cuts[1:], strict=False))
-    return [Part(images[a:b], labels[a:b], torch.arange(a, b), samples if k == 0 else 0) for k, (a, b) in enumerate(spans)]
+    parts = enumerate(itertools.pairwise(cuts))
+    return [Part(images[a:b], labels[a:b], torch.arange(a, b), samples if k == 0 else 0) for k, (a, b) in parts]
 
 
 def make_step(world: World, plan: OrderPlan, zeroth: ZerothOrderConfig, max_skips: int = 10) -> HybridStep:
     # Ranks start from different adapters on purpose: the step has to make them equal.
     towers = tiny_clip()
     randomize_adapters(towers, seed=world.rank)
-    step = HybridStep(towers, assign(towers.units, plan), zeroth, lambda m: FirstOrder(world, FirstOrderConfig(lr=1e-2), m), world, max_skips)
+    step = HybridStep(
+        towers, assign(towers.units, plan), zeroth, lambda m: FirstOrder(world, FirstOrderConfig(lr=1e-2), m), world, max_skips
+    )
     step.begin(NAMES)
     return step
 
 
-def train(world: World, plan: OrderPlan, strategy: str, samples: int = 10, micro_batches: int = 1, steps: int = 4) -> tuple[dict, list, str]:
+def train(
+    world: World, plan: OrderPlan, strategy: str, samples: int = 10, micro_batches: int = 1, steps: int = 4
+) -> tuple[dict, list, str]:
     step = make_step(world, plan, STRATEGIES[strategy])
     reports = [step(part_of(world, k, samples, micro_batches), Key(1000 + k, k), lr=1e-2) for k in range(steps)]
     state = {name: t.clone() for name, t in step.towers.units.state_dict().items()}
@@ -75,7 +79,9 @@ def test_dual_zeroth_order_is_the_same_on_1_2_and_4_ranks(strategy):
     assert all(losses == by_size[1][0][1] for results in by_size.values() for _, losses, _ in results)
 
 
-@pytest.mark.parametrize("plan", [OrderPlan("dual", "hop_odd"), OrderPlan("language", "all"), OrderPlan("none")], ids=["hop_odd", "language", "fo"])
+@pytest.mark.parametrize(
+    "plan", [OrderPlan("dual", "hop_odd"), OrderPlan("language", "all"), OrderPlan("none")], ids=["hop_odd", "language", "fo"]
+)
 def test_hybrids_agree_between_ranks_to_the_bit_and_with_one_rank_to_rounding(plan):
     alone = run_ranks(train, 1, plan, "conservative")[0]
     together = run_ranks(train, 2, plan, "conservative")
@@ -129,7 +135,9 @@ def test_every_candidate_is_evaluated_by_one_group_and_each_gets_its_share():
     assert sorted(k for share in shares for k in share) == list(range(len(candidates)))
     assert all([len([k for k in share if 1 <= k < 5]), len([k for k in share if k >= 5])] == [1, 1] for share in shares)
     pair = [World(rank=rank, size=2, direction_groups=2) for rank in range(2)]  # one probe of each branch: one for each group
-    shares = [BatchLosses(SimpleNamespace(), {}, torch.zeros(1, 1), world)._own([candidates[0], candidates[1], candidates[5]]) for world in pair]
+    shares = [
+        BatchLosses(SimpleNamespace(), {}, torch.zeros(1, 1), world)._own([candidates[0], candidates[1], candidates[5]]) for world in pair
+    ]
     assert shares == [[0, 2], [1]]
 
 
@@ -173,7 +181,7 @@ def test_a_stop_asked_of_one_rank_reaches_all_in_the_same_step():
 
 
 def wire(world: World) -> list[tuple[list[tuple[str, int]], int, int]]:
-    """What a step of dual MoZO sends, and how many first-order tensors and numbers there are: everywhere zeroth order, then every other layer."""
+    """What a step of dual MoZO sends, and how many first-order tensors and numbers there are: all zeroth order, then every other layer."""
     sent = []
     for layers in ("all", "hop_odd"):
         step = make_step(world, OrderPlan("dual", layers), STRATEGIES["mozo"])
@@ -197,7 +205,9 @@ def moved_and_tied(world: World) -> list[bool]:
         step.begin(NAMES[task:])
         before = {str(u): unit.tensors()["down_weight"].clone() for u, unit in step.towers.units.items() if u.layer == 1}
         step(part_of(world, task, 4), Key(1, task), lr=1e-3)
-        outcomes += [not torch.equal(before[str(u)], step.towers.units[u].tensors()["down_weight"]) for u in step.towers.units if u.layer == 1]
+        outcomes += [
+            not torch.equal(before[str(u)], step.towers.units[u].tensors()["down_weight"]) for u in step.towers.units if u.layer == 1
+        ]
     return outcomes
 
 

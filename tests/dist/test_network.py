@@ -22,7 +22,7 @@ from tests.helpers.tiny_clip import architecture
 from tests.test_train import configured, run_once
 
 ROOT = Path(__file__).parents[2]
-TINY = f"""
+TINY = """
 import sys
 from tests.helpers.tiny_clip import architecture
 sys.argv.append("model.name=" + architecture(3, 3))
@@ -160,14 +160,18 @@ class Store(dict):
         ({1: ("losses at step 3", 1)}, "gloo: Connection closed by peer", "rank 2 (c) has died or closed the connection"),
         ({1: ("losses at step 3", 1), 2: ("barrier at step 9", 1)}, "gloo: Timed out waiting", "rank 2 (c) was in barrier at step 9"),
         ({1: ("losses at step 3", 0), 2: ("losses at step 3", 0)}, "gloo: Timed out waiting", "the network between them has stalled"),
-        ({1: ("losses at step 3", 9), 2: ("losses at step 3", 0)}, "gloo: reset by peer", "rank 2 (c) came too late, when others had waited for 9 s"),
+        (
+            {1: ("losses at step 3", 9), 2: ("losses at step 3", 0)},
+            "gloo: reset by peer",
+            "rank 2 (c) came too late, when others had waited for 9 s",
+        ),
     ],
 )
 def test_the_blame_follows_the_notes(notes, said, words):
     store = Store({f"dist_vlcl/stopped/{r}": f'{{"place": "{place}", "waited_s": {s}}}' for r, (place, s) in notes.items()})
     exchanging = Exchanges(0, ["a", "b", "c"], 1, store)
     exchanging.where = "step 3"
-    with pytest.raises(ExchangeError, match="^losses at step 3: ") as failed, exchanging("losses"):
+    with pytest.raises(ExchangeError, match=r"^losses at step 3: ") as failed, exchanging("losses"):
         raise RuntimeError(said)
     assert words in str(failed.value)
 

@@ -182,8 +182,10 @@ def test_a_zero_stage_learns_what_data_parallelism_learns(tmp_path, engine, ddp)
         for place, same in [("saved", "saved"), ("straight", "straight"), ("moved", "straight")]:
             assert ours[place].keys() == theirs[same].keys()
             for tensor, expected in theirs[same].items():
-                words = f"{place}, {name} {tensor}"
-                torch.testing.assert_close(ours[place][tensor], expected, rtol=0, atol=TOLERANCE, msg=lambda m, w=words: f"{w}: {m}")
+                words, within = f"{place}, {name} {tensor}", TOLERANCE
+                if not tensor.startswith("adapters/"):  # moments are small
+                    within *= max(expected.abs().max().item(), 1e-30) * 100
+                torch.testing.assert_close(ours[place][tensor], expected, rtol=0, atol=within, msg=lambda m, w=words: f"{w}: {m}")
     for tensor, expected in ddp[0]["experts"].items():
         torch.testing.assert_close(ranks[0]["experts"][tensor], expected, rtol=0, atol=TOLERANCE)
     assert ranks[0]["dual_all"]["digests"]["straight"] == ddp[0]["dual_all"]["digests"]["straight"]

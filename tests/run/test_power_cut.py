@@ -10,7 +10,8 @@ import torch
 from dist_vlcl.config import Config
 from dist_vlcl.dist.world import World
 from dist_vlcl.report.records import read_units
-from dist_vlcl.run import checkpoint, files
+from dist_vlcl.run import checkpoint, files, jsonl
+from dist_vlcl.run.folder import RunConfig, RunFolder
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import train
 from tests.helpers.disk import Disk
@@ -68,6 +69,47 @@ def test_a_power_cut_at_any_stage_of_a_save_leaves_a_loadable_checkpoint(tmp_pat
     assert versions == sorted(versions, reverse=True) and versions[0] == "old" and versions[-1] == "new"
 
 
+def test_a_log_that_is_opened_again_is_on_the_disk_before_it_has_its_name(tmp_path, disk_of):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    disk = disk_of(tmp_path)
+    log = jsonl.JsonLines(tmp_path / "log.jsonl", lambda record: record["step"] < 2)
+    log.append({"step": 2})
+    for unsynced_names in (False, True):
+        left = disk.left(tmp_path / str(unsynced_names), unsynced_names)
+        assert jsonl.read_lines(left / "log.jsonl") == [{"step": 1}]
+    log.sync()
+    assert jsonl.read_lines(disk.left(tmp_path / "synced", True) / "log.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_lines_that_the_disk_refused_are_written_again_at_the_next_sync(tmp_path, monkeypatch):
+    """Linux tells of a failed write-back once, and takes the lost pages for clean."""
+    log = jsonl.JsonLines(tmp_path / "log.jsonl", lambda record: True)
+    log.append({"step": 1})
+    log.sync()
+    log.append({"step": 2})
+
+    def fails(descriptor: int) -> None:
+        os.truncate(tmp_path / "log.jsonl", 14)  # a part of the second line is lost
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(os, "fsync", fails)
+        log.sync()
+    log.append({"step": 3})
+    log.sync()
+    assert jsonl.read_lines(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+def test_a_run_that_takes_another_s_name_keeps_its_checkpoint(tmp_path, disk_of):
+    world, first = World.alone(), RunConfig(name="run", root=str(tmp_path / "runs"))
+    RunFolder.open(first, {"seed": 1}, world).close()
+    disk = disk_of(tmp_path / "runs")
+    anew = RunFolder.open(RunConfig(name="run", root=first.root, overwrite=True), {"seed": 2}, world)
+    checkpoint.save(anew.path, 5, tensors(5), {})
+    left = disk.left(tmp_path / "left", unsynced_names=False)
+    assert checkpoint.load_newest(left / "run").step == 5 and (left / "run.old-1/config.yaml").read_text() == "seed: 1\n"
+
+
 class PowerCut(BaseException):
     """Nothing runs after it."""
 
@@ -87,11 +129,18 @@ def whole_of(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("orders", "at", "unsynced_names"), [("dual_all", 8, False), ("dual_hop_odd", 1, False), ("dual_hop_odd", 8, True)]
+    ("orders", "at", "unsynced_names", "written_back"),
+    [
+        ("dual_all", 8, False, ""),
+        ("dual_all", 8, True, "journal.jsonl"),
+        ("dual_hop_odd", 1, False, ""),
+        ("dual_hop_odd", 8, True, "metrics.jsonl"),
+    ],
 )
 def test_a_run_goes_on_after_a_power_cut_as_if_it_had_been_stopped_at_its_last_checkpoint(
-    tmp_path, monkeypatch, disk_of, whole_of, orders, at, unsynced_names
+    tmp_path, monkeypatch, disk_of, whole_of, orders, at, unsynced_names, written_back
 ):
+    """written_back: a file that the system has written although nobody waited for it."""
     whole, root = whole_of(orders), tmp_path / "runs"
     root.mkdir()
     cut = configured(tmp_path, *TINY, f"orders={orders}", "run.name=cut")
@@ -101,7 +150,9 @@ def test_a_run_goes_on_after_a_power_cut_as_if_it_had_been_stopped_at_its_last_c
     def until_the_cut(self, *arguments, **options):
         taken.append(1)
         if len(taken) == at:
-            disk.left(tmp_path / "left", unsynced_names)
+            left = disk.left(tmp_path / "left", unsynced_names)
+            if written_back:
+                shutil.copy(root / "cut" / written_back, left / "cut")
             raise PowerCut
         return step(self, *arguments, **options)
 
