@@ -31,6 +31,7 @@ MIN_SAMPLES = 8
 
 MAX_SLOPE_NOISE = 0.1  # of a projected gradient; above it, zeroth order is refused
 NOISE_SAMPLES = 32  # of a rank, on which that is measured
+FINE_EPSILON = 1e-4  # below it, rounding in fp32 counts too: 0.018 of a slope at 1e-4, 0.13 at 1e-5 (a tiny CLIP)
 
 
 @dataclass
@@ -112,7 +113,8 @@ class BatchLosses:
             return base
         flat, tower = self.flats[branch], self.towers.tower(branch)
         inputs = part["images"] if branch == "vision" else self.tokens
-        is_delta, offsets_Kn = branch in self.by_delta, torch.stack(offsets).to(flat.values_n.dtype)
+        dtype = torch.promote_types(flat.values_n.dtype, part["features"][branch].dtype)
+        is_delta, offsets_Kn = branch in self.by_delta, torch.stack(offsets).to(dtype)
         values: Any = Perturbed(flat.values_n[None], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n)
         carry = part["carries"][branch]
         moved: Any
@@ -125,15 +127,17 @@ class BatchLosses:
         return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum().cpu()
 
     def _exchange(self, sums: Tensor) -> list[float]:
-        """Return mean losses from every rank's sums; what else rides along: counts, stop flags, and how long each rank was at work."""
+        """Return mean losses from every rank's sums; with the first ride counts, stop flags, and how long each rank was at work."""
+        is_first = not self.busy_s
         count = sum(part["real"] for part in self.parts)
-        own = torch.tensor([count, self.flag, self.world.exchanging.take_busy_s()], dtype=torch.float64)
-        rows = self.world.gather(torch.cat([sums, own]), "losses")
+        riders = [count, self.flag, self.world.exchanging.take_busy_s()] if is_first else []
+        rows = self.world.gather(torch.cat([sums, torch.tensor(riders, dtype=torch.float64)]), "losses")
         self.faulty = [rank for rank, row in enumerate(rows) if not torch.isfinite(row).all()]
         total = ordered_sum(rows)
-        self.count, self.stop = int(total[-3]) // self.world.direction_groups, bool(total[-2] > 0)  # each group has the whole batch
-        self.busy_s = self.busy_s or rows[:, -1].tolist()
-        return (total[:-3] / max(self.count, 1)).tolist()
+        if is_first:
+            self.count, self.stop = int(total[-3]) // self.world.direction_groups, bool(total[-2] > 0)  # each group has the whole batch
+            self.busy_s = rows[:, -1].tolist()
+        return (total[: len(sums)] / max(self.count, 1)).tolist()
 
 
 class HybridStep:
@@ -160,7 +164,8 @@ class HybridStep:
         self.zeroth = ZerothOrder(self.flats, zeroth)
         rounded = [branch for branch in self.flats if towers.tower(branch).dtype.itemsize < 4]
         self.by_delta = {"auto": rounded, "whole": [], "delta": list(self.flats)}[zeroth.evaluation]
-        self.noise_is_checked = towers.config.precision == "fp32" or not self.flats
+        self.is_fine = any(zeroth.epsilon[branch] < FINE_EPSILON for branch in self.flats)
+        self.noise_is_checked = not self.flats or (towers.config.precision == "fp32" and not self.is_fine)
         self.first: FirstOrder = first_order_of(towers)
         names = {id(t): f"{address}/{name}" for address, unit in units.items() for name, t in unit.tensors().items()}
         self.first_names = [names[id(p)] for p in self.first.parameters]
@@ -237,21 +242,22 @@ class HybridStep:
         if any(not value <= MAX_SLOPE_NOISE for value in noise.values()):
             found = ", ".join(f"{value:.2g} of a {branch} slope" for branch, value in noise.items())
             precision, evaluation = self.towers.config.precision, self.zeroth.config.evaluation
-            better = "zo.evaluation=delta, " if evaluation == "whole" else ""
+            better = ["zo.evaluation=delta"] * (len(self.by_delta) < len(self.flats)) + ["model.precision=fp32"] * (precision != "fp32")
             raise ValueError(
                 f"model.precision={precision} with zo.evaluation={evaluation}: rounding is {found}; above {MAX_SLOPE_NOISE} "
-                f"zeroth order follows rounding. Take {better}model.precision=fp32, or a larger zo.epsilon"
+                f"zeroth order follows rounding. Take {' or '.join([*better, 'a larger zo.epsilon'])}"
             )
         return noise
 
     def slope_noise(self, batch: Any, key: Key, first_label: int = 0, directions: int = 16) -> dict[str, float]:
         """Return, per zeroth-order branch, the rounding in projected gradients, relative to these: root mean squares over directions.
 
-        On the first samples of a batch, against the same weights in float32. All ranks call this.
+        On the first samples of a batch, against the same weights in float32, or in float64 for a fine epsilon. All ranks call this.
         """
         few = replace(batch, **{name: getattr(batch, name)[:NOISE_SAMPLES] for name in ("images", "labels", "positions")})
         found = self.slopes(self.towers, few, key, directions, self.by_delta, first_label)
-        exact = copy.deepcopy(self.towers, {id(self.towers.tokenizer): self.towers.tokenizer}).float()
+        exact = copy.deepcopy(self.towers, {id(self.towers.tokenizer): self.towers.tokenizer})
+        exact.to(torch.float64 if self.is_fine else torch.float32)
         true = self.slopes(exact, few, key, directions, (), first_label)
         return {b: float((found[b] - true[b]).norm() / true[b].norm()) for b in true if float(true[b].norm()) > 0}
 

@@ -116,6 +116,31 @@ def test_the_gate_measures_what_it_says_and_once():
     assert step_of(OrderPlan("dual", "all"), ZerothOrderConfig()).noise_is_checked  # fp32 with two evaluations: a percent at most
 
 
+@pytest.mark.parametrize(("branch", "precision"), [("vision", "fp32"), ("language", "fp32"), ("language", "bf16")])
+def test_an_epsilon_too_small_for_two_evaluations_in_fp32_is_refused(branch, precision):
+    zeroth = ZerothOrderConfig(epsilon={"language": 1e-6, "vision": 1e-6}, evaluation="whole")
+    said = f"model.precision={precision} .* of a {branch} slope; .*Take zo.evaluation=delta or .*a larger zo.epsilon"
+    with pytest.raises(ValueError, match=said):
+        step_of(OrderPlan(branch, "all"), zeroth, precision=precision)([batch_of(16, len(CLASSES))], KEY, LR)
+
+
+def test_a_small_epsilon_runs_in_fp32_where_its_rounding_is_little():
+    small = {"language": 1e-5, "vision": 1e-5}
+    step = step_of(OrderPlan("dual", "all"), ZerothOrderConfig(epsilon=small, evaluation="delta"))
+    assert not step.noise_is_checked
+    step([batch_of(16, len(CLASSES))], KEY, LR)
+    assert step.noise_is_checked
+
+
+def test_the_gate_s_reference_for_a_small_epsilon_is_the_slope_in_float64():
+    """It says what the rounding is against a step whose parameters, too, are perturbed in float64."""
+    plan, batch = OrderPlan("vision", "all"), batch_of(16, len(CLASSES))
+    found, exact = (step_of(plan, ZerothOrderConfig(epsilon={"language": 1e-5, "vision": 1e-5}), double=d) for d in (False, True))
+    slopes, true = (step.slopes(step.towers, batch, KEY, 16, ())["vision"] for step in (found, exact))
+    assert not found.noise_is_checked
+    assert found.slope_noise(batch, KEY)["vision"] == pytest.approx(float((slopes - true).norm() / true.norm()), rel=1e-3)
+
+
 def test_in_bf16_adapters_gradients_and_moments_stay_in_fp32_and_the_step_is_that_of_fp32_nearly():
     steps = [step_of(OrderPlan("dual", "hop_odd"), STRATEGIES["naive"], precision=p) for p in ("bf16", "fp32")]
     reports = [step([batch_of(8, len(CLASSES))], KEY, LR) for step in steps]

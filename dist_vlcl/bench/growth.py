@@ -1,8 +1,11 @@
 """How the cost of a step and its time grow with the classes of a task, the tasks that were seen, and the experts."""
 
 import argparse
+from collections.abc import Collection
 from typing import Any
 
+from dist_vlcl.bench.count import flops as flops_of
+from dist_vlcl.bench.count import without_numbers
 from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
 from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
 from dist_vlcl.bench.step import counted
@@ -19,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_orders(parser, "language_all")
     parser.add_argument("--class-counts", default="10,50,100,200", help="(default: %(default)s)")
     parser.add_argument("--expert-counts", default="2,8,22", help="of which two act on a sample (default: %(default)s)")
+    parser.add_argument(
+        "--task-counts", default="1,10", help="the task that the step belongs to, after those before (default: %(default)s)"
+    )
     parser.add_argument("--time", action="store_true", help="also take the steps, all sizes in turn")
     parser.add_argument("--repeats", type=int, default=3, help="turns that are timed (default: %(default)s)")
 
@@ -39,8 +45,28 @@ def run(args: argparse.Namespace) -> Result:
             columns = [what, "TFLOP", "relative", *(["s", "relative, by time"] if seconds else [])]
             tables.append(Table(f"A step by its {what}: {args.model}, {orders}, {args.zo}, {args.images} images", columns, rows))
             records += [{"orders": orders, what: n, "flops": flops[n], "s": seconds.get(n)} for n in workloads]
+        by_task = in_tasks(workload_of(args, orders=orders), numbers(args.task_counts, "--task-counts"), args.count_on)
+        rows = [[n, count / 1e12, count / by_task[min(by_task)]] for n, count in by_task.items()]
+        tables.append(
+            Table(f"A step by its task: {args.model}, {orders}, {args.zo}, {args.images} images", ["task", "TFLOP", "relative"], rows)
+        )
+        records += [{"orders": orders, "task": n, "flops": count} for n, count in by_task.items()]
     note = "Tasks that were seen before cost nothing: a step reads the classes of its own task only, and adapters do not grow."
     return Result(tables, records, [note])
+
+
+def in_tasks(workload: Workload, tasks: Collection[int], device: str = "meta") -> dict[int, int]:
+    """Return the FLOPs of a step in each of these tasks, counted from 1, of one run that takes a step in every task up to the last."""
+    counts = {}
+    with without_numbers():
+        step = workload.step(workload.towers(device), World.alone(device))
+        batch = workload.batch(step.towers.image_size)
+        for task in range(1, max(tasks) + 1):
+            step.begin(
+                [f"{name} {chr(ord('a') + task % 26)}" for name in workload.class_names]
+            )  # other classes, prompts of the same length
+            counts[task] = flops_of(lambda task=task: step([batch], Key(0, task), 1e-3))
+    return {task: counts[task] for task in tasks}
 
 
 def _seconds(workloads: dict[int, Workload], device: str, repeats: int) -> dict[int, list[float]]:

@@ -1,6 +1,7 @@
-"""The hybrid step against the naive one, in one process, turn by turn; with the FLOPs that both execute and those of the cost model."""
+"""The hybrid step against the naive one in fp32, in one process, turn by turn; with the FLOPs that both execute and those of a model."""
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from dist_vlcl.bench.cost import naive_cost, shapes_of, step_cost
@@ -15,7 +16,8 @@ from dist_vlcl.zo.noise import Key
 EXAMPLES = """examples:
   python -m dist_vlcl.bench step --images 4 --classes 4                                a few settings at ViT-B/16, on a CPU
   python -m dist_vlcl.bench step --orders all --zo conservative --count                every setting, counted only: no time is taken
-  python -m dist_vlcl.bench step --device cuda --orders language_all,dual_hop_odd      on a GPU, 128 images"""
+  python -m dist_vlcl.bench step --device cuda --orders language_all,dual_hop_odd      on a GPU, 128 images
+  python -m dist_vlcl.bench step --device cuda --precision bf16                        the fast step in bf16, the naive one in fp32"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +36,19 @@ def run(args: argparse.Namespace) -> Result:
         tera = [record[k] / 1e12 for k in ("naive_model", "model", "executed")]
         row: list[Any] = [orders, *tera, record["executed"] / record["model"], record["naive_model"] / record["model"]]
         if not args.count:
-            row += [median(record["naive_s"]), median(record["fast_s"]), spread(record["naive_s"], record["fast_s"])]
+            row += [
+                median(record["naive_s"]),
+                median(record["fast_s"]),
+                spread(record["naive_s"], record["fast_s"]),
+                record["images_per_s"],
+            ]
         rows.append(row)
     columns = ["orders", "naive TFLOP", "model TFLOP", "executed TFLOP", "executed / model", "naive / model"]
     title = f"{args.model}, {args.zo}, {args.images} images, {args.classes} classes, {args.sides}-sided, {args.precision}"
     if args.count:
         return Result([Table(f"FLOPs of a step: {title}", columns, rows)], records)
-    return Result([Table(f"A step, naive and fast: {title}", [*columns, "naive s", "fast s", "times faster"], rows)], records)
+    columns += ["naive s, fp32", f"fast s, {args.precision}", "times faster", "images/s"]
+    return Result([Table(f"A step, naive and fast: {title}", columns, rows)], records)
 
 
 def counted(workload: Workload, device: str = "meta") -> dict[str, Any]:
@@ -55,9 +63,8 @@ def counted(workload: Workload, device: str = "meta") -> dict[str, Any]:
 
 def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
     """Return the same as `counted`, and the seconds of each turn of naive and fast."""
-    towers, whole = workload.towers(device), workload.towers(device, context="full")
-    fast = workload.step(towers, World.alone(device))
-    naive = NaiveStep(whole, workload.orders_of(whole), workload.zeroth, workload.class_names)
+    towers = workload.towers(device)
+    fast, naive = workload.step(towers, World.alone(device)), naive_step(workload, device)
     batch = workload.batch(towers.image_size)
     executed = flops(lambda: fast([batch], Key(0, 0), 1e-3))
     naive_executed = flops(lambda: naive(batch, Key(0, 0), 1e-3))
@@ -71,6 +78,12 @@ def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
         "fast_s": seconds["fast"],
         "images_per_s": workload.images / median(seconds["fast"]),
     }
+
+
+def naive_step(workload: Workload, device: str) -> NaiveStep:
+    """Return the naive step of a workload: in fp32 whatever the fast one's precision is, since two evaluations in bf16 are no slope."""
+    towers = replace(workload, precision="fp32", checkpoint=False).towers(device, context="full")
+    return NaiveStep(towers, workload.orders_of(towers), workload.zeroth, workload.class_names)
 
 
 def _modelled(workload: Workload, step: HybridStep) -> dict[str, int]:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from dist_vlcl.bench import step
 from dist_vlcl.bench.__main__ import COMMANDS, MARKED, main
 from dist_vlcl.bench.result import Table, interleaved, spread
 from tests.helpers.hosts import hosts
@@ -21,7 +23,7 @@ RUNS = {
     "slope": f"{TINY} --directions 1 --orders language_all",
     "stream": "--count 32 --images 8 --repeats 1 --size 32",
     "scale": f"{TINY} --processes 1 --steps 1 --orders dual_hop_odd --apart",
-    "growth": f"{TINY} --class-counts 2,4 --expert-counts 2,4 --orders dual_all",
+    "growth": f"{TINY} --class-counts 2,4 --expert-counts 2,4 --task-counts 1,3 --orders dual_all",
     "eval": f"{TINY} --class-counts 4 --time --repeats 1",
     "switch": f"{TINY} --repeats 1",
     "probes": f"{TINY} --probes 1,2 --draws 32 --batches 1 --orders language_all",
@@ -44,6 +46,20 @@ def test_a_benchmark_runs(command, tmp_path, capsys):
         assert all(0.7 < record["error"] / record["expected"] < 1.4 for record in saved["records"])
     if command == "step":
         assert saved["tables"][0]["rows"][0][4] <= 1.05
+    if command == "growth":  # tasks seen: 1.0 x
+        [first, third] = (record["flops"] for record in saved["records"] if "task" in record)
+        assert first == third
+
+
+def test_a_fast_step_in_bf16_is_measured_beside_a_naive_one_in_fp32(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(step, "naive_step", lambda *arguments, make=step.naive_step: (made.append(make(*arguments)), made[-1])[1])
+    main(["step", *RUNS["step"].split(), "--precision", "bf16", "--json", str(tmp_path / "result.json")])
+    saved = json.loads((tmp_path / "result.json").read_text())
+    [[*_, naive_s, fast_s, _, rate]], [record] = saved["tables"][0]["rows"], saved["records"]
+    assert saved["tables"][0]["columns"][-4:] == ["naive s, fp32", "fast s, bf16", "times faster", "images/s"]
+    assert {p.dtype for p in made[0].towers.parameters()} == {torch.float32}
+    assert rate == 8 / fast_s and naive_s == record["naive_s"][0]
 
 
 def test_a_document_s_tables_are_written_again_and_the_rest_is_left(tmp_path, monkeypatch):

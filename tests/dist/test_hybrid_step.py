@@ -180,11 +180,11 @@ def test_a_stop_asked_of_one_rank_reaches_all_in_the_same_step():
     assert run_ranks(asked_to_stop, 2) == [[False, True], [False, True]]
 
 
-def wire(world: World) -> list[tuple[list[tuple[str, int]], int, int]]:
-    """What a step of dual MoZO sends, and how many first-order tensors and numbers there are: all zeroth order, then every other layer."""
+def wire(world: World, strategy: str) -> list[tuple[list[tuple[str, int]], int, int]]:
+    """What a dual step sends, and how many first-order tensors and numbers there are: all zeroth order, then every other layer."""
     sent = []
     for layers in ("all", "hop_odd"):
-        step = make_step(world, OrderPlan("dual", layers), STRATEGIES["mozo"])
+        step = make_step(world, OrderPlan("dual", layers), STRATEGIES[strategy])
         with Exchanges() as exchanges:
             step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
         sent.append((exchanges.found, len(step.first.parameters), sum(p.numel() for p in step.first.parameters)))
@@ -193,10 +193,19 @@ def wire(world: World) -> list[tuple[list[tuple[str, int]], int, int]]:
 
 def test_a_step_sends_48_bytes_and_its_first_order_gradients_in_at_most_three_exchanges():
     """Three losses, a count, a flag and a time in float64; gradients in fp32; and DDP's note of which tensors were used."""
-    for zeroth, hybrid in run_ranks(wire, 2):
-        assert zeroth == ([("allgather", 48)], 0, 0)
+    check_wire("mozo", [("allgather", 48)])
+
+
+def test_best_of_three_sends_four_losses_more_in_an_exchange_more():
+    """Its candidates are made from the first losses. What rode along with these is not sent again."""
+    check_wire("conservative", [("allgather", 48), ("allgather", 32)])
+
+
+def check_wire(strategy: str, losses: list[tuple[str, int]]) -> None:
+    for zeroth, hybrid in run_ranks(wire, 2, strategy):
+        assert zeroth == (losses, 0, 0)
         found, tensors, numbers = hybrid
-        assert numbers > 0 and found == [("allreduce", 4 * numbers), ("allreduce", 4 * tensors), ("allgather", 48)]
+        assert numbers > 0 and found == [("allreduce", 4 * numbers), ("allreduce", 4 * tensors), *losses]
 
 
 def moved_and_tied(world: World) -> list[bool]:
