@@ -22,7 +22,7 @@ RUNS = {
     "noise": f"{TINY} --repeats 1",
     "slope": f"{TINY} --directions 1 --orders language_all",
     "stream": "--count 32 --images 8 --repeats 1 --size 32",
-    "scale": f"{TINY} --processes 1 --steps 1 --orders dual_hop_odd --apart",
+    "scale": f"{TINY} --processes 2 --steps 1 --orders dual_hop_odd --apart --trace {{folder}}/trace.json",
     "growth": f"{TINY} --class-counts 2,4 --expert-counts 2,4 --task-counts 1,3 --orders dual_all",
     "eval": f"{TINY} --class-counts 4 --time --repeats 1",
     "switch": f"{TINY} --repeats 1",
@@ -33,7 +33,7 @@ RUNS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_benchmark_runs(command, tmp_path, capsys):
     path = tmp_path / "result.json"
-    main([command, *RUNS[command].split(), "--json", str(path)])
+    main([command, *RUNS[command].format(folder=tmp_path).split(), "--json", str(path)])
     saved, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert saved["records"] and saved["machine"]["torch"] in printed
     for table in saved["tables"]:
@@ -46,6 +46,10 @@ def test_a_benchmark_runs(command, tmp_path, capsys):
         assert all(0.7 < record["error"] / record["expected"] < 1.4 for record in saved["records"])
     if command == "step":
         assert saved["tables"][0]["rows"][0][4] <= 1.05
+    if command == "scale":  # gradients under way, and the wait for what is left of them
+        assert {"gloo:all_reduce", "first order: wait for gradients"} <= {
+            e["name"] for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        }
     if command == "growth":  # tasks seen: 1.0 x
         [first, third] = (record["flops"] for record in saved["records"] if "task" in record)
         assert first == third

@@ -25,7 +25,14 @@ def test_a_prompt_keeps_a_tenth_of_what_77_tokens_do():
 
 @pytest.mark.parametrize(
     ("orders", "precision", "checkpoint", "limit"),
-    [("dual_all", "fp32", False, 1.2e9), ("first", "bf16", False, 4e9), ("first", "bf16", True, 1.2e9)],
+    [
+        ("dual_all", "fp32", False, 1.2e9),
+        ("vision_all", "fp32", False, 1.6e9),
+        ("first", "bf16", False, 4e9),
+        ("first", "bf16", True, 1.2e9),
+        ("language_all", "bf16", False, 4e9),
+        ("language_all", "bf16", True, 1.2e9),
+    ],
 )
 def test_a_step_s_peak(orders, precision, checkpoint, limit):
     """At 64 images and 125 classes, with the weights."""
