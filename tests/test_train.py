@@ -166,6 +166,19 @@ def test_a_launch_that_would_train_on_one_process_is_refused(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_block_that_there_is_not_is_refused_before_data_are_read(tmp_path):
+    with pytest.raises(ValueError, match=r"orders.layers=\[13\]: the language tower has no block 13; choose from 1 to 12"):
+        train(configured(tmp_path, "orders.layers=[13]"), World.alone())
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_runs_in_one_launch_are_refused(tmp_path):
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-m", "dist_vlcl.train", "--multirun", "seed=0,1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "use python -m dist_vlcl.sweep" in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_a_user_error_is_one_message_before_any_work(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "dist_vlcl.train", "orders.layers=odd"], cwd=tmp_path, capture_output=True, text=True, timeout=120
