@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from dist_vlcl.bench.count import flops as flops_of
@@ -65,7 +66,7 @@ def in_tasks(workload: Workload, tasks: Collection[int], device: str = "meta") -
             step.begin(
                 [f"{name} {chr(ord('a') + task % 26)}" for name in workload.class_names]
             )  # other classes, prompts of the same length
-            counts[task] = flops_of(lambda task=task: step([batch], Key(0, task), 1e-3))
+            counts[task] = flops_of(partial(step, [batch], Key(0, task), 1e-3))
     return {task: counts[task] for task in tasks}
 
 
