@@ -200,6 +200,8 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
+        if {"-m", "--multirun"} & set(sys.argv[1:]) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("--multirun: ranks that a launcher has started can meet for one run only; use python -m dist_vlcl.sweep")
         sys.argv[1:] = expand_paper(sys.argv[1:])
     except ValueError as error:
         _refuse(error, is_main)

@@ -82,7 +82,7 @@ class OrderPlan:
 def _names_layers(layers: Any) -> bool:
     if isinstance(layers, str):
         return layers in PLAN_LAYERS
-    return isinstance(layers, Sequence) and all(isinstance(layer, int) for layer in layers)
+    return isinstance(layers, Sequence) and all(type(layer) is int for layer in layers)  # True is none
 
 
 def assign(units: Iterable[UnitId], plan: OrderPlan) -> dict[UnitId, Order]:

@@ -92,7 +92,8 @@ def select(patterns: list[str]) -> list[str]:
 def expand_paper(arguments: list[str]) -> list[str]:
     """Return command-line overrides with `tuned=FILE` and `paper=ID` spelled out.
 
-    The user's own words come after a cell's, and win; a run's name tells which they are. Raises ValueError for an id that there is not.
+    The user's own overrides come after a cell's, and win; a run's name tells which they are. Options of Hydra stay in front, where argparse
+    wants them. Raises ValueError for an id that there is not.
     """
     arguments = [word for argument in arguments for word in _untuned(argument)]
     ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
@@ -102,7 +103,8 @@ def expand_paper(arguments: list[str]) -> list[str]:
         near = difflib.get_close_matches(ids[-1], catalogue(), 5, 0.3)
         raise ValueError(f"paper={ids[-1]!r}: no such run in configs/paper_runs.yaml; the nearest are {', '.join(near) or 'none'}")
     own = [a for a in arguments if not a.startswith(("paper=", "-"))]
-    return [*_overrides(catalogue()[ids[-1]]), f"run.name={run_name(ids[-1], own)}", *arguments]
+    first = next(k for k, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
+    return [*arguments[:first], *_overrides(catalogue()[ids[-1]]), f"run.name={run_name(ids[-1], own)}", *arguments[first:]]
 
 
 def run_name(id: str, own: list[str]) -> str:

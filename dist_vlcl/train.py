@@ -29,7 +29,7 @@ from dist_vlcl.dist.agree import AstrayError, agree, agree_on_tensors, digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.dist.zero import first_order
 from dist_vlcl.masking import masked, masked_values
-from dist_vlcl.model.clip import TwoTowers, build_clip
+from dist_vlcl.model.clip import TwoTowers, build_clip, unit_ids
 from dist_vlcl.orders import Order, assign, describe
 from dist_vlcl.report.figures import plot_run
 from dist_vlcl.report.tables import summarize_run
@@ -80,6 +80,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
 
 
 def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix | None:
+    assign(unit_ids(cfg.model), cfg.orders)  # refuses what cannot be, before data are read and weights fetched
     index, tasks = open_tasks(cfg, world)
     code = code_digest()
     for what, value in {"the configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code}.items():
@@ -112,7 +113,7 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
 
     log = RunLog(run.path, cfg.run, world, masked_values(cfg.as_dict()), state)
     state.wandb_id = log.wandb_id
-    units = [(id.branch, id.layer, step.orders[id].value) for id in towers.units]
+    units = [(id.branch, id.layer, step.orders[id].value, unit.numel) for id, unit in towers.units.items()]
     records = UnitRecords(run.path, units, cfg.run.record_every_steps, state.step, world.is_main)
     log.say(run.message + (f", going on after step {state.step}" if state.step else ""))
     introduce(log, cfg, world, step, tasks, index)

@@ -61,4 +61,7 @@ def test_the_small_clip_fits_its_limit():
 
 def test_citation_names_the_paper():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert "Zeroth-Order Optimization for Continual Learning" in citation["preferred-citation"]["title"]
+    paper = citation["preferred-citation"]
+    assert "Zeroth-Order Optimization for Continual Learning" in paper["title"]
+    assert len(paper["authors"]) == 9 and all(author["family-names"] and author["given-names"] for author in paper["authors"])
+    assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2506.12409"}]

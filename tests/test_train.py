@@ -21,8 +21,12 @@ from dist_vlcl.run.folder import RunRefused
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import Requeued, train
 from tests.helpers.ranks import free_port, run_ranks
+from tests.helpers.tiny_clip import architecture
 
 SMALL_RUN = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=60", "run.wandb=off", "run.progress=false", "train.warmup_steps=2"]
+
+
+TINY = [f"model.name={architecture(3, 3)}", "model.pretrained=random"]
 
 
 def configured(tmp_path: Path, *overrides: str) -> Config:
@@ -33,6 +37,7 @@ def configured(tmp_path: Path, *overrides: str) -> Config:
 
 def run_once(world: World, cfg: Config, stop_at: int | None = None) -> str:
     """Train; with `stop_at`, the last rank gets a real signal while it takes that step."""
+    architecture(3, 3)  # make it known in this process
     if stop_at is not None and world.rank == world.size - 1:
         whole, calls = HybridStep.__call__, []
 
@@ -67,8 +72,8 @@ def records(cfg: Config, file: str = "metrics.jsonl") -> list[dict]:
     ids=["mozo", "adam"],
 )
 def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path, size, overrides):
-    unbroken = configured(tmp_path, *overrides, "run.name=unbroken")
-    broken = configured(tmp_path, *overrides, "run.name=broken")
+    unbroken = configured(tmp_path, *TINY, *overrides, "run.name=unbroken")
+    broken = configured(tmp_path, *TINY, *overrides, "run.name=broken")
     assert run_ranks(run_once, size, unbroken) == ["finished"] * size
     assert run_ranks(run_once, size, broken, 3) == ["requeued"] * size
     folder = Path(broken.run.root) / "broken"
@@ -81,13 +86,13 @@ def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path
     assert all(torch.equal(expected[name], got[name]) for name in expected)
     assert [{**r, "name": ""} for r in records(unbroken)] == [{**r, "name": ""} for r in records(broken)]
     assert records(unbroken, "journal.jsonl") == records(broken, "journal.jsonl")
-    assert read_units(folder.with_name("unbroken")).equals(read_units(folder)) and read_units(folder).num_rows == 10 * 24
+    assert read_units(folder.with_name("unbroken")).equals(read_units(folder)) and read_units(folder).num_rows == 10 * 6
     assert run_ranks(run_once, size, broken) == ["known"] * size
 
 
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
-    unbroken = configured(tmp_path, "orders=dual_all", "zo=mozo", "run.name=unbroken")
-    moved = configured(tmp_path, "orders=dual_all", "zo=mozo", "run.name=moved")
+    unbroken = configured(tmp_path, *TINY, "orders=dual_all", "zo=mozo", "run.name=unbroken")
+    moved = configured(tmp_path, *TINY, "orders=dual_all", "zo=mozo", "run.name=moved")
     run_ranks(run_once, 1, unbroken)
     assert run_ranks(run_once, 2, moved, 4) == ["requeued"] * 2
     assert run_ranks(run_once, 1, moved) == ["finished"]
@@ -97,7 +102,7 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
 
 
 def test_metrics_hold_every_step_and_the_whole_accuracy(tmp_path):
-    cfg = configured(tmp_path, "run.name=metrics")
+    cfg = configured(tmp_path, *TINY, "run.name=metrics")
     train(cfg, World.alone())
     folder = tmp_path / "runs" / "metrics"
     rows = records(cfg)
@@ -166,6 +171,19 @@ def test_a_launch_that_would_train_on_one_process_is_refused(tmp_path):
     assert done.returncode != 0
     assert "cluster.num_processes=2, but the launcher started 1" in done.stdout + done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_block_that_there_is_not_is_refused_before_data_are_read(tmp_path):
+    with pytest.raises(ValueError, match=r"orders.layers=\[13\]: the language tower has no block 13; choose from 1 to 12"):
+        train(configured(tmp_path, "orders.layers=[13]"), World.alone())
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_runs_in_one_launch_are_refused(tmp_path):
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-m", "dist_vlcl.train", "--multirun", "seed=0,1"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "use python -m dist_vlcl.sweep" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_user_error_is_one_message_before_any_work(tmp_path):

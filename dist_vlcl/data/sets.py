@@ -16,6 +16,7 @@ from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import IMAGE_SUFFIXES, RawSample, RawSet
 from dist_vlcl.data.sources import Source, open_source
 
+CIFAR_FOLDER = "cifar-100-python"
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 IMAGENET_R = ("https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar", "a61312130a589d0ca1a8fca1f2bd3337")
 SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test"}
@@ -47,6 +48,8 @@ def digits(data: DataConfig) -> RawSet:
 def cifar100(data: DataConfig) -> RawSet:
     """The official archive, downloaded or given, else images below `<class>/`."""
     source = None if data.source is None else Path(data.source)
+    if source is not None and source.name == CIFAR_FOLDER and (source / "train").is_file():
+        source = source.parent  # the folder itself that the archive unpacks to
     if source is not None and not _is_official_cifar(source):
         return _known_set(data, source)
     folder = _official_cifar_folder(data, source)
@@ -267,7 +270,7 @@ def _source_or_download(data: DataConfig, url: str, md5: str) -> Path:
 
 
 def _is_official_cifar(source: Path) -> bool:
-    return source.name == "cifar-100-python.tar.gz" or (source / "cifar-100-python").is_dir()
+    return source.name == f"{CIFAR_FOLDER}.tar.gz" or (source / CIFAR_FOLDER).is_dir()
 
 
 def _official_cifar_folder(data: DataConfig, source: Path | None) -> Path:
@@ -285,7 +288,7 @@ def _official_cifar(folder: Path, split: str, class_names: list[str]) -> Iterabl
     from torchvision.datasets import CIFAR100
 
     # `download` also unpacks an archive that lies there; torchvision compares MD5 before it opens a pickle
-    images = CIFAR100(str(folder), train=split == "train", download=not (folder / "cifar-100-python").is_dir())
+    images = CIFAR100(str(folder), train=split == "train", download=not (folder / CIFAR_FOLDER).is_dir())
     for number, (image, label) in enumerate(zip(images.data, images.targets, strict=True)):
         name = class_names[label]
         yield Found(split, name, f"{split}/{name}/{number:05d}.png", partial(_png, image))

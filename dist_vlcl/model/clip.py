@@ -202,8 +202,8 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
     return TwoTowers(vision, language, tokenizer, model, size)
 
 
-def _load(model: ModelConfig) -> tuple[Any, Any]:
-    """Return open_clip's model and tokenizer, or say in words how to get the weights."""
+def unit_ids(model: ModelConfig) -> list[UnitId]:
+    """Return the units that the model will have, without building it; raises ValueError for an architecture that cannot be."""
     import open_clip
 
     open_clip.add_model_config(SMALL / "small_clip.json")
@@ -212,6 +212,21 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
         raise ValueError(
             f"model.name={model.name!r}: open_clip has no such architecture{'; did you mean ' + ', '.join(near) if near else ''}?"
         )
+    config = open_clip.get_model_config(model.name)
+    towers = {"language": config["text_cfg"], "vision": config["vision_cfg"]}
+    foreign = {"language": "hf_model_name", "vision": "timm_model_name"}  # towers of other libraries; a ResNet has a list of layers
+    depths = {branch: tower.get("layers", 12) for branch, tower in towers.items()}
+    for branch, tower in towers.items():
+        if tower.get(foreign[branch]) or not isinstance(depths[branch], int):
+            raise _without_blocks(model.name, branch)
+    return [UnitId(branch, layer) for branch, depth in depths.items() for layer in range(1, depth + 1)]
+
+
+def _load(model: ModelConfig) -> tuple[Any, Any]:
+    """Return open_clip's model and tokenizer, or say in words how to get the weights."""
+    import open_clip
+
+    unit_ids(model)
     if model.pretrained == "openai" and not model.name.endswith("-quickgelu"):
         raise ValueError(f"model.name={model.name!r}: OpenAI's weights need QuickGELU; use model.name={model.name}-quickgelu")
     source: str | None = str(SMALL / "small_clip.safetensors") if model.pretrained == "shipped" else model.pretrained
@@ -244,13 +259,15 @@ def _refuse_unknown_blocks(name: str, clip: Any) -> None:
     for branch, owner in (("vision", getattr(clip, "visual", None)), ("language", clip)):
         blocks = getattr(getattr(owner, "transformer", None), "resblocks", None)
         if not blocks or any(type(block).__name__ != "ResidualAttentionBlock" for block in blocks):
-            raise ValueError(
-                f"model.name={name!r}: its {branch} tower has no residual attention blocks; choose a ViT such as ViT-B-16-quickgelu"
-            )
+            raise _without_blocks(name, branch)
     if getattr(clip, "text_pool_type", "argmax") != "argmax":
         raise ValueError(
             f"model.name={name!r}: its language tower pools by {clip.text_pool_type!r}; only end-of-text (argmax) is supported"
         )
+
+
+def _without_blocks(name: str, branch: str) -> ValueError:
+    return ValueError(f"model.name={name!r}: its {branch} tower has no residual attention blocks; choose a ViT such as ViT-B-16-quickgelu")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_vlcl.model.units import BRANCHES, UnitId, Units
 
-FIGURES = ("gradient_norm", "gradient_mean", "gradient_variance", "update_norm", "parameter_norm")
+FIGURES = ("gradient_norm", "gradient_mean", "gradient_variance", "update_norm", "update_mean", "update_variance", "parameter_norm")
 
 
 class UnitStatistics:
@@ -31,20 +31,18 @@ class UnitStatistics:
         """Take the gradients, times `scale`, of some units of one branch, one after another in pieces of any size; a later one counts."""
         gradient_Un = self._after_Un[ids[0].branch][: len(ids)]
         _gather(gradients, gradient_Un)
-        norm_U, mean_U = torch.linalg.vector_norm(gradient_Un, dim=1), gradient_Un.mean(1)
-        variance_U = (norm_U.square() / gradient_Un.shape[1] - mean_U.square()).clamp_min(0)
-        figures_U3 = torch.stack([norm_U * scale, mean_U * scale, variance_U * scale**2], 1)
-        self.gradients |= zip(ids, figures_U3.unbind(), strict=True)
+        self.gradients |= zip(ids, (_moments(gradient_Un) * gradient_Un.new_tensor([scale, scale, scale**2])).unbind(), strict=True)
 
     def figures(self) -> Tensor:
-        """Return FIGURES of every unit, in the units' order `[units, 5]`, fp32; NaN for the gradient of a unit that has none.
+        """Return FIGURES of every unit, in the units' order `[units, 7]`, fp32; NaN for the gradient of a unit that has none.
 
         The parameters are then those before the next step.
         """
         self._gather_all(self._after_Un)
         moved = []
         for before_Un, after_Un in zip(self._before_Un.values(), self._after_Un.values(), strict=True):
-            moved.append(torch.stack([torch.linalg.vector_norm(x, dim=1) for x in (before_Un.sub_(after_Un), after_Un)], 1))
+            update_Un = torch.sub(after_Un, before_Un, out=before_Un)
+            moved.append(torch.cat([_moments(update_Un), torch.linalg.vector_norm(after_Un, dim=1, keepdim=True)], 1))
         self._before_Un, self._after_Un = self._after_Un, self._before_Un
         unknown = torch.full((3,), torch.nan, device=moved[0].device)
         gradients, self.gradients = self.gradients, {}
@@ -57,6 +55,12 @@ class UnitStatistics:
     def _gather_all(self, rows: dict[str, Tensor]) -> None:
         for branch, tensors in self.tensors.items():
             _gather(tensors, rows[branch])
+
+
+def _moments(values_Un: Tensor) -> Tensor:
+    """Return norm, mean and variance of each row `[U, 3]`."""
+    norm_U, mean_U = torch.linalg.vector_norm(values_Un, dim=1), values_Un.mean(1)
+    return torch.stack([norm_U, mean_U, (norm_U.square() / values_Un.shape[1] - mean_U.square()).clamp_min(0)], 1)
 
 
 @torch.no_grad()

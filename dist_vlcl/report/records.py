@@ -56,12 +56,21 @@ def read_units(folder: Path | str) -> "pyarrow.Table":
 
     Columns: step (int64, from 1), task (int32, from 0), branch, layer (int32, from 1), order (first, zeroth, frozen), and as float32
     gradient_norm, gradient_mean, gradient_variance (of the first-order gradient, or of the zeroth-order estimate before its sign is
-    taken; NaN for a frozen unit), update_norm (of what the step changed), parameter_norm (after the step). A skipped step has no rows.
+    taken; NaN for a frozen unit), update_norm, update_mean, update_variance (of what the
+    step changed), parameter_norm (after the step); numel (int32), how many parameters the unit has. A skipped step has no rows.
     """
     import pyarrow
     import pyarrow.parquet
 
-    types = {"step": "int64", "task": "int32", "branch": "string", "layer": "int32", "order": "string", **dict.fromkeys(FIGURES, "float")}
+    types = {
+        "step": "int64",
+        "task": "int32",
+        "branch": "string",
+        "layer": "int32",
+        "order": "string",
+        "numel": "int32",
+        **dict.fromkeys(FIGURES, "float"),
+    }
     schema = pyarrow.schema([(name, pyarrow.type_for_alias(alias)) for name, alias in types.items()])
     parts = [pyarrow.parquet.read_table(path, schema=schema) for path in sorted(Path(folder, "units").glob("step-*.parquet"))]
     return pyarrow.concat_tables([schema.empty_table(), *parts])

@@ -27,10 +27,10 @@ NAME = re.compile(r"step-(\d{8,})\.parquet")
 class UnitRecords:
     """The records of a run, kept in memory until `flush`; rank 0 writes, the others do nothing.
 
-    units: (branch, layer, order) in the order of the figures' rows. every: steps between two records, 0 for none.
+    units: (branch, layer, order, numel) in the order of the figures' rows. every: steps between two records, 0 for none.
     """
 
-    def __init__(self, folder: Path | str, units: Sequence[tuple[str, int, str]], every: int, step: int, is_main: bool = True) -> None:
+    def __init__(self, folder: Path | str, units: Sequence[tuple[str, int, str, int]], every: int, step: int, is_main: bool = True) -> None:
         """Open the folder where a resume at `step` left it: later records are dropped."""
         self.folder, self.units, self.every, self.is_main = Path(folder) / "units", units, every, is_main
         self._steps: list[tuple[int, int]] = []
@@ -61,7 +61,7 @@ class UnitRecords:
         import torch
 
         steps, tasks = np.array(self._steps).T
-        branches, layers, orders = zip(*self.units, strict=True)
+        branches, layers, orders, numels = zip(*self.units, strict=True)
         figures = torch.stack(self._figures).flatten(0, 1).cpu().numpy()
         repeats, count = len(self.units), len(steps)
         columns = {
@@ -70,6 +70,7 @@ class UnitRecords:
             "branch": list(branches) * count,
             "layer": np.tile(np.array(layers, dtype=np.int32), count),
             "order": list(orders) * count,
+            "numel": np.tile(np.array(numels, dtype=np.int32), count),
         }
         return pyarrow.table(columns | {name: figures[:, k] for k, name in enumerate(FIGURES)})
 

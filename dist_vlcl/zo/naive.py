@@ -19,6 +19,16 @@ def naive_step(loss: Callable[[Values], float], values: Values, config: ZerothOr
 
     `loss` maps values to the loss of the whole batch, with the step's one realisation of router noise and dropout.
     """
+    known: dict[str, tuple] = {
+        "granularity": ("branch", "unit"),
+        "transform": ("identity", "sign"),
+        "directions": ("gaussian",),
+        "optimizer": ("sgd",),
+    }
+    known |= {"update": ("simultaneous",), "steps_per_fo_step": (1,)}
+    for option, values_known in known.items():
+        if getattr(config, option) not in values_known:
+            raise ValueError(f"zo.{option}={getattr(config, option)!r}: the naive step knows {', '.join(map(str, values_known))} only")
     base = loss(values)
     updated = dict(values)
     for branch in sorted({name.split(".")[0] for name in values}):

@@ -142,6 +142,7 @@ def test_the_official_cifar_files(tmp_path, monkeypatch):
         (folder / split).write_bytes(pickle.dumps({"data": pixels, "fine_labels": [label % 100 for label in range(200)]}))
     raw = read_raw(DataConfig(name="cifar100", source=str(tmp_path)))
     assert (raw.class_names[1], len(raw.samples)) == ("aquarium_fish", 400)
+    assert len(read_raw(DataConfig(name="cifar100", source=str(folder))).samples) == 400  # the folder that the archive unpacks to
     sample = next(s for s in raw.samples if s.split == "test" and s.key == "baby/00102")
     assert sample.class_id == 2
     image = np.asarray(Image.open(io.BytesIO(sample.read())))

@@ -22,6 +22,8 @@ from dist_vlcl.run.units import UnitRecords
 QUICK_RUN = ["tasks.num_tasks=1", "train.epochs=2", "train.batch_size=60", "train.warmup_steps=2", "run.progress=false"]
 QUICK_RUN += ["eval.zero_shot=false", "orders.layers=[12]", "orders.rest=frozen"]
 
+NUMEL = {"vision": 201344, "language": 134272}  # of a unit of ViT-B/16
+
 # number of classes, training and test images of each
 CLASSES = {"cifar100": (100, 500, 100), "tiny_imagenet": (200, 500, 50), "imagenet_r": (200, 120, 30), "digits": (10, 144, 36)}
 UNITS = [UnitId(branch, layer) for branch in ("language", "vision") for layer in range(1, 13)]
@@ -92,13 +94,14 @@ def _record_units(folder: Path, cfg: Config, num_tasks: int, steps: int) -> None
     slopes = {branch: np.abs(rng.normal(size=num_tasks * steps)) + 0.05 for branch in ("language", "vision")}
     figures = np.empty((num_tasks * steps, len(UNITS), len(FIGURES)), dtype=np.float32)
     for column, (unit, order) in enumerate(orders.items()):
-        numel = 201344 if unit.branch == "vision" else 134272
+        numel = NUMEL[unit.branch]
         size = (0.5 if unit.branch == "vision" else 0.25) * (1 + 0.1 * unit.layer) * rng.lognormal(0, 0.3, num_tasks * steps)
         norm = {Order.FIRST: size, Order.ZEROTH: slopes[unit.branch] * math.sqrt(numel), Order.FROZEN: np.full_like(size, np.nan)}[order]
         is_sign = cfg.zo.transform == "sign" and order is Order.ZEROTH
         moved = np.full_like(size, 1e-3 * math.sqrt(numel)) if is_sign else np.nan_to_num(1e-3 * norm)
-        figures[:, column] = np.stack([norm, 0 * norm, norm**2 / numel, moved, np.ones_like(norm)], 1)
-    records = UnitRecords(folder, [(unit.branch, unit.layer, order.value) for unit, order in orders.items()], every=1, step=0)
+        figures[:, column] = np.stack([norm, 0 * norm, norm**2 / numel, moved, 0 * moved, moved**2 / numel, np.ones_like(norm)], 1)
+    units = [(unit.branch, unit.layer, order.value, NUMEL[unit.branch]) for unit, order in orders.items()]
+    records = UnitRecords(folder, units, every=1, step=0)
     for step in range(num_tasks * steps):
         records.add(step + 1, step // steps, torch.from_numpy(figures[step]))
     records.flush()

@@ -94,6 +94,8 @@ def test_adapters_are_a_function_of_the_seed():
     ("options", "error", "words"),
     [
         ({"name": "RN50", "pretrained": "random"}, ValueError, "its vision tower has no residual attention blocks"),
+        ({"name": "RN50-quickgelu", "pretrained": "openai"}, ValueError, "its vision tower has no residual attention blocks"),
+        ({"name": "ViT-B-16-SigLIP", "pretrained": "webli"}, ValueError, "its vision tower has no residual attention blocks"),
         ({"name": "ViT-B-16", "pretrained": "openai"}, ValueError, "use model.name=ViT-B-16-quickgelu"),
         ({"name": "ViT-B-61", "pretrained": "random"}, ValueError, "did you mean ViT-B-16"),
         ({"name": "tiny-4-3", "pretrained": "/no/such/file.pt"}, RuntimeError, "model.pretrained='/no/such/file.pt'"),

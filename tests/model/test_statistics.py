@@ -29,6 +29,8 @@ def test_figures_are_those_of_plain_formulas():
         moved = after - torch.cat([before[f"{id}/{name}"].flatten() for name in units[id].names])
         assert got["parameter_norm"] == pytest.approx(float(after.double().norm()), rel=1e-5)
         assert got["update_norm"] == pytest.approx(float(moved.double().norm()), rel=1e-5)
+        expected = (float(moved.double().mean()), float(moved.double().var(correction=0)))
+        assert (got["update_mean"], got["update_variance"]) == pytest.approx(expected, rel=1e-4)
         if id in gradients:
             g = gradients[id].double()
             expected = (float(g.norm()), float(g.mean()), float(g.var(correction=0)))

@@ -70,9 +70,11 @@ def test_a_power_cut_at_any_stage_of_a_save_leaves_a_loadable_checkpoint(tmp_pat
 
 
 def test_a_log_that_is_opened_again_is_on_the_disk_before_it_has_its_name(tmp_path, disk_of):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    disk = disk_of(tmp_path)
-    log = jsonl.JsonLines(tmp_path / "log.jsonl", lambda record: record["step"] < 2)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    disk = disk_of(folder)
+    log = jsonl.JsonLines(folder / "log.jsonl", lambda record: record["step"] < 2)
     log.append({"step": 2})
     for unsynced_names in (False, True):
         left = disk.left(tmp_path / str(unsynced_names), unsynced_names)

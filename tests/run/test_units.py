@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from dist_vlcl.model.statistics import FIGURES
 from dist_vlcl.report.records import read_units
 from dist_vlcl.run.units import UnitRecords
 
-UNITS = [("language", 1, "first"), ("vision", 1, "zeroth"), ("vision", 2, "frozen")]
+UNITS = [("language", 1, "first", 7), ("vision", 1, "zeroth", 9), ("vision", 2, "frozen", 9)]
 
 
 def figures(step: int) -> torch.Tensor:
-    """[U, 5]"""
-    return torch.arange(15.0).view(3, 5) + 100 * step
+    """[U, 7]"""
+    return torch.arange(21.0).view(3, 7) + 100 * step
 
 
 def go_on(folder, first: int, last: int, flush_every: int = 3, **options) -> UnitRecords:
@@ -28,12 +29,12 @@ def go_on(folder, first: int, last: int, flush_every: int = 3, **options) -> Uni
 def test_what_was_recorded_is_what_is_read(tmp_path):
     go_on(tmp_path, 1, 6)
     table = read_units(tmp_path)
-    assert table.column_names[:5] == ["step", "task", "branch", "layer", "order"]
+    assert table.column_names[:6] == ["step", "task", "branch", "layer", "order", "numel"]
     assert table["step"].to_pylist() == [s for s in range(1, 7) for _ in UNITS]
     assert table["task"].to_pylist() == [s // 5 for s in range(1, 7) for _ in UNITS]
-    assert list(zip(*(table[n].to_pylist() for n in ("branch", "layer", "order")), strict=True)) == UNITS * 6
+    assert list(zip(*(table[n].to_pylist() for n in ("branch", "layer", "order", "numel")), strict=True)) == UNITS * 6
     expected = torch.cat([figures(s) for s in range(1, 7)])
-    for k, name in enumerate(("gradient_norm", "gradient_mean", "gradient_variance", "update_norm", "parameter_norm")):
+    for k, name in enumerate(FIGURES):
         assert table[name].to_pylist() == expected[:, k].tolist()
     types = dict(zip(table.column_names, map(str, table.schema.types), strict=True))
     assert (types["step"], types["task"], types["layer"], types["branch"], types["update_norm"]) == (
