@@ -1,6 +1,8 @@
 """Secrets leave no trace: what looks like one is hidden before a text is written or printed."""
 
 import re
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 HIDDEN = "***"
@@ -24,6 +26,11 @@ def masked(text: str) -> str:
     for pattern, replacement in PATTERNS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def masked_command(words: Sequence[str]) -> str:
+    """A command line, quoted as a shell wants it, with the secrets in its words masked."""
+    return masked(shlex.join([masked(word) for word in words]))  # by word, since quotes within quotes hide one; then "--token" "word"
 
 
 def masked_values(value: Any) -> Any:

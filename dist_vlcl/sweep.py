@@ -34,6 +34,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
+from dist_vlcl.masking import masked, masked_command
 from dist_vlcl.paper import control_of, published, select, zero_shot_of
 
 STOPPED = 75  # sysexits' EX_TEMPFAIL
@@ -91,11 +92,11 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
             try:
                 run = from_hydra(compose("config", expand_paper(list(words)))).run
             except (ValueError, HydraException) as error:
-                raise ValueError(f"{shlex.join(words)}: {error}") from error
+                raise ValueError(f"{masked_command(words)}: {error}") from error
             folder = Path(run.root) / run.name
             if folder in items:
                 raise ValueError(
-                    f"{folder}: {shlex.join(items[folder].words)} and {shlex.join(words)} would share it; leave run.name to us"
+                    f"{folder}: {masked_command(items[folder].words)} and {masked_command(words)} would share it; leave run.name to us"
                 )
             items[folder] = Item(words, folder)
     return list(items.values())
@@ -210,7 +211,7 @@ def main() -> None:
             commands = commands[arguments.item : arguments.item + 1]
         items = prepare(track(commands, "checking", console=console, transient=True) if console.is_terminal else commands)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(masked(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     runner = runner_of(arguments)
     if arguments.list:

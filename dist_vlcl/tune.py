@@ -29,6 +29,7 @@ from hydra.errors import HydraException
 from rich.console import Console
 
 from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
+from dist_vlcl.masking import masked, masked_command
 from dist_vlcl.orders import PLAN_BRANCHES
 from dist_vlcl.report.records import read_records
 from dist_vlcl.report.trials import Trial, plot_trials, ranked, trial_table, write_csv
@@ -140,7 +141,7 @@ def main() -> None:
         choices = [{"orders.order": "frozen"}, *grid(cfg, several, fixed)]
         of_choice = [prepare(commands(fixed, choice, seeds, folder, arguments.holdout)) for choice in choices]
     except (ValueError, HydraException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(masked(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     runner = runner_of(arguments)
     if arguments.list:
@@ -158,7 +159,7 @@ def main() -> None:
     references = {"the same units frozen": frozen.accuracy} if frozen.accuracy is not None else {}
     if zero_shot := [next(iter(item.accuracy["zero_shot"].values())) for item in of_choice[0] if item.accuracy.get("zero_shot")]:
         references["zero-shot CLIP"] = mean(zero_shot)
-    command = f"python -m dist_vlcl.tune {shlex.join(arguments.words)} --holdout {arguments.holdout}"
+    command = f"python -m dist_vlcl.tune {masked_command(arguments.words)} --holdout {arguments.holdout}"
     tuned = write(folder, command, fixed, ranked(trials), references)
     console.print(f"\n{trial_table(ranked(trials), references).markdown()}", highlight=False, markup=False, soft_wrap=True)
     if failed := [item.folder.name for item, fate in fates.items() if fate.startswith(FAILED)]:

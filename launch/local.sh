@@ -10,7 +10,7 @@ Train on this machine:  launch/local.sh [OPTION ...] [TRAINER_OPTION=VALUE ...]
   --processes N   how many ranks (default: one per GPU, or 2)
   --engine NAME   of first-order units: ddp (default), zero0, zero1, zero2, zero3, zero3_offload (DeepSpeed)
   --module NAME   what to run (default: dist_vlcl.train)
-  --dry-run       print the command only
+  --dry-run       print the command only, as given: secrets are not hidden
   --help          this text; `python -m dist_vlcl.train --help` lists the trainer's options
 
   launch/local.sh orders=dual_hop_odd zo=mozo

@@ -18,7 +18,7 @@ Train on several machines: start this on every one, with its own --rank:
   --launcher NAME  accelerate (default) or torchrun
   --restarts N     torchrun starts all ranks again, up to N times, when one of them dies (default 0)
   --module NAME    what to run (default: dist_vlcl.train)
-  --dry-run        print the command only
+  --dry-run        print the command only, as given: secrets are not hidden
   --help           this text; `python -m dist_vlcl.train --help` lists the trainer's options
 
 The run folder and the data must be on a file system that all machines share.

@@ -32,7 +32,7 @@ run_python() {
 run_step() {
     local step status state reason word is_queued=no
     trap : TERM USR1 # Slurm signals the steps as well; this shell waits for them
-    say "start $restarts of job $job on $SLURM_JOB_NODELIST: $*"
+    say "start $restarts of job $job on $SLURM_JOB_NODELIST: ${*%%=*}" # names of options only: values may hold secrets
     # srun has to be told what sbatch was: CPUs (since Slurm 22.05), and the environment (where a site says --export=NONE). And no MPI: accelerate
     # reads its variables.
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \

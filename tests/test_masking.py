@@ -1,8 +1,10 @@
 """Claims about what is hidden before a text is written, and what is not."""
 
+import shlex
+
 import pytest
 
-from dist_vlcl.masking import masked
+from dist_vlcl.masking import masked, masked_command
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,11 @@ def test_a_secret_is_hidden_and_the_rest_is_not(text):
 )
 def test_what_is_no_secret_stays(text):
     assert masked(text) == text
+
+
+def test_a_command_hides_what_its_quotes_would_hide_from_us_and_is_else_what_a_shell_takes():
+    words = ["a b", "data.url=pipe:curl -H 'PRIVATE-TOKEN: hush' https://host/{}", "--access-token", "hush", "data.root='x'"]
+    said = masked_command(words)
+    assert "hush" not in said
+    read = shlex.split(said)
+    assert (len(read), read[0], read[4]) == (5, words[0], words[4])

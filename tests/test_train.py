@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
 from dist_vlcl.dist.world import World
 from dist_vlcl.report.records import read_units
+from dist_vlcl.run.checkpoint import load_newest
 from dist_vlcl.run.folder import RunRefused
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import Requeued, train
@@ -76,6 +77,7 @@ def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path
     assert run_ranks(run_once, size, unbroken) == ["finished"] * size
     assert run_ranks(run_once, size, broken, 3) == ["requeued"] * size
     folder = Path(broken.run.root) / "broken"
+    assert load_newest(folder).step == 4  # the step that the signal came in, which had told its flag, and one more
     assert (folder / "REQUEUE").exists() and json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] != "task"
     assert run_ranks(run_once, size, broken) == ["finished"] * size
     assert not (folder / "REQUEUE").exists()

@@ -70,6 +70,7 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
         "train.warmup_steps=0",
         "cluster.threads=1",
         "run.progress=false",
+        "run.wandb_project=https://user:hush@host",
         "--launcher",
         sys.executable,
     ]
@@ -80,6 +81,7 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
     page = (found / "tuning.md").read_text()
     assert page.index("| 1 |") < page.index("| 100000 |") < page.index("the same units frozen") < page.index("zero-shot CLIP")
     assert (found / "tuning.png").read_bytes().startswith(b"\x89PNG") and len((found / "tuning.csv").read_text().splitlines()) == 3
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
     trials = list((found / "trials").iterdir())
     assert len(trials) == 3
     for trial in trials:

@@ -13,6 +13,7 @@ from rich.progress import track
 from dist_vlcl.config import Config, hydra_main
 from dist_vlcl.data.shards import ShardError
 from dist_vlcl.data.store import open_index
+from dist_vlcl.masking import masked
 
 
 def verify(config: Config) -> None:
@@ -28,7 +29,7 @@ def verify(config: Config) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, ShardError) else 2)
     Console().print(
-        f"{index.location}: {index.count('train')} training and {index.count('test')} test images, every shard as it was written"
+        f"{masked(index.location)}: {index.count('train')} training and {index.count('test')} test images, every shard as it was written"
     )
 
 

@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import shlex
 import socket
 import subprocess
 import sys
@@ -15,14 +14,14 @@ from typing import Any
 import torch
 
 from dist_vlcl import __version__
-from dist_vlcl.masking import masked
+from dist_vlcl.masking import masked_command
 
 
 def describe_environment() -> dict[str, Any]:
     """Versions, host, code and command line of this process; of the environment's variables, none."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": masked(" ".join(map(shlex.quote, sys.argv))),
+        "command": masked_command(sys.argv),
         "code": code_version(Path(__file__).parent),
         "host": socket.gethostname(),
         "platform": platform.platform(),

@@ -232,8 +232,9 @@ def _locked(path: Path, patience_s: float = 0) -> TextIO:
                 continue
             file.close()
             raise RunBusy(f"{path} is in use by another process; wait for it, or choose another run.name") from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:  # a file system without locks
+            words = f"{path}: no lock here ({error}), so a second job would not be noticed; let no other job have this run.name"
+            warnings.warn(words, RuntimeWarning, stacklevel=2)
         return file
 
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_vlcl.masking import HIDDEN, masked, masked_command
+
 SCRIPTS = {
     "train": "one run on several nodes",
     "sweep": "many runs of the paper, a task of an array each",
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument(
         "--repository", type=Path, default=Path.cwd(), metavar="FOLDER", help="the checkout with slurm/ (default: this folder)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the script and the command, and submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the script and the command, its secrets hidden, and submit nothing")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="options of dist_vlcl.train, of the sweep, or of data.build")
     arguments = parser.parse_intermixed_args()
     script = arguments.repository / "slurm" / f"{arguments.what}.sbatch"
@@ -82,15 +84,16 @@ def main() -> None:
         if arguments.what == "sweep":
             own += [f"--array=0-{number_of_runs(arguments.options) - 1}%{arguments.parallel}"]
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(masked(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     repository, engine = str(arguments.repository.resolve()), ["--engine", arguments.engine] if arguments.engine else []
     command = ["sbatch", *own, *arguments.sbatch, f"{repository}/slurm/{arguments.what}.sbatch", *engine, *arguments.options]
     if arguments.dry_run:
         print(script.read_text())
-        print(
-            f"# source {shlex.quote(f'{repository}/slurm/site.sh')} && \\\n# DIST_VLCL_HOME={shlex.quote(repository)} {shlex.join(command)}"
-        )
+        said = masked_command(command)
+        print(f"# source {shlex.quote(f'{repository}/slurm/site.sh')} && \\\n# DIST_VLCL_HOME={shlex.quote(repository)} {said}")
+        if said != shlex.join(command):
+            print(f"# {HIDDEN}: hidden here; the job gets it as it was given")
         return
     done = subprocess.run([*IN_SITE, f"{repository}/slurm/site.sh", *command], env={**os.environ, "DIST_VLCL_HOME": repository})
     if done.returncode == NOT_FOUND:

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import os
+import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -142,6 +144,28 @@ def test_any_truncation_is_noticed(tmp_path, kept):
     assert "train/0001-000.tar: the index says 3 samples" in problem and f"found {len(samples)} in" in problem
 
 
+TWO = [("a.cls", b"0"), ("a.png", png(8)), ("b.cls", b"0"), ("b.png", png(8))]
+
+
+@pytest.mark.parametrize(
+    ("members", "damage", "found", "words"),
+    [
+        ([*TWO[:2], *TWO[:2]], lambda tar: tar, 0, "duplicate file name"),
+        (TWO, lambda tar: b"\xa5" * len(tar), 0, "invalid header"),
+        (TWO, lambda tar: tar[:148] + b"zzzzzz" + tar[154:], 0, "invalid header"),
+        (TWO, lambda tar: tar[: 2048 + 148] + b"zzzzzz" + tar[2048 + 154 :], 1, "found 1"),
+        (TWO, lambda tar: tar[:2048], 1, "found 1"),
+    ],
+    ids=["duplicate key", "garbage", "bad header", "bad header inside", "cut between two samples"],
+)
+def test_damage_is_noticed_even_where_the_index_has_the_hash_of_the_damaged_shard(tmp_path, members, damage, found, words):
+    index, shard = shard_of(tmp_path, members, count=2)
+    content = damage((tmp_path / shard.path).read_bytes())
+    (tmp_path / shard.path).write_bytes(content)
+    samples, problem = read_shard(index, replace(shard, bytes=len(content), sha256=hashlib.sha256(content).hexdigest()))
+    assert len(samples) == found and "train/0000-000.tar: the index says 2 samples" in problem and words in problem
+
+
 @pytest.mark.parametrize("suffix", ["pkl", "pth", "pyd", "png.pkl", "PKL", "json"])
 def test_members_other_than_labels_and_images_are_refused(tmp_path, suffix):
     index, shard = shard_of(tmp_path, [("a.cls", b"0"), ("a.png", png(8)), (f"a.{suffix}", b"cos\nsystem\n.")])
@@ -207,6 +231,25 @@ def test_shards_are_read_over_http(tmp_path, monkeypatch):
         (tmp_path / "tiny/train/0000-000.tar").unlink()
         _, problem = read_shard(remote, remote.shards["train"][0][0])
         assert "train/0000-000.tar: cannot be read: HTTP Error 404" in problem
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl command here, which makes the server's certificate")
+def test_shards_are_read_over_https_from_a_server_that_is_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    index, key, certificate = make_index(tmp_path), str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", key, "-out", certificate]
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *files, *subject], check=True, capture_output=True)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with served(tmp_path, tls=tls) as address:
+        with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+            Index.load(f"{address}/tiny", timeout_s=0.3)
+        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        monkeypatch.setattr(shards.urllib.request, "_opener", None)  # it may have read the certificates already
+        remote = Index.load(f"{address}/tiny", timeout_s=30)
+        remote.verify()
+    assert remote == replace(index, location=f"{address}/tiny", timeout_s=30)
 
 
 @pytest.mark.parametrize(("bad_answers", "found"), [(2, True), (99, False)])

@@ -156,6 +156,28 @@ def test_a_loss_that_is_not_finite_on_one_rank_makes_all_skip_and_names_it():
         assert before == after
 
 
+def without_a_gradient(world: World) -> list[tuple[str | None, str]]:
+    """Four steps of first-order and zeroth-order units; in the second, one number of rank 1's own gradient is infinite, its loss is not."""
+    step = make_step(world, OrderPlan("dual", "hop_odd"), STRATEGIES["mozo"])
+    outcomes = []
+    for k in range(4):
+        breaks = k == 1 and world.rank == 1
+        hook = step.first.parameters[0].register_hook(lambda g: g.index_fill(0, torch.tensor([0]), torch.inf)) if breaks else None
+        report = step(part_of(world, k, 8), Key(1, k), lr=1e-2)
+        outcomes.append((report.skipped, digest(step.state_dict())))
+        if hook:
+            hook.remove()
+    return outcomes
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_and_leaves_no_trace():
+    ours, theirs = run_ranks(without_a_gradient, 2)
+    assert ours == theirs
+    assert [why for why, _ in ours] == [None, "the gradient is not finite", None, None]
+    states = [state for _, state in ours]
+    assert states[0] == states[1] and len(set(states)) == 3  # moments are in them, too
+
+
 def astray(world: World) -> str:
     step = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"])
     if world.rank == 1:

@@ -1,6 +1,7 @@
 """Tiny sets of real shards, and a web server for them."""
 
 import io
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,11 +52,15 @@ def make_index(
 
 
 @contextmanager
-def served(folder: Path, handler: type[SimpleHTTPRequestHandler] | None = None, port: int = 0) -> Iterator[str]:
-    """The address of an http server on the loopback that serves a folder."""
+def served(
+    folder: Path, handler: type[SimpleHTTPRequestHandler] | None = None, port: int = 0, tls: ssl.SSLContext | None = None
+) -> Iterator[str]:
+    """The address of an http server on the loopback that serves a folder; of an https server with `tls`."""
     with ThreadingHTTPServer(("127.0.0.1", port), partial(handler or Quiet, directory=str(folder))) as server:
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"http{'s' if tls else ''}://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
 
 

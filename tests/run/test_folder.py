@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -56,6 +58,15 @@ def test_keys_that_may_change_are_taken_over_and_said(tmp_path):
 
 def test_differences_name_keys_that_came_and_went():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": []}}) == {"a.c": "2 -> (absent)", "a.d": "(absent) -> []"}
+
+
+def test_other_code_goes_on_and_says_so(tmp_path):
+    codes = ["one, torch 2", "one, torch 2", "two, torch 2"]
+    messages = [RunFolder.open(settings(tmp_path), CONFIG, Alone(), code=code).message for code in codes]
+    said = "; the code is not that of the last start (one, torch 2 -> two, torch 2)"
+    assert [message.endswith(said) for message in messages] == [False, False, True]
+    starts = json.loads((tmp_path / "runs/a/env.json").read_text())
+    assert [start["code_digest"] for start in starts] == codes
 
 
 def test_without_resume_an_existing_run_is_refused(tmp_path):
@@ -172,6 +183,15 @@ def test_a_folder_that_another_process_uses_is_refused(tmp_path):
                 RunFolder.open(settings(tmp_path, overwrite=overwrite), CONFIG, Alone())
         other.stdin.close()
     assert not RunFolder.open(settings(tmp_path), CONFIG, Alone()).is_new
+
+
+def test_a_file_system_without_locks_is_said_to_have_none(tmp_path, monkeypatch):
+    def no_locks(file, flags):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.warns(RuntimeWarning, match=r"runs/a: no lock .*No locks available.*; let no other job have this run\.name"):
+        assert RunFolder.open(settings(tmp_path), CONFIG, Alone()).is_new
 
 
 def test_a_start_by_the_scheduler_waits_for_ranks_that_it_had_lost_sight_of(tmp_path, monkeypatch):

@@ -255,7 +255,32 @@ def test_a_dry_run_prints_the_script_and_the_command_quoted(tmp_path, monkeypatc
     printed = capsys.readouterr().out
     assert (ROOT / "slurm/train.sbatch").read_text() in printed
     assert f"sbatch --nodes=4 --time=1:00:00 {ROOT}/slurm/train.sbatch --engine zero2 {shlex.quote(hostile)}\n" in printed
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and "hidden" not in printed
+
+
+SECRET = ["data.url='https://host/{}?token=hush'", "data.root=/hush"]  # the job knows no secret from a path, and tells neither
+
+
+def test_a_dry_run_hides_secrets_and_says_so(monkeypatch, capsys):
+    assert submit_here(monkeypatch, "train", "--dry-run", "--repository", str(ROOT), SECRET[0], "--sbatch=--export=WANDB_API_KEY=hush") == 0
+    printed = capsys.readouterr().out
+    assert "hush" not in printed and "?token=***" in printed and "WANDB_API_KEY=***" in printed and "hidden here" in printed
+
+
+@pytest.mark.parametrize(
+    ("word", "is_queued"), [("requeue", True), ("training", True), ("complete", False), ("failed", False), ("", False)]
+)
+def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_option(word, is_queued, tmp_path):
+    """The batch script itself, where Slurm's commands only answer, and the step ends with a word and status 2."""
+    answers = {"srun": f"echo {word} >$DIST_VLCL_STATUS; exit 2", "scontrol": "echo $1 node1", "squeue": "echo RUNNING None"}
+    for name, answer in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_VLCL_HOME": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    done = subprocess.run([ROOT / "slurm/train.sbatch", *SECRET], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert "start 0 of job 7" in done.stdout and "--engine ddp data.url data.root\n" in done.stdout and done.returncode == 2
+    assert "hush" not in done.stdout + done.stderr
+    assert ("requeue node1" in done.stdout) == is_queued
 
 
 @pytest.mark.parametrize(
