@@ -2,6 +2,7 @@
 
 import os
 import pkgutil
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.dist.first_order import FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig
+from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
@@ -200,7 +202,8 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        if {"-m", "--multirun"} & set(sys.argv[1:]) and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        is_multirun = any(a in ("-m", "hydra.mode=MULTIRUN") or re.match("--mu", a) for a in sys.argv[1:])
+        if is_multirun and int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise ValueError("--multirun: ranks that a launcher has started can meet for one run only; use python -m dist_vlcl.sweep")
         sys.argv[1:] = expand_paper(sys.argv[1:])
     except ValueError as error:
@@ -223,5 +226,5 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
 
 def _refuse(error: Exception, is_main: bool) -> None:
     if is_main:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(masked(f"error: {error}"), file=sys.stderr, flush=True)
     sys.exit(2)

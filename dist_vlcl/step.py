@@ -237,6 +237,11 @@ class HybridStep:
 
     def refuse_noisy_slopes(self, batch: Any, key: Key, first_label: int = 0) -> dict[str, float]:
         """Return `slope_noise` per branch; raise ValueError where it is above the limit. All ranks call this."""
+        if self.world.engine.startswith("zero3") and self.first.parameters:
+            raise ValueError(
+                "the rounding of slopes cannot be measured where ZeRO-3 takes the model apart; take zero2, or model.precision=fp32 with "
+                f"every zo.epsilon at least {FINE_EPSILON:g}"
+            )
         self.noise_is_checked = True
         noise = self.slope_noise(batch, key, first_label)
         if any(not value <= MAX_SLOPE_NOISE for value in noise.values()):
@@ -259,7 +264,7 @@ class HybridStep:
         exact = copy.deepcopy(self.towers, {id(self.towers.tokenizer): self.towers.tokenizer})
         exact.to(torch.float64 if self.is_fine else torch.float32)
         true = self.slopes(exact, few, key, directions, (), first_label)
-        return {b: float((found[b] - true[b]).norm() / true[b].norm()) for b in true if float(true[b].norm()) > 0}
+        return {b: float((found[b] - true[b]).norm() / true[b].norm()) for b in true if float(true[b].norm()) != 0}
 
     @torch.no_grad()
     def slopes(

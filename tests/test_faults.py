@@ -234,7 +234,7 @@ def test_a_run_moves_from_one_rank_to_two_and_four(tmp_path, data):
     assert run_ranks(plain, 4, moved) == ["finished"] * 4
     expected, got = (checkpoint.load_newest(folder_of(cfg)).tensors for cfg in (whole, moved))
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_second_run_is_the_first_one_again_whatever_loads_the_data(tmp_path, data):

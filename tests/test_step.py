@@ -429,7 +429,8 @@ def test_an_observed_step_tells_every_unit_s_gradient_and_update(strategy, granu
         names = [f"{id}/{name}" for name in step.towers.units[id].names]
         g = torch.cat([expected[name].flatten() for name in names])
         moved = torch.cat([(after[name] - before[name]).flatten() for name in names])
-        plain = torch.stack([g.norm(), g.mean(), g.var(correction=0), moved.norm(), torch.cat([after[n].flatten() for n in names]).norm()])
+        parts = [x for values in (g, moved) for x in (values.norm(), values.mean(), values.var(correction=0))]
+        plain = torch.stack([*(x.double() for x in parts), torch.cat([after[n].flatten() for n in names]).norm().double()])
         torch.testing.assert_close(row, plain, rtol=1e-4, atol=1e-9)
     for name, tensor in blind.towers.units.state_dict().items():
         assert torch.equal(tensor, after[name])

@@ -179,9 +179,10 @@ def test_a_block_that_there_is_not_is_refused_before_data_are_read(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_several_runs_in_one_launch_are_refused(tmp_path):
+@pytest.mark.parametrize("how", ["--multirun", "hydra.mode=MULTIRUN"])
+def test_several_runs_in_one_launch_are_refused(tmp_path, how):
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
-    command = [sys.executable, "-m", "dist_vlcl.train", "--multirun", "seed=0,1"]
+    command = [sys.executable, "-m", "dist_vlcl.train", how, "seed=0,1"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "use python -m dist_vlcl.sweep" in done.stderr and not list(tmp_path.iterdir())
 

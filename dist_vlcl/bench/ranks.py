@@ -24,21 +24,29 @@ from dist_vlcl.zo.noise import Key
 
 
 def launch(
-    processes: int, workload: Workload, device: str, steps: int, trace: str | None = None, apart: bool = False, timeout_s: float = 3600
+    processes: int,
+    workload: Workload,
+    device: str,
+    steps: int,
+    trace: str | None = None,
+    apart: bool = False,
+    threads: int | None = None,
+    timeout_s: float = 3600,
 ) -> dict[str, Any]:
     """Return what rank 0 reports of `steps` steps on `processes` ranks; raise RuntimeError with the ranks' output where they fail.
 
-    apart: take as many steps, in turn, whose gradients have been exchanged before the probes begin.
+    threads: CPU threads of a rank; by default the cores are shared among the ranks. apart: take as many steps, in turn, whose gradients
+    have been exchanged before the probes begin.
     """
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder) / "task.json", Path(folder) / "answer.json"
-        content = {"workload": asdict(workload), "device": device, "steps": steps, "trace": trace, "apart": apart, "answer": str(answer)}
-        task.write_text(json.dumps(content))
+        content = {"workload": asdict(workload), "device": device, "steps": steps, "trace": trace, "apart": apart}
+        threads = threads or max(1, len(os.sched_getaffinity(0)) // processes)
+        task.write_text(json.dumps({**content, "threads": threads, "answer": str(answer)}))
         runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        threads = str(max(1, len(os.sched_getaffinity(0)) // processes))
         done = subprocess.run(
             [*runner, "-m", "dist_vlcl.bench.ranks", str(task)],
-            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             capture_output=True,
             text=True,
             timeout=timeout_s,
@@ -98,7 +106,7 @@ def traced(path: str | None) -> Iterator[None]:
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     values = {**task["workload"], "options": tuple(tuple(pair) for pair in task["workload"]["options"])}
-    world = World.from_environment(ClusterConfig(device=task["device"]))
+    world = World.from_environment(ClusterConfig(device=task["device"], threads=task["threads"]))
     answer = work(world, Workload(**values), task["steps"], task["trace"], task["apart"])
     if world.is_main:
         Path(task["answer"]).write_text(json.dumps(answer))

@@ -1,6 +1,7 @@
 """Steps a second on several ranks: weak scaling (the same images a rank) or strong (the same images in all)."""
 
 import argparse
+import os
 
 from dist_vlcl.bench.ranks import launch
 from dist_vlcl.bench.result import Result, Table, median, spread
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", default="1,2", help="numbers of ranks with commas between (default: %(default)s)")
     parser.add_argument("--strong", action="store_true", help="--images are shared among the ranks, not for each")
     parser.add_argument("--steps", type=int, default=10, help="that are timed (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of a rank (default: the cores, shared among the most ranks, for all rows)")
     parser.add_argument("--apart", action="store_true", help="also, in turn, steps that exchange their gradients before the probes begin")
     parser.add_argument("--trace", help="write a trace of one step of rank 0, on the most ranks, to this file")
 
@@ -28,13 +30,14 @@ def run(args: argparse.Namespace) -> Result:
         sizes = [int(size) for size in args.processes.split(",")]
     except ValueError:
         raise ValueError(f"--processes {args.processes}: give numbers with commas between, such as 1,2,4") from None
+    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // max(sizes))
     rows, records = [], []
     for orders in settings_of(args):
         alone = None
         for size in sizes:
             images = args.images if args.strong else args.images * size
             trace = args.trace if size == max(sizes) else None
-            answer = launch(size, workload_of(args, orders=orders, images=images), device_of(args), args.steps, trace, args.apart)
+            answer = launch(size, workload_of(args, orders=orders, images=images), device_of(args), args.steps, trace, args.apart, threads)
             rate = images / median(answer["seconds"])
             cpu_rate = images / size / median(answer["cpu_seconds"])
             alone = alone or (rate / size, cpu_rate)

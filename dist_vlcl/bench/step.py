@@ -64,7 +64,7 @@ def counted(workload: Workload, device: str = "meta") -> dict[str, Any]:
 def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
     """Return the same as `counted`, and the seconds of each turn of naive and fast."""
     towers = workload.towers(device)
-    fast, naive = workload.step(towers, World.alone(device)), naive_step(workload, device)
+    fast, naive = workload.step(towers, World.alone(device)), naive_of(workload, device)
     batch = workload.batch(towers.image_size)
     executed = flops(lambda: fast([batch], Key(0, 0), 1e-3))
     naive_executed = flops(lambda: naive(batch, Key(0, 0), 1e-3))
@@ -80,7 +80,7 @@ def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
     }
 
 
-def naive_step(workload: Workload, device: str) -> NaiveStep:
+def naive_of(workload: Workload, device: str) -> NaiveStep:
     """Return the naive step of a workload: in fp32 whatever the fast one's precision is, since two evaluations in bf16 are no slope."""
     towers = replace(workload, precision="fp32", checkpoint=False).towers(device, context="full")
     return NaiveStep(towers, workload.orders_of(towers), workload.zeroth, workload.class_names)

@@ -15,6 +15,7 @@ from rich.progress import track
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, ShardError
 from dist_vlcl.data.store import make_shards
+from dist_vlcl.masking import masked
 
 
 def build(data: DataConfig) -> Path:
@@ -37,7 +38,7 @@ def main() -> None:
         try:
             build(config.data)
         except (ValueError, OSError, ShardError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(masked(f"error: {error}"), file=sys.stderr)
             if isinstance(error, URLError):
                 print(
                     f"No download from here? Get the official archive on another machine, and give it (or the folder that it unpacks to): "

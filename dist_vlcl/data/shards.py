@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import tarfile
 import tempfile
@@ -374,6 +375,7 @@ def _patiently(read: Callable[[float], bytes], url: str, timeout_s: float, refus
         except (OSError, HTTPException) as error:
             left_s = deadline - time.monotonic()
             is_final = isinstance(error, InvalidURL) or (isinstance(error, urllib.error.HTTPError) and error.code < 500)
+            is_final |= isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)  # which no waiting mends
             if is_final or attempt >= refusals or left_s <= 0:
                 if isinstance(error, OSError):
                     raise

@@ -26,7 +26,7 @@ def verify(config: Config) -> None:
         index = open_index(config.data)
         index.verify(with_bar)
     except (ValueError, OSError, ShardError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(masked(f"error: {error}"), file=sys.stderr)
         sys.exit(1 if isinstance(error, ShardError) else 2)
     Console().print(
         f"{masked(index.location)}: {index.count('train')} training and {index.count('test')} test images, every shard as it was written"

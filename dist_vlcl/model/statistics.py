@@ -1,6 +1,6 @@
-"""Per step and unit: the size of its gradient, of its update and of its parameters (METHOD 2.11)."""
+"""Per step and unit: norm, mean and variance of its gradient and of its update, and the norm of its parameters (METHOD 2.11)."""
 
-# U units of a branch, n numbers of a unit
+# U units of a branch, n numbers of a unit, F figures
 
 from collections.abc import Sequence
 
@@ -34,7 +34,7 @@ class UnitStatistics:
         self.gradients |= zip(ids, (_moments(gradient_Un) * gradient_Un.new_tensor([scale, scale, scale**2])).unbind(), strict=True)
 
     def figures(self) -> Tensor:
-        """Return FIGURES of every unit, in the units' order `[units, 7]`, fp32; NaN for the gradient of a unit that has none.
+        """Return FIGURES of every unit, in the units' order `[U, F]`, F of them, fp32; NaN for the gradient of a unit that has none.
 
         The parameters are then those before the next step.
         """

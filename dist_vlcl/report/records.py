@@ -56,8 +56,8 @@ def read_units(folder: Path | str) -> "pyarrow.Table":
 
     Columns: step (int64, from 1), task (int32, from 0), branch, layer (int32, from 1), order (first, zeroth, frozen), and as float32
     gradient_norm, gradient_mean, gradient_variance (of the first-order gradient, or of the zeroth-order estimate before its sign is
-    taken; NaN for a frozen unit), update_norm, update_mean, update_variance (of what the
-    step changed), parameter_norm (after the step); numel (int32), how many parameters the unit has. A skipped step has no rows.
+    taken; NaN for a frozen unit), update_norm, update_mean, update_variance (of what the step changed), parameter_norm (after it). numel
+    (int32) is how many parameters the unit has. A skipped step has no rows.
     """
     import pyarrow
     import pyarrow.parquet

@@ -42,11 +42,11 @@ class UnitRecords:
         """Whether the step of this number, counted from 1, is to be recorded: the same on every rank."""
         return self.every > 0 and (step - 1) % self.every == 0
 
-    def add(self, step: int, task: int, figures_U5: "Tensor") -> None:
+    def add(self, step: int, task: int, figures_UF: "Tensor") -> None:
         """Keep the FIGURES of every unit after a step."""
         if self.is_main:
             self._steps.append((step, task))
-            self._figures.append(figures_U5)
+            self._figures.append(figures_UF)
 
     def flush(self) -> None:
         """Write what was kept as one part; call it before the checkpoint of the same step."""

@@ -11,24 +11,26 @@ from torch import Tensor
 from dist_vlcl.zo.noise import Key, normals
 from dist_vlcl.zo.strategies import ZerothOrderConfig
 
+KNOWN: dict[str, tuple] = {
+    "estimator": ("finite_difference",),
+    "granularity": ("branch", "unit"),
+    "transform": ("identity", "sign"),
+    "directions": ("gaussian",),
+    "optimizer": ("sgd",),
+    "steps_per_fo_step": (1,),
+}
 Values = dict[str, Tensor]  # "vision.3/down_weight" -> tensor
 
 
 def naive_step(loss: Callable[[Values], float], values: Values, config: ZerothOrderConfig, key: Key, lr: float) -> Values:
     """Return the values after one simultaneous step of `config` (SGD, one step per FO step), branch by branch.
 
-    `loss` maps values to the loss of the whole batch, with the step's one realisation of router noise and dropout.
+    `loss` maps values to the loss of the whole batch, with the step's one realisation of router noise and dropout. Raises ValueError for
+    options that it does not know.
     """
-    known: dict[str, tuple] = {
-        "granularity": ("branch", "unit"),
-        "transform": ("identity", "sign"),
-        "directions": ("gaussian",),
-        "optimizer": ("sgd",),
-    }
-    known |= {"update": ("simultaneous",), "steps_per_fo_step": (1,)}
-    for option, values_known in known.items():
-        if getattr(config, option) not in values_known:
-            raise ValueError(f"zo.{option}={getattr(config, option)!r}: the naive step knows {', '.join(map(str, values_known))} only")
+    for option, allowed in KNOWN.items():
+        if getattr(config, option) not in allowed:
+            raise ValueError(f"zo.{option}={getattr(config, option)!r}: the naive step knows {', '.join(map(str, allowed))} only")
     base = loss(values)
     updated = dict(values)
     for branch in sorted({name.split(".")[0] for name in values}):

@@ -18,6 +18,7 @@ from dist_vlcl.zo.transform import TRANSFORMS, Adam, Moments, gradient, transfor
 
 GRANULARITIES = ("branch", "unit", "joint")
 EVALUATIONS = ("auto", "whole", "delta")
+MIN_EPSILON = 1e-7  # losses are rounded to 2^-32: below it differences of losses are that rounding, or 0
 
 
 @dataclass
@@ -56,8 +57,8 @@ class ZerothOrderConfig:
                 raise ValueError(f"zo.{option}={getattr(self, option)!r}: choose from {', '.join(map(str, allowed))}")
         self.make_estimator()
         for branch in ("language", "vision"):
-            if not self.epsilon.get(branch, 0) > 0:
-                raise ValueError(f"zo.epsilon.{branch}={self.epsilon.get(branch)}: give a positive number")
+            if not self.epsilon.get(branch, 0) >= MIN_EPSILON:
+                raise ValueError(f"zo.epsilon.{branch}={self.epsilon.get(branch)}: give a number of at least {MIN_EPSILON:g}, such as 1e-3")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"zo.clip={self.clip}: give a positive number, or null")
         if self.granularity == "joint" and self.update == "sequential":

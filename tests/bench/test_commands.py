@@ -57,7 +57,7 @@ def test_a_benchmark_runs(command, tmp_path, capsys):
 
 def test_a_fast_step_in_bf16_is_measured_beside_a_naive_one_in_fp32(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(step, "naive_step", lambda *arguments, make=step.naive_step: (made.append(make(*arguments)), made[-1])[1])
+    monkeypatch.setattr(step, "naive_of", lambda *arguments, make=step.naive_of: (made.append(make(*arguments)), made[-1])[1])
     main(["step", *RUNS["step"].split(), "--precision", "bf16", "--json", str(tmp_path / "result.json")])
     saved = json.loads((tmp_path / "result.json").read_text())
     [[*_, naive_s, fast_s, _, rate]], [record] = saved["tables"][0]["rows"], saved["records"]

@@ -244,7 +244,7 @@ def test_shards_are_read_over_https_from_a_server_that_is_known(tmp_path, monkey
     tls.load_cert_chain(certificate, key)
     with served(tmp_path, tls=tls) as address:
         with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
-            Index.load(f"{address}/tiny", timeout_s=0.3)
+            Index.load(f"{address}/tiny", timeout_s=30)
         monkeypatch.setenv("SSL_CERT_FILE", certificate)
         monkeypatch.setattr(shards.urllib.request, "_opener", None)  # it may have read the certificates already
         remote = Index.load(f"{address}/tiny", timeout_s=30)

@@ -1,7 +1,7 @@
 """Claims about the distributed step: ranks agree bit for bit, and the number of ranks does not change what is learned."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -200,6 +200,31 @@ def asked_to_stop(world: World) -> list[bool]:
 
 def test_a_stop_asked_of_one_rank_reaches_all_in_the_same_step():
     assert run_ranks(asked_to_stop, 2) == [[False, True], [False, True]]
+
+
+def astray_in_the_second_exchange(world: World) -> list[tuple]:
+    """Best of three asks for its candidates' losses in an exchange of its own; rank 1's are not finite there, and it asks to stop."""
+    step, outcomes = make_step(world, OrderPlan("dual", "all"), STRATEGIES["conservative"]), []
+    gather, calls = world.gather, itertools.count()
+    for k in range(2):
+        if k == 1 and world.rank == 1:
+            world.gather = lambda vector, what: gather(vector * (torch.nan if next(calls) == 1 else 1), what)  # type: ignore[method-assign]
+        report = step(part_of(world, k, 4), Key(1, k), lr=1e-3, stop=k == 1 and world.rank == 1)
+        outcomes.append((report.skipped, report.stop, report.count, digest(step.towers.units.state_dict())))
+    return outcomes
+
+
+@pytest.mark.parametrize("direction_groups", [1, 2])
+def test_what_is_not_finite_in_the_second_exchange_is_skipped_by_all_which_still_stop(direction_groups):
+    ours, theirs = run_ranks(astray_in_the_second_exchange, 2) if direction_groups == 1 else run_ranks(in_two_groups, 2)
+    assert ours == theirs
+    (fine, stop, _, before), (skipped, stopped, count, after) = ours
+    assert (fine, stop, stopped, count) == (None, False, True, 4) and after == before
+    assert skipped == "the loss is not finite on rank [1]"
+
+
+def in_two_groups(world: World) -> list[tuple]:
+    return astray_in_the_second_exchange(replace(world, direction_groups=2))
 
 
 def wire(world: World, strategy: str) -> list[tuple[list[tuple[str, int]], int, int]]:
