@@ -265,9 +265,10 @@ def test_a_run_from_another_kind_of_device_takes_the_journals_steps_again(tmp_pa
     assert run_ranks(plain, 1, moved, 2) == ["requeued"]
     saved = checkpoint.load_newest(folder_of(moved))
     checkpoint.save(folder_of(moved), saved.step, saved.tensors, {**saved.state, "device": "cuda"})
-    line = (folder_of(whole) / "journal.jsonl").read_text().splitlines()[saved.step]
-    with open(folder_of(moved) / "journal.jsonl", "a") as journal:
-        journal.write(line + "\n")
+    for file, first in (("journal.jsonl", 0), ("metrics.jsonl", 1)):  # as a step beyond the checkpoint leaves them
+        line = (folder_of(whole) / file).read_text().splitlines()[first + saved.step]
+        with open(folder_of(moved) / file, "a") as lines:
+            lines.write(line + "\n")
     train(moved, World.alone())
     assert "saved on cuda, resumed on cpu" in capsys.readouterr().out
     assert equal(whole, moved)
