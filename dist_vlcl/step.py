@@ -167,6 +167,11 @@ class HybridStep:
         self.is_fine = any(zeroth.epsilon[branch] < FINE_EPSILON for branch in self.flats)
         self.noise_is_checked = not self.flats or (towers.config.precision == "fp32" and not self.is_fine)
         self.first: FirstOrder = first_order_of(towers)
+        if not self.noise_is_checked and world.engine.startswith("zero3") and self.first.parameters:
+            raise ValueError(
+                "the rounding of slopes cannot be measured where ZeRO-3 takes the model apart; take zero2, or model.precision=fp32 with "
+                f"every zo.epsilon at least {FINE_EPSILON:g}"
+            )
         names = {id(t): f"{address}/{name}" for address, unit in units.items() for name, t in unit.tensors().items()}
         self.first_names = [names[id(p)] for p in self.first.parameters]
         place = {name: k for k, name in enumerate(self.first_names)}
@@ -237,11 +242,6 @@ class HybridStep:
 
     def refuse_noisy_slopes(self, batch: Any, key: Key, first_label: int = 0) -> dict[str, float]:
         """Return `slope_noise` per branch; raise ValueError where it is above the limit. All ranks call this."""
-        if self.world.engine.startswith("zero3") and self.first.parameters:
-            raise ValueError(
-                "the rounding of slopes cannot be measured where ZeRO-3 takes the model apart; take zero2, or model.precision=fp32 with "
-                f"every zo.epsilon at least {FINE_EPSILON:g}"
-            )
         self.noise_is_checked = True
         noise = self.slope_noise(batch, key, first_label)
         if any(not value <= MAX_SLOPE_NOISE for value in noise.values()):

@@ -164,6 +164,7 @@ BAD = {
     "zo.directions=cauchy": "zo.directions='cauchy': choose from",
     "zo.granularity=layer": "zo.granularity='layer': choose from",
     "zo.epsilon.vision=0": "zo.epsilon.vision=0.0: give a number of at least 1e-07",
+    "zo.epsilon.vision=9e-8": "zo.epsilon.vision=9e-08: give a number of at least 1e-07",
     "zo.clip=-1": "zo.clip=-1.0: give a positive number",
     "zo.probes=0": "zo.probes=0: give a positive number",
     "zo.probes=255": "at most 254",

@@ -12,7 +12,7 @@ from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.step import MAX_SLOPE_NOISE, HybridStep
 from dist_vlcl.train import build_towers
 from dist_vlcl.zo.noise import Key
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.strategies import MIN_EPSILON, ZerothOrderConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_clip import LORA, MLP_LORA, MOE, NAMES, batch_of, tiny_clip
 from tests.test_step import STRATEGIES, in_float64
@@ -122,6 +122,28 @@ def test_an_epsilon_too_small_for_two_evaluations_in_fp32_is_refused(branch, pre
     said = f"model.precision={precision} .* of a {branch} slope; .*Take zo.evaluation=delta or .*a larger zo.epsilon"
     with pytest.raises(ValueError, match=said):
         step_of(OrderPlan(branch, "all"), zeroth, precision=precision)([batch_of(16, len(CLASSES))], KEY, LR)
+
+
+@pytest.mark.parametrize("evaluation", ["whole", "delta"])
+def test_the_least_epsilon_that_is_let_in_is_refused_by_what_is_measured(evaluation):
+    """Not passed because nothing could be measured: losses are rounded, and a slope of 0 has no relative rounding."""
+    zeroth = ZerothOrderConfig(epsilon=dict.fromkeys(("language", "vision"), MIN_EPSILON), evaluation=evaluation)
+    step = step_of(OrderPlan("dual", "all"), zeroth)
+    noise = step.slope_noise(batch_of(16, len(CLASSES)), KEY)
+    assert noise.keys() == {"language", "vision"} and min(noise.values()) > MAX_SLOPE_NOISE
+    with pytest.raises(ValueError, match=r"a larger zo\.epsilon"):
+        step([batch_of(16, len(CLASSES))], KEY, LR)
+
+
+def test_what_cannot_be_measured_under_zero3_is_refused_before_a_step():
+    apart = dataclasses.replace(World.alone(), engine="zero3")
+    for options in (
+        {"precision": "bf16", "zeroth": ZerothOrderConfig()},
+        {"zeroth": ZerothOrderConfig(epsilon={"language": 1e-5, "vision": 1e-3})},
+    ):
+        with pytest.raises(ValueError, match="take zero2"):
+            step_of(OrderPlan("dual", "hop_odd"), **options, world=apart)
+        step_of(OrderPlan("dual", "all", rest="frozen"), **options, world=apart)  # no first-order units: nothing is taken apart
 
 
 def test_a_small_epsilon_runs_in_fp32_where_its_rounding_is_little():

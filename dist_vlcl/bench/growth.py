@@ -63,9 +63,8 @@ def in_tasks(workload: Workload, tasks: Collection[int], device: str = "meta") -
         step = workload.step(workload.towers(device), World.alone(device))
         batch = workload.batch(step.towers.image_size)
         for task in range(1, max(tasks) + 1):
-            step.begin(
-                [f"{name} {chr(ord('a') + task % 26)}" for name in workload.class_names]
-            )  # other classes, prompts of the same length
+            letter = chr(ord("a") + task % 26)  # other classes, prompts of the same length
+            step.begin([f"{name} {letter}" for name in workload.class_names])
             counts[task] = flops_of(partial(step, [batch], Key(0, task), 1e-3))
     return {task: counts[task] for task in tasks}
 

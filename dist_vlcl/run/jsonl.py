@@ -24,7 +24,7 @@ class JsonLines:
         replace_file(path, "".join(map(line_of, self.kept)))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, it stays open as long as the run
         self._waiting, self._failures = b"", 0
-        self._size, self._unsynced = path.stat().st_size, b""  # what the disk is known to have, and what was written since
+        self._size, self._unsynced = path.stat().st_size, bytearray()  # what the disk is known to have, and what was written since
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line."""
@@ -43,10 +43,10 @@ class JsonLines:
         try:
             os.fsync(self._file.fileno())
         except OSError:  # is told once; the next fsync would call good what was lost
-            self._waiting, self._unsynced = self._unsynced, b""
+            self._waiting, self._unsynced = bytes(self._unsynced), bytearray()
             self._file.truncate(self._size)
             raise
-        self._size, self._unsynced = self._size + len(self._unsynced), b""
+        self._size, self._unsynced = self._size + len(self._unsynced), bytearray()
 
     def close(self) -> None:
         """Write what still waits, and no more; harmless when repeated."""
