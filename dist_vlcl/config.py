@@ -159,7 +159,9 @@ def from_hydra(options: DictConfig) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """Return the configuration that a run has written, checked."""
+    """Return the configuration that a run has written, checked; raises FileNotFoundError or ValueError in words for its user."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: give the folder of a run")
     saved = OmegaConf.create(yaml.safe_load(path.read_text()))
     schema = OmegaConf.structured(Config)
     if "kind" in saved.adapter:

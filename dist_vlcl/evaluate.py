@@ -43,8 +43,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/NAME")
     folder = parser.parse_args().run
-    if not (folder / "config.yaml").exists():
-        sys.exit(f"error: {folder}/config.yaml is missing: give the folder of a run")
     world = World.alone()
     try:
         cluster = load_config(folder / "config.yaml").cluster

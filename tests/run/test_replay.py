@@ -25,6 +25,12 @@ EVERY_OPTION = ["orders.layers=[2]", "orders.rest=frozen", "zo=conservative", "z
 EVERY_OPTION += ["zo.update=sequential", "zo.probes=2", "run.save_every_steps=2"]
 
 
+@pytest.mark.parametrize("module", ["dist_vlcl.run.replay", "dist_vlcl.evaluate"])
+def test_a_folder_that_is_no_run_is_told_in_words(tmp_path, module):
+    done = subprocess.run([sys.executable, "-m", module, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and "config.yaml is missing: give the folder of a run" in done.stderr
+
+
 def run_folder(cfg: Config) -> Path:
     return Path(cfg.run.root) / cfg.run.name
 
