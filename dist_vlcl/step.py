@@ -80,7 +80,7 @@ class BatchLosses:
     @torch.no_grad()
     def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
         """Return the mean loss over the global batch of each candidate. One exchange of float64 sums. All ranks call this."""
-        sums = torch.zeros(len(candidates), dtype=torch.float64)
+        sums = torch.zeros(len(candidates), dtype=torch.float64, device=self.world.device)
         places: dict[int, dict[str, int]] = {}  # of this rank's candidates: which of K features each reads
         offsets: dict[str, list[Tensor]] = {branch: [] for branch in self.flats}
         for k in self._own(candidates):
@@ -93,7 +93,7 @@ class BatchLosses:
             for k, place in places.items():
                 image_BF, text_CF = features["vision"][place["vision"]], features["language"][place["language"]]
                 sums[k] += self._loss_sum(image_BF, text_CF, part)
-        return self._exchange(sums)
+        return self._exchange(sums.cpu())
 
     def _own(self, candidates: Sequence[Candidate]) -> list[int]:
         """Return which candidates this rank's direction group evaluates: of those that perturb the same branches, every G-th."""
@@ -124,7 +124,7 @@ class BatchLosses:
     def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: dict) -> Tensor:
         logits_BC = (self.towers.logit_scale * image_BF @ text_CF.T).double()
         losses_B = F.cross_entropy(logits_BC, part["labels"], reduction="none")[: part["real"]]
-        return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum().cpu()
+        return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum()
 
     def _exchange(self, sums: Tensor) -> list[float]:
         """Return mean losses from every rank's sums; with the first ride counts, stop flags, and how long each rank was at work."""

@@ -13,6 +13,7 @@ normals agree to the last bits of log, sin and cos, so ranks compare a first dir
 
 import functools
 import hashlib
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,9 +66,14 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2s(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def philox4x32(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four 32-bit words of each counter, as int64 tensors in [0, 2^32), for four int64 counter tensors that broadcast."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+def philox4x32(counter: tuple[Tensor | int, ...], seed: int) -> Tensor:
+    """Return the four 32-bit words of each counter, as int32 `[..., 4]`; a counter is four int64 tensors or numbers that broadcast."""
+    device = next(c.device for c in counter if isinstance(c, Tensor))
+    c0, c1, c2, c3 = torch.broadcast_tensors(*[c if isinstance(c, Tensor) else torch.full((), c, device=device) for c in counter])
+    if device.type == "cuda" and _has_kernel():
+        from dist_vlcl.zo.kernel import philox
+
+        return philox((c0, c1, c2, c3), seed)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps in int64, yet all 64 bits of the product are right
@@ -77,20 +83,26 @@ def philox4x32(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, 
         )
         c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1 & _MASK, c2, c3 & _MASK
+    return torch.stack((c0, c1, c2, c3), -1).int()  # keeps the low half
 
 
-def _to_normals(words: tuple[Tensor, ...]) -> Tensor:
-    """Box-Muller: four words `[M]` to fp32 normals `[M, 4]`."""
+@functools.cache
+def _has_kernel() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _to_normals(words: Tensor) -> Tensor:
+    """Box-Muller: words `[..., 4]` to fp32 normals `[..., 4]`."""
+    w0, w1, w2, w3 = ((word.long() & _MASK).float() for word in words.unbind(-1))
     inverse = 2.0**-32
-    radius = [torch.sqrt(-2.0 * torch.log((w.float() + 1.0) * inverse)) for w in (words[0], words[2])]
-    angle = [w.float() * (2 * math.pi * inverse) for w in (words[1], words[3])]
+    radius = [torch.sqrt(-2.0 * torch.log((w + 1.0) * inverse)) for w in (w0, w2)]
+    angle = [w * (2 * math.pi * inverse) for w in (w1, w3)]
     return torch.stack([r * f(a) for r, a in zip(radius, angle, strict=True) for f in (torch.cos, torch.sin)], -1)
 
 
-def _to_signs(words: tuple[Tensor, ...]) -> Tensor:
-    """Four words `[M]` to signs +-1 `[M, 128]` in fp32, the lowest bit first: 8 at a time, from a table of all bytes."""
-    bytes_n = torch.stack(words, -1).int().view(torch.uint8).flatten()  # int64 to int32 keeps the low half
+def _to_signs(words: Tensor) -> Tensor:
+    """Words `[M, 4]` to signs +-1 `[M, 128]` in fp32, the lowest bit first: 8 at a time, from a table of all bytes."""
+    bytes_n = words.view(torch.uint8).flatten()
     return _sign_table(bytes_n.device).index_select(0, bytes_n.int()).view(-1, SIGNS_PER_COUNTER)
 
 
@@ -100,9 +112,10 @@ def _sign_table(device: torch.device) -> Tensor:
     return (bits * 2 - 1).float()
 
 
-def _to_uniforms16(words: tuple[Tensor, ...]) -> Tensor:
-    """Four words to eight integers in [0, 2^16), on a new last axis, as int32."""
-    return torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], -1).int()
+def _at_least(words: Tensor, least: int) -> Tensor:
+    """Words `[R, M, 4]` to whether each of their halves, whole numbers in [0, 2^16), is at least `least`: `[R, 8 M]`, the low half first."""
+    halves = words.view(torch.int16).flatten(1)
+    return (halves ^ -(1 << 15)) >= least - (1 << 15)  # the sign flipped: in the order of numbers without one
 
 
 class NoiseField:
@@ -127,10 +140,9 @@ class NoiseField:
 
     def _draw(self, key: Key, stream: int, width: int, convert) -> Tensor:
         block_M, id_M, keep = self._table(width)
-        step, row = (torch.tensor(v, device=self.device) for v in (key.step, stream))
         chunk = _chunk(self.device)
         parts = [
-            convert(philox4x32((block, ids, step, row), key.seed)).flatten()
+            convert(philox4x32((block, ids, key.step, stream), key.seed)).flatten()
             for block, ids in zip(block_M.split(chunk), id_M.split(chunk), strict=True)
         ]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros(0, device=self.device)
@@ -153,7 +165,7 @@ class NoiseField:
 
 def normals(name: str, numel: int, key: Key, stream: int) -> Tensor:
     """Return the noise of one parameter `[n]`: the slow, clear way to what a `NoiseField` draws for many."""
-    counter = (torch.arange(-(-numel // NORMALS_PER_COUNTER)), *(torch.tensor(v) for v in (name_id(name), key.step, stream)))
+    counter = (torch.arange(-(-numel // NORMALS_PER_COUNTER)), name_id(name), key.step, stream)
     return _to_normals(philox4x32(counter, key.seed)).flatten()[:numel]
 
 
@@ -165,17 +177,15 @@ def normals_by_row(name: str, rows_R: Tensor, numel: int, key: Key, stream: int)
 def kept_by_row(name: str, rows_R: Tensor, numel: int, drop: float, key: Key, stream: int) -> Tensor:
     """Return a dropout mask `[R, numel]`, True where kept; P(drop) is `drop` rounded to 2^-16; a shorter numel is a prefix."""
     parts = [
-        _to_uniforms16(_row_words(name, rows, -(-numel // UNIFORMS_PER_COUNTER), key, stream)).flatten(1)[:, :numel] >= round(drop * 65536)
+        _at_least(_row_words(name, rows, -(-numel // UNIFORMS_PER_COUNTER), key, stream), min(round(drop * 65536), 65535))[:, :numel]
         for rows in rows_R.split(max(1, _chunk(rows_R.device) * UNIFORMS_PER_COUNTER // max(numel, 1)))
     ]
     return torch.cat(parts) if parts else torch.zeros(0, numel, dtype=torch.bool, device=rows_R.device)
 
 
-def _row_words(name: str, rows_R: Tensor, counters: int, key: Key, stream: int) -> tuple[Tensor, ...]:
-    device = rows_R.device
-    block = torch.arange(counters, device=device)[None]
-    ids, step = (torch.tensor(v, device=device) for v in (name_id(name), key.step))
-    return philox4x32((block, ids, step, stream + 256 * rows_R.long()[:, None]), key.seed)
+def _row_words(name: str, rows_R: Tensor, counters: int, key: Key, stream: int) -> Tensor:
+    block = torch.arange(counters, device=rows_R.device)[None]
+    return philox4x32((block, name_id(name), key.step, stream + 256 * rows_R.long()[:, None]), key.seed)
 
 
 class StepNoise:

@@ -1,0 +1,110 @@
+"""What holds on a CPU holds on a GPU: the same noise, the same step, the same pixels, and runs that an interruption does not change."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from dist_vlcl.data.order import generator
+from dist_vlcl.data.transforms import TestTransform, TrainTransform, resize_batch
+from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
+from dist_vlcl.dist.world import ClusterConfig, World
+from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.orders import OrderPlan, assign
+from dist_vlcl.run.replay import rebuild
+from dist_vlcl.step import MAX_SLOPE_NOISE, HybridStep
+from dist_vlcl.zo.noise import Key, NoiseField, Segment, kept_by_row, normals_by_row, philox4x32
+from tests.helpers.tiny_clip import LORA, MOE, NAMES, batch_of, tiny_clip
+from tests.test_step import STRATEGIES, in_float64
+from tests.test_train import TINY, configured, last_tensors, run_once
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+KEY, LR, CLASSES = Key(0x9ABC_DEF0_1234_5678, 7), 0.01, NAMES[:3]
+ADAPTERS = {"moe": MOE, "top 2 of 3": MoEConfig(experts=3, top_k=2, bottleneck=4), "lora": LORA}
+SEGMENTS = [Segment("vision.1/up_weight", 5, 1_500_003), Segment("language.2/router", 0, 6)]
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32():
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.mark.parametrize("seed", [0, 1, KEY.seed, 2**63, 2**64 - 1])
+def test_words_signs_and_masks_have_the_bits_of_the_cpu_and_normals_nearly(seed):
+    key, rows = Key(seed, KEY.step), torch.tensor([0, 3, 70_000, 2**24 - 1])
+    counter = (torch.arange(1000)[None], 2**32 - 1, 0, 256 * rows[:, None] + 255)
+    on_gpu = tuple(c.cuda() if isinstance(c, torch.Tensor) else c for c in counter)
+    assert torch.equal(philox4x32(on_gpu, seed).cpu(), philox4x32(counter, seed))
+    fields = [NoiseField(SEGMENTS, device) for device in ("cpu", "cuda")]
+    assert torch.equal(*[field.signs(key, 2).cpu() for field in fields])
+    torch.testing.assert_close(*[field.normals(key, 2).cpu() for field in fields], rtol=0, atol=1e-6)
+    assert torch.equal(*[kept_by_row("a", rows.to(device), 1001, 0.1, key, 255).cpu() for device in ("cpu", "cuda")])
+    torch.testing.assert_close(*[normals_by_row("a", rows.to(d), 9, key, 254).cpu() for d in ("cpu", "cuda")], rtol=0, atol=1e-6)
+
+
+def step_on(device, plan, zeroth, adapter=MOE, precision="fp32", double=True):
+    towers, world = tiny_clip(adapter=adapter, precision=precision).to(device), World.alone(device)
+    step = HybridStep(towers, assign(towers.units, plan), zeroth, lambda m: FirstOrder(world, FirstOrderConfig(), m), world)
+    if double:
+        in_float64(step)
+    step.begin(CLASSES)
+    return step
+
+
+def check_step(plan, zeroth, adapter=MOE):
+    """In float64; the draws agree to the last bits of float32."""
+    steps = [step_on(device, plan, zeroth, adapter) for device in ("cpu", "cuda")]
+    for k in range(2):
+        reports = [step([batch_of(4, len(CLASSES), seed=k)], Key(9, k), LR) for step in steps]
+        assert reports[1].loss == pytest.approx(reports[0].loss, abs=1e-6) and reports[1].skipped is None
+    on_cpu, on_gpu = (step.adapters() for step in steps)
+    for name, tensor in on_cpu.items():
+        assert on_gpu[name].is_cuda
+        torch.testing.assert_close(on_gpu[name].cpu(), tensor, rtol=0, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("evaluation", ["whole", "delta"])
+@pytest.mark.parametrize("layers", ["all", "hop_odd", "suffix"])
+@pytest.mark.parametrize("branch", ["vision", "language", "dual"])
+def test_a_step_is_that_of_the_cpu(branch, layers, evaluation):
+    check_step(OrderPlan(branch, layers), dataclasses.replace(STRATEGIES["conservative"], evaluation=evaluation))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_so_it_is_with_every_adapter_and_strategy(adapter, strategy):
+    check_step(OrderPlan("dual", "hop_odd"), STRATEGIES[strategy], ADAPTERS[adapter])
+
+
+@pytest.mark.parametrize("branch", ["vision", "language", "dual"])
+def test_slopes_in_bf16_by_delta_forward_are_fit(branch):
+    step = step_on("cuda", OrderPlan(branch, "all"), STRATEGIES["naive"], precision="bf16", double=False)
+    noise = step.slope_noise(batch_of(16, len(CLASSES)), KEY)
+    assert noise and all(0 <= value < MAX_SLOPE_NOISE for value in noise.values())
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 224), (100, 61, 32), (256, 256, 224)])
+def test_the_batched_resize_has_the_bits_of_the_cpu(height, width, size):
+    images = torch.from_numpy(np.random.default_rng(height).integers(0, 256, (70, height, width, 3), dtype=np.uint8))
+    for transform in (TrainTransform(size, scale=(0.3, 1.0)), TestTransform(size)):
+        plans = [transform.plan(height, width, generator(number)) for number in range(len(images))]
+        assert torch.equal(resize_batch(images.cuda(), plans, size).cpu(), resize_batch(images, plans, size))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("orders", ["orders=dual_hop_odd", "orders=first", "orders=dual_all"])
+def test_a_run_on_a_gpu_continues_where_it_was_stopped_bit_for_bit(tmp_path, orders, precision):
+    options = [*TINY, "cluster.device=cuda", orders, f"model.precision={precision}", "run.save_every_steps=4"]
+    world = World.from_environment(ClusterConfig(device="cuda"))
+    assert world.device.type == "cuda"
+    whole, stopped = (configured(tmp_path, *options, f"run.name={name}") for name in ("whole", "stopped"))
+    assert run_once(world, whole) == "finished"
+    assert run_once(world, stopped, stop_at=6) == "requeued"
+    assert run_once(world, stopped) == "finished"
+    expected, found = last_tensors(whole), last_tensors(stopped)
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+    if orders == "orders=dual_all":
+        rebuilt = rebuild(tmp_path / "runs" / "whole", device="cuda").tensors
+        assert rebuilt and all(torch.equal(tensor, expected[name]) for name, tensor in rebuilt.items())
