@@ -9,9 +9,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# The server imports torch once; each rank is then a cheap fork of it.
+# The server imports all of it once; each rank is then a cheap fork.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "accelerate", "open_clip", "dist_vlcl.train"])
+_context.set_forkserver_preload(["tests.helpers.warm"])
 
 
 def free_port() -> int:
