@@ -154,7 +154,7 @@ def with_a_full_disk(world: World, cfg: Config, first: int, last: int) -> str:
     except (OSError, RuntimeError) as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
         world.exchanging.stopped(error)
-        torch.distributed.destroy_process_group()
+        world.close()
         return str(error)
     return "finished"
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-NOTE = "dist_vlcl/stopped"
+NOTE, READ = "dist_vlcl/stopped", "dist_vlcl/read"
+LAST_WORD_S = 10.0  # at most, for the others to read why this rank has stopped
 WORDS_OF_A_CLOSED_PEER = ("closed by peer", "reset by peer", "pair closure", "Broken pipe", "Connection refused")
 WORDS_OF_A_NETWORK = (*WORDS_OF_A_CLOSED_PEER, "gloo", "NCCL", "Timed out waiting")
 
@@ -31,6 +32,7 @@ class Exchanges:
         self.rank, self.hosts, self.timeout_s, self._store = rank, list(hosts), timeout_s, store
         self.where = "the start"
         self.has_failed = False
+        self._told: Any = None  # the store that has this rank's word of why it stops
         self._free_since = time.perf_counter()
         self._busy_s = 0.0
 
@@ -57,8 +59,24 @@ class Exchanges:
 
     def stopped(self, error: BaseException) -> None:
         """Leave word, for ranks that wait for this one, of why it stops; an ExchangeError has left its own."""
+
+        def leave(store: Any) -> None:
+            self._leave(store, {"why": f"{type(error).__name__}: {error}"[:500]})
+            store.set(f"{READ}/{self.rank}", "")
+            self._told = store
+
         if len(self.hosts) > 1 and not isinstance(error, ExchangeError):
-            self._bounded(lambda store: self._leave(store, {"why": f"{type(error).__name__}: {error}"[:500]}), 2)
+            self._bounded(leave, 2)
+
+    def let_them_read(self) -> None:
+        """Wait a little, with the process group closed, until the others know why this rank has stopped: its process may hold the notes."""
+
+        def wait(store: Any) -> None:
+            while not store.check([f"{READ}/{rank}" for rank in range(len(self.hosts))]):
+                time.sleep(0.05)
+
+        if self._told:
+            self._bounded(wait, LAST_WORD_S)
 
     def named(self, rank: int) -> str:
         return f"rank {rank} ({self.hosts[rank]})"
@@ -106,6 +124,7 @@ class Exchanges:
                 if time.monotonic() > deadline:
                     break
                 time.sleep(0.1)
+            store.set(f"{READ}/{self.rank}", "")
             return found
 
         return self._bounded(collect, grace_s + 3)
@@ -119,7 +138,7 @@ class Exchanges:
 
         def call() -> None:
             with suppress(Exception):  # the store is gone, which is an answer
-                answers.append(work(self._store or dist.distributed_c10d._get_default_store()))
+                answers.append(work(self._told or self._store or dist.distributed_c10d._get_default_store()))
 
         thread = threading.Thread(target=call, daemon=True)
         thread.start()

@@ -160,6 +160,7 @@ class World:
         """Leave the process group, so that an orderly end is not taken for a crash."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+            self.exchanging.let_them_read()
 
 
 def ordered_sum(rows_Wn: Tensor | Sequence[Tensor]) -> Tensor:
