@@ -3,6 +3,7 @@
 # B images, C classes, L tokens, D width, F features
 
 import contextlib
+import copy
 import difflib
 import logging
 import warnings
@@ -34,6 +35,7 @@ class ModelConfig:
     prompt: str = "a bad photo of a {}."
     context: str = "truncated"  # or "full": 77 tokens, as the baseline; the features are the same
     precision: str = "fp32"  # or bf16, of the vision blocks' products, weights and graph: half the memory; docs/PERFORMANCE.md, Precision
+    graphs: bool = True  # on a GPU, under DDP: a tower's kernels are launched together, as CUDA graphs; the same bits
     checkpoint: bool = False  # back-propagation computes each block again instead of keeping it: a fraction of the memory, a third slower
 
     def check(self) -> None:
@@ -130,6 +132,16 @@ class TwoTowers(nn.Module):
     def pieces(self) -> list[nn.Module]:
         """Return the modules that between them read every parameter, each within its own call: what ZeRO-3 makes whole one at a time."""
         return [piece for tower in (self.vision, self.language) for piece in (tower.ends, *tower)]
+
+    def record(self) -> None:
+        """Replay CUDA graphs from now on: for a model on a GPU that no engine takes apart."""
+        for tower in (self.vision, self.language):
+            tower.record()
+
+    def copy(self) -> "TwoTowers":
+        """Return the same model with tensors of its own, without graphs."""
+        kept: dict[int, Any] = {id(tower.graphs): None for tower in (self.vision, self.language)}
+        return copy.deepcopy(self, kept | {id(self.tokenizer): self.tokenizer})
 
     def tower(self, branch: str) -> Tower:
         return self.vision if branch == "vision" else self.language

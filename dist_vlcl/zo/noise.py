@@ -113,7 +113,7 @@ def _sign_table(device: torch.device) -> Tensor:
 
 
 def _at_least(words: Tensor, least: int) -> Tensor:
-    """Words `[R, M, 4]` to whether each of their halves, whole numbers in [0, 2^16), is at least `least`: `[R, 8 M]`, the low half first."""
+    """Words `[R, M, 4]` to whether each of their halves, whole numbers below 2^16, is at least `least`: `[R, 8 M]`, low half first."""
     halves = words.view(torch.int16).flatten(1)
     return (halves ^ -(1 << 15)) >= least - (1 << 15)  # the sign flipped: in the order of numbers without one
 
