@@ -283,7 +283,8 @@ class HybridStep:
         return result
 
     def _step_noise(self, key: Key, positions: Tensor) -> StepNoise:
-        return StepNoise(key, {"vision": positions, "language": torch.arange(len(self.tokens), device=self.world.device)})
+        rows = {"vision": positions, "language": torch.arange(len(self.tokens), device=self.world.device)}
+        return StepNoise(key, rows, {branch: self.towers.tower(branch).depth for branch in rows})
 
     def _observe_first(self, scale: float) -> UnitStatistics:
         if self.statistics is None:
