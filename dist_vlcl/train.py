@@ -160,7 +160,7 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
             save(run, state, step, log, records, zero_shot, must=task is tasks[-1])
             if task is not tasks[-1] and world.sum(torch.tensor([float(preemption.requested)]), "wishes to stop")[0] > 0:
                 requeue(run, world)
-        farewell(log, run, world)
+        farewell(cfg, log, run, world)
         run.complete({**accuracy.summary(), "rows": accuracy.rows, "zero_shot": zero_shot, "seconds": state.seconds, "steps": state.step})
         if world.is_main:
             report_status("complete")
@@ -450,13 +450,15 @@ def log_step(
     log.journal({"step": state.step, "task": state.task, "seed": key.seed, "lr": lr, "moves": moves})  # last: the step is now on record
 
 
-def farewell(log: RunLog, run: RunFolder, world: World) -> None:
+def farewell(cfg: Config, log: RunLog, run: RunFolder, world: World) -> None:
     """Write pictures and a page about the run, and say where to look."""
     if world.is_main:
         replace_file(run.path / "summary.md", summarize_run(run.path))
-        plot_run(run.path)
+        if cfg.run.plots:
+            plot_run(run.path)
+    pictures = f" and {run.path}/plots/*.png" if cfg.run.plots else ""
     log.say(
-        f"Done. Look at {run.path}/summary.md and {run.path}/plots/*.png; every step is in {run.path}/metrics.jsonl.\n"
+        f"Done. Look at {run.path}/summary.md{pictures}; every step is in {run.path}/metrics.jsonl.\n"
         "Next: compare with first order alone (orders=first), the untrained model (orders=zero_shot), or the same units not trained\n"
         "(orders.order=frozen); then your own images: python -m dist_vlcl.data.build data=folder data.name=NAME data.source=FOLDER"
     )

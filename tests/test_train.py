@@ -24,6 +24,7 @@ from tests.helpers.ranks import free_port, run_ranks
 from tests.helpers.tiny_clip import architecture
 
 SMALL_RUN = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=60", "run.wandb=off", "run.progress=false", "train.warmup_steps=2"]
+SMALL_RUN += ["run.plots=false"]
 
 
 TINY = [f"model.name={architecture(3, 3)}", "model.pretrained=random"]
@@ -102,7 +103,7 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
 
 
 def test_metrics_hold_every_step_and_the_whole_accuracy(tmp_path):
-    cfg = configured(tmp_path, *TINY, "run.name=metrics")
+    cfg = configured(tmp_path, *TINY, "run.name=metrics", "run.plots=true")
     train(cfg, World.alone())
     folder = tmp_path / "runs" / "metrics"
     rows = records(cfg)
@@ -160,7 +161,7 @@ def test_accelerate_launch_trains_on_two_processes(tmp_path):
     port = ["--main_process_port", str(free_port())]
     done = launched(tmp_path, *two, *port, "-m", "dist_vlcl.train", *SMALL_RUN, "run.name=launched", "cluster.num_processes=2")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 x cpu" in done.stdout and "Done. Look at runs/launched/summary.md" in done.stdout
+    assert "2 x cpu" in done.stdout and "Done. Look at runs/launched/summary.md; every step" in done.stdout
     assert done.stdout.count("Done.") == 1  # one rank speaks
     assert json.loads((tmp_path / "runs/launched/accuracy.json").read_text())["complete"]
     assert {p.name for p in tmp_path.iterdir()} == {"data", "runs"}  # and Hydra leaves nothing behind

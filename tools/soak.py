@@ -41,6 +41,7 @@ COMMON = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=32", "train.w
 COMMON += [
     "run.record_every_steps=0",
     "run.progress=false",
+    "run.plots=false",
     "model.pretrained=random",
     "cluster.timeout_s=60",
     f"cluster.num_processes={RANKS}",
@@ -351,5 +352,5 @@ _context = multiprocessing.get_context("forkserver")
 if __name__ == "__main__":
     if sys.argv[1:2] == [AS_A_RANK]:
         sys.exit(_as_a_rank(sys.argv[2:]))
-    _context.set_forkserver_preload(["torch", "accelerate", "open_clip", "matplotlib.pyplot", "dist_vlcl.train"])
+    _context.set_forkserver_preload(["dist_vlcl.train", "tests.helpers.warm"])
     main()

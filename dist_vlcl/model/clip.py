@@ -6,6 +6,7 @@ import contextlib
 import copy
 import difflib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -235,8 +236,7 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
 
 def unit_ids(model: ModelConfig) -> list[UnitId]:
     """Return the units that the model will have, without building it; raises ValueError for an architecture that cannot be."""
-    import open_clip
-
+    open_clip = _open_clip()
     open_clip.add_model_config(SMALL / "small_clip.json")
     if model.name not in open_clip.list_models():
         near = difflib.get_close_matches(model.name, open_clip.list_models(), 3)
@@ -255,8 +255,7 @@ def unit_ids(model: ModelConfig) -> list[UnitId]:
 
 def _load(model: ModelConfig) -> tuple[Any, Any]:
     """Return open_clip's model and tokenizer, or say in words how to get the weights."""
-    import open_clip
-
+    open_clip = _open_clip()
     unit_ids(model)
     if model.pretrained == "openai" and not model.name.endswith("-quickgelu"):
         raise ValueError(f"model.name={model.name!r}: OpenAI's weights need QuickGELU; use model.name={model.name}-quickgelu")
@@ -299,6 +298,17 @@ def _refuse_unknown_blocks(name: str, clip: Any) -> None:
 
 def _without_blocks(name: str, branch: str) -> ValueError:
     return ValueError(f"model.name={name!r}: its {branch} tower has no residual attention blocks; choose a ViT such as ViT-B-16-quickgelu")
+
+
+def _open_clip() -> Any:
+    """Import open_clip without timm, whose towers are refused here: it would be a third of the time that this takes."""
+    is_hidden = sys.modules.setdefault("timm", None) is None  # type: ignore[call-overload]
+    try:
+        import open_clip
+    finally:
+        if is_hidden:
+            del sys.modules["timm"]
+    return open_clip
 
 
 @contextlib.contextmanager

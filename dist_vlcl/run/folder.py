@@ -52,6 +52,7 @@ class RunConfig:
     wandb: str = "auto"  # online where the user is logged in, else offline; or online, offline, off
     wandb_project: str = "dist_vlcl"
     progress: bool = True
+    plots: bool = True  # pictures of the finished run, in plots/
 
     def check(self) -> None:
         """Raise ValueError for a setting that cannot be."""

@@ -151,7 +151,7 @@ def test_on_the_interface_between_two_hosts_zeroth_order_sends_a_few_packets_and
         "5",
         *TINY.replace("--count-on cpu", "").split(),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}  # one thread each
     with hosts("--no-gso") as pair:
         done = subprocess.run(
             pair.command("run", "--timeout", 250, "--", *command, "--orders", "dual_all,first", "--json", str(tmp_path / "{host}.json")),

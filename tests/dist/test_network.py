@@ -32,6 +32,7 @@ main()
 TIMEOUT_S = 20
 OPTIONS = ["tasks.num_tasks=1", "train.batch_size=16", "train.epochs=12", "run.save_every_steps=40", "run.wandb=off", "run.progress=false"]
 OPTIONS += ["model.pretrained=random", "eval.zero_shot=false", f"cluster.timeout_s={TIMEOUT_S}", "run.record_every_steps=0"]
+OPTIONS += ["run.plots=false", "cluster.threads=1"]
 
 
 def trainer(root: Path, data: Path, name: str, *options: str) -> list[str]:

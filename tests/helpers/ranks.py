@@ -7,6 +7,9 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import chdir
+from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 # The server imports all of it once; each rank is then a cheap fork.
@@ -39,6 +42,8 @@ def run_ranks(
         _context.Process(target=_rank, args=(work, rank, size, port, pipes[rank][1], arguments, dict(environment or {}), ends_apart))
         for rank in range(size)
     ]
+    with chdir(Path(__file__).parents[2]):  # a server that is still to be started finds `tests` from where it is, not by sys.path
+        forkserver.ensure_running()
     for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()
         sender.close()

@@ -19,7 +19,8 @@ from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.units import UnitRecords
 
 # a short real run for tests of what starts runs: zeroth order alone, restarted at the last block, ten steps of handwritten digits
-QUICK_RUN = ["tasks.num_tasks=1", "train.epochs=2", "train.batch_size=60", "train.warmup_steps=2", "run.progress=false"]
+QUICK_RUN = ["tasks.num_tasks=1", "train.epochs=2", "train.batch_size=60", "train.warmup_steps=2", "cluster.threads=1"]
+QUICK_RUN += ["run.progress=false", "run.plots=false", "run.record_every_steps=0"]
 QUICK_RUN += ["eval.zero_shot=false", "orders.layers=[12]", "orders.rest=frozen"]
 
 NUMEL = {"vision": 201344, "language": 134272}  # of a unit of ViT-B/16
