@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.ranks import run_module
+
 PAGE = (Path(__file__).parents[1] / "docs" / "EXTENDING.md").read_text()
 BLOCK = re.compile(r"```(python|yaml|sh)\n(.*?)```", re.DOTALL)
 NAMED = re.compile(r"\bas\s+`([\w/.]+\.(?:py|yaml))`:\s*\Z")
@@ -88,6 +90,6 @@ def test_the_runs_used_what_the_page_made(folder):
 
 
 def test_a_run_with_an_own_adapter_is_evaluated_again_from_its_folder(folder):
-    done = on_one_core(folder, "-m", "dist_vlcl.evaluate", "runs/my-adapter")
+    done = run_module("dist_vlcl.evaluate", "runs/my-adapter", cwd=folder)
     last = json.loads((folder / "runs/my-adapter/accuracy.json").read_text())["last"]
     assert f"Last {100 * last:.2f}" in done.stdout, done.stderr[-2000:]

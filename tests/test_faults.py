@@ -28,7 +28,7 @@ from dist_vlcl.step import HybridStep
 from dist_vlcl.train import main, train
 from dist_vlcl.zo.noise import Key
 from tests.dist.test_hybrid_step import NAMES, STRATEGIES, part_of
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_module, run_ranks
 from tests.helpers.tiny_clip import architecture, tiny_clip
 from tests.test_train import configured, records, run_once
 
@@ -279,14 +279,13 @@ SECRETS = {"WANDB_API_KEY": "hush-1" + "0" * 34, "HF_TOKEN": "hush-2", "AWS_SECR
 
 def test_no_secret_reaches_a_file_or_the_terminal(tmp_path, data):
     """Neither of the environment nor of an address: in a run with wandb, in its help, and in the words of its failure."""
-    environment = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT), "no_proxy": "*"}
+    environment = {**SECRETS, "WANDB_MODE": "offline", "no_proxy": "*"}
     options = [*TINY, "model=small", "train.max_steps=1", f"run.root={tmp_path}/runs", f"data.root={data}", "cluster.threads=1"]
     by_http = "data.url='http://127.0.0.1:9/{}?token=hush-4'"
     by_pipe = "data.url=\"pipe:curl -H 'Authorization: Bearer hush-5' http://127.0.0.1:9/{}\""
 
     def said_by(*more: str) -> str:
-        command = [sys.executable, "-m", "dist_vlcl.train", *options, *more]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        done = run_module("dist_vlcl.train", *options, *more, cwd=tmp_path, environment=environment)
         return done.stdout + done.stderr
 
     finished = said_by("orders=zero_shot", "run.name=secret")
@@ -325,7 +324,7 @@ def test_a_configuration_that_would_run_code_runs_none(tmp_path, data):
     with pytest.raises(RunRefused, match="python/object"):
         train(cfg, World.alone())
     for module in ("dist_vlcl.evaluate", "dist_vlcl.run.replay"):
-        done = subprocess.run([sys.executable, "-m", module, str(folder_of(cfg))], capture_output=True, text=True, timeout=100)
+        done = run_module(module, str(folder_of(cfg)), cwd=tmp_path)
         assert done.returncode != 0
     assert not (tmp_path / "hacked").exists()
 

@@ -16,6 +16,7 @@ from dist_vlcl.report.records import read_records
 
 SHORT = ["data=digits", "model=small", "tasks.increment=2", "tasks.order=natural", "tasks.num_tasks=1", "train.max_steps=1"]
 QUIET = ["train.batch_size=16", "eval.zero_shot=false", "run.wandb=off", "run.progress=false", "cluster.threads=1"]
+QUIET += ["run.plots=false", "run.record_every_steps=0"]
 PYTHON = ["--launcher", sys.executable]
 
 

@@ -20,7 +20,7 @@ from dist_vlcl.run.checkpoint import load_newest
 from dist_vlcl.run.folder import RunRefused
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import Requeued, train
-from tests.helpers.ranks import free_port, run_ranks
+from tests.helpers.ranks import free_port, run_module, run_ranks
 from tests.helpers.tiny_clip import architecture
 
 SMALL_RUN = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=60", "run.wandb=off", "run.progress=false", "train.warmup_steps=2"]
@@ -150,6 +150,9 @@ def test_ranks_with_different_configurations_do_not_start(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+SHORT = ["train.max_steps=2", "eval.zero_shot=false", "run.record_every_steps=0"]
+
+
 def launched(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
@@ -159,7 +162,7 @@ def launched(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
 def test_accelerate_launch_trains_on_two_processes(tmp_path):
     two = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     port = ["--main_process_port", str(free_port())]
-    done = launched(tmp_path, *two, *port, "-m", "dist_vlcl.train", *SMALL_RUN, "run.name=launched", "cluster.num_processes=2")
+    done = launched(tmp_path, *two, *port, "-m", "dist_vlcl.train", *SMALL_RUN, *SHORT, "run.name=launched", "cluster.num_processes=2")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 x cpu" in done.stdout and "Done. Look at runs/launched/summary.md; every step" in done.stdout
     assert done.stdout.count("Done.") == 1  # one rank speaks
@@ -182,16 +185,12 @@ def test_a_block_that_there_is_not_is_refused_before_data_are_read(tmp_path):
 
 @pytest.mark.parametrize("how", ["--multirun", "hydra.mode=MULTIRUN"])
 def test_several_runs_in_one_launch_are_refused(tmp_path, how):
-    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
-    command = [sys.executable, "-m", "dist_vlcl.train", how, "seed=0,1"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_module("dist_vlcl.train", how, "seed=0,1", cwd=tmp_path, environment={"WORLD_SIZE": "2", "RANK": "0"})
     assert done.returncode == 2 and "use python -m dist_vlcl.sweep" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_a_user_error_is_one_message_before_any_work(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "dist_vlcl.train", "orders.layers=odd"], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    done = run_module("dist_vlcl.train", "orders.layers=odd", cwd=tmp_path)
     assert done.returncode == 2
     assert "orders.layers='odd': choose from all, hop_odd, hop_even, prefix, suffix" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())

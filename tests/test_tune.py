@@ -70,6 +70,8 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
         "train.warmup_steps=0",
         "cluster.threads=1",
         "run.progress=false",
+        "run.plots=false",
+        "run.record_every_steps=0",
         "run.wandb_project=https://user:hush@host",
         "--launcher",
         sys.executable,

@@ -3,7 +3,11 @@
 import multiprocessing
 import os
 import pickle
+import runpy
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -21,6 +25,40 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def run_module(
+    module: str, *arguments: str, cwd: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 200
+) -> subprocess.CompletedProcess:
+    """Do what `python -m module arguments` would, without the seconds of its imports; `environment` is added to this process's."""
+    _have_server()
+    with tempfile.TemporaryDirectory() as folder:
+        written = [Path(folder) / name for name in ("stdout", "stderr")]
+        process = _context.Process(target=_module, args=(module, arguments, cwd, {**os.environ, **(environment or {})}, written))
+        process.start()
+        process.join(timeout_s)
+        is_late = process.is_alive()
+        process.kill()
+        said = [path.read_text() if path.exists() else "" for path in written]
+    assert not is_late, f"{module} is still running after {timeout_s} s\n{said}"
+    return subprocess.CompletedProcess([module, *arguments], process.exitcode, *said)
+
+
+def _module(module: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], written: list[Path]) -> None:
+    for descriptor, path in enumerate(written, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.path.insert(0, str(cwd))
+    sys.modules.pop(module, None)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _have_server() -> None:
+    with chdir(Path(__file__).parents[2]):  # it finds `tests` from where it is started, not by sys.path
+        forkserver.ensure_running()
 
 
 def run_ranks(
@@ -42,8 +80,7 @@ def run_ranks(
         _context.Process(target=_rank, args=(work, rank, size, port, pipes[rank][1], arguments, dict(environment or {}), ends_apart))
         for rank in range(size)
     ]
-    with chdir(Path(__file__).parents[2]):  # a server that is still to be started finds `tests` from where it is, not by sys.path
-        forkserver.ensure_running()
+    _have_server()
     for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()
         sender.close()

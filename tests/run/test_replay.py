@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from dist_vlcl.run import checkpoint, journal
 from dist_vlcl.run.replay import differing, rebuild
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import train
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_module, run_ranks
 from tests.helpers.tiny_clip import architecture
 from tests.test_train import configured, records
 
@@ -27,7 +25,7 @@ EVERY_OPTION += ["zo.update=sequential", "zo.probes=2", "run.save_every_steps=2"
 
 @pytest.mark.parametrize("module", ["dist_vlcl.run.replay", "dist_vlcl.evaluate"])
 def test_a_folder_that_is_no_run_is_told_in_words(tmp_path, module):
-    done = subprocess.run([sys.executable, "-m", module, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    done = run_module(module, str(tmp_path), cwd=tmp_path)
     assert done.returncode != 0 and "config.yaml is missing: give the folder of a run" in done.stderr
 
 
@@ -105,8 +103,7 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
         rebuilt = rebuild(folder, start)
         assert (rebuilt.start, rebuilt.stop) == (start, end.step) and differing(rebuilt, end) == []
         assert {name.split("/")[1] for name in rebuilt.tensors} == {"language.1", "language.3", "vision.1", "vision.3"}
-    command = [sys.executable, "-m", "dist_vlcl.run.replay", str(folder), "--output", str(tmp_path / "units.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_module("dist_vlcl.run.replay", str(folder), "--output", str(tmp_path / "units.safetensors"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"equal, bit for bit, to the checkpoint of step {end.step}" in done.stdout and "bytes a step" in done.stdout
     assert (tmp_path / "units.safetensors").exists()
