@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 # the same step of a job that has been started again by then. By default jobs wait 121 s for that.
 # Ranks have to take a step and to save within KillWait (30 s by default), on a machine that may be busy.
 TIMES = ("--kill-wait", 60, "--message-timeout", 65)
+ASK_S = 2.0  # between two questions to Slurm, each of which costs a process or three
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
 
@@ -56,19 +57,19 @@ class Cluster:
 
     def wait(self, job: str, states: set[str] = ENDED, timeout_s: float = 600) -> dict[str, str]:
         """Return the fields of a job once it is in one of these states (`sbatch --wait` looks after 2, 10 and 42 seconds only)."""
-        self.until(lambda: self.job(job)["JobState"] in states, f"job {job} to be {' or '.join(sorted(states))}", timeout_s)
+        self.until(lambda: self.job(job)["JobState"] in states, f"job {job} to be {' or '.join(sorted(states))}", timeout_s, ASK_S)
         return self.job(job)
 
     def until_queued_again(self, job: str, restarts: int) -> None:
         """Wait until Slurm has taken a job back. It starts 6 s later (121 s by default); StartTime=now in the same second makes it fail."""
-        self.until(lambda: self.job(job)["Restarts"] == str(restarts), f"job {job} to be queued again")
+        self.until(lambda: self.job(job)["Restarts"] == str(restarts), f"job {job} to be queued again", pause_s=ASK_S)
 
-    def until(self, is_so: Callable[[], bool], what: str, timeout_s: float = 600) -> None:
+    def until(self, is_so: Callable[[], bool], what: str, timeout_s: float = 600, pause_s: float = 0.1) -> None:
         deadline = time.monotonic() + timeout_s
         while not is_so():
             if time.monotonic() > deadline:
                 raise AssertionError(f"waited {timeout_s:g} s for {what}\n{self.tool('logs').stdout[-3000:]}")
-            time.sleep(0.1)
+            time.sleep(pause_s)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from dist_vlcl.run.submit import main as submit_main
 from dist_vlcl.train import train
 from tests.helpers.paced import Pace
 from tests.helpers.runs import QUICK_RUN
-from tests.helpers.slurm import ENDED, ROOT, Cluster, cluster
+from tests.helpers.slurm import ASK_S, ENDED, ROOT, Cluster, cluster
 from tests.test_train import configured
 
 SUBMIT = [sys.executable, "-m", "dist_vlcl.run.submit"]
@@ -95,10 +95,12 @@ class Lives:
         before = f"{self.job}.{restarts} {step + 1}"
 
         def both_stand_there() -> bool:
+            if [self.pace.read(f"at-{rank}") for rank in "01"] == [before, before]:
+                return True
             assert self.slurm.job(self.job)["JobState"] not in ENDED, self.said()
-            return [self.pace.read(f"at-{rank}") for rank in "01"] == [before, before]
+            return False
 
-        self.slurm.until(both_stand_there, f"both ranks to stand before {before}")
+        self.slurm.until(both_stand_there, f"both ranks to stand before {before}", pause_s=ASK_S)
         assert steps(self.run) == step, "a finished step was lost, or one was taken too many"
 
     def let_them_stop(self, step: int, restarts: int, ranks: str = "01", name: str = "") -> float:
@@ -159,7 +161,7 @@ def test_a_run_goes_through_everything_that_a_cluster_does_to_it_and_ends_as_if_
     lives.train_until(4, restarts=0)
     since = time.time()
     assert slurm.tool("crash", "node2").returncode == 0
-    slurm.until(lambda: slurm.job(lives.job)["Restarts"] == "1", "Slurm to see that node2 is dead")
+    slurm.until(lambda: slurm.job(lives.job)["Restarts"] == "1", "Slurm to see that node2 is dead", pause_s=ASK_S)
     took("death of a node to queued again", time.time() - since)
     assert slurm.tool("revive", "node2").returncode == 0
     slurm.until_queued_again(lives.job, 1)
@@ -214,7 +216,7 @@ def test_shards_are_built_by_a_job(slurm, beside):
 
 def test_an_array_trains_every_run_of_a_sweep(slurm, beside):
     folder, job = beside["array"]
-    slurm.until(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), "the array to end", timeout_s=600)
+    slurm.until(lambda: not slurm.run("squeue", "-h", "-j", job).strip(), "the array to end", pause_s=ASK_S)
     complete = [json.loads(path.read_text())["complete"] for path in (folder / "runs").glob("*/accuracy.json")]
     assert complete == [True, True], [path.read_text() for path in folder.glob("*.out")]
 
