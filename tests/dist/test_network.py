@@ -30,7 +30,7 @@ from dist_vlcl.train import main
 main()
 """
 TIMEOUT_S = 20
-OPTIONS = ["tasks.num_tasks=1", "train.batch_size=16", "train.epochs=12", "run.save_every_steps=40", "run.wandb=off", "run.progress=false"]
+OPTIONS = ["tasks.num_tasks=1", "train.batch_size=16", "train.epochs=8", "run.save_every_steps=10", "run.wandb=off", "run.progress=false"]
 OPTIONS += ["model.pretrained=random", "eval.zero_shot=false", f"cluster.timeout_s={TIMEOUT_S}", "run.record_every_steps=0"]
 OPTIONS += ["run.plots=false", "cluster.threads=1"]
 
@@ -73,7 +73,7 @@ def test_a_network_that_drops_is_named_on_both_sides_and_a_restart_ends_with_the
             return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
         broken = start()
-        wait_for_steps(tmp_path / "runs/broken", 50)
+        wait_for_steps(tmp_path / "runs/broken", 12)
         pair.tool("link", "h2", "blackhole")
         cut = time.monotonic()
         said = broken.communicate(timeout=200)[0]
