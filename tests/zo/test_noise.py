@@ -192,10 +192,8 @@ def test_a_sample_sees_the_same_noise_wherever_it_sits(place):
     where = place.index(3)
     assert torch.equal(among.router("vision", 4, 2)[where], alone.router("vision", 4, 2)[0])
     assert torch.equal(among.kept("vision", 4, 197, 8, 0.1)[where], alone.kept("vision", 4, 197, 8, 0.1)[0])
-    assert torch.equal(
     drawn, expected = (normals_by_row(["x"], torch.tensor(rows), 9, KEY, 2)[0] for rows in (place, [3]))
     assert torch.equal(drawn[where], expected[0])
-    )
 
 
 def test_a_mask_too_large_for_one_chunk_is_the_same_row_by_row():
