@@ -2,7 +2,6 @@
 
 # K parameter sets, B samples of this rank, C classes, F features, n numbers of a branch
 
-import copy
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -161,6 +160,8 @@ class HybridStep:
                 freeze(unit)
         for tensor in units.state_dict().values():
             world.broadcast(tensor, "the adapters")
+        if towers.config.graphs and world.device.type == "cuda" and world.engine == "ddp":
+            towers.record()
         self.zeroth = ZerothOrder(self.flats, zeroth)
         rounded = [branch for branch in self.flats if towers.tower(branch).dtype.itemsize < 4]
         self.by_delta = {"auto": rounded, "whole": [], "delta": list(self.flats)}[zeroth.evaluation]
@@ -261,7 +262,7 @@ class HybridStep:
         """
         few = replace(batch, **{name: getattr(batch, name)[:NOISE_SAMPLES] for name in ("images", "labels", "positions")})
         found = self.slopes(self.towers, few, key, directions, self.by_delta, first_label)
-        exact = copy.deepcopy(self.towers, {id(self.towers.tokenizer): self.towers.tokenizer})
+        exact = self.towers.copy()
         exact.to(torch.float64 if self.is_fine else torch.float32)
         true = self.slopes(exact, few, key, directions, (), first_label)
         return {b: float((found[b] - true[b]).norm() / true[b].norm()) for b in true if float(true[b].norm()) != 0}
@@ -282,7 +283,8 @@ class HybridStep:
         return result
 
     def _step_noise(self, key: Key, positions: Tensor) -> StepNoise:
-        return StepNoise(key, {"vision": positions, "language": torch.arange(len(self.tokens), device=self.world.device)})
+        rows = {"vision": positions, "language": torch.arange(len(self.tokens), device=self.world.device)}
+        return StepNoise(key, rows, {branch: self.towers.tower(branch).depth for branch in rows})
 
     def _observe_first(self, scale: float) -> UnitStatistics:
         if self.statistics is None:

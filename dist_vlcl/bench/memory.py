@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> Result:
     device, records = device_of(args), []
     for orders in settings_of(args):
         for precision, checkpoint in itertools.product(PRECISIONS, (False, True)):
-            workload = workload_of(args, orders=orders, precision=precision, checkpoint=checkpoint)
+            workload = workload_of(args, orders=orders, precision=precision, checkpoint=checkpoint, graphs=False)
             counted = peak_bytes(workload, args.count_on)
             record: dict[str, Any] = {"orders": orders, "precision": precision, "checkpoint": checkpoint, "counted_bytes": counted}
             if device == "cuda":

@@ -37,6 +37,7 @@ class Workload:
     sides: int = 1
     checkpoint: bool = False
     precision: str = "fp32"
+    graphs: bool = True
     evaluation: str = "auto"
     options: tuple[tuple[str, Any], ...] = ()  # of the adapter, such as (("experts", 22),)
 
@@ -58,7 +59,7 @@ class Workload:
         adapter = kind(**{**_values("adapter", self.adapter), **dict(self.options)})
         values = _values("model", self.model)
         name = values.get("model", values)["name"]
-        model = ModelConfig(name, "random", context=context, precision=self.precision, checkpoint=self.checkpoint)
+        model = ModelConfig(name, "random", context=context, precision=self.precision, checkpoint=self.checkpoint, graphs=self.graphs)
         towers = build_clip(model, adapter)
         generator = torch.Generator().manual_seed(1)
         for unit in towers.units.values():
@@ -104,6 +105,7 @@ def add_workload(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--images", type=int, default=given["images"], help="of the batch (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=given["classes"], help="of the task (default: %(default)s)")
     parser.add_argument("--precision", default=given["precision"], choices=list(PRECISIONS), help="of the model (default: %(default)s)")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="launch kernels one by one on a GPU (model.graphs=false)")
     parser.add_argument("--evaluation", default=given["evaluation"], choices=EVALUATIONS, help="of losses (default: %(default)s)")
     parser.add_argument(
         "--count-on",

@@ -67,7 +67,9 @@ class FirstOrder:
 
     def _adamw(self) -> torch.optim.AdamW:
         config = self.config
-        return torch.optim.AdamW(self.parameters, lr=config.lr, betas=(config.betas[0], config.betas[1]), weight_decay=config.weight_decay)
+        options: dict[str, Any] = {"betas": (config.betas[0], config.betas[1]), "weight_decay": config.weight_decay}
+        on_gpu = self.parameters[0].is_cuda and self.world.engine == "ddp"  # where its many small operations would be launched one by one
+        return torch.optim.AdamW(self.parameters, lr=config.lr, fused=True if on_gpu else None, **options)
 
     def end(self) -> None:
         """Unwrap the model and drop the optimiser."""

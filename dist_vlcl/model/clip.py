@@ -3,6 +3,7 @@
 # B images, C classes, L tokens, D width, F features
 
 import contextlib
+import copy
 import difflib
 import logging
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_vlcl.model.activation import QuickGELU
@@ -34,6 +36,7 @@ class ModelConfig:
     prompt: str = "a bad photo of a {}."
     context: str = "truncated"  # or "full": 77 tokens, as the baseline; the features are the same
     precision: str = "fp32"  # or bf16, of the vision blocks' products, weights and graph: half the memory; docs/PERFORMANCE.md, Precision
+    graphs: bool = True  # on a GPU, under DDP: a tower's kernels are launched together, as CUDA graphs; the same bits
     checkpoint: bool = False  # back-propagation computes each block again instead of keeping it: a fraction of the memory, a third slower
 
     def check(self) -> None:
@@ -64,6 +67,9 @@ class ImageEnds(nn.Module):
     def __init__(self, visual: Any):
         super().__init__()
         self.visual: Any = visual
+        convolution = visual.conv1
+        if convolution.bias is None and convolution.kernel_size == convolution.stride == (convolution.stride[0],) * 2:
+            visual.conv1 = Patches(convolution)
         self.tokens = len(visual.positional_embedding)
         config = visual.preprocess_cfg
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
@@ -88,6 +94,21 @@ class ImageEnds(nn.Module):
     def pool(self, hidden: Tensor) -> Tensor:
         pooled = self.visual._pool(hidden)[0]
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+
+class Patches(nn.Module):
+    """The convolution that cuts an image into patches, as a matrix product: a stride as long as its kernel leaves nothing to share."""
+
+    def __init__(self, convolution: nn.Conv2d):
+        super().__init__()
+        self.weight, self.side = convolution.weight, convolution.stride[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return `[B, D, S / side, S / side]` for images `[B, 3, S, S]`."""
+        rows, columns = (length // self.side for length in images.shape[-2:])
+        cut = images.unflatten(3, (columns, self.side)).unflatten(2, (rows, self.side))  # [B, 3, rows, side, columns, side]
+        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return F.linear(patches, self.weight.flatten(1)).mT.unflatten(2, (rows, columns))
 
 
 class TextEnds(nn.Module):
@@ -130,6 +151,16 @@ class TwoTowers(nn.Module):
     def pieces(self) -> list[nn.Module]:
         """Return the modules that between them read every parameter, each within its own call: what ZeRO-3 makes whole one at a time."""
         return [piece for tower in (self.vision, self.language) for piece in (tower.ends, *tower)]
+
+    def record(self) -> None:
+        """Replay CUDA graphs from now on: for a model on a GPU that no engine takes apart."""
+        for tower in (self.vision, self.language):
+            tower.record()
+
+    def copy(self) -> "TwoTowers":
+        """Return the same model with tensors of its own, without graphs."""
+        kept: dict[int, Any] = {id(tower.graphs): None for tower in (self.vision, self.language)}
+        return copy.deepcopy(self, kept | {id(self.tokenizer): self.tokenizer})
 
     def tower(self, branch: str) -> Tower:
         return self.vision if branch == "vision" else self.language

@@ -128,8 +128,9 @@ def each(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 def total(function: Callable, a: Any, b: Any) -> Perturbed:
     """The rule of sums: changes add up."""
-    sign = -1 if function.__name__.strip("_") == "sub" else 1
-    changes = [x.change * s for x, s in ((a, 1), (b, sign)) if isinstance(x, Perturbed)]
+    changes = [x.change for x in (a,) if isinstance(x, Perturbed)]
+    if isinstance(b, Perturbed):
+        changes.append(-b.change if function.__name__.strip("_") == "sub" else b.change)
     base, change = function(_base(a), _base(b)), sum(changes[1:], changes[0])
     return Perturbed(base, change.expand(torch.broadcast_shapes(change.shape, base.shape)), _dtype((a, b)))
 
@@ -145,12 +146,10 @@ def product(function: Callable, a: Any, b: Any, *bias: Any) -> Perturbed:
         with WideSums() if narrow != _wide(dtype) else contextlib.nullcontext():
             return function(*(_cast(x, narrow) for x in factors))
 
-    change: Any = 0
-    if isinstance(a, Perturbed):
-        change = change + multiplied(a.change, _base(b))
+    changes = [multiplied(a.change, _base(b))] if isinstance(a, Perturbed) else []
     if isinstance(b, Perturbed):
-        change = change + multiplied(_moved(a), b.change, *(c.change for c in bias if isinstance(c, Perturbed)))
-    return Perturbed(multiplied(_base(a), _base(b), *map(_base, bias)), change, dtype)
+        changes.append(multiplied(_moved(a), b.change, *(c.change for c in bias if isinstance(c, Perturbed))))
+    return Perturbed(multiplied(_base(a), _base(b), *map(_base, bias)), sum(changes[1:], changes[0]), dtype)
 
 
 def difference(function: Callable, *args: Any, **kwargs: Any) -> Perturbed:

@@ -2,6 +2,7 @@
 
 # K parameter sets, B samples, L tokens, D width, H heads, F features; an axis of size 1 stands for every K
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dist_vlcl.model.graphs import Graphs
 from dist_vlcl.model.perturbed import difference, perturbable
 from dist_vlcl.model.units import Unit, UnitId
 
 Sets = Mapping[UnitId, dict[str, Tensor]]
 
-ROWS_AT_A_TIME = 4096
+ROWS_AT_A_TIME = {"cuda": 8192}  # elsewhere half: what is in a cache is not read from memory, and a launch has to have something to do
 SAMPLES_AT_A_TIME = 8  # at least: matrix products of a few rows have other last bits
 
 
@@ -138,6 +140,7 @@ class Tower(nn.Module):
     def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: Any, checkpoint: bool = False):
         super().__init__()
         self.branch, self.checkpoint = branch, checkpoint
+        self.graphs: Graphs | None = None
         self.in_slices = True  # not where a block's call is an exchange between ranks: all have to make as many
         self.blocks = nn.ModuleList(blocks)
         self.ends: Any = ends
@@ -179,50 +182,51 @@ class Tower(nn.Module):
         their own. The K axis appears at the first block that has K sets. Where no graph is kept, some samples at a time run through all
         blocks, so that the peak of memory does not grow with the batch.
         """
-        rest = (start, sets, noise, keep, training)
+        length = self.ends.length(inputs)
+        drawn = [self.block(layer).adapter.draw(noise, self.branch, layer, length, training) for layer in range(start, self.depth + 1)]
+        call: Any = self._run
+        if self.graphs is not None:
+            call = functools.partial(self.graphs, weights=[*self.parameters(), *self.buffers()])
         if torch.is_grad_enabled() or not self.in_slices:
-            return self._run(hidden, inputs, slice(None), *rest)
+            features, *carry = call((hidden, inputs, drawn, sets), (start, keep))
+            return features, tuple(carry) or None
         copies = 1 + max((t.shape[0] for tensors in (sets or {}).values() for t in tensors.values()), default=0)
-        at_a_time = max(SAMPLES_AT_A_TIME, ROWS_AT_A_TIME // (copies * self.ends.length(inputs)))
+        at_a_time = max(SAMPLES_AT_A_TIME, ROWS_AT_A_TIME.get(inputs.device.type, 4096) // (copies * length))
         cuts = torch.arange(len(inputs)).tensor_split(max(1, len(inputs) // at_a_time))
-        parts = [self._run(hidden, inputs, slice(int(cut[0]), int(cut[-1]) + 1), *rest) for cut in cuts]
-        if len(parts) == 1:
-            return parts[0]
-        features, carries = zip(*parts, strict=True)
-        return torch.cat(features, 1), None if keep is None else tuple(torch.cat(pieces, 1) for pieces in zip(*carries, strict=True))
+        parts = []
+        for cut in cuts:
+            samples = slice(int(cut[0]), int(cut[-1]) + 1)
+            part = tuple(t[:, samples] for t in hidden) if isinstance(hidden, tuple) else hidden[:, samples]
+            masks = [tuple(None if t is None else t[samples] for t in pair) for pair in drawn]
+            parts.append(call((part, inputs[samples], masks, sets), (start, keep)))
+        features, *carry = parts[0] if len(parts) == 1 else (torch.cat(pieces, 1) for pieces in zip(*parts, strict=True))
+        return features, tuple(carry) or None
 
-    def _run(
-        self,
-        hidden: Tensor | tuple[Tensor, ...],
-        inputs: Tensor,
-        samples: slice,
-        start: int,
-        sets: Sets | None,
-        noise: Any,
-        keep: int | None,
-        training: bool,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        hidden = tuple(t[:, samples] for t in hidden) if isinstance(hidden, tuple) else hidden[:, samples]
-        inputs = inputs[samples]
+    def record(self) -> None:
+        """Replay CUDA graphs from now on."""
+        self.graphs = Graphs(self._run)
+
+    def _run(self, arguments: tuple, options: tuple) -> tuple[Tensor, ...]:
+        """Return unit features `[K, B, F]`, and the carry of block `keep`, from (hidden, inputs, drawn, sets) and (start, keep)."""
+        (hidden, inputs, drawn, sets), (start, keep) = arguments, options
         read = self.ends.reads(inputs)
         reads = {} if read is None else {self.depth: read}
-        kept_carry, recompute = None, self.checkpoint and torch.is_grad_enabled()
-        for layer in range(start, self.depth + 1):
+        kept_carry: tuple[Tensor, ...] = ()
+        recompute = self.checkpoint and torch.is_grad_enabled()
+        for layer, (router, kept) in enumerate(drawn, start):
             block = self.block(layer)
-            router, kept = block.adapter.draw(noise, self.branch, layer, self.ends.length(inputs), training)
-            router = None if router is None else router[samples].to(self.dtype)
-            kept = None if kept is None else kept[samples]
+            router = None if router is None else router.to(self.dtype)
             if kept is not None and layer in reads:
                 kept = pick(kept[None], reads[layer])[0]
-            arguments = (hidden, sets.get(block.unit.id) if sets else None, router, kept, reads.get(layer))
+            places = (hidden, sets.get(block.unit.id) if sets else None, router, kept, reads.get(layer))
             if recompute:
-                hidden, carry = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                hidden, carry = checkpoint(block, *places, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden, carry = block(*arguments)
+                hidden, carry = block(*places)
             if layer == keep:
                 kept_carry = carry
-            del arguments, carry  # the peak of memory is within a block
-        return unit_features(hidden, inputs, self.ends), kept_carry
+            del places, carry  # the peak of memory is within a block
+        return unit_features(hidden, inputs, self.ends), *kept_carry
 
 
 @perturbable(difference)

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,7 +113,7 @@ def _sign_table(device: torch.device) -> Tensor:
 
 
 def _at_least(words: Tensor, least: int) -> Tensor:
-    """Words `[R, M, 4]` to whether each of their halves, whole numbers in [0, 2^16), is at least `least`: `[R, 8 M]`, the low half first."""
+    """Words `[R, M, 4]` to whether each of their halves, whole numbers below 2^16, is at least `least`: `[R, 8 M]`, low half first."""
     halves = words.view(torch.int16).flatten(1)
     return (halves ^ -(1 << 15)) >= least - (1 << 15)  # the sign flipped: in the order of numbers without one
 
@@ -169,50 +169,63 @@ def normals(name: str, numel: int, key: Key, stream: int) -> Tensor:
     return _to_normals(philox4x32(counter, key.seed)).flatten()[:numel]
 
 
-def normals_by_row(name: str, rows_R: Tensor, numel: int, key: Key, stream: int) -> Tensor:
-    """Return N(0, 1) noise `[R, numel]`; row r depends on `rows_R[r]` (below 2^24), not on its place among the rows."""
-    return _to_normals(_row_words(name, rows_R, -(-numel // NORMALS_PER_COUNTER), key, stream)).flatten(1)[:, :numel]
+def normals_by_row(names: Sequence[str], rows_R: Tensor, numel: int, key: Key, stream: int) -> Tensor:
+    """Return N(0, 1) noise `[names, R, numel]`; row r depends on `rows_R[r]` (below 2^24), not on its place among the rows."""
+    words = _row_words(names, rows_R, -(-numel // NORMALS_PER_COUNTER), key, stream)
+    return _to_normals(words).flatten(1)[:, :numel].unflatten(0, (len(names), len(rows_R)))
 
 
 def kept_by_row(name: str, rows_R: Tensor, numel: int, drop: float, key: Key, stream: int) -> Tensor:
     """Return a dropout mask `[R, numel]`, True where kept; P(drop) is `drop` rounded to 2^-16; a shorter numel is a prefix."""
     parts = [
-        _at_least(_row_words(name, rows, -(-numel // UNIFORMS_PER_COUNTER), key, stream), min(round(drop * 65536), 65535))[:, :numel]
+        _at_least(_row_words([name], rows, -(-numel // UNIFORMS_PER_COUNTER), key, stream), min(round(drop * 65536), 65535))[:, :numel]
         for rows in rows_R.split(max(1, _chunk(rows_R.device) * UNIFORMS_PER_COUNTER // max(numel, 1)))
     ]
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat(parts) if parts else torch.zeros(0, numel, dtype=torch.bool, device=rows_R.device)
 
 
-def _row_words(name: str, rows_R: Tensor, counters: int, key: Key, stream: int) -> Tensor:
+def _row_words(names: Sequence[str], rows_R: Tensor, counters: int, key: Key, stream: int) -> Tensor:
+    """Return the words of every row of every name, `[names * R, counters, 4]`."""
     block = torch.arange(counters, device=rows_R.device)[None]
-    return philox4x32((block, name_id(name), key.step, stream + 256 * rows_R.long()[:, None]), key.seed)
+    ids = _ids(tuple(names), rows_R.device).repeat_interleave(len(rows_R))
+    return philox4x32((block, ids[:, None], key.step, (stream + 256 * rows_R.long()).repeat(len(names))[:, None]), key.seed)
+
+
+@functools.lru_cache(1024)
+def _ids(names: tuple[str, ...], device: torch.device) -> Tensor:
+    return torch.tensor([name_id(name) for name in names], device=device)
 
 
 class StepNoise:
     """The one realisation of router noise and dropout that every forward of a step sees (METHOD 2.9).
 
-    `rows` gives, per branch, the identity of each sample: its position in the global batch, or its class within the task. Draws are
-    kept, so that the K-th evaluation of a step costs nothing.
+    `rows` gives, per branch, the identity of each sample: its position in the global batch, or its class within the task; `depths` how
+    many layers there are, whose routers' noise is then drawn at once. Draws are kept, so that the K-th evaluation of a step costs nothing.
     """
 
-    def __init__(self, key: Key, rows: dict[str, Tensor]):
-        self.key, self.rows = key, rows
+    def __init__(self, key: Key, rows: dict[str, Tensor], depths: Mapping[str, int] | None = None):
+        self.key, self.rows, self.depths = key, rows, depths or {}
         self._drawn: dict[tuple, Tensor] = {}
 
     def router(self, branch: str, layer: int, experts: int) -> Tensor:
         """Return N(0, 1) noise `[B, E]` for the logits of a router."""
-        return self._once(
-            ("router", branch, layer), lambda name: normals_by_row(name, self.rows[branch], experts, self.key, Streams.ROUTER)
-        )
+        purpose = ("router", branch)
+        if (*purpose, layer) not in self._drawn:
+            layers = range(1, self.depths[branch] + 1) if branch in self.depths else [layer]
+            names = [_name(*purpose, number) for number in layers]
+            drawn = normals_by_row(names, self.rows[branch], experts, self.key, Streams.ROUTER)
+            self._drawn |= {(*purpose, number): noise for number, noise in zip(layers, drawn, strict=True)}
+        return self._drawn[*purpose, layer]
 
     def kept(self, branch: str, layer: int, tokens: int, width: int, drop: float) -> Tensor:
         """Return a dropout mask `[B, L, width]`; the mask of a truncated prompt is the head of the whole prompt's."""
-        drawn = self._once(
-            ("dropout", branch, layer), lambda name: kept_by_row(name, self.rows[branch], tokens * width, drop, self.key, Streams.DROPOUT)
-        )
-        return drawn.view(len(self.rows[branch]), tokens, width)  # fails where a step asks for two lengths
-
-    def _once(self, purpose: tuple, draw) -> Tensor:
+        purpose, rows = ("dropout", branch, layer), self.rows[branch]
         if purpose not in self._drawn:
-            self._drawn[purpose] = draw("/".join(map(str, purpose)))
-        return self._drawn[purpose]
+            self._drawn[purpose] = kept_by_row(_name(*purpose), rows, tokens * width, drop, self.key, Streams.DROPOUT)
+        return self._drawn[purpose].view(len(rows), tokens, width)  # fails where a step asks for two lengths
+
+
+def _name(purpose: str, branch: str, layer: int) -> str:
+    return f"{purpose}/{branch}/{layer}"

@@ -192,7 +192,10 @@ def test_a_sample_sees_the_same_noise_wherever_it_sits(place):
     where = place.index(3)
     assert torch.equal(among.router("vision", 4, 2)[where], alone.router("vision", 4, 2)[0])
     assert torch.equal(among.kept("vision", 4, 197, 8, 0.1)[where], alone.kept("vision", 4, 197, 8, 0.1)[0])
-    assert torch.equal(normals_by_row("x", torch.tensor(place), 9, KEY, 2)[where], normals_by_row("x", torch.tensor([3]), 9, KEY, 2)[0])
+    assert torch.equal(
+    drawn, expected = (normals_by_row(["x"], torch.tensor(rows), 9, KEY, 2)[0] for rows in (place, [3]))
+    assert torch.equal(drawn[where], expected[0])
+    )
 
 
 def test_a_mask_too_large_for_one_chunk_is_the_same_row_by_row():
@@ -208,6 +211,13 @@ def test_samples_blocks_branches_and_purposes_have_noise_of_their_own():
     drawn = torch.cat([*routers, (noise.kept("vision", 1, 64, 8, 0.5).flatten(1) * 2.0 - 1)])
     correlation = drawn @ drawn.T / 512
     assert float((correlation - torch.diag(correlation.diag())).abs().max()) < 4.5 / math.sqrt(512)  # 45 pairs
+
+
+def test_routers_whose_noise_is_drawn_at_once_have_what_each_would_draw_alone():
+    rows = {"vision": torch.tensor([5, 70_000]), "language": torch.arange(3)}
+    at_once, alone = StepNoise(KEY, rows, {"vision": 12, "language": 2}), StepNoise(KEY, rows)
+    for branch, layer in (("vision", 12), ("vision", 1), ("language", 2)):
+        assert torch.equal(at_once.router(branch, layer, 3), alone.router(branch, layer, 3))
 
 
 def test_every_evaluation_of_a_step_sees_one_realisation():
