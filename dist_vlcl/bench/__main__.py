@@ -9,6 +9,7 @@ from types import ModuleType
 
 from dist_vlcl.bench import eval as evaluation
 from dist_vlcl.bench import growth, memory, noise, probes, scale, slope, step, stream, switch, wire
+from dist_vlcl.bench.pictures import PICTURES, png, write_picture
 from dist_vlcl.bench.result import Result, machine_line
 
 COMMANDS: dict[str, ModuleType] = {
@@ -27,7 +28,7 @@ COMMANDS: dict[str, ModuleType] = {
 EXAMPLES = """examples:
   python -m dist_vlcl.bench step --images 4 --classes 4          naive and fast, turn by turn
   python -m dist_vlcl.bench step --orders all --count            FLOPs of every setting, on any machine
-  python -m dist_vlcl.bench docs docs/PERFORMANCE.md             run every benchmark named in a file again, rewrite its tables
+  python -m dist_vlcl.bench docs docs/PERFORMANCE.md             run every benchmark named in a file again, rewrite tables, pictures
 Each writes its result to bench/COMMAND.json (--json FILE) and prints its tables."""
 MARKED = re.compile(r"<!-- bench: (?P<command>[^\n]+) -->\n.*?<!-- /bench -->", re.DOTALL)
 
@@ -44,6 +45,7 @@ def main(arguments: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     result.write(Path(args.json or f"bench/{args.command}.json"), shlex.join(arguments))
+    draw_if_asked(args, result)
     print(described(result))
 
 
@@ -56,10 +58,19 @@ def build_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=first_line, description=module.__doc__, epilog=module.EXAMPLES, formatter_class=raw)
         module.add_arguments(command)
         command.add_argument("--json", help=f"where to write the result (default: bench/{name}.json)")
-    docs = commands.add_parser("docs", help="run every benchmark that a Markdown file names again, and rewrite its tables in place")
+        if name in PICTURES:
+            command.add_argument("--picture", type=png, metavar="FILE.png", help="draw the table, too (default: no picture)")
+    docs = commands.add_parser(
+        "docs", help="run every benchmark that a Markdown file names again, and rewrite its tables and pictures in place"
+    )
     docs.add_argument("file", nargs="?", default="docs/PERFORMANCE.md", help="(default: %(default)s)")
     docs.add_argument("--only", default="", help="the tables whose command begins so, such as 'step --count'")
     return parser
+
+
+def draw_if_asked(args: argparse.Namespace, result: Result) -> None:
+    if getattr(args, "picture", None):
+        write_picture(args.picture, PICTURES[args.command](result))
 
 
 def described(result: Result) -> str:
@@ -89,6 +100,7 @@ def rewrite(file: Path, only: str = "") -> None:
         text = file.read_text()  # a person may have written in it meanwhile
         old = next(m[0] for m in MARKED.finditer(text) if m["command"] == command)
         file.write_text(text.replace(old, block))
+        draw_if_asked(args, result)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
   python -m dist_vlcl.bench memory                           counted for ViT-B/16, 64 images, 125 classes: no GPU, no time
+  python -m dist_vlcl.bench memory --picture memory.png      and a picture, beside the paper's
   python -m dist_vlcl.bench memory --device cuda             with the peak that the GPU saw"""
 
 PAPER_GB = {"first": 19.96, "language_all": 12.39, "vision_all": 6.93, "dual_all": 2.17}  # Table 5, MoE

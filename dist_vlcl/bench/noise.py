@@ -13,7 +13,7 @@ from dist_vlcl.bench.setup import Workload, add_workload, device_of, workload_of
 from dist_vlcl.dist.world import World
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.difference import Candidate, Directions
-from dist_vlcl.zo.noise import Key, StepNoise
+from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.strategies import ZerothOrder
 
 EXAMPLES = """examples:
@@ -90,7 +90,7 @@ def noise_of_a_step(workload: Workload, step: HybridStep, device: str) -> dict[s
         zeroth.apply(moves or [])
 
     def adapters() -> None:
-        noise: StepNoise = workload.noise(Key(0, 0), device)
+        noise = step._step_noise(Key(0, 0), torch.arange(workload.images, device=device))
         inputs = {"vision": torch.empty(workload.images), "language": step.tokens}
         for branch in inputs:
             tower = step.towers.tower(branch)

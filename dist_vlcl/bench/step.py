@@ -16,6 +16,7 @@ from dist_vlcl.zo.noise import Key
 EXAMPLES = """examples:
   python -m dist_vlcl.bench step --images 4 --classes 4                                a few settings at ViT-B/16, on a CPU
   python -m dist_vlcl.bench step --orders all --zo conservative --count                every setting, counted only: no time is taken
+  python -m dist_vlcl.bench step --orders all --count --picture step.png               and a picture of them
   python -m dist_vlcl.bench step --device cuda --orders language_all,dual_hop_odd      on a GPU, 128 images
   python -m dist_vlcl.bench step --device cuda --precision bf16                        the fast step in bf16, the naive one in fp32"""
 

@@ -63,6 +63,7 @@ class _Graph:
 
     def __init__(self, function: Callable[[Sequence[Tensor]], Outputs], tensors: Sequence[Tensor], learning: list[Tensor], pool: Any):
         self.inputs, self.learning = [t.clone() for t in tensors], learning
+        torch.cuda.empty_cache()  # what the first call left is of no use to another stream
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         # The thread that pins batches goes on meanwhile, and so may NCCL's.

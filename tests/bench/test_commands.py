@@ -11,13 +11,14 @@ import torch
 
 from dist_vlcl.bench import step
 from dist_vlcl.bench.__main__ import COMMANDS, MARKED, main
-from dist_vlcl.bench.result import Table, interleaved, spread
+from dist_vlcl.bench.pictures import PICTURES
+from dist_vlcl.bench.result import Result, Table, interleaved, spread
 from tests.helpers.hosts import hosts
 
 TINY = "--model small --images 8 --classes 4 --count-on cpu"
 RUNS = {
-    "step": f"{TINY} --repeats 1 --orders language_all",
-    "memory": f"{TINY} --orders dual_all",
+    "step": f"{TINY} --repeats 1 --orders language_all --picture {{folder}}/pictures/step.png",
+    "memory": f"{TINY} --orders dual_all --picture {{folder}}/pictures/memory.png",
     "wire": f"{TINY} --orders dual_hop_odd",
     "noise": f"{TINY} --repeats 1",
     "slope": f"{TINY} --directions 1 --orders language_all",
@@ -39,6 +40,9 @@ def test_a_benchmark_runs(command, tmp_path, capsys):
     for table in saved["tables"]:
         assert table["title"] in printed and table["rows"]
         assert all(len(row) == len(table["columns"]) for row in table["rows"])
+    if command in PICTURES:
+        assert (tmp_path / f"pictures/{command}.png").read_bytes().startswith(b"\x89PNG")
+        assert PICTURES[command](Result([Table(**table) for table in saved["tables"]])).bars
     if command == "wire":  # three losses, a count, a flag and a time in float64, and one more vector of candidates' losses for none
         assert saved["tables"][0]["rows"][0][2] == 48
         assert saved["records"][0]["digest_is_equal"]
@@ -58,7 +62,7 @@ def test_a_benchmark_runs(command, tmp_path, capsys):
 def test_a_fast_step_in_bf16_is_measured_beside_a_naive_one_in_fp32(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(step, "naive_of", lambda *arguments, make=step.naive_of: (made.append(make(*arguments)), made[-1])[1])
-    main(["step", *RUNS["step"].split(), "--precision", "bf16", "--json", str(tmp_path / "result.json")])
+    main(["step", *RUNS["step"].format(folder=tmp_path).split(), "--precision", "bf16", "--json", str(tmp_path / "result.json")])
     saved = json.loads((tmp_path / "result.json").read_text())
     [[*_, naive_s, fast_s, _, rate]], [record] = saved["tables"][0]["rows"], saved["records"]
     assert saved["tables"][0]["columns"][-4:] == ["naive s, fp32", "fast s, bf16", "times faster", "images/s"]
@@ -68,7 +72,7 @@ def test_a_fast_step_in_bf16_is_measured_beside_a_naive_one_in_fp32(tmp_path, mo
 
 def test_a_document_s_tables_are_written_again_and_the_rest_is_left(tmp_path, monkeypatch):
     document = tmp_path / "P.md"
-    count = f"step --count {TINY} --orders dual_all"
+    count = f"step --count {TINY} --orders dual_all --picture {tmp_path}/P.png"
     document.write_text(
         f"before\n\n<!-- bench: {count} -->\nold\n<!-- /bench -->\n\nafter\n<!-- bench: step --device cuda -->\nkept\n<!-- /bench -->\n"
     )
@@ -76,6 +80,7 @@ def test_a_document_s_tables_are_written_again_and_the_rest_is_left(tmp_path, mo
     main(["docs", str(document)])
     text = document.read_text()
     assert text.startswith(f"before\n\n<!-- bench: {count} -->\n\n**FLOPs of a step") and "old" not in text
+    assert (tmp_path / "P.png").exists()
     assert text.endswith("after\n<!-- bench: step --device cuda -->\nkept\n<!-- /bench -->\n")
     once = re.sub("load [0-9.]+", "", text)
     main(["docs", str(document)])
@@ -92,7 +97,10 @@ def test_the_commands_of_the_documentation_are_commands():
     commands = [match["command"] for match in MARKED.finditer(text)]
     assert {command.split()[0] for command in commands} == set(COMMANDS)
     for command in commands:
-        build_parser().parse_args(command.split())
+        args = build_parser().parse_args(command.split())
+        if getattr(args, "picture", None):
+            assert f"({args.picture.relative_to('docs')})" in text
+            assert (docs.parent / args.picture).stat().st_size < 60_000
 
 
 @pytest.mark.parametrize(
@@ -105,6 +113,7 @@ def test_the_commands_of_the_documentation_are_commands():
         ("step --device cuda", "--device cuda: torch sees no GPU"),
         ("growth --class-counts few", "--class-counts few: give positive numbers"),
         ("scale --processes one", "--processes one: give numbers"),
+        ("step --count --picture step.jpg", "--picture: step.jpg: give a file that ends in .png"),
         ("docs /nowhere.md", "/nowhere.md"),
     ],
 )

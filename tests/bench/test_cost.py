@@ -34,6 +34,14 @@ def executed(workload: Workload, device: str = "cpu") -> tuple[int, int]:
     return count, step_cost(shapes, step.orders, workload.zeroth, workload.images, workload.classes, step.by_delta).total
 
 
+def test_products_whose_sums_stay_wide_are_counted_as_others():
+    """What delta-forward runs on a GPU (on a CPU there is no such operator)."""
+    a, b = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((3, 4), (4, 5)))
+    assert flops(lambda: torch.ops.aten.mm(a, b, torch.float32)) == flops(lambda: a @ b) == 2 * 3 * 4 * 5
+    a, b = a[None], b[None]
+    assert flops(lambda: torch.ops.aten.bmm(a, b, torch.float32)) == flops(lambda: a @ b)
+
+
 @pytest.mark.parametrize(
     ("orders", "zo"),
     [

@@ -1,5 +1,8 @@
 import hashlib
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,6 +53,21 @@ def test_philox_gives_the_known_answers_of_random123(counter, key, words):
     drawn = philox4x32(tuple(torch.tensor([int(c, 16)]) for c in counter.split()), low | high << 32)
     assert " ".join(f"{word % 2**32:08x}" for word in drawn[0].tolist()) == words
     assert philox_by_hand([int(c, 16) for c in counter.split()], [low, high]) == [int(w, 16) for w in words.split()]
+
+
+KERNEL = """
+import torch
+from dist_vlcl.zo import kernel, noise
+counter = [torch.arange(300)[None], torch.tensor(2**32 - 5), torch.tensor(7), (254 + 256 * torch.tensor([0, 70_000, 2**24 - 1]))[:, None]]
+for chosen in (counter, [counter[0][0], *counter[1:3], torch.tensor(3)]):
+    for seed in (0, 1, 0x9ABCDEF0, 0x123456789ABCDEF0, 2**63, 2**64 - 1):
+        assert torch.equal(kernel.philox(torch.broadcast_tensors(*chosen), seed), noise.philox4x32(chosen, seed)), seed
+"""
+
+
+def test_the_kernel_for_gpus_gives_the_same_words_in_triton_s_interpreter():
+    pytest.importorskip("triton", reason="triton comes with torch on Linux")
+    subprocess.run([sys.executable, "-c", KERNEL], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True, timeout=300)
 
 
 def test_normals_are_box_muller_of_the_documented_counter():
@@ -192,10 +210,8 @@ def test_a_sample_sees_the_same_noise_wherever_it_sits(place):
     where = place.index(3)
     assert torch.equal(among.router("vision", 4, 2)[where], alone.router("vision", 4, 2)[0])
     assert torch.equal(among.kept("vision", 4, 197, 8, 0.1)[where], alone.kept("vision", 4, 197, 8, 0.1)[0])
-    assert torch.equal(
     drawn, expected = (normals_by_row(["x"], torch.tensor(rows), 9, KEY, 2)[0] for rows in (place, [3]))
     assert torch.equal(drawn[where], expected[0])
-    )
 
 
 def test_a_mask_too_large_for_one_chunk_is_the_same_row_by_row():
