@@ -302,7 +302,7 @@ def _without_blocks(name: str, branch: str) -> ValueError:
 
 def _open_clip() -> Any:
     """Import open_clip without timm, whose towers are refused here: it would be a third of the time that this takes."""
-    is_hidden = sys.modules.setdefault("timm", None) is None  # type: ignore[call-overload]
+    is_hidden = sys.modules.setdefault("timm", None) is None  # type: ignore[arg-type]
     try:
         import open_clip
     finally:

@@ -40,7 +40,8 @@ def beside(slurm, tmp_path_factory):
     python = tmp_path_factory.mktemp("python") / "python"
     python.write_text(f'#!/bin/bash\nexec nice -n 10 {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
-    small = ["data=digits", "tasks.increment=2", "tasks.order=natural", "model=small", "run.wandb=off", "train.max_steps=2", *QUICK_RUN[:-2]]
+    tasks = ["data=digits", "tasks.increment=2", "tasks.order=natural"]
+    small = [*tasks, "model=small", "run.wandb=off", "train.max_steps=2", *QUICK_RUN[:-2]]
     one_minute = ["--nodes", "1", "--time", "1", "--sbatch=--gpus-per-node=2", "--sbatch=--cpus-per-task=3"]
     commands = {
         "out of time": ["train", *one_minute, "run.root=a b"],  # ranks that do not stop when signalled, as in a long evaluation
