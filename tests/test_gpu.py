@@ -15,7 +15,7 @@ from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.run.replay import rebuild
 from dist_vlcl.step import MAX_SLOPE_NOISE, HybridStep
 from dist_vlcl.zo.noise import Key, NoiseField, Segment, kept_by_row, normals_by_row, philox4x32
-from tests.helpers.tiny_clip import LORA, MOE, NAMES, batch_of, tiny_clip
+from tests.helpers.tiny_clip import LORA, MOE, NAMES, batch_of, pictures, tiny_clip
 from tests.test_step import STRATEGIES, in_float64
 from tests.test_train import TINY, configured, last_tensors, run_once
 
@@ -98,8 +98,10 @@ def test_graphs_replay_the_bits_of_kernels_that_are_launched_one_by_one(plan, pr
             assert reports[0].loss == reports[1].loss and reports[0].skipped is None
         for step in steps:
             step.begin(names)
-    recorded = [tower.graphs.graphs for tower in (steps[0].towers.vision, steps[0].towers.language)]
-    assert all(any(graph is not None for graph in graphs.values()) for graphs in recorded)
+        features = [[step.towers.features(b, x) for b, x in (("vision", pictures(9).cuda()), ("language", step.tokens))] for step in steps]
+        assert all(torch.equal(a, b) for a, b in zip(*features, strict=True))
+    for tower in (steps[0].towers.vision, steps[0].towers.language):
+        assert any(tower.graphs.graphs[is_learning] for is_learning in (True, False))
     replayed, launched = (step.adapters() for step in steps)
     assert all(torch.equal(replayed[name], launched[name]) for name in replayed)
 

@@ -105,7 +105,7 @@ class World:
         """Return the most memory that this rank's accelerator has held since the last call, in GiB; None on a CPU."""
         if self.device.type != "cuda":
             return None
-        peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+        peak = torch.cuda.max_memory_reserved(self.device) / 2**30  # a CUDA graph's memory is not allocated anew
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 

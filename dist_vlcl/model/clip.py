@@ -69,7 +69,7 @@ class ImageEnds(nn.Module):
         super().__init__()
         self.visual: Any = visual
         convolution = visual.conv1
-        if convolution.bias is None and convolution.kernel_size == convolution.stride == (convolution.stride[0],) * 2:
+        if _only_cuts(convolution, visual.preprocess_cfg["size"]):
             visual.conv1 = Patches(convolution)
         self.tokens = len(visual.positional_embedding)
         config = visual.preprocess_cfg
@@ -98,7 +98,7 @@ class ImageEnds(nn.Module):
 
 
 class Patches(nn.Module):
-    """The convolution that cuts an image into patches, as a matrix product: a stride as long as its kernel leaves nothing to share."""
+    """The convolution that cuts an image into patches; on a GPU as a matrix product, which is faster there."""
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
@@ -106,10 +106,20 @@ class Patches(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return `[B, D, S / side, S / side]` for images `[B, 3, S, S]`."""
+        if not images.is_cuda:
+            return F.conv2d(images, self.weight, stride=self.side)
         rows, columns = (length // self.side for length in images.shape[-2:])
         cut = images.unflatten(3, (columns, self.side)).unflatten(2, (rows, self.side))  # [B, 3, rows, side, columns, side]
         patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, self.weight.flatten(1)).mT.unflatten(2, (rows, columns))
+
+
+def _only_cuts(convolution: nn.Conv2d, size: Any) -> bool:
+    """Whether a convolution over images of some size does no more than `Patches` does."""
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    step = convolution.stride[0]
+    is_square = convolution.kernel_size == convolution.stride == (step, step) and all(side % step == 0 for side in sides)
+    return is_square and convolution.bias is None and convolution.groups == 1 and convolution.padding == (0, 0)
 
 
 class TextEnds(nn.Module):
@@ -160,8 +170,7 @@ class TwoTowers(nn.Module):
 
     def copy(self) -> "TwoTowers":
         """Return the same model with tensors of its own, without graphs."""
-        kept: dict[int, Any] = {id(tower.graphs): None for tower in (self.vision, self.language)}
-        return copy.deepcopy(self, kept | {id(self.tokenizer): self.tokenizer})
+        return copy.deepcopy(self, {id(self.tokenizer): self.tokenizer})
 
     def tower(self, branch: str) -> Tower:
         return self.vision if branch == "vision" else self.language

@@ -4,7 +4,8 @@ A step is thousands of small kernels. A fast GPU is done with each before the ne
 the same kernels, so the same bits.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,83 +16,99 @@ from dist_vlcl.model.perturbed import Perturbed
 
 Outputs = tuple[Tensor | None, ...]
 
+KEPT = {True: 2, False: 32}  # graphs with gradients, each with memory of its own, and without, which share theirs; the oldest is dropped
+
 
 class Graphs:
     """Graphs of one function, which returns a tensor that may have a gradient, and more that have none.
 
-    function: of (nested tensors, options); it must not read anything back from the GPU. The first call with new shapes, options or places
-    of weights runs as it is, the second is recorded. With gradients, a call's backward pass has to run before the next call.
+    function: of (nested tensors, options). It depends on these and on the weights alone: what Python computes in it is computed once, and
+    it must not read anything back from the GPU. The first call with new shapes, options or places of weights runs as it is, the second is
+    recorded. With gradients, a call's backward pass has to run before the next call.
     """
-
-    KEPT = 8  # the longest unused is dropped
 
     def __init__(self, function: Callable[..., Outputs]):
         self.function = function
-        self.graphs: dict[Any, _Graph | None] = {}
-        self.pool: Any = None  # of what needs no gradients: such calls end before another begins, and share their memory
+        self.seen: set[Any] = set()
+        self.graphs: dict[bool, dict[Any, Graph]] = {True: {}, False: {}}
+        self.pool: Any = None  # of graphs without gradients: such a call ends before another begins
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """Have none in a copy, whose weights are elsewhere."""
+        return None
 
     def __call__(self, arguments: Any, options: tuple, weights: Sequence[Tensor]) -> Outputs:
         """Call the function. weights: what it reads besides its arguments; those that require a gradient get one."""
         leaves, spec = tree_flatten(arguments)
         tensors = [tensor for leaf in leaves for tensor in _parts(leaf)]
         learning = [w for w in weights if w.requires_grad] if torch.is_grad_enabled() else []
-        places = tuple(w.data_ptr() for w in weights)
-        key = (options, len(learning), places, tuple((*t.shape, t.dtype) for t in tensors), tuple(map(type, leaves)))
-        if key not in self.graphs:
-            self.graphs[key] = None
-            self._drop()
-            return self.function(arguments, options)
-        graph = self.graphs.pop(key)
-        if graph is None:
+        key = (options, tuple(w.data_ptr() for w in weights), str(spec), tuple(map(_kind, leaves)))
 
-            def recorded(inputs: Sequence[Tensor]) -> Outputs:
-                rest = iter(inputs)
-                return self.function(tree_unflatten([_whole(leaf, rest) for leaf in leaves], spec), options)
+        def function(inputs: Sequence[Tensor]) -> Outputs:
+            rest = iter(inputs)
+            return self.function(tree_unflatten([_whole(leaf, rest) for leaf in leaves], spec), options)
 
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = _Graph(recorded, tensors, learning, torch.cuda.graph_pool_handle() if learning else self.pool)
-        self.graphs[key] = graph
-        return graph(tensors)
+        graphs = self.graphs[bool(learning)]
+        if (bool(learning), key) not in self.seen:
+            self.seen.add((bool(learning), key))
+            return function([t.clone() for t in tensors])  # aligned as those of the graph, for which libraries may have other kernels
+        if key not in graphs:
+            graphs[key] = self._recorded(function, tensors, learning)
+            while len(graphs) > KEPT[bool(learning)]:
+                del graphs[next(iter(graphs))]
+        graphs[key] = graphs.pop(key)  # the newest
+        return graphs[key](tensors)
 
-    def _drop(self) -> None:
-        while len(self.graphs) > self.KEPT:
-            del self.graphs[next(iter(self.graphs))]
+    def _recorded(self, function: Callable[[Sequence[Tensor]], Outputs], tensors: Sequence[Tensor], learning: list[Tensor]) -> "Graph":
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        try:
+            return Graph(function, tensors, learning, torch.cuda.graph_pool_handle() if learning else self.pool)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the model cannot be recorded as a CUDA graph ({error}). An adapter that reads values back from the GPU, or a GPU that is "
+                "short of memory, needs model.graphs=false"
+            ) from error
 
 
-class _Graph:
-    """The function with certain shapes, recorded."""
+class Graph:
+    """A function of tensors of certain shapes, recorded."""
 
     def __init__(self, function: Callable[[Sequence[Tensor]], Outputs], tensors: Sequence[Tensor], learning: list[Tensor], pool: Any):
-        self.inputs, self.learning = [t.clone() for t in tensors], learning
+        self.inputs = [t.clone() for t in tensors]
         torch.cuda.empty_cache()  # what the first call left is of no use to another stream
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        # The thread that pins batches goes on meanwhile, and so may NCCL's.
-        options: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        device = tensors[0].device
+        stream = _stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # libraries make what they need for a stream at its first use
             first = function(self.inputs)[0]
             if learning and first is not None:
                 torch.autograd.grad(first, learning, torch.zeros_like(first), allow_unused=True)
             del first
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
+        # The thread that pins batches goes on meanwhile, and so may NCCL's.
+        options: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, **options):
             self.outputs = function(self.inputs)
         self.slope: Tensor | None = None
-        self.gradients: list[Tensor | None] = []
+        self.learning: list[Tensor] = []
+        self.gradients: list[Tensor] = []
         if learning:
             result: Any = self.outputs[0]
             self.slope = torch.empty_like(result)
             with torch.cuda.graph(self.backward, **options):
-                self.gradients = list(torch.autograd.grad(result, learning, self.slope, allow_unused=True))
+                found = torch.autograd.grad(result, learning, self.slope, allow_unused=True)
             self.outputs = (result.detach(), *self.outputs[1:])
+            pairs = [(w, g) for w, g in zip(learning, found, strict=True) if g is not None]
+            self.learning, self.gradients = [w for w, _ in pairs], [g for _, g in pairs]
 
     def __call__(self, tensors: Sequence[Tensor]) -> Outputs:
         torch._foreach_copy_(self.inputs, list(tensors))
-        first = _Replay.apply(self, *self.learning) if self.learning else self._replayed()
+        first = _Replay.apply(self, *self.learning) if self.learning else self.replayed()
         return first, *(None if t is None else t.clone() for t in self.outputs[1:])
 
-    def _replayed(self) -> Tensor:
+    def replayed(self) -> Tensor:
         self.forward.replay()
         first: Any = self.outputs[0]
         return first.clone()
@@ -99,18 +116,28 @@ class _Graph:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, *learning: Tensor) -> Tensor:
+    def forward(ctx: Any, graph: Graph, *learning: Tensor) -> Tensor:
         ctx.graph = graph
-        return graph._replayed()
+        return graph.replayed()
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         graph = ctx.graph
         graph.slope.copy_(slopes[0])
         graph.backward.replay()
-        found = [g for g in graph.gradients if g is not None]
-        copies = iter(torch._foreach_mul(found, 1.0))  # the next replay writes where these are
-        return None, *(None if g is None else next(copies) for g in graph.gradients)
+        return None, *torch._foreach_mul(graph.gradients, 1.0)  # copies: the next replay writes where these are
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of all recordings: freed memory serves its own stream only, and libraries keep a workspace for each."""
+    return torch.cuda.Stream(device)
+
+
+def _kind(leaf: Any) -> Any:
+    if isinstance(leaf, Perturbed):
+        return leaf.dtype, _kind(leaf.base), _kind(leaf.change)
+    return (*leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf
 
 
 def _parts(leaf: Any) -> tuple[Tensor, ...]:
@@ -119,8 +146,8 @@ def _parts(leaf: Any) -> tuple[Tensor, ...]:
     return (leaf,) if isinstance(leaf, Tensor) else ()
 
 
-def _whole(leaf: Any, tensors: Any) -> Any:
-    """Return the leaf with its tensors in place of those that it was recorded with."""
+def _whole(leaf: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return the leaf with the next tensors in place of its own."""
     if isinstance(leaf, Perturbed):
         return Perturbed(next(tensors), next(tensors), leaf.dtype)
     return next(tensors) if isinstance(leaf, Tensor) else leaf

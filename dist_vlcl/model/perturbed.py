@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 SHAPES = {
     "cat",
     "chunk",
+    "clone",
     "contiguous",
     "detach",
     "expand",

@@ -18,7 +18,7 @@ from dist_vlcl.model.units import Unit, UnitId
 
 Sets = Mapping[UnitId, dict[str, Tensor]]
 
-ROWS_AT_A_TIME = {"cuda": 8192}  # elsewhere half: what is in a cache is not read from memory, and a launch has to have something to do
+ROWS_AT_A_TIME = {"cpu": 4096, "meta": 4096, "cuda": 8192}  # few stay in the caches, many are fewer launches
 SAMPLES_AT_A_TIME = 8  # at least: matrix products of a few rows have other last bits
 
 
@@ -191,7 +191,7 @@ class Tower(nn.Module):
             features, *carry = call((hidden, inputs, drawn, sets), (start, keep))
             return features, tuple(carry) or None
         copies = 1 + max((t.shape[0] for tensors in (sets or {}).values() for t in tensors.values()), default=0)
-        at_a_time = max(SAMPLES_AT_A_TIME, ROWS_AT_A_TIME.get(inputs.device.type, 4096) // (copies * length))
+        at_a_time = max(SAMPLES_AT_A_TIME, ROWS_AT_A_TIME[inputs.device.type] // (copies * length))
         cuts = torch.arange(len(inputs)).tensor_split(max(1, len(inputs) // at_a_time))
         parts = []
         for cut in cuts:

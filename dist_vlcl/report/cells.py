@@ -19,7 +19,7 @@ IMAGES_A_CLASS = {
 
 # What changes neither a result nor its meaning.
 IMMATERIAL = (
-    *("seed", "paper", "run.*", "cluster.*", "eval.batch_size", "eval.zero_shot"),
+    *("seed", "paper", "run.*", "cluster.*", "eval.batch_size", "eval.zero_shot", "model.graphs"),
     *(f"data.{key}" for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "on_error")),
     *(f"data.{key}" for key in ("num_workers", "cache_gib", "encoding", "samples_per_shard", "timeout_s")),
     *(f"train.{key}" for key in ("micro_batches", "max_skips", "check_every_steps", "on_disagreement")),

@@ -30,7 +30,7 @@ from dist_vlcl.run.environment import describe_environment, is_restart
 from dist_vlcl.run.files import make_folder, replace_file
 
 MAY_CHANGE = (
-    *("run.*", "cluster.*", "eval.batch_size"),
+    *("run.*", "cluster.*", "eval.batch_size", "model.graphs"),
     *("train.check_every_steps", "train.on_disagreement", "train.max_skips"),
     *("data.root", "data.url", "data.timeout_s", "data.allow_pipe", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
 )

@@ -2,6 +2,8 @@
 
 # M counters
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
@@ -37,5 +39,7 @@ def philox(counter: tuple[Tensor, ...], seed: int) -> Tensor:
     if total:
         signed = (seed & (2**64 - 1)) - (seed >> 63 & 1) * 2**64
         grid = (triton.cdiv(total, COUNTERS_PER_PROGRAM),)
-        _philox[grid](out, *counter, *[s[0] for s in strides], *[s[1] for s in strides], signed, total, shape[-1], COUNTERS_PER_PROGRAM)
+        sizes = (*[s[0] for s in strides], *[s[1] for s in strides], signed, total, shape[-1])
+        with torch.cuda.device(out.device) if out.is_cuda else contextlib.nullcontext():
+            _philox[grid](out, *counter, *sizes, COUNTERS_PER_PROGRAM)
     return out

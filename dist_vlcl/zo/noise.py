@@ -13,9 +13,9 @@ normals agree to the last bits of log, sin and cos, so ranks compare a first dir
 
 import functools
 import hashlib
-import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,10 +70,9 @@ def philox4x32(counter: tuple[Tensor | int, ...], seed: int) -> Tensor:
     """Return the four 32-bit words of each counter, as int32 `[..., 4]`; a counter is four int64 tensors or numbers that broadcast."""
     device = next(c.device for c in counter if isinstance(c, Tensor))
     c0, c1, c2, c3 = torch.broadcast_tensors(*[c if isinstance(c, Tensor) else torch.full((), c, device=device) for c in counter])
-    if device.type == "cuda" and _has_kernel():
-        from dist_vlcl.zo.kernel import philox
-
-        return philox((c0, c1, c2, c3), seed)
+    kernel = _kernel() if device.type == "cuda" else None
+    if kernel is not None:
+        return kernel((c0, c1, c2, c3), seed)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps in int64, yet all 64 bits of the product are right
@@ -87,8 +86,19 @@ def philox4x32(counter: tuple[Tensor | int, ...], seed: int) -> Tensor:
 
 
 @functools.cache
-def _has_kernel() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _kernel() -> Callable[[tuple[Tensor, ...], int], Tensor] | None:
+    """Return the kernel for GPUs, if it can be built here (Triton needs a C compiler) and gives the first known answer of Random123."""
+    try:
+        from dist_vlcl.zo.kernel import philox
+
+        words = philox((torch.zeros(1, dtype=torch.int64, device="cuda"),) * 4, 0)[0].tolist()
+        if [word & _MASK for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]:
+            return philox
+        why = "it gives wrong words"
+    except Exception as error:  # whatever Triton or a compiler says
+        why = repr(error)
+    warnings.warn(f"noise is drawn by torch's operations, which is slower: Triton's kernel cannot be used here ({why})", stacklevel=2)
+    return None
 
 
 def _to_normals(words: Tensor) -> Tensor:
@@ -176,7 +186,7 @@ def normals_by_row(names: Sequence[str], rows_R: Tensor, numel: int, key: Key, s
 
 
 def kept_by_row(name: str, rows_R: Tensor, numel: int, drop: float, key: Key, stream: int) -> Tensor:
-    """Return a dropout mask `[R, numel]`, True where kept; P(drop) is `drop` rounded to 2^-16; a shorter numel is a prefix."""
+    """Return a dropout mask `[R, numel]`, True where kept; P(drop) is `drop` rounded to 2^-16, and below 1; a shorter numel is a prefix."""
     parts = [
         _at_least(_row_words([name], rows, -(-numel // UNIFORMS_PER_COUNTER), key, stream), min(round(drop * 65536), 65535))[:, :numel]
         for rows in rows_R.split(max(1, _chunk(rows_R.device) * UNIFORMS_PER_COUNTER // max(numel, 1)))
@@ -211,13 +221,12 @@ class StepNoise:
 
     def router(self, branch: str, layer: int, experts: int) -> Tensor:
         """Return N(0, 1) noise `[B, E]` for the logits of a router."""
-        purpose = ("router", branch)
-        if (*purpose, layer) not in self._drawn:
+        if ("router", branch, layer, experts) not in self._drawn:
             layers = range(1, self.depths[branch] + 1) if branch in self.depths else [layer]
-            names = [_name(*purpose, number) for number in layers]
+            names = [_name("router", branch, number) for number in layers]
             drawn = normals_by_row(names, self.rows[branch], experts, self.key, Streams.ROUTER)
-            self._drawn |= {(*purpose, number): noise for number, noise in zip(layers, drawn, strict=True)}
-        return self._drawn[*purpose, layer]
+            self._drawn |= {("router", branch, number, experts): noise for number, noise in zip(layers, drawn, strict=True)}
+        return self._drawn["router", branch, layer, experts]
 
     def kept(self, branch: str, layer: int, tokens: int, width: int, drop: float) -> Tensor:
         """Return a dropout mask `[B, L, width]`; the mask of a truncated prompt is the head of the whole prompt's."""

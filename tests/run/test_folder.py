@@ -56,6 +56,11 @@ def test_keys_that_may_change_are_taken_over_and_said(tmp_path):
     assert yaml.safe_load((run.path / "config.yaml").read_text())["data"]["root"] == "/y"
 
 
+def test_a_run_of_before_an_option_that_changes_no_result_goes_on(tmp_path):
+    RunFolder.open(settings(tmp_path), CONFIG, Alone())
+    assert not RunFolder.open(settings(tmp_path), changed(model={"graphs": True}), Alone()).is_new
+
+
 def test_differences_name_keys_that_came_and_went():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": []}}) == {"a.c": "2 -> (absent)", "a.d": "(absent) -> []"}
 

@@ -1,0 +1,137 @@
+"""Which calls share a recording, and which do not: with a stand-in for the GPU's graph, that runs the function it was recorded with.
+
+That a replay has the bits of the function itself is for tests/test_gpu.py.
+"""
+
+import copy
+
+import pytest
+import torch
+
+from dist_vlcl.model import graphs
+from dist_vlcl.model.graphs import Graphs
+from dist_vlcl.model.perturbed import Perturbed
+from dist_vlcl.model.units import UnitId
+from tests.helpers.tiny_clip import pictures, tiny_clip
+
+
+WEIGHT, LEARNING = torch.ones(1), torch.ones(1, requires_grad=True)
+
+
+class StandIn:
+    """A graph's inputs, and the function with what it closed over when it was recorded."""
+
+    recorded = 0
+
+    def __init__(self, function, tensors, learning, pool):
+        self.function, StandIn.recorded = function, StandIn.recorded + 1
+
+    def __call__(self, tensors):
+        return self.function(tensors)
+
+
+@pytest.fixture(autouse=True)
+def _on_a_cpu(monkeypatch):
+    monkeypatch.setattr(graphs, "Graph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    StandIn.recorded = 0
+
+
+def doubled(arguments, options):
+    (x, factor), (shift,) = arguments, options
+    return (x * factor + shift,)
+
+
+def test_the_second_call_records_and_later_ones_replay_for_new_numbers():
+    call = Graphs(doubled)
+    for k in range(4):
+        x = torch.full((2,), float(k))
+        assert torch.equal(call((x, 2.0), (1,), [])[0], 2 * x + 1)
+        assert StandIn.recorded == min(k, 1)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        lambda x: ((torch.ones(3), 2.0), (1,), []),
+        lambda x: ((x.double(), 2.0), (1,), []),
+        lambda x: ((x, 3.0), (1,), []),
+        lambda x: ((x, 2.0), (2,), []),
+        lambda x: ((x, torch.tensor(2.0)), (1,), []),
+        lambda x: ((x, 2.0), (1,), [WEIGHT]),
+        lambda x: ((x, 2.0), (1,), [LEARNING]),
+        lambda x: ((Perturbed(x, x), 2.0), (1,), []),
+        lambda x: ((Perturbed(x, x, torch.bfloat16), 2.0), (1,), []),
+    ],
+    ids=["shape", "dtype", "value", "option", "kind", "weights", "learning weights", "perturbed", "its precision"],
+)
+def test_what_differs_in_anything_but_numbers_is_another_recording(others):
+    call, x = Graphs(doubled), torch.ones(2)
+    for _ in range(3):
+        call((x, 2.0), (1,), [])
+        arguments, options, weights = others(x)
+        found = call(arguments, options, weights)[0]
+        expected = doubled(arguments, options)[0]
+        same = [
+            torch.equal(getattr(found, part), getattr(expected, part)) for part in ("base", "change") if isinstance(expected, Perturbed)
+        ]
+        assert all(same) if same else torch.equal(found, expected)
+    assert StandIn.recorded == 2
+
+
+def test_sets_of_one_block_are_not_replayed_for_another_s():
+    towers = tiny_clip()
+    tower, images = towers.vision, pictures(9)
+    units = {id: unit for id, unit in towers.units.items() if id.branch == "vision"}
+
+    def of(layer):
+        id = UnitId("vision", layer)
+        return {id: {name: t.detach()[None] + 0.1 for name, t in units[id].tensors().items()}}
+
+    with torch.no_grad():
+        expected = {layer: tower.run(tower.embed(images), images, sets=of(layer))[0] for layer in (1, 2)}
+        tower.record()
+        for layer in (1, 1, 2, 2, 1, 2):
+            assert torch.equal(tower.run(tower.embed(images), images, sets=of(layer))[0], expected[layer])
+    assert not torch.equal(expected[1], expected[2]) and StandIn.recorded > 1
+
+
+def test_rare_shapes_do_not_drive_out_recordings_and_few_with_gradients_are_kept():
+    call, weight = Graphs(lambda arguments, options: (arguments[0] * 2,)), torch.ones(1, requires_grad=True)
+    for size in range(1, 200):  # once each: seen, not recorded
+        call((torch.ones(size),), (), [])
+    assert StandIn.recorded == 0
+    for _ in range(3):
+        for size in range(1, 21):
+            call((torch.ones(size),), (), [])
+    assert StandIn.recorded == 20
+    for _ in range(3):
+        for size in (300, 301):
+            call((torch.ones(size),), (), [weight])
+    assert StandIn.recorded == 22
+    for _ in range(2):
+        call((torch.ones(302),), (), [weight])
+    assert list(map(len, call.graphs.values())) == [2, 20]
+
+
+def test_a_copy_of_a_model_has_no_recordings():
+    towers = tiny_clip()
+    towers.record()
+    assert towers.vision.graphs is not None
+    assert copy.deepcopy(towers.vision).graphs is None and towers.copy().vision.graphs is None
+
+
+def test_what_cannot_be_recorded_is_said_in_words(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "Graph", fails)
+    call = Graphs(doubled)
+    call((torch.ones(2), 2.0), (1,), [])
+    with pytest.raises(RuntimeError, match=r"not permitted.*model\.graphs=false"):
+        call((torch.ones(2), 2.0), (1,), [])
+
+
+def test_a_clone_of_a_perturbed_tensor_has_its_bits():
+    x = Perturbed(torch.randn(100), torch.randn(100) * 1e-3)
+    assert torch.equal(x.clone().change, x.change) and torch.equal(x.clone().base, x.base)
