@@ -14,7 +14,6 @@ from dist_vlcl.model.perturbed import Perturbed
 from dist_vlcl.model.units import UnitId
 from tests.helpers.tiny_clip import pictures, tiny_clip
 
-
 WEIGHT, LEARNING = torch.ones(1), torch.ones(1, requires_grad=True)
 
 
