@@ -129,7 +129,7 @@ def each(function: Callable, *args: Any, **kwargs: Any) -> Any:
 
 def total(function: Callable, a: Any, b: Any) -> Perturbed:
     """The rule of sums: changes add up."""
-    changes = [x.change for x in (a,) if isinstance(x, Perturbed)]
+    changes = [a.change] if isinstance(a, Perturbed) else []
     if isinstance(b, Perturbed):
         changes.append(-b.change if function.__name__.strip("_") == "sub" else b.change)
     base, change = function(_base(a), _base(b)), sum(changes[1:], changes[0])

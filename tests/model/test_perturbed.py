@@ -27,6 +27,7 @@ SEEN = torch.tensor([[[True, False, False, False, False], [True, True, True, Fal
 FUNCTIONS = {
     "sum": lambda x, y, w: x + y + 1.0,
     "difference": lambda x, y, w: 2.0 - x - y,
+    "differences by torch's function": lambda x, y, w: torch.sub(x, y) * torch.sub(draw(1, B, L, D), y) + torch.sub(x, draw(1, B, L, D)),
     "product": lambda x, y, w: 3 * x * y,
     "quotient": lambda x, y, w: x / (y * y + 1),
     "with a tensor": lambda x, y, w: draw(B, L, D) * x + draw(1, 1, 1, D),
