@@ -105,7 +105,6 @@ def add_workload(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--images", type=int, default=given["images"], help="of the batch (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=given["classes"], help="of the task (default: %(default)s)")
     parser.add_argument("--precision", default=given["precision"], choices=list(PRECISIONS), help="of the model (default: %(default)s)")
-    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="launch kernels one by one on a GPU (model.graphs=false)")
     parser.add_argument("--evaluation", default=given["evaluation"], choices=EVALUATIONS, help="of losses (default: %(default)s)")
     parser.add_argument(
         "--count-on",

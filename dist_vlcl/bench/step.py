@@ -24,6 +24,7 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser)
     add_orders(parser, "language_all,vision_suffix,dual_hop_odd")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="launch kernels one by one on a GPU (model.graphs=false)")
     parser.add_argument("--repeats", type=int, default=5, help="turns that are timed (default: %(default)s)")
     parser.add_argument("--count", action="store_true", help="count the fast step's FLOPs and take no time; any size on any machine")
 
