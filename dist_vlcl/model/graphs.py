@@ -72,7 +72,7 @@ class Graphs:
 
 
 class Graph:
-    """A function of tensors of certain shapes, recorded."""
+    """A function of tensors of certain shapes, recorded. RuntimeError where it cannot be, or where its replay gives other numbers."""
 
     def __init__(self, function: Callable[[Sequence[Tensor]], Outputs], tensors: Sequence[Tensor], learning: list[Tensor], pool: Any):
         self.inputs = [t.clone() for t in tensors]
@@ -81,27 +81,39 @@ class Graph:
         stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # libraries make what they need for a stream at its first use
-            first = function(self.inputs)[0]
-            if learning and first is not None:
-                torch.autograd.grad(first, learning, torch.zeros_like(first), allow_unused=True)
-            del first
+            result: Any = function(self.inputs)[0]
+            slope = torch.linspace(-1, 1, result.numel(), dtype=result.dtype, device=device).view_as(result)
+            found = torch.autograd.grad(result, learning, slope, allow_unused=True) if learning else ()
+            expected = [result.detach(), *(g for g in found if g is not None)]
+            del result, found
         torch.cuda.synchronize(device)
         # The thread that pins batches goes on meanwhile, and so may NCCL's.
         options: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, **options):
             self.outputs = function(self.inputs)
-        self.slope: Tensor | None = None
+        self.slope = slope
         self.learning: list[Tensor] = []
         self.gradients: list[Tensor] = []
         if learning:
-            result: Any = self.outputs[0]
-            self.slope = torch.empty_like(result)
+            result = self.outputs[0]
             with torch.cuda.graph(self.backward, **options):
                 found = torch.autograd.grad(result, learning, self.slope, allow_unused=True)
             self.outputs = (result.detach(), *self.outputs[1:])
             pairs = [(w, g) for w, g in zip(learning, found, strict=True) if g is not None]
             self.learning, self.gradients = [w for w, _ in pairs], [g for _, g in pairs]
+        self._verify(expected)
+
+    def _verify(self, expected: list[Tensor]) -> None:
+        """Compare a replay with the function's own numbers: one that read from memory since reused would be wrong in silence."""
+        self.forward.replay()
+        if self.learning:
+            self.backward.replay()
+        found: list[Any] = [self.outputs[0], *self.gradients]
+        if not all(
+            torch.allclose(f, e, rtol=0.01, atol=0.01 * float(e.abs().max()), equal_nan=True) for f, e in zip(found, expected, strict=True)
+        ):
+            raise RuntimeError("its replay gives other numbers than the model itself")
 
     def __call__(self, tensors: Sequence[Tensor]) -> Outputs:
         torch._foreach_copy_(self.inputs, list(tensors))

@@ -3,7 +3,9 @@
 That a replay has the bits of the function itself is for tests/test_gpu.py.
 """
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from dist_vlcl.model.units import UnitId
 from tests.helpers.tiny_clip import pictures, tiny_clip
 
 WEIGHT, LEARNING = torch.ones(1), torch.ones(1, requires_grad=True)
+
+
+RECORDING = graphs.Graph
 
 
 class StandIn:
@@ -129,6 +134,38 @@ def test_what_cannot_be_recorded_is_said_in_words(monkeypatch):
     call((torch.ones(2), 2.0), (1,), [])
     with pytest.raises(RuntimeError, match=r"not permitted.*model\.graphs=false"):
         call((torch.ones(2), 2.0), (1,), [])
+
+
+@pytest.mark.parametrize("wrong", [None, "forward", "backward"])
+def test_a_replay_that_gives_other_numbers_is_refused(monkeypatch, wrong):
+    """With a stand-in for CUDA: what is recorded is run, and a replay writes nothing, or something else."""
+    recorded = []
+
+    class Replay:
+        def replay(self):
+            if ["forward", "backward"][recorded.index(self)] == wrong:
+                part = graph.outputs[0] if wrong == "forward" else graph.gradients[0]
+                part.data.add_(1)
+
+    nothing = contextlib.nullcontext()
+    for name in ("empty_cache", "synchronize", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda *_: nothing)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replay)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: recorded.append(graph) or nothing)
+    monkeypatch.setattr(graphs, "_stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
+    weight, unused = torch.tensor(3.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    graph = RECORDING.__new__(RECORDING)
+
+    def record():
+        graph.__init__(lambda inputs: (inputs[0] * weight,), [torch.ones(2)], [weight, unused], None)
+
+    if wrong:
+        with pytest.raises(RuntimeError, match="other numbers"):
+            record()
+    else:
+        record()
+        assert len(recorded) == 2 and graph.learning == [weight]
 
 
 def test_a_clone_of_a_perturbed_tensor_has_its_bits():
