@@ -204,7 +204,8 @@ class HybridStep:
 
     def begin(self, class_names: Sequence[str]) -> None:
         """Start a task: prompts of its classes, fresh optimisers. All ranks call this."""
-        self.tokens = self.towers.prompts(class_names).to(self.world.device)
+        few_lengths = 4 if self.world.device.type == "cuda" else 1  # a CUDA graph is recorded for each
+        self.tokens = self.towers.prompts(class_names, multiple=few_lengths).to(self.world.device)
         self.first.begin()
         for flat in self.flats.values():
             flat.tie()
