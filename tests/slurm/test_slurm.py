@@ -257,6 +257,12 @@ def test_a_dry_run_prints_the_script_and_the_command_quoted(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir()) and "hidden" not in printed
 
 
+def test_a_sweep_is_an_array_of_all_its_runs_with_their_controls_where_it_says_so(monkeypatch, capsys):
+    run = "paper=t2-moe-cifar10-dual-hop_odd"
+    assert submit_here(monkeypatch, "sweep", "--controls", "--dry-run", "--repository", str(ROOT), run, "--parallel", "2") == 0
+    assert f"sbatch --array=0-2%2 {ROOT}/slurm/sweep.sbatch --controls {run}\n" in capsys.readouterr().out
+
+
 SECRET = ["data.url='https://host/{}?token=hush'", "data.root=/hush"]  # the job knows no secret from a path, and tells neither
 
 
@@ -289,6 +295,7 @@ def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_op
         (["orders.nothing=1"], "orders.nothing"),
         (["train"], "an option is OPTION=VALUE"),
         (["seed=1", "seed=2"], "seed is given twice"),
+        (["orders.layers=[13]"], "no block 13"),
     ],
 )
 def test_options_that_the_job_would_refuse_are_refused_before_it_waits(options, message):
@@ -312,6 +319,9 @@ def test_submit_says_what_is_missing(tmp_path, monkeypatch, capfd):
         (["sweep", "--parallel", "-1"], "argument --parallel: -1: give a whole number from 1"),
         (["sweep", "--nodes", "2"], "--nodes: it is for train; sweep takes one node"),
         (["shards", "--engine", "zero2"], "--engine: it is for train"),
+        (["train", "--controls"], "--controls: it is for sweep"),
+        (["sweep", "paper=t1-moe-cifar20-*", "train.epochs=abc"], "paper=t1-moe-cifar20-fo seed=0 train.epochs=abc: "),
+        (["sweep", "paper=t1-moe-cifar20-fo", "orders.nothing=1"], "orders.nothing"),
         (["train", "--engine", "zero9"], "--engine zero9: choose from ddp, zero0, zero1, zero2, zero3, zero3_offload"),
     ],
 )
