@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 
+from dist_vlcl import evaluate
 from dist_vlcl.config import Config
 from dist_vlcl.data.store import open_index
 from dist_vlcl.dist.agree import AstrayError
@@ -293,6 +295,18 @@ def test_no_secret_reaches_a_file_or_the_terminal(tmp_path, data):
     assert "Done." in finished and all("cannot" in said or "error on rank 0" in said for said in failed)
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"hush" not in written and "hush" not in "".join([finished, said_by("--help"), *failed])
+
+
+def test_an_evaluation_that_fails_tells_the_other_ranks_why(tmp_path, monkeypatch):
+    cfg = configured(tmp_path, "data=cifar100")  # which is not there
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cfg.as_dict()))
+    world, told = World.alone(), []
+    monkeypatch.setattr(World, "from_environment", lambda _: world)
+    monkeypatch.setattr(world.exchanging, "stopped", told.append)
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error on rank 0 of 1: .*index\.json is missing"):
+        evaluate.main()
+    assert "index.json is missing" in str(told[0])
 
 
 def by_command_line(world: World, options: list[str]) -> int:
