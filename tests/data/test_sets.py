@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dist_vlcl.data import sets
 from dist_vlcl.data.build import build
 from dist_vlcl.data.names import known_classes, prompt_names
 from dist_vlcl.data.sets import read_raw
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.store import open_index
-from tests.helpers.shards import png
+from tests.helpers.shards import png, served
 
 SHARED = Path(os.environ.get("DIST_VLCL_SHARED", Path(__file__).parents[2].parent / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not (SHARED / "cifar100").is_dir(), reason=f"no shared data sets in {SHARED}")
@@ -147,6 +148,26 @@ def test_the_official_cifar_files(tmp_path, monkeypatch):
     assert sample.class_id == 2
     image = np.asarray(Image.open(io.BytesIO(sample.read())))
     assert np.array_equal(image, pixels[102].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+def test_damaged_official_files_are_refused_by_name_and_nothing_is_downloaded_in_their_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    archive = tmp_path / "mine/cifar-100-python.tar.gz"
+    (tmp_path / "unpacked/cifar-100-python").mkdir(parents=True)
+    (tmp_path / "unpacked/cifar-100-python/train").write_bytes(b"no pickle")
+    archive.parent.mkdir()
+    archive.write_bytes(b"no archive")
+
+    def refused(name: str, words: str, source: Path | None = None) -> None:
+        with pytest.raises(ValueError, match=words):
+            read_raw(DataConfig(name=name, source=source and str(source), root=str(tmp_path / "data")))
+
+    refused("cifar100", r"data\.source='.*mine/cifar-100-python\.tar\.gz': damaged, or not the official archive: its MD5 is", archive)
+    refused("cifar100", "unpacked/cifar-100-python: damaged, or not the official files", tmp_path / "unpacked")
+    assert archive.read_bytes() == b"no archive" and not (tmp_path / "data").exists()
+    with served(archive.parent) as address:
+        monkeypatch.setattr(sets, "TINY_IMAGENET", (f"{address}/{archive.name}", sets.TINY_IMAGENET[1]))
+        refused("tiny_imagenet", r"/cifar-100-python\.tar\.gz: what came is not the official archive")
 
 
 @needs_shared
