@@ -90,6 +90,15 @@ def test_adapters_are_a_function_of_the_seed():
     assert not torch.equal(first["vision.1/down_weight"], first["vision.2/down_weight"])
 
 
+def test_weights_that_open_clip_knows_come_with_the_command_that_fetches_them(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(RuntimeError, match=r"create_model\('ViT-B-32', pretrained='laion2b_e16'\)"):
+        build_clip(ModelConfig(name="ViT-B-32", pretrained="laion2b_e16"), MOE)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -98,7 +107,8 @@ def test_adapters_are_a_function_of_the_seed():
         ({"name": "ViT-B-16-SigLIP", "pretrained": "webli"}, ValueError, "its vision tower has no residual attention blocks"),
         ({"name": "ViT-B-16", "pretrained": "openai"}, ValueError, "use model.name=ViT-B-16-quickgelu"),
         ({"name": "ViT-B-61", "pretrained": "random"}, ValueError, "did you mean ViT-B-16"),
-        ({"name": "tiny-4-3", "pretrained": "/no/such/file.pt"}, RuntimeError, "model.pretrained='/no/such/file.pt'"),
+        ({"name": "tiny-4-3", "pretrained": "/no/such/file.pt"}, RuntimeError, "open_clip has no weights of it; or give a local safetensors"),
+        ({"name": "ViT-B-32", "pretrained": "laion"}, RuntimeError, "open_clip has weights of it as openai, laion400m_e31"),
         ({"name": "tiny-4-3", "pretrained": "shipped"}, ValueError, "only model.name=small_clip ships"),
         ({"name": "tiny-4-3", "pretrained": "random", "prompt": "a photo"}, ValueError, "model.prompt='a photo': needs {}"),
         ({"name": "tiny-4-3", "pretrained": "random", "context": "half"}, ValueError, "model.context='half': choose from truncated, full"),
