@@ -21,7 +21,7 @@ from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
 from dist_vlcl.data.order import SampleId, held_out
-from dist_vlcl.data.shards import Index
+from dist_vlcl.data.shards import Index, ShardError, UnreadShard
 from dist_vlcl.data.store import open_index
 from dist_vlcl.data.tasks import Task, TaskStream
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
@@ -191,10 +191,11 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
         try:
             open_index(cfg.data)
         except (OSError, ValueError, RuntimeError) as error:
-            outcome = str(error)
+            outcome = OSError if isinstance(error, OSError) else ValueError, str(error)
     outcome = world.share(outcome, "rank 0's look at the data set")
     if outcome:
-        raise ValueError(outcome)
+        kind, words = outcome
+        raise kind(words)
     index = open_index(cfg.data)
     order = class_order(cfg.tasks.order, index.num_classes, paper_order(index.reader))
     names = prompt_names(index.class_names, cfg.data.underscore_names)
@@ -478,7 +479,8 @@ def main() -> None:
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")
         except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
             world.exchanging.stopped(error)  # the others are waiting for this rank, and can then say why it is gone
-            if world.is_main and isinstance(error, FloatingPointError | ValueError):
+            is_damage = isinstance(error, ShardError) and not isinstance(error, UnreadShard)  # which one rank alone may have met
+            if is_damage or (world.is_main and isinstance(error, FloatingPointError | ValueError)):
                 # Another start would end the same way; but for one that Slurm has made while ranks on a lost node still run.
                 report_status("requeue" if isinstance(error, RunBusy) and is_restart() else "failed")
             if cfg.cluster.traceback:

@@ -70,10 +70,11 @@ ask_slurm() {
     state=RUNNING reason="" # it does not answer: to ask for a start too many is the lesser evil, and it refuses for a job that has ended
 }
 
-# Stopped by a signal and saved; or steps were being taken, and a rank has died, or an evaluation was longer than the time that was left.
+# Stopped by a signal and saved; or steps were being taken, and a rank has died, or an evaluation was longer than the time that was left. Or a start
+# has ended before that, without a refusal (2), of a job that had got further once.
 wants_to_go_on() {
     word=$(<"$DIST_VLCL_STATUS")
-    [[ $word == requeue || $word == training || $status == 75 ]]
+    [[ $word == requeue || $word == training || $status == 75 || (-z $word && $restarts -gt 0 && $status != 2) ]]
 }
 
 queue_again() {

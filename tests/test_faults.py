@@ -331,6 +331,20 @@ def test_a_run_that_skips_too_many_steps_fails_for_good(tmp_path, data):
     assert first["text"] == "step 1 was skipped: the loss is not finite on rank [0]"
 
 
+def test_a_damaged_shard_fails_for_good_and_one_that_cannot_be_read_does_not(tmp_path, data):
+    open_index(tiny(tmp_path, data, "run").data)  # is built, if no test has had it yet
+    shutil.copytree(data / "digits", tmp_path / "data/digits")
+    shards = sorted((tmp_path / "data/digits/train").glob("000[01]-*.tar"))  # of the first task; whichever rank reads them
+    options = [*TINY, f"run.root={tmp_path}/runs", f"data.root={tmp_path}/data", f"model.name={architecture(3, 3)}", "run.wandb=off"]
+    said = {"DIST_VLCL_STATUS": str(tmp_path / "status")}
+    for damage, word in [(lambda path: path.write_bytes(path.read_bytes()[:-600]), "failed\n"), (Path.unlink, "training\n")]:
+        (tmp_path / "status").write_text("")
+        for path in shards:
+            damage(path)
+        assert run_ranks(by_command_line, 1, options, environment=said) == [2]
+        assert (tmp_path / "status").read_text() == word
+
+
 def test_a_configuration_that_would_run_code_runs_none(tmp_path, data):
     cfg = tiny(tmp_path, data, "mine", "orders=zero_shot")
     train(cfg, World.alone())

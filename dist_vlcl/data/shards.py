@@ -61,6 +61,16 @@ class ShardError(RuntimeError):
     """A shard that is damaged, or that holds what no shard of ours holds."""
 
 
+class UnreadShard(ShardError):
+    """A shard that could not be read: another time it may be."""
+
+
+class Unread(str):
+    """Words about a shard that could not be read, and so may be sound."""
+
+    __slots__ = ()
+
+
 class RawSample(NamedTuple):
     """One image of a raw set; its bytes are read late, class by class."""
 
@@ -297,14 +307,14 @@ def _move_into_place(aside: Path, folder: Path) -> None:
 
 
 def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], str]:
-    """The shard's samples, as many as can be read, and in words what is wrong with it ("" for a sound one).
+    """The shard's samples, as many as can be read, and in words what is wrong with it ("" for a sound one; Unread where a try may help).
 
     Raises ShardError for members that a shard of ours never has: nothing but text labels and images is ever opened.
     """
     try:
         content = read_bytes(index.url(shard.path), index.allow_pipe, shard.bytes + 1, index.timeout_s)
     except OSError as error:
-        return [], masked(f"{index.url(shard.path)}: cannot be read: {error}")
+        return [], Unread(masked(f"{index.url(shard.path)}: cannot be read: {error}"))
     samples, error_text = _parse(content, shard)
     sound = hashlib.sha256(content).hexdigest() == shard.sha256 and len(samples) == shard.count
     if sound:

@@ -290,7 +290,7 @@ def _way_to_weights(model: ModelConfig) -> str:
             f"  python -c \"import open_clip; open_clip.create_model('{model.name}', pretrained='{model.pretrained}')\"\n"
             f"and copy its Hugging Face cache here, or give a local safetensors file: {file}"
         )
-    return f"open_clip has {'weights of it as ' + ', '.join(tags) if tags else 'no weights of it'}; or give a local safetensors file: {file}"
+    return f"open_clip has {'weights of it as ' + ', '.join(tags) if tags else 'no weights of it'}; or give a safetensors file: {file}"
 
 
 def _save_less(clip: nn.Module) -> None:

@@ -425,7 +425,7 @@ def test_a_cut_index_is_told_in_words(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with served(tmp_path, Cut) as address:
         cfg = SimpleNamespace(data=DataConfig(url=address, timeout_s=0.5))
-        with pytest.raises(ValueError, match=r"/index\.json: cannot be read: IncompleteRead.* 10140 more expected"):
+        with pytest.raises(OSError, match=r"/index\.json: cannot be read: IncompleteRead.* 10140 more expected"):
             open_tasks(cfg, World.alone())
 
 

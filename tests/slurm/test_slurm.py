@@ -273,17 +273,22 @@ def test_a_dry_run_hides_secrets_and_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "is_queued"), [("requeue", True), ("training", True), ("complete", False), ("failed", False), ("", False)]
+    ("word", "status", "restarts", "is_queued"),
+    [
+        *[("requeue", 2, 0, True), ("training", 2, 0, True), ("complete", 2, 1, False), ("failed", 1, 1, False)],
+        *[("", 1, 0, False), ("", 1, 1, True), ("", 2, 1, False)],  # dead before training, at first and later; refused later
+    ],
 )
-def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_option(word, is_queued, tmp_path):
-    """The batch script itself, where Slurm's commands only answer, and the step ends with a word and status 2."""
-    answers = {"srun": f"echo {word} >$DIST_VLCL_STATUS; exit 2", "scontrol": "echo $1 node1", "squeue": "echo RUNNING None"}
+def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_option(word, status, restarts, is_queued, tmp_path):
+    """The batch script itself, where Slurm's commands only answer, and the step ends with a word and a status."""
+    answers = {"srun": f"echo {word} >$DIST_VLCL_STATUS; exit {status}", "scontrol": "echo $1 node1", "squeue": "echo RUNNING None"}
     for name, answer in answers.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_VLCL_HOME": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    environment["SLURM_RESTART_COUNT"] = str(restarts)
     done = subprocess.run([ROOT / "slurm/train.sbatch", *SECRET], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert "start 0 of job 7" in done.stdout and "--engine ddp data.url data.root\n" in done.stdout and done.returncode == 2
+    assert f"start {restarts} of job 7" in done.stdout and "--engine ddp data.url data.root\n" in done.stdout and done.returncode == status
     assert "hush" not in done.stdout + done.stderr
     assert ("requeue node1" in done.stdout) == is_queued
 
