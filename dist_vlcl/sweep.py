@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
+from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, in_words
 from dist_vlcl.masking import masked, masked_command
 from dist_vlcl.paper import control_of, published, select, zero_shot_of
 
@@ -92,7 +92,7 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
             try:
                 run = from_hydra(compose("config", expand_paper(list(words)))).run
             except (ValueError, HydraException) as error:
-                raise ValueError(f"{masked_command(words)}: {error}") from error
+                raise ValueError(f"{masked_command(words)}: {in_words(error)}") from error
             folder = Path(run.root) / run.name
             if folder in items:
                 raise ValueError(

@@ -194,8 +194,24 @@ def test_several_runs_in_one_launch_are_refused(tmp_path, how):
     assert done.returncode == 2 and "use python -m dist_vlcl.sweep" in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_user_error_is_one_message_before_any_work(tmp_path):
-    done = run_module("dist_vlcl.train", "orders.layers=odd", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "orders.layers='odd': choose from all, hop_odd, hop_even, prefix, suffix" in done.stderr
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["orders.layers=odd"], "orders.layers='odd': choose from all, hop_odd, hop_even, prefix, suffix"),
+        (
+            ["run.save_every_steps=x"],
+            "Error merging override run.save_every_steps=x: Value 'x' of type 'str' could not be converted to Integer",
+        ),
+        (
+            ["train.epoch=2"],
+            "Could not override 'train.epoch'. To append to your config use +train.epoch=2: Key 'epoch' not in 'TrainConfig'",
+        ),
+        (["orders=hop"], "Could not find 'orders/hop' Available options in 'orders': dual_all"),
+        (["--multirun", "seed=0,1", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_user_error_is_one_message_before_any_work(words, message, tmp_path):
+    done = run_module("dist_vlcl.train", *words, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr and not list(tmp_path.iterdir())

@@ -32,13 +32,13 @@ def check_options(what: str, options: Sequence[str]) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
+    from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, in_words
 
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             config = from_hydra(compose("config", expand_paper(list(options))))
     except HydraException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise ValueError(in_words(error)) from error
     if what == "train":
         from dist_vlcl.model.clip import unit_ids
         from dist_vlcl.orders import assign
