@@ -74,7 +74,7 @@ def build(runs: Sequence[Run], passed_over: Mapping[str, str] | None = None) -> 
     paper = published_paper()
     published = published_cells(paper["runs"])
     complete = [run for run in runs if run.is_complete]
-    sections = sections_of([classify(run, published, reference) for run in _shown(complete, "runs", len(complete))])
+    sections = sections_of([classify(run, reference) for run in _shown(complete, "runs", len(complete))])
     report = Report()
     if not any(section.is_paper for section in sections):
         report.add(f"**None of the {len(published)} published cells has a run of the paper's model with the paper's settings here.**")
