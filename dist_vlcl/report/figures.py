@@ -12,8 +12,8 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and a run may do 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette in an order of falling contrast; line styles repeat the distinction for grey print.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"
+# Okabe and Ito's palette, but for its purple, which is too pale for a thin line: Tol's wine. Line styles repeat the distinction in grey.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#882255", "#595959"
 LOOKS = {"vision": (BLUE, "-"), "language": (ORANGE, "--")}
 OTHER_LOOKS = ((GREEN, "-."), (PURPLE, ":"))
 STYLE: dict[Any, Any] = {

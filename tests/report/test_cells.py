@@ -130,7 +130,9 @@ def test_another_data_set_under_an_id_of_imagenet_r_has_tables_of_its_own():
     assert all(len(section.find(pacs, method)) == 1 for method in (first_order("moe"), vision, vision.twin, ZERO_SHOT))
 
 
-@pytest.mark.parametrize("id", ["t1-moe-tiny20-dual", "t1-lora-imgr20-vision", "t2-moe-cifar20-dual-prefix6", "t3-moe-cifar10-mozo-hop_odd"])
+@pytest.mark.parametrize(
+    "id", ["t1-moe-tiny20-dual", "t1-lora-imgr20-vision", "t2-moe-cifar20-dual-prefix6", "t3-moe-cifar10-mozo-hop_odd"]
+)
 def test_the_catalogue_s_control_of_a_run_is_filed_as_its_twin(id):
     (stream, method), (own_stream, own) = (cell_of(run(f"paper={name}").config) for name in (control_of(id), id))
     assert (stream, method) == (own_stream, own.twin)
