@@ -1,6 +1,7 @@
 """Pictures of one run, drawn without a display; colours that colour-blind readers and grey printers can tell apart."""
 
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,10 @@ def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
             "loss": plot_loss(records),
             "projected_gradient": plot_projected_gradients(records),
         }
-        return [_written(figure, plots / f"{name}.png") for name, figure in figures.items() if figure]
+        drawn = {plots / f"{name}.png": figure for name, figure in figures.items() if figure}
+        for path, figure in drawn.items():
+            write_picture(figure, path)
+        return list(drawn)
 
 
 def plot_matrix(records: Records) -> "Figure | None":
@@ -154,9 +158,13 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height))
 
 
-def _written(figure: "Figure", path: Path) -> Path:
-    figure.savefig(path)
-    return path
+def write_picture(figure: "Figure", path: Path) -> None:
+    """Write a figure as a PNG of few colours, a third of the size: documentation keeps such files."""
+    from PIL import Image
+
+    drawn = BytesIO()
+    figure.savefig(drawn)
+    Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def percents(fractions: Sequence[float | None]) -> np.ndarray:
