@@ -30,6 +30,8 @@ MIN_SAMPLES = 8
 
 MAX_SLOPE_NOISE = 0.1  # of a projected gradient; above it, zeroth order is refused
 NOISE_SAMPLES = 32  # of a rank, on which that is measured
+COUNT_BITS = 20
+MAX_SAMPLES = 2**COUNT_BITS - 1  # of a rank in a step
 FINE_EPSILON = 1e-4  # below it, rounding in fp32 counts too: 0.018 of a slope at 1e-4, 0.13 at 1e-5 (a tiny CLIP)
 
 
@@ -58,7 +60,7 @@ class BatchLosses:
         self.towers, self.flats, self.tokens, self.world, self.by_delta = towers, flats, tokens, world, by_delta
         self.start = {branch: min(unit.layer for unit in flat.slices) for branch, flat in flats.items()}
         self.parts: list[dict[str, Any]] = []  # per micro-batch: images, labels, weight, noise, base features and carries
-        self.flag, self.stop, self.count = 0.0, False, 0
+        self.flag, self.stop, self.count = False, False, 0
         self.busy_s: list[float] = []
         self.faulty: list[int] = []  # ranks whose loss was not finite
 
@@ -129,14 +131,27 @@ class BatchLosses:
         """Return mean losses from every rank's sums; with the first ride counts, stop flags, and how long each rank was at work."""
         is_first = not self.busy_s
         count = sum(part["real"] for part in self.parts)
-        riders = [count, self.flag, self.world.exchanging.take_busy_s()] if is_first else []
-        rows = self.world.gather(torch.cat([sums, torch.tensor(riders, dtype=torch.float64)]), "losses")
+        rider = [packed(count, self.flag, self.world.exchanging.take_busy_s())] if is_first else []
+        rows = self.world.gather(torch.cat([sums, torch.tensor(rider, dtype=torch.float64)]), "losses")
         self.faulty = [rank for rank, row in enumerate(rows) if not torch.isfinite(row).all()]
-        total = ordered_sum(rows)
         if is_first:
-            self.count, self.stop = int(total[-3]) // self.world.direction_groups, bool(total[-2] > 0)  # each group has the whole batch
-            self.busy_s = rows[:, -1].tolist()
-        return (total[: len(sums)] / max(self.count, 1)).tolist()
+            counts, flags, self.busy_s = map(list, zip(*map(unpacked, rows[:, -1].tolist()), strict=True))
+            self.count, self.stop = sum(counts) // self.world.direction_groups, any(flags)  # each group has the whole batch
+        return (ordered_sum(rows)[: len(sums)] / max(self.count, 1)).tolist()
+
+
+def packed(count: int, flag: bool, busy_s: float) -> float:
+    """Return what rides along with losses as one number, an integer below 2^53, which float64 holds exactly: 32 bits of milliseconds, 20 of
+    the sample count, one flag. Raises ValueError for a count that does not fit."""
+    if count > MAX_SAMPLES:
+        raise ValueError(f"train.batch_size gives a rank {count:,} samples in a step, which can take {MAX_SAMPLES:,}")
+    return float((min(round(busy_s * 1000), 2**32 - 1) << COUNT_BITS | count) << 1 | flag)
+
+
+def unpacked(rider: float) -> tuple[int, bool, float]:
+    """Return the sample count, the flag and the seconds of a packed number."""
+    whole = int(rider)
+    return whole >> 1 & MAX_SAMPLES, bool(whole & 1), (whole >> COUNT_BITS + 1) / 1000
 
 
 class HybridStep:
@@ -189,7 +204,8 @@ class HybridStep:
 
     def begin(self, class_names: Sequence[str]) -> None:
         """Start a task: prompts of its classes, fresh optimisers. All ranks call this."""
-        self.tokens = self.towers.prompts(class_names).to(self.world.device)
+        few_lengths = 4 if self.world.device.type == "cuda" else 1  # a CUDA graph is recorded for each
+        self.tokens = self.towers.prompts(class_names, multiple=few_lengths).to(self.world.device)
         self.first.begin()
         for flat in self.flats.values():
             flat.tie()
@@ -208,7 +224,7 @@ class HybridStep:
         if not self.noise_is_checked:
             self.refuse_noisy_slopes(batches[0], key, first_label)
         losses = BatchLosses(self.towers, self.flats, self.tokens, self.world, self.by_delta)
-        losses.flag = float(stop)
+        losses.flag = stop
         planned = sum(batch.count for batch in batches)
         for k, batch in enumerate(batches):
             images, labels, positions, real = self._on_device(batch, first_label)

@@ -80,7 +80,8 @@ def described(result: Result) -> str:
 def rewrite(file: Path, only: str = "") -> None:
     """Replace what stands between `<!-- bench: COMMAND OPTIONS -->` and `<!-- /bench -->` by the result of that command.
 
-    What this machine cannot run (no GPU) is left as it stands. Every table is written as soon as it is there.
+    A command that names no device runs on the CPU. What this machine cannot run (no GPU, or one for two ranks) is left as it stands. Every
+    table is written as soon as it is there.
     """
     text = file.read_text()
     commands = [match["command"] for match in MARKED.finditer(text)]
@@ -91,9 +92,11 @@ def rewrite(file: Path, only: str = "") -> None:
             continue
         print(f"{number}/{len(commands)}  python -m dist_vlcl.bench {command}", flush=True)
         args = build_parser().parse_args(shlex.split(command))
+        if args.device == "auto":
+            args.device = "cpu"
         try:
             result = COMMANDS[args.command].run(args)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             print(f"  left as it stands: {error}", flush=True)
             continue
         block = f"<!-- bench: {command} -->\n\n{described(result)}\n\n<!-- /bench -->"

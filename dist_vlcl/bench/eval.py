@@ -7,6 +7,7 @@ import torch
 
 from dist_vlcl.bench.cost import shapes_of
 from dist_vlcl.bench.count import flops, without_numbers
+from dist_vlcl.bench.growth import numbers
 from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
 from dist_vlcl.bench.setup import Workload, add_workload, device_of, workload_of
 from dist_vlcl.continual.evaluator import count_correct
@@ -33,7 +34,9 @@ def run(args: argparse.Namespace) -> Result:
     rows, texts, records = [], [], []
     towers, whole = _towers(args, args.count_on)
     timed = _towers(args, device_of(args)) if args.time else None
-    for classes in (int(n) for n in args.class_counts.split(",")):
+    if timed and device_of(args) == "cuda":  # as a run does
+        timed[0].record()
+    for classes in numbers(args.class_counts, "--class-counts"):
         workload = workload_of(args, classes=classes, orders="first")
         with without_numbers():
             ours, usual = (flops(work) for work in evaluations_of(workload, towers, whole, args.naive_batch))

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> Result:
     batch = workload.batch(step.towers.image_size)
     drawn = interleaved(draws(step, device), args.repeats, device)
     parts = interleaved(noise_of_a_step(workload, step, device), args.repeats, device)
-    step_s = median(interleaved({"step": lambda: step([batch], Key(0, 0), 1e-3)}, 1, device)["step"])
+    step_s = median(interleaved({"step": lambda: step([batch], Key(0, 0), 1e-3)}, 3 if device == "cuda" else 1, device)["step"])
     total = sum(flat.numel for flat in step.flats.values())
     naive, naive_step = next(iter(drawn.values())), next(iter(parts.values()))
     rows = [[way, total / median(s) / 1e6, spread(naive, s)] for way, s in drawn.items()]

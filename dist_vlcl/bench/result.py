@@ -48,7 +48,7 @@ class Result:
 
 def shown(cell: Any) -> str:
     if isinstance(cell, float):
-        return f"{cell:#.3g}" if abs(cell) < 1000 else f"{cell:,.0f}"
+        return f"{cell:#.3g}".rstrip(".") if abs(cell) < 1000 else f"{cell:,.0f}"
     return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
@@ -84,11 +84,13 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, device: str, warm: int = 1) -> dict[str, list[float]]:
+def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
     """Return seconds of each variant, one after the other in turn, so that a busy machine is busy for all of them.
 
-    On a CPU these are CPU seconds of all threads, elsewhere seconds until the device is done. The first `warm` turns are not counted.
+    On a CPU these are CPU seconds of all threads, elsewhere seconds until the device is done. The first turn is not counted,
+    on a GPU the first three, of which the second records CUDA graphs.
     """
+    warm = 3 if device == "cuda" else 1
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warm + repeats):
         for name, work in variants.items():

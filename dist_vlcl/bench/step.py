@@ -72,10 +72,8 @@ def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
     if workload.graphs and device == "cuda":  # what a replay executes is not seen
         towers.record()
     naive_executed = flops(lambda: naive(batch, Key(0, 0), 1e-3))
-    warm = 3 if device == "cuda" else 1  # the second call records
-    seconds = interleaved(
-        {"naive": lambda: naive(batch, Key(0, 1), 1e-3), "fast": lambda: fast([batch], Key(0, 1), 1e-3)}, repeats, device, warm
-    )
+    turns = {"naive": lambda: naive(batch, Key(0, 1), 1e-3), "fast": lambda: fast([batch], Key(0, 1), 1e-3)}
+    seconds = interleaved(turns, repeats, device)
     modelled = _modelled(workload, fast)
     return {
         "executed": executed,

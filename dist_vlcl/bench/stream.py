@@ -1,4 +1,4 @@
-"""Images a second of the loader, on one core, from real shards written for the occasion; and whether a step would wait for it."""
+"""Images a second of the loader, on one core, from real shards written for the occasion."""
 
 import argparse
 import io

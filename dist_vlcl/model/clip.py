@@ -181,12 +181,14 @@ class TwoTowers(nn.Module):
         ends: Any = self.language.ends
         return ends.clip.logit_scale.exp()
 
-    def prompts(self, names: Sequence[str]) -> Tensor:
-        """Return the tokens of one prompt per class name `[C, L]`, cut to the longest (exact, since the text tower is causal)."""
+    def prompts(self, names: Sequence[str], multiple: int = 1) -> Tensor:
+        """Return the tokens of one prompt per class name `[C, L]`, cut to the longest or to the next multiple of that many tokens (exact,
+        since the text tower is causal)."""
         tokens = self.tokenizer([self.config.prompt.format(name) for name in names])
         if self.config.context == "full":
             return tokens
-        return tokens[:, : int((tokens != 0).sum(1).max())]
+        longest = int((tokens != 0).sum(1).max())
+        return tokens[:, : -(-longest // multiple) * multiple]
 
     def forward(self, inputs: dict[str, Tensor], noise: Any = None, keep: dict[str, int] | None = None) -> dict[str, tuple]:
         """Return, per branch, the unit features `[1, B, F]` and the carry of block `keep[branch]`: the base evaluation of a step.

@@ -18,7 +18,7 @@ from tests.helpers.hosts import hosts
 TINY = "--model small --images 8 --classes 4 --count-on cpu"
 RUNS = {
     "step": f"{TINY} --repeats 1 --orders language_all --picture {{folder}}/pictures/step.png",
-    "memory": f"{TINY} --orders dual_all --picture {{folder}}/pictures/memory.png",
+    "memory": f"{TINY} --adapter lora --orders dual_all --picture {{folder}}/pictures/memory.png",
     "wire": f"{TINY} --orders dual_hop_odd",
     "noise": f"{TINY} --repeats 1",
     "slope": f"{TINY} --directions 1 --orders language_all",
@@ -43,8 +43,10 @@ def test_a_benchmark_runs(command, tmp_path, capsys):
     if command in PICTURES:
         assert (tmp_path / f"pictures/{command}.png").read_bytes().startswith(b"\x89PNG")
         assert PICTURES[command](Result([Table(**table) for table in saved["tables"]])).bars
-    if command == "wire":  # three losses, a count, a flag and a time in float64, and one more vector of candidates' losses for none
-        assert saved["tables"][0]["rows"][0][2] == 48
+    if command == "memory":
+        assert [row[-1] for row in saved["tables"][1]["rows"]] == [1.73] * 4  # the paper's, with LoRA
+    if command == "wire":  # three losses in float64, and one number with count, flag and time
+        assert saved["tables"][0]["rows"][0][2] == 32
         assert saved["records"][0]["digest_is_equal"]
     if command == "probes":  # the error of two probes is half of that of one: a law of Gaussian directions
         assert all(0.7 < record["error"] / record["expected"] < 1.4 for record in saved["records"])

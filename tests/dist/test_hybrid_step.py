@@ -12,7 +12,7 @@ from dist_vlcl.dist.agree import DisagreementError, agree, digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
 from dist_vlcl.orders import OrderPlan, assign
-from dist_vlcl.step import BatchLosses, HybridStep
+from dist_vlcl.step import BatchLosses, HybridStep, packed, unpacked
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.strategies import ZerothOrderConfig
 from tests.helpers.ranks import run_ranks
@@ -238,14 +238,28 @@ def wire(world: World, strategy: str) -> list[tuple[list[tuple[str, int]], int, 
     return sent
 
 
-def test_a_step_sends_48_bytes_and_its_first_order_gradients_in_at_most_three_exchanges():
-    """Three losses, a count, a flag and a time in float64; gradients in fp32; and DDP's note of which tensors were used."""
-    check_wire("mozo", [("allgather", 48)])
+def test_a_step_sends_32_bytes_and_its_first_order_gradients_in_at_most_three_exchanges():
+    """Three losses in float64, one number with count, flag and time; gradients in fp32; and DDP's note of which tensors were used."""
+    check_wire("mozo", [("allgather", 32)])
 
 
 def test_best_of_three_sends_four_losses_more_in_an_exchange_more():
     """Its candidates are made from the first losses. What rode along with these is not sent again."""
-    check_wire("conservative", [("allgather", 48), ("allgather", 32)])
+    check_wire("conservative", [("allgather", 32), ("allgather", 32)])
+
+
+@pytest.mark.parametrize("count", [0, 1, 64, 2**20 - 1])
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("seconds", [0.0, 0.001, 1.234, 4_294_967.295])
+def test_what_rides_along_with_losses_is_one_number_that_says_all_of_it(count, flag, seconds):
+    rider = packed(count, flag, seconds)
+    assert torch.tensor(rider, dtype=torch.float64).item() == rider and unpacked(rider) == (count, flag, seconds)
+
+
+def test_what_does_not_fit_into_it_is_cut_or_refused():
+    assert unpacked(packed(3, True, 1e12)) == (3, True, 4_294_967.295)
+    with pytest.raises(ValueError, match="1,048,576 samples"):
+        packed(2**20, False, 0.0)
 
 
 def check_wire(strategy: str, losses: list[tuple[str, int]]) -> None:

@@ -78,6 +78,15 @@ def test_a_prompt_cut_to_the_longest_has_the_features_of_the_whole_context(tower
     torch.testing.assert_close(cut, whole, **EXACT)
 
 
+def test_prompts_may_be_cut_to_few_lengths_up_to_the_whole_context(towers):
+    tokens = {multiple: towers.prompts(NAMES, multiple) for multiple in (1, 5, 50)}
+    longest = tokens[1].shape[1]
+    assert longest % 5 and [t.shape[1] for t in tokens.values()] == [longest, longest + 5 - longest % 5, 50]
+    assert towers.prompts(["dog " * 60], 4).shape[1] == 68 and towers.prompts(["dog " * 90], 4).shape[1] == 77
+    short, long = (towers.language.run(towers.language.embed(tokens[m]), tokens[m], noise=noise())[0] for m in (1, 5))
+    torch.testing.assert_close(long, short, **EXACT)
+
+
 def test_prompts_of_equal_length_and_a_single_class_are_cut_too():
     towers = tiny_clip()
     for names in (["dog"], ["dog", "cat"]):
