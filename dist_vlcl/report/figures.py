@@ -163,8 +163,8 @@ def write_picture(figure: "Figure", path: Path) -> None:
     from PIL import Image
 
     drawn = BytesIO()
-    figure.savefig(drawn)
-    Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+    figure.savefig(drawn, pil_kwargs={"compress_level": 1})  # read again at once
+    Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path)
 
 
 def percents(fractions: Sequence[float | None]) -> np.ndarray:
