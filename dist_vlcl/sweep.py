@@ -18,6 +18,7 @@ Exit status: 0 when all is complete, 1 when a run failed, 2 for a wrong option, 
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -179,6 +180,15 @@ def exit_status(fates: dict[Item, str], runner: Runner) -> int:
     return STOPPED if runner.is_stopped and LEFT in fates.values() else 0
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines as long as somebody reads them: `head` does not for long."""
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+
+
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="processes of each run (default: one per GPU of this machine, or one)")
     parser.add_argument("--launcher", metavar="COMMAND", help="instead of accelerate launch, such as 'torchrun --nproc_per_node 2'")
@@ -215,8 +225,7 @@ def main() -> None:
         sys.exit(2)
     runner = runner_of(arguments)
     if arguments.list:
-        for item in items:
-            print(shlex.join(runner.command(item)))
+        print_lines(shlex.join(runner.command(item)) for item in items)
         return
     fates = run_all(items, runner, console)
     show(fates, console)

@@ -34,7 +34,7 @@ from dist_vlcl.orders import PLAN_BRANCHES
 from dist_vlcl.report.records import read_records
 from dist_vlcl.report.trials import Trial, plot_trials, ranked, trial_table, write_csv
 from dist_vlcl.run.files import replace_file
-from dist_vlcl.sweep import FAILED, STOPPED, Item, add_launch_options, prepare, run_all, runner_of
+from dist_vlcl.sweep import FAILED, STOPPED, Item, add_launch_options, prepare, print_lines, run_all, runner_of
 
 EPSILONS = {"language": ["1e-3", "1e-4"], "vision": ["5e-4", "1e-4"]}
 Choice = dict[str, str]  # option -> value
@@ -145,8 +145,7 @@ def main() -> None:
         sys.exit(2)
     runner = runner_of(arguments)
     if arguments.list:
-        for item in itertools.chain(*of_choice):
-            print(shlex.join(runner.command(item)))
+        print_lines(shlex.join(runner.command(item)) for item in itertools.chain(*of_choice))
         return
     fates = run_all(list(itertools.chain(*of_choice)), runner, console)
     if runner.is_stopped:

@@ -107,6 +107,13 @@ def test_every_make_target_and_linked_file_exists():
         assert (ROOT / target).exists(), target
 
 
+def test_every_picture_is_explained_and_that_of_the_claims_leads_to_the_page_with_all():
+    below = {name: text for name, text in re.findall(r"^!\[[^\]]*\]\(docs/images/(.+)\.png\)\n\n(.+)", README, re.M)}
+    assert len(below) == README.count("![")
+    assert "`make train`" in below["digits_accuracy_matrix"]
+    assert "(docs/REPRODUCTION.md#" in below["small-clip-shipped-claims-cifar100"]
+
+
 def test_the_tree_in_the_readme_is_the_tree():
     for name in ("train.py", "evaluate.py", "config.py", "step.py", "orders.py", "schedule.py", "sweep.py", "tune.py", "paper.py"):
         assert name in README and (ROOT / "dist_vlcl" / name).exists()

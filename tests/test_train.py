@@ -119,6 +119,26 @@ def test_metrics_hold_every_step_and_the_whole_accuracy(tmp_path):
     assert [j["step"] for j in journal] == list(range(1, 11)) and all(len(j["moves"]) == 2 and j["seed"] > 0 for j in journal)
 
 
+@pytest.mark.parametrize("granularity", ["branch", "unit"])
+def test_the_size_of_a_projected_gradient_is_the_mean_over_probes_in_the_log_and_at_every_unit(tmp_path, granularity):
+    options = ["orders=dual_hop_odd", "zo.probes=3", f"zo.granularity={granularity}", "tasks.num_tasks=1", "train.max_steps=2"]
+    cfg = configured(tmp_path, *TINY, *options, "eval.zero_shot=false", "run.name=sizes")
+    train(cfg, World.alone())
+    rows = read_units(tmp_path / "runs" / "sizes").to_pylist()
+    logged = [line["zo"] for line in records(cfg) if line["kind"] == "step"]
+    for zo, entry in zip(logged, records(cfg, "journal.jsonl"), strict=True):
+        sizes = {}
+        for move in entry["moves"]:
+            ((_, slopes),) = move["projected_gradient"].items()
+            assert len(set(slopes)) == 3
+            sizes[move["group"]] = pytest.approx(sum(map(abs, slopes)) / 3)
+            assert zo[move["group"]]["projected_gradient"] == sizes[move["group"]]
+        for row in (row for row in rows if row["step"] == entry["step"]):
+            group = row["branch"] if granularity == "branch" else f"{row['branch']}.{row['layer']}"
+            assert row["projected_gradient"] == (sizes[group] if row["order"] == "zeroth" else None)
+    assert len(rows) == 2 * 6 and len(logged) == 2
+
+
 def test_zero_shot_trains_nothing_and_equals_the_untrained_model(tmp_path):
     cfg = configured(tmp_path, "orders=zero_shot", "run.name=zero")
     accuracy = train(cfg, World.alone())
