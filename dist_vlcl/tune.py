@@ -28,7 +28,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from rich.console import Console
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
+from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra, in_words
 from dist_vlcl.masking import masked, masked_command
 from dist_vlcl.orders import PLAN_BRANCHES
 from dist_vlcl.report.records import read_records
@@ -141,7 +141,7 @@ def main() -> None:
         choices = [{"orders.order": "frozen"}, *grid(cfg, several, fixed)]
         of_choice = [prepare(commands(fixed, choice, seeds, folder, arguments.holdout)) for choice in choices]
     except (ValueError, HydraException) as error:
-        print(masked(f"error: {error}"), file=sys.stderr)
+        print(masked(f"error: {in_words(error) if isinstance(error, HydraException) else error}"), file=sys.stderr)
         sys.exit(2)
     runner = runner_of(arguments)
     if arguments.list:
