@@ -24,6 +24,7 @@ from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
+from dist_vlcl.run.status import report_status
 from dist_vlcl.zo.strategies import ZerothOrderConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -237,6 +238,9 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
         if asks_for_full_error:
             raise
         _refuse(ValueError(in_words(error)), is_main)
+    finally:
+        if not asks_for_full_error:
+            os.environ.pop(FULL_ERROR, None)
 
 
 def in_words(error: Exception) -> str:
@@ -248,5 +252,6 @@ def in_words(error: Exception) -> str:
 
 def _refuse(error: Exception, is_main: bool) -> None:
     if is_main:
+        report_status("failed")
         print(masked(f"error: {error}"), file=sys.stderr, flush=True)
     sys.exit(2)

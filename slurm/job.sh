@@ -17,7 +17,7 @@ processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
 number PROCESSES "$processes" 1
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-# Rank 0, on this node, writes a word here: exit codes of ranks do not get through their launcher. Not in /tmp, which a container may not share.
+# Rank 0, on this node, writes a word here (and a rank that meets a damaged shard): exit codes of ranks do not get through their launcher. Not in /tmp, which a container may not share.
 DIST_VLCL_STATUS=$PWD/.slurm-$job.status
 : >"$DIST_VLCL_STATUS" || fail "$PWD: the job cannot write here; submit from a folder where it can"
 export MASTER_ADDR MASTER_PORT DIST_VLCL_STATUS
@@ -74,7 +74,7 @@ ask_slurm() {
 # has ended before that, without a refusal (2), of a job that had got further once.
 wants_to_go_on() {
     word=$(<"$DIST_VLCL_STATUS")
-    [[ $word == requeue || $word == training || $status == 75 || (-z $word && $restarts -gt 0 && $status != 2) ]]
+    [[ $word == requeue || $word == training || $status == 75 || (-z $word && $restarts -gt 0 && $status != 0 && $status != 2) ]]
 }
 
 queue_again() {

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
-from zipfile import BadZipFile
 
 from rich.console import Console
 from rich.progress import track
@@ -38,7 +37,7 @@ def main() -> None:
     def work(config: Config) -> None:
         try:
             build(config.data)
-        except (ValueError, OSError, RuntimeError, BadZipFile) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             print(masked(f"error: {error}"), file=sys.stderr)
             if isinstance(error, URLError):
                 print(

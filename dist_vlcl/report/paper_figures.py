@@ -176,7 +176,7 @@ def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[
     seeds = [(value, place) for place, values in zip(places, cells.values(), strict=True) for value in values.values()]
     left.plot(*zip(*seeds, strict=True), color=GREY, marker="|", linewidth=0, markersize=9, label="a seed")
     for place, values in zip(places, cells.values(), strict=True):
-        _draw_interval(left, place, paired_test(list(values.values())), BLUE, "o", BLUE, "" if place else "mean")
+        _draw_interval(left, place, paired_test(list(values.values())), BLUE, "o", BLUE, "mean" if place == places[0] else "")
     zero_shot = list(accuracies(section, stream, ZERO_SHOT, (), "last").values())
     if zero_shot:
         left.axvline(float(np.mean(zero_shot)), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")

@@ -302,8 +302,9 @@ def _pairs(section: Section, stream: Stream) -> list[tuple[tuple[Method, tuple[s
         for note in section.notes(method):
             for other in others:
                 # Of the other method the run with the same settings; one that reads no zeroth-order settings has none of these.
-                known = [n for n in (note, control_note(note)) if n in section.notes(other) or other == ZERO_SHOT]
-                pairs += [((method, note), (other, known[0]))] if known else []
+                same = note if other.is_zeroth else control_note(note)
+                if same in section.notes(other) or other == ZERO_SHOT:
+                    pairs.append(((method, note), (other, same)))
     return pairs
 
 

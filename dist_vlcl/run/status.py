@@ -8,6 +8,7 @@ failed     a new start would fail in the same way
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 VARIABLE = "DIST_VLCL_STATUS"
@@ -16,4 +17,5 @@ VARIABLE = "DIST_VLCL_STATUS"
 def report_status(word: str) -> None:
     """Write the word to the file that the batch script has named, if there is one; rank 0 calls this, or who meets a damaged shard."""
     if path := os.environ.get(VARIABLE):
-        Path(path).write_text(word + "\n")
+        with suppress(OSError):  # on another node than the script's the folder may not be there; its own error is what counts
+            Path(path).write_text(word + "\n")

@@ -50,7 +50,10 @@ def number_of_runs(options: Sequence[str], controls: bool) -> int:
     """Return how many runs a sweep has, each checked; raises ValueError that names the run."""
     from dist_vlcl.sweep import plan, prepare
 
-    return len(prepare(plan(options, controls)))
+    commands = plan(options, controls)
+    runs = prepare(commands)
+    check_options("train", commands[0])  # its plan against its model's depth, which is no other's unless options say so
+    return len(runs)
 
 
 def main() -> None:

@@ -276,7 +276,12 @@ def test_a_dry_run_hides_secrets_and_says_so(monkeypatch, capsys):
     ("word", "status", "restarts", "is_queued"),
     [
         *[("requeue", 2, 0, True), ("training", 2, 0, True), ("complete", 2, 1, False), ("failed", 1, 1, False)],
-        *[("", 1, 0, False), ("", 1, 1, True), ("", 2, 1, False)],  # dead before training, at first and later; refused later
+        *[
+            ("", 1, 0, False),
+            ("", 1, 1, True),
+            ("", 2, 1, False),
+            ("", 0, 1, False),
+        ],  # dead before training, at first and later; refused; done
     ],
 )
 def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_option(word, status, restarts, is_queued, tmp_path):
