@@ -9,7 +9,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && echo 5 
 .PHONY: train test check install clean
 
 train: install
-	$(BIN)/accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu) --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no \
+	$(BIN)/accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu --main_process_port 0) --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no \
 		-m dist_vlcl.train $(ARGS)
 
 test: install

@@ -24,7 +24,10 @@ from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
+from dist_vlcl.run.status import report_status
 from dist_vlcl.zo.strategies import ZerothOrderConfig
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
 @dataclass
@@ -201,6 +204,7 @@ def default_name(config: Config) -> str:
 def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:
     """Run a command on the composed configuration. Errors of the user are one message on rank 0, and exit status 2."""
     import hydra
+    from hydra.errors import HydraException
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
@@ -211,8 +215,12 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
     except ValueError as error:
         _refuse(error, is_main)
 
+    asks_for_full_error = FULL_ERROR in os.environ
+
     @hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="config")
     def run(options: DictConfig) -> None:
+        if not asks_for_full_error:
+            os.environ.pop(FULL_ERROR, None)  # from here on errors are not Hydra's
         try:
             config = from_hydra(options)
         except ValueError as error:
@@ -223,10 +231,27 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
         a in ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv[1:]
     ):
         return  # one voice is enough
-    run()
+    os.environ.setdefault(FULL_ERROR, "1")  # Hydra then raises what it would print on every rank, in many lines
+    try:
+        run()
+    except (HydraException, ValueError) as error:
+        if asks_for_full_error:
+            raise
+        _refuse(ValueError(in_words(error)), is_main)
+    finally:
+        if not asks_for_full_error:
+            os.environ.pop(FULL_ERROR, None)
+
+
+def in_words(error: Exception) -> str:
+    """Return as one line what Hydra says of an option, without its search path."""
+    causes = [error, *([error.__cause__] if isinstance(error.__cause__, OmegaConfBaseException) else [])]
+    said = [re.split("Config search path|\n    full_key|See https", str(cause))[0] for cause in causes]
+    return ": ".join(" ".join(words.split()) for words in said)
 
 
 def _refuse(error: Exception, is_main: bool) -> None:
     if is_main:
+        report_status("failed")
         print(masked(f"error: {error}"), file=sys.stderr, flush=True)
     sys.exit(2)

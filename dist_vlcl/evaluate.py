@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_vlcl.config import load_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.world import World
-from dist_vlcl.masking import HIDDEN
+from dist_vlcl.masking import HIDDEN, masked
 from dist_vlcl.run import checkpoint
 from dist_vlcl.train import build_towers, evaluate, make_loader, open_tasks
 
@@ -46,12 +46,13 @@ def main() -> None:
     world = World.alone()
     try:
         cluster = load_config(folder / "config.yaml").cluster
-        world = World.from_environment(replace(cluster, num_processes=None))
+        world = World.from_environment(replace(cluster, num_processes=None, direction_groups=1))  # as many ranks as there are
         accuracy = evaluate_run(folder, world)
         if world.is_main:
             print(f"Last {100 * accuracy.last:.2f}  Avg {100 * accuracy.average:.2f}  forgetting {100 * accuracy.forgetting:.2f}")
     except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"error on rank {world.rank}: {error}")
+        world.exchanging.stopped(error)  # the others are waiting for this rank, and can then say why it is gone
+        sys.exit(masked(f"error on rank {world.rank} of {world.size}: {error}"))
     finally:
         world.close()
 

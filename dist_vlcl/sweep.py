@@ -18,6 +18,7 @@ Exit status: 0 when all is complete, 1 when a run failed, 2 for a wrong option, 
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -33,7 +34,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
+from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, in_words
 from dist_vlcl.masking import masked, masked_command
 from dist_vlcl.paper import control_of, published, select, zero_shot_of
 
@@ -92,7 +93,7 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
             try:
                 run = from_hydra(compose("config", expand_paper(list(words)))).run
             except (ValueError, HydraException) as error:
-                raise ValueError(f"{masked_command(words)}: {error}") from error
+                raise ValueError(f"{masked_command(words)}: {in_words(error)}") from error
             folder = Path(run.root) / run.name
             if folder in items:
                 raise ValueError(
@@ -179,6 +180,15 @@ def exit_status(fates: dict[Item, str], runner: Runner) -> int:
     return STOPPED if runner.is_stopped and LEFT in fates.values() else 0
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines as long as somebody reads them: `head` does not for long."""
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+
+
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="processes of each run (default: one per GPU of this machine, or one)")
     parser.add_argument("--launcher", metavar="COMMAND", help="instead of accelerate launch, such as 'torchrun --nproc_per_node 2'")
@@ -215,8 +225,7 @@ def main() -> None:
         sys.exit(2)
     runner = runner_of(arguments)
     if arguments.list:
-        for item in items:
-            print(shlex.join(runner.command(item)))
+        print_lines(shlex.join(runner.command(item)) for item in items)
         return
     fates = run_all(items, runner, console)
     show(fates, console)

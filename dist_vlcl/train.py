@@ -8,9 +8,10 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, NoReturn
 
 import torch
@@ -21,7 +22,7 @@ from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
 from dist_vlcl.data.order import SampleId, held_out
-from dist_vlcl.data.shards import Index
+from dist_vlcl.data.shards import Index, ShardError, UnreadShard
 from dist_vlcl.data.store import open_index
 from dist_vlcl.data.tasks import Task, TaskStream
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
@@ -30,6 +31,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.dist.zero import first_order
 from dist_vlcl.masking import masked, masked_values
 from dist_vlcl.model.clip import TwoTowers, build_clip, unit_ids
+from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign, describe
 from dist_vlcl.report.figures import plot_run
 from dist_vlcl.report.tables import summarize_run
@@ -47,6 +49,7 @@ from dist_vlcl.run.units import UnitRecords
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.noise import Key, derive_seed
+from dist_vlcl.zo.strategies import Move
 
 MAX_RELOADS = 3  # of a run whose ranks come apart again and again
 
@@ -140,7 +143,7 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
                 state.seconds += time.perf_counter() - started
                 log_step(log, state, report, key, lr, time.perf_counter() - started, batch, world.take_peak_gib())
                 if report.figures is not None:
-                    records.add(state.step, state.task, report.figures)
+                    records.add(state.step, state.task, report.figures, sizes_by_unit(step, report.moves))
                 if words := stragglers.note(report.busy_s):
                     log.say(f"step {state.step}: {words}")
                 is_to_save = report.stop or run.is_time_to_save(state.step)
@@ -191,10 +194,11 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
         try:
             open_index(cfg.data)
         except (OSError, ValueError, RuntimeError) as error:
-            outcome = str(error)
+            outcome = OSError if isinstance(error, OSError) else ValueError, str(error)
     outcome = world.share(outcome, "rank 0's look at the data set")
     if outcome:
-        raise ValueError(outcome)
+        kind, words = outcome
+        raise kind(words)
     index = open_index(cfg.data)
     order = class_order(cfg.tasks.order, index.num_classes, paper_order(index.reader))
     names = prompt_names(index.class_names, cfg.data.underscore_names)
@@ -423,12 +427,8 @@ def introduce(log: RunLog, cfg: Config, world: World, step: HybridStep, tasks: T
 def log_step(
     log: RunLog, state: TrainState, report: StepReport, key: Key, lr: float, seconds: float, batch: Batch, peak_gib: float | None
 ) -> None:
-    """Record a step in metrics.jsonl, and its seed and accepted coefficients in journal.jsonl."""
-    moves = [move.record() for move in report.moves]
-    zo = {}
-    for m in moves:
-        first_probes = [slopes[0] for slopes in m["projected_gradient"].values()]
-        zo[m["group"]] = {"projected_gradient": sum(first_probes) / len(first_probes), "coefficient": m["coefficient"]}
+    """Record a step in metrics.jsonl, with sizes of projected gradients, and in journal.jsonl, with all that a replay needs."""
+    zo = {m.group.name: {"projected_gradient": mean(m.sizes.values()), "coefficient": m.coefficient} for m in report.moves}
     log.step(
         {
             "step": state.step,
@@ -447,7 +447,19 @@ def log_step(
         log.note(f"step {state.step}: {batch.count - report.count} damaged samples were left out", state.step, state.task)
     if report.skipped:
         log.note(f"step {state.step} was skipped: {report.skipped}", state.step, state.task)
-    log.journal({"step": state.step, "task": state.task, "seed": key.seed, "lr": lr, "moves": moves})  # last: the step is now on record
+    log.journal(
+        {"step": state.step, "task": state.task, "seed": key.seed, "lr": lr, "moves": [move.record() for move in report.moves]}
+    )  # last: the step is now on record
+
+
+def sizes_by_unit(step: HybridStep, moves: Sequence[Move]) -> list[float | None]:
+    """Return the size of the projected gradient that moved each unit last, in the units' order; None where none did."""
+    sizes: dict[UnitId, float] = {}
+    for move in moves:
+        for branch, part in move.group.slices.items():
+            own = step.flats[branch].slices.items()
+            sizes |= {id: move.sizes[branch] for id, place in own if part.start <= place.start < part.stop}
+    return [sizes.get(id) for id in step.towers.units]
 
 
 def farewell(cfg: Config, log: RunLog, run: RunFolder, world: World) -> None:
@@ -478,7 +490,8 @@ def main() -> None:
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")
         except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
             world.exchanging.stopped(error)  # the others are waiting for this rank, and can then say why it is gone
-            if world.is_main and isinstance(error, FloatingPointError | ValueError):
+            is_damage = isinstance(error, ShardError) and not isinstance(error, UnreadShard)  # which one rank alone may have met
+            if is_damage or (world.is_main and isinstance(error, FloatingPointError | ValueError)):
                 # Another start would end the same way; but for one that Slurm has made while ranks on a lost node still run.
                 report_status("requeue" if isinstance(error, RunBusy) and is_restart() else "failed")
             if cfg.cluster.traceback:

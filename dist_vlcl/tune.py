@@ -28,13 +28,13 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from rich.console import Console
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
+from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra, in_words
 from dist_vlcl.masking import masked, masked_command
 from dist_vlcl.orders import PLAN_BRANCHES
 from dist_vlcl.report.records import read_records
 from dist_vlcl.report.trials import Trial, plot_trials, ranked, trial_table, write_csv
 from dist_vlcl.run.files import replace_file
-from dist_vlcl.sweep import FAILED, STOPPED, Item, add_launch_options, prepare, run_all, runner_of
+from dist_vlcl.sweep import FAILED, STOPPED, Item, add_launch_options, prepare, print_lines, run_all, runner_of
 
 EPSILONS = {"language": ["1e-3", "1e-4"], "vision": ["5e-4", "1e-4"]}
 Choice = dict[str, str]  # option -> value
@@ -141,12 +141,11 @@ def main() -> None:
         choices = [{"orders.order": "frozen"}, *grid(cfg, several, fixed)]
         of_choice = [prepare(commands(fixed, choice, seeds, folder, arguments.holdout)) for choice in choices]
     except (ValueError, HydraException) as error:
-        print(masked(f"error: {error}"), file=sys.stderr)
+        print(masked(f"error: {in_words(error) if isinstance(error, HydraException) else error}"), file=sys.stderr)
         sys.exit(2)
     runner = runner_of(arguments)
     if arguments.list:
-        for item in itertools.chain(*of_choice):
-            print(shlex.join(runner.command(item)))
+        print_lines(shlex.join(runner.command(item)) for item in itertools.chain(*of_choice))
         return
     fates = run_all(list(itertools.chain(*of_choice)), runner, console)
     if runner.is_stopped:

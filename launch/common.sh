@@ -10,9 +10,9 @@ fail() {
     exit 2
 }
 
-# A whole number from $3 on: number NAME VALUE LEAST [MOST]
+# A whole number from $3 on, without the leading zeros that bash would take for octal: number NAME VALUE LEAST [MOST]
 number() {
-    [[ $2 =~ ^[0-9]{1,6}$ ]] && (($2 >= $3 && $2 <= ${4:-999999})) || fail "$1 $2: give a whole number from $3${4:+ to $4}"
+    [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] && (($2 >= $3 && $2 <= ${4:-999999})) || fail "$1 $2: give a whole number from $3${4:+ to $4}"
 }
 
 # The interpreter of the checkout's .venv, or of $PYTHON.

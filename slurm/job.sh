@@ -17,7 +17,7 @@ processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
 number PROCESSES "$processes" 1
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-# Rank 0, on this node, writes a word here: exit codes of ranks do not get through their launcher. Not in /tmp, which a container may not share.
+# Rank 0, on this node, writes a word here (and a rank that meets a damaged shard): exit codes of ranks do not get through their launcher. Not in /tmp, which a container may not share.
 DIST_VLCL_STATUS=$PWD/.slurm-$job.status
 : >"$DIST_VLCL_STATUS" || fail "$PWD: the job cannot write here; submit from a folder where it can"
 export MASTER_ADDR MASTER_PORT DIST_VLCL_STATUS
@@ -70,10 +70,11 @@ ask_slurm() {
     state=RUNNING reason="" # it does not answer: to ask for a start too many is the lesser evil, and it refuses for a job that has ended
 }
 
-# Stopped by a signal and saved; or steps were being taken, and a rank has died, or an evaluation was longer than the time that was left.
+# Stopped by a signal and saved; or steps were being taken, and a rank has died, or an evaluation was longer than the time that was left. Or a start
+# has ended before that, without a refusal (2), of a job that had got further once.
 wants_to_go_on() {
     word=$(<"$DIST_VLCL_STATUS")
-    [[ $word == requeue || $word == training || $status == 75 ]]
+    [[ $word == requeue || $word == training || $status == 75 || (-z $word && $restarts -gt 0 && $status != 0 && $status != 2) ]]
 }
 
 queue_again() {

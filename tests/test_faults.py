@@ -13,7 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 
+from dist_vlcl import evaluate
 from dist_vlcl.config import Config
 from dist_vlcl.data.store import open_index
 from dist_vlcl.dist.agree import AstrayError
@@ -295,6 +297,18 @@ def test_no_secret_reaches_a_file_or_the_terminal(tmp_path, data):
     assert b"hush" not in written and "hush" not in "".join([finished, said_by("--help"), *failed])
 
 
+def test_an_evaluation_that_fails_tells_the_other_ranks_why(tmp_path, monkeypatch):
+    cfg = configured(tmp_path, "data=cifar100")  # which is not there
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cfg.as_dict()))
+    world, told = World.alone(), []
+    monkeypatch.setattr(World, "from_environment", lambda _: world)
+    monkeypatch.setattr(world.exchanging, "stopped", told.append)
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"error on rank 0 of 1: .*index\.json is missing"):
+        evaluate.main()
+    assert "index.json is missing" in str(told[0])
+
+
 def by_command_line(world: World, options: list[str]) -> int:
     """The exit status of `python -m dist_vlcl.train`."""
     architecture(3, 3)
@@ -315,6 +329,20 @@ def test_a_run_that_skips_too_many_steps_fails_for_good(tmp_path, data):
     assert (tmp_path / "status").read_text() == "failed\n"
     (first,) = [record for record in records(tiny(tmp_path, data, "skips")) if record["kind"] == "note"]
     assert first["text"] == "step 1 was skipped: the loss is not finite on rank [0]"
+
+
+def test_a_damaged_shard_fails_for_good_and_one_that_cannot_be_read_does_not(tmp_path, data):
+    open_index(tiny(tmp_path, data, "run").data)  # is built, if no test has had it yet
+    shutil.copytree(data / "digits", tmp_path / "data/digits")
+    shards = sorted((tmp_path / "data/digits/train").glob("000[01]-*.tar"))  # of the first task; whichever rank reads them
+    options = [*TINY, f"run.root={tmp_path}/runs", f"data.root={tmp_path}/data", f"model.name={architecture(3, 3)}", "run.wandb=off"]
+    said = {"DIST_VLCL_STATUS": str(tmp_path / "status")}
+    for damage, word in [(lambda path: path.write_bytes(path.read_bytes()[:-600]), "failed\n"), (Path.unlink, "training\n")]:
+        (tmp_path / "status").write_text("")
+        for path in shards:
+            damage(path)
+        assert run_ranks(by_command_line, 1, options, environment=said) == [2]
+        assert (tmp_path / "status").read_text() == word
 
 
 def test_a_configuration_that_would_run_code_runs_none(tmp_path, data):

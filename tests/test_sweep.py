@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from dist_vlcl import sweep
+from dist_vlcl import sweep, tune
 from dist_vlcl.report.records import read_records
 
 SHORT = ["data=digits", "model=small", "tasks.increment=2", "tasks.order=natural", "tasks.num_tasks=1", "train.max_steps=1"]
@@ -106,3 +106,20 @@ def test_the_items_of_an_array_are_the_runs_in_order(monkeypatch, capfd):
     sweep.main()
     assert capfd.readouterr().out == "6\n"
     assert sweep.default_launcher(2)[:5] == [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (sweep, ["paper=zero-shot-cifar10,t1-moe-cifar10-fo"]),
+        (tune, ["zo.lr_scale=1,2", "zo.epsilon.vision=1e-3", "zo.epsilon.language=1e-3"]),
+    ],
+    ids=["sweep", "tune"],
+)
+def test_a_list_whose_reader_has_gone_ends_in_silence(monkeypatch, command, words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:  # closing flushes once more
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "argv", ["command", *words, "--list"])
+        command.main()

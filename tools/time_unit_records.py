@@ -24,7 +24,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.orders import assign
 from dist_vlcl.run.units import UnitRecords
 from dist_vlcl.step import HybridStep
-from dist_vlcl.train import build_towers
+from dist_vlcl.train import build_towers, sizes_by_unit
 from dist_vlcl.zo.noise import Key
 
 OBSERVING = ("_observe_first", "_observe_moved")
@@ -72,7 +72,7 @@ def main() -> None:
     count, size = cfg.train.batch_size, towers.image_size
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
     batch = Batch(images, torch.arange(count) % arguments.classes, torch.arange(count), count, 0, [])
-    units = [(id.branch, id.layer, step.orders[id].value) for id in towers.units]
+    units = [(id.branch, id.layer, step.orders[id].value, unit.numel) for id, unit in towers.units.items()]
     watch, steps, observing = Stopwatch(world.device), [], []
     for name in OBSERVING:
         watch.wrap(HybridStep, name)
@@ -83,7 +83,7 @@ def main() -> None:
             report = step([batch], Key(0, number), cfg.first_order.lr, observe=True)
             seconds = watch.now() - started
             assert report.figures is not None
-            records.add(number, 0, report.figures)
+            records.add(number, 0, report.figures, sizes_by_unit(step, report.moves))
             if number == 2:  # two steps and a part to warm up
                 records.flush()
             elif number > 2:

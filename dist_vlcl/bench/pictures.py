@@ -3,11 +3,11 @@
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_vlcl.bench.result import Result, Table, shown
+from dist_vlcl.report import figures
 from dist_vlcl.report.figures import BLUE, GREY, ORANGE, STYLE, new_figure, put_legend
 
 if TYPE_CHECKING:
@@ -80,15 +80,12 @@ def png(path: str) -> Path:
 
 
 def write_picture(path: Path, bars: Bars) -> None:
-    """Draw into a PNG of few colours, a quarter of the size: documentation keeps it."""
+    """Draw into a PNG."""
     import matplotlib
-    from PIL import Image
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = BytesIO()
     with matplotlib.rc_context(STYLE):
-        draw(bars).savefig(drawn)
-    Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+        figures.write_picture(draw(bars), path)
 
 
 def draw(bars: Bars) -> "Figure":

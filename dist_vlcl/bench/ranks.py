@@ -38,6 +38,8 @@ def launch(
     threads: CPU threads of a rank; by default the cores are shared among the ranks. apart: take as many steps, in turn, whose gradients
     have been exchanged before the probes begin.
     """
+    if device == "cuda" and torch.cuda.device_count() < processes:
+        raise ValueError(f"--device cuda: {processes} ranks need a GPU each, and this machine has {torch.cuda.device_count()}")
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder) / "task.json", Path(folder) / "answer.json"
         content = {"workload": asdict(workload), "device": device, "steps": steps, "trace": trace, "apart": apart}

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.shards import Index, ShardError
+from dist_vlcl.data.shards import Index
 from dist_vlcl.data.store import make_shards
 from dist_vlcl.masking import masked
 
@@ -37,7 +37,7 @@ def main() -> None:
     def work(config: Config) -> None:
         try:
             build(config.data)
-        except (ValueError, OSError, ShardError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             print(masked(f"error: {error}"), file=sys.stderr)
             if isinstance(error, URLError):
                 print(

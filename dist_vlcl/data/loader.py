@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dist_vlcl.data.order import SampleId, generator, plain_order, rank_slice, train_order
 from dist_vlcl.data.settings import ON_ERROR
-from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, is_ppm, log, ppm, read_shard
+from dist_vlcl.data.shards import Index, ShardError, StoredSample, Unread, UnreadShard, decode, is_ppm, log, ppm, read_shard
 from dist_vlcl.data.tasks import Task
 from dist_vlcl.data.transforms import Plan, Transform, resize_batch, resize_image
 
@@ -112,7 +112,7 @@ class ImageStore:
         """
         stored, problem, _ = self._shard((split, sample.class_id, sample.shard), shards, turn)
         if problem and (self.on_error == "stop" or sample.position >= len(stored)):
-            raise ShardError(f"{problem}; needed: sample {sample.position}")
+            raise (UnreadShard if isinstance(problem, Unread) else ShardError)(f"{problem}; needed: sample {sample.position}")
         key, data = stored[sample.position]
         pixels = decode(data, key)
         if not is_ppm(data) and self.bytes + pixels.nbytes <= self.limit:

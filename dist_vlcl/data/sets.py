@@ -265,7 +265,10 @@ def _source_or_download(data: DataConfig, url: str, md5: str) -> Path:
     from torchvision.datasets.utils import download_url
 
     downloads = Path(data.root) / "downloads"
-    download_url(url, downloads, md5=md5)
+    try:
+        download_url(url, downloads, md5=md5)
+    except RuntimeError as error:
+        raise ValueError(f"{url}: what came is not the official archive ({error}); try again, or give data.source=PATH") from error
     return downloads / PurePosixPath(url).name
 
 
@@ -278,17 +281,31 @@ def _official_cifar_folder(data: DataConfig, source: Path | None) -> Path:
     if source is not None and source.is_dir():
         return source
     downloads = Path(data.root) / "downloads"
-    downloads.mkdir(parents=True, exist_ok=True)
     if source is not None:
+        _require_official_cifar(source)
+    downloads.mkdir(parents=True, exist_ok=True)
+    if source is not None and source.resolve().parent != downloads.resolve():
         shutil.copy(source, downloads)
     return downloads
+
+
+def _require_official_cifar(archive: Path) -> None:
+    """Raise ValueError for another file of the name, which torchvision would take for a failed download."""
+    from torchvision.datasets import CIFAR100
+    from torchvision.datasets.utils import calculate_md5
+
+    if (found := calculate_md5(archive)) != CIFAR100.tgz_md5:
+        raise ValueError(f"data.source={str(archive)!r}: damaged, or not the official archive: its MD5 is {found}, not {CIFAR100.tgz_md5}")
 
 
 def _official_cifar(folder: Path, split: str, class_names: list[str]) -> Iterable[Found]:
     from torchvision.datasets import CIFAR100
 
     # `download` also unpacks an archive that lies there; torchvision compares MD5 before it opens a pickle
-    images = CIFAR100(str(folder), train=split == "train", download=not (folder / CIFAR_FOLDER).is_dir())
+    try:
+        images = CIFAR100(str(folder), train=split == "train", download=not (folder / CIFAR_FOLDER).is_dir())
+    except RuntimeError as error:
+        raise ValueError(f"{folder / CIFAR_FOLDER}: damaged, or not the official files ({error}); remove it and get them again") from error
     for number, (image, label) in enumerate(zip(images.data, images.targets, strict=True)):
         name = class_names[label]
         yield Found(split, name, f"{split}/{name}/{number:05d}.png", partial(_png, image))

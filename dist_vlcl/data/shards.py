@@ -47,6 +47,7 @@ MAX_PIXELS = 1 << 26  # a bomb has a few bytes and billions of pixels
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 INDEX_BYTES = 1 << 28  # an index.json is not larger
 ATTEMPTS = 3  # that each have a part of the time, where a server or command stalls; one that refuses is asked again until the time is over
+ASK_LATER = (408, 429)  # a server's words for: it took too long, too many ask
 LONGEST_PAUSE_S = 5  # between two attempts
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")  # of raw images
 PIXELS = "ppm"  # of images stored as pixels: binary PPM, a short header and H x W x 3 bytes, which any viewer opens
@@ -58,6 +59,16 @@ log = logging.getLogger(__name__)
 
 class ShardError(RuntimeError):
     """A shard that is damaged, or that holds what no shard of ours holds."""
+
+
+class UnreadShard(ShardError):
+    """A shard that could not be read: another time it may be."""
+
+
+class Unread(str):
+    """Words about a shard that could not be read, and so may be sound."""
+
+    __slots__ = ()
 
 
 class RawSample(NamedTuple):
@@ -172,14 +183,28 @@ class Index:
         empty = cls("", "", (), (), {}, location, allow_pipe, timeout_s)
         url = empty.url("index.json")
         try:
-            content = json.loads(read_bytes(url, allow_pipe, INDEX_BYTES, timeout_s))
+            text = read_bytes(url, allow_pipe, INDEX_BYTES, timeout_s)
         except OSError as error:
             raise OSError(masked(f"{url}: cannot be read: {error}")) from error
-        if content.get("format") != FORMAT:
-            raise ValueError(f"{url}: format {content.get('format')}, this version reads {FORMAT}; build the shards again")
-        shards = {split: tuple(tuple(_shard(entry) for entry in of_class) for of_class in content["shards"][split]) for split in SPLITS}
-        names, encodings = tuple(content["class_names"]), tuple(content["encodings"])
-        return cls(content["name"], content["reader"], names, encodings, shards, location, allow_pipe, timeout_s)
+        try:
+            content = json.loads(text)
+            version = content["format"]
+            fields = _fields(content) if version == FORMAT else {}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(masked(f"{url}: damaged ({type(error).__name__}: {error}); copy it, or build the shards, again")) from error
+        if version != FORMAT:
+            raise ValueError(masked(f"{url}: format {version}, this version reads {FORMAT}; build the shards again"))
+        return replace(empty, **fields)
+
+
+def _fields(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the Index's fields of a json index; raises ValueError, KeyError, TypeError or AttributeError for a damaged one."""
+    names = tuple(content["class_names"])
+    shards = {split: tuple(tuple(_shard(entry) for entry in of_class) for of_class in content["shards"][split]) for split in SPLITS}
+    if wrong := [split for split in SPLITS if len(shards[split]) != len(names)]:
+        raise ValueError(f"{len(names)} classes, {len(shards[wrong[0]])} of them in {wrong[0]}")
+    encodings = tuple(content["encodings"])
+    return {"name": content["name"], "reader": content["reader"], "class_names": names, "encodings": encodings, "shards": shards}
 
 
 def _shard(entry: dict[str, Any]) -> Shard:
@@ -187,6 +212,8 @@ def _shard(entry: dict[str, Any]) -> Shard:
     # an index from elsewhere must not lead out of its folder, nor into the shell of a `pipe:`
     if not SHARD_PATH.fullmatch(shard.path):
         raise ShardError(f"index.json names {shard.path!r}: a shard is called train/0003-000.tar")
+    if not type(shard.count) is type(shard.bytes) is int:
+        raise TypeError(f"{shard.path}: samples and bytes are whole numbers")
     return shard
 
 
@@ -280,14 +307,14 @@ def _move_into_place(aside: Path, folder: Path) -> None:
 
 
 def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], str]:
-    """The shard's samples, as many as can be read, and in words what is wrong with it ("" for a sound one).
+    """The shard's samples, as many as can be read, and in words what is wrong with it ("" for a sound one; Unread where a try may help).
 
     Raises ShardError for members that a shard of ours never has: nothing but text labels and images is ever opened.
     """
     try:
         content = read_bytes(index.url(shard.path), index.allow_pipe, shard.bytes + 1, index.timeout_s)
     except OSError as error:
-        return [], masked(f"{index.url(shard.path)}: cannot be read: {error}")
+        return [], Unread(masked(f"{index.url(shard.path)}: cannot be read: {error}"))
     samples, error_text = _parse(content, shard)
     sound = hashlib.sha256(content).hexdigest() == shard.sha256 and len(samples) == shard.count
     if sound:
@@ -374,7 +401,8 @@ def _patiently(read: Callable[[float], bytes], url: str, timeout_s: float, refus
             return read(max(0.1, min(timeout_s / ATTEMPTS, deadline - time.monotonic())))
         except (OSError, HTTPException) as error:
             left_s = deadline - time.monotonic()
-            is_final = isinstance(error, InvalidURL) or (isinstance(error, urllib.error.HTTPError) and error.code < 500)
+            is_final = isinstance(error, InvalidURL)
+            is_final |= isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in ASK_LATER
             is_final |= isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)  # which no waiting mends
             if is_final or attempt >= refusals or left_s <= 0:
                 if isinstance(error, OSError):

@@ -2,6 +2,7 @@
 
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Protocol
 
@@ -41,13 +42,16 @@ class TarSource:
 
 class ZipSource:
     def __init__(self, path: Path) -> None:
-        self.zip = zipfile.ZipFile(path)
+        self.path, self.zip = path, zipfile.ZipFile(path)
 
     def names(self) -> list[str]:
         return sorted(name for name in self.zip.namelist() if not name.endswith("/"))
 
     def read(self, name: str) -> bytes:
-        return self.zip.read(name)
+        try:
+            return self.zip.read(name)
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{self.path}: damaged at {name!r} ({error}); get it again") from error
 
 
 def open_source(path: Path) -> Source:

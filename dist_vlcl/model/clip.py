@@ -279,11 +279,20 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
             clip = open_clip.create_model(model.name, pretrained=source, require_pretrained=source is not None)
     except Exception as error:
         raise RuntimeError(
-            f"model.pretrained={model.pretrained!r}: the weights of {model.name} cannot be had ({error}). On a machine with internet run\n"
-            f"  python -c \"import open_clip; open_clip.create_model('{model.name}', pretrained='openai')\"\n"
-            "and copy its Hugging Face cache here, or give a local safetensors file: model.pretrained=/path/to/weights.safetensors"
+            f"model.pretrained={model.pretrained!r}: the weights of {model.name} cannot be had ({error}). {_way_to_weights(model)}"
         ) from error
     return clip, open_clip.get_tokenizer(model.name)
+
+
+def _way_to_weights(model: ModelConfig) -> str:
+    tags, file = _open_clip().list_pretrained_tags_by_model(model.name), "model.pretrained=/path/to/weights.safetensors"
+    if model.pretrained in tags:
+        return (
+            "On a machine with internet run\n"
+            f"  python -c \"import open_clip; open_clip.create_model('{model.name}', pretrained='{model.pretrained}')\"\n"
+            f"and copy its Hugging Face cache here, or give a local safetensors file: {file}"
+        )
+    return f"open_clip has {'weights of it as ' + ', '.join(tags) if tags else 'no weights of it'}; or give a safetensors file: {file}"
 
 
 def _save_less(clip: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Put our runs beside the paper's numbers:  python -m dist_vlcl.report.build runs/* [--out report]
 
 Writes OUT/report.md, OUT/report.html (one file, its pictures inside), OUT/images/*.png, and every number as tidy CSV in OUT/data/.
-With --into PAGE.md, results, claims and their pictures also go into that page, between its lines <!-- report --> and <!-- /report -->.
+With --into PAGE.md, results, claims and every figure that has data also go into that page, between its lines <!-- report --> and
+<!-- /report -->.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from dist_vlcl.config import CONFIG_FOLDER, from_hydra
 from dist_vlcl.report import paper_tables as tables
 from dist_vlcl.report.cells import ZERO_SHOT, Entry, Method, Published, Section, Stream, classify, published_cells, sections_of
 from dist_vlcl.report.claims import CLAIMS, RULE, tally
-from dist_vlcl.report.figures import STYLE
+from dist_vlcl.report.figures import STYLE, write_picture
 from dist_vlcl.report.paper_figures import FIGURES, Picture, claims_pictures, draw_memory, pictures_of
 from dist_vlcl.report.records import NoRun, Run, read_run
 from dist_vlcl.report.tables import TextTable
@@ -50,7 +51,7 @@ class Report:
     """What a report holds, before it is written: its page, its pictures and its tidy tables, by name."""
 
     page: str = INTRODUCTION
-    digest: str = ""  # results and claims alone, for another page
+    digest: str = ""  # results, claims and figures alone, for another page
     shown_there: list[str] = field(default_factory=list)  # its pictures
     pictures: dict[str, Picture] = field(default_factory=dict)
     data: dict[str, "pd.DataFrame"] = field(default_factory=dict)
@@ -74,7 +75,7 @@ def build(runs: Sequence[Run], passed_over: Mapping[str, str] | None = None) -> 
     paper = published_paper()
     published = published_cells(paper["runs"])
     complete = [run for run in runs if run.is_complete]
-    sections = sections_of([classify(run, published, reference) for run in _shown(complete, "runs", len(complete))])
+    sections = sections_of([classify(run, reference) for run in _shown(complete, "runs", len(complete))])
     report = Report()
     if not any(section.is_paper for section in sections):
         report.add(f"**None of the {len(published)} published cells has a run of the paper's model with the paper's settings here.**")
@@ -176,7 +177,7 @@ def _add_digest(report: Report, section: Section, comparisons: "pd.DataFrame", s
     if len(comparisons):
         blocks += ["#### The paper's claims", RULE, *_claim_blocks(comparisons)]
     for name, picture in report.pictures.items():
-        if name.startswith((f"{slug}-claims-", f"{slug}-figure2-")):
+        if name.startswith((f"{slug}-claims-", f"{slug}-figure")):
             report.shown_there.append(name)
             blocks += [f"![{picture.title}](images/{name}.png)", f"**{picture.title}.** {picture.caption}"]
     report.digest += "".join(f"\n{block.rstrip()}\n" for block in blocks if block)
@@ -272,7 +273,7 @@ def write(report: Report, out: Path) -> None:
         (out / folder).mkdir(parents=True, exist_ok=True)
     for name, picture in report.pictures.items():
         assert picture.figure is not None and picture.data is not None
-        picture.figure.savefig(out / "images" / f"{name}.png")
+        write_picture(picture.figure, out / "images" / f"{name}.png")
         picture.data.to_csv(out / "data" / f"{name}.csv", index=False)
     for name, frame in report.data.items():
         frame.to_csv(out / "data" / f"{name}.csv", index=False)
@@ -334,7 +335,9 @@ def main() -> None:
         "runs", type=Path, nargs="+", metavar="RUN", help="folders of runs, such as runs/*; others are passed over and named"
     )
     parser.add_argument("--out", type=Path, default=Path("report"), help="where to write (default: report)")
-    parser.add_argument("--into", type=Path, metavar="PAGE.md", help="also put results and claims into this page, between its marks")
+    parser.add_argument(
+        "--into", type=Path, metavar="PAGE.md", help="also put results, claims and figures into this page, between its marks"
+    )
     arguments = parser.parse_args()
     absent = [str(folder) for folder in arguments.runs if not folder.exists()]
     if absent:

@@ -23,7 +23,7 @@ IMMATERIAL = (
     *(f"data.{key}" for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "on_error")),
     *(f"data.{key}" for key in ("num_workers", "cache_gib", "encoding", "samples_per_shard", "timeout_s")),
     *(f"train.{key}" for key in ("micro_batches", "max_skips", "check_every_steps", "on_disagreement")),
-    *("orders.branch", "orders.layers", "orders.order", "zo.name"),  # these are the cell itself
+    *("orders.branch", "orders.layers", "orders.order", "zo.name"),  # these are the cell itself: _method_of reads them
 )
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")  # a departure in these is another method; in any other key another regime
 OF_TRAINING = ("train.*", "first_order.*")
@@ -128,29 +128,27 @@ def published_cells(runs: Iterable[Mapping[str, Any]]) -> list[Published]:
     ]
 
 
-def cell_of(config: Mapping[str, Any], published: Iterable[Published]) -> tuple[Stream, Method]:
-    """The cell of a run's configuration: the method of its `paper` id, or by its resolved settings. A control is one whatever its id says.
-
-    The data are what the run had, whatever its id says.
-    """
-    stream = Stream(config["data"]["name"], config["tasks"]["increment"])
-    method = _method_of(config)
-    named = next((cell for cell in published if cell.id == config.get("paper")), None)
-    if named is None or method == ZERO_SHOT:
-        return stream, method
-    return stream, named.method.twin if method.variant == "frozen" else named.method
+def cell_of(config: Mapping[str, Any]) -> tuple[Stream, Method]:
+    """The cell of a run's resolved settings. Its `paper` id is no authority: options beside it may have made another run of it."""
+    return Stream(config["data"]["name"], config["tasks"]["increment"]), _method_of(config)
 
 
 def _method_of(config: Mapping[str, Any]) -> Method:
-    orders = config["orders"]
-    adapter = "lora" if "rank" in config["adapter"] else "moe" if "experts" in config["adapter"] else "other"
-    if orders["branch"] == "none" or orders["order"] == "first":
-        return ZERO_SHOT if orders["rest"] == "frozen" else first_order(adapter)
+    orders, zo = config["orders"], config["zo"]["name"]
+    own = config["adapter"].get("kind", "").replace(":", ".")  # of the user's own, whatever its options are called
+    adapter = own or ("lora" if "rank" in config["adapter"] else "moe" if "experts" in config["adapter"] else "other")
+    branch, order, rest = orders["branch"], orders["order"], orders["rest"]
     layers = orders["layers"] if isinstance(orders["layers"], str) else str(orders["layers"]).replace(" ", "")
     if layers in ("prefix", "suffix") and orders.get("span") not in (None, 6):  # six is half of the paper's towers
         layers += str(orders["span"])
-    method = Method(adapter, orders["branch"], layers, "frozen" if orders["order"] == "frozen" else config["zo"]["name"])
-    return method.twin if method.variant == "frozen" else method
+    if branch == "none":
+        branch, layers, order = "dual", "all", rest
+    if order == rest or (branch, layers) == ("dual", "all"):  # every unit has one order
+        everywhere = {"first": first_order(adapter), "frozen": ZERO_SHOT}
+        return everywhere.get(order) or Method(adapter, "dual", "all", zo)
+    if order == "first" or rest == "zeroth":  # what it is about are the units that the plan does not name
+        branch, layers, order = "dual", f"all but {branch} {layers}", rest
+    return Method(adapter, branch, layers, "frozen" if order == "frozen" else zo)
 
 
 @dataclass(frozen=True)
@@ -275,9 +273,9 @@ Reference = Callable[[Run, Stream, Method], Mapping[str, Any]]
 Regime = tuple[tuple[str, str], ...]
 
 
-def classify(run: Run, published: Sequence[Published], reference: Reference) -> Entry:
+def classify(run: Run, reference: Reference) -> Entry:
     """Put a run into its cell. reference: gives the configuration that the cell means."""
-    stream, method = cell_of(run.config, published)
+    stream, method = cell_of(run.config)
     found = [*departures(run.config, reference(run, stream, method), method), *incomplete_data(run)]
     entry = Entry(run, stream, method, tuple(found))
     return replace(entry, departures=tuple(d for d in found if d.key not in OF_PROBES)) if entry.is_probe else entry

@@ -1,6 +1,7 @@
 """Pictures of one run, drawn without a display; colours that colour-blind readers and grey printers can tell apart."""
 
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and a run may do 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette in an order of falling contrast; line styles repeat the distinction for grey print.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#595959"
+# Okabe and Ito's palette, but for its purple, which is too pale for a thin line: Tol's wine. Line styles repeat the distinction in grey.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#882255", "#595959"
 LOOKS = {"vision": (BLUE, "-"), "language": (ORANGE, "--")}
 OTHER_LOOKS = ((GREEN, "-."), (PURPLE, ":"))
 STYLE: dict[Any, Any] = {
@@ -49,7 +50,10 @@ def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
             "loss": plot_loss(records),
             "projected_gradient": plot_projected_gradients(records),
         }
-        return [_written(figure, plots / f"{name}.png") for name, figure in figures.items() if figure]
+        drawn = {plots / f"{name}.png": figure for name, figure in figures.items() if figure}
+        for path, figure in drawn.items():
+            write_picture(figure, path)
+        return list(drawn)
 
 
 def plot_matrix(records: Records) -> "Figure | None":
@@ -154,9 +158,13 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height))
 
 
-def _written(figure: "Figure", path: Path) -> Path:
-    figure.savefig(path)
-    return path
+def write_picture(figure: "Figure", path: Path) -> None:
+    """Write a figure as a PNG of few colours, a third of the size: documentation keeps such files."""
+    from PIL import Image
+
+    drawn = BytesIO()
+    figure.savefig(drawn, pil_kwargs={"compress_level": 1})  # read again at once
+    Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path)
 
 
 def percents(fractions: Sequence[float | None]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Figures 2 to 8 of the paper and its memory table as a picture, each with what is plotted, from which runs, as a tidy table."""
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Colour, line and marker each tell curves apart: by colour-blind readers, in grey print, where curves cross.
-LOOKS: tuple[tuple[str, Any, str], ...] = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, ":", "D"))
+LOOKS: tuple[tuple[str, Any, str], ...] = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, (0, (1, 1)), "D"))
+LABEL_WIDTH = 40  # characters of a line beside a row; every setting of a note begins a line
 
 
 class Statistic(NamedTuple):
@@ -167,20 +169,21 @@ def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[
     if max(map(len, cells.values()), default=0) < 2:
         raise NothingToDraw("no method has runs with two seeds")
     differences = _seed_differences(section, stream, list(cells))
-    figure = new_figure(6.9, 1.1 + 0.27 * len(cells))
+    labels = [_row_label(method, note) for method, note in cells]
+    places = _places(labels)
+    figure = new_figure(6.9, 1.1 + 0.27 * _height(labels))
     left, *others = figure.subplots(1, 2 if differences else 1, sharey=True, squeeze=False)[0]
-    seeds = [(value, place) for place, values in enumerate(cells.values()) for value in values.values()]
+    seeds = [(value, place) for place, values in zip(places, cells.values(), strict=True) for value in values.values()]
     left.plot(*zip(*seeds, strict=True), color=GREY, marker="|", linewidth=0, markersize=9, label="a seed")
-    for place, values in enumerate(cells.values()):
-        _draw_interval(left, place, paired_test(list(values.values())), BLUE, "o", BLUE, "" if place else "mean")
+    for place, values in zip(places, cells.values(), strict=True):
+        _draw_interval(left, place, paired_test(list(values.values())), BLUE, "o", BLUE, "mean" if place == places[0] else "")
     zero_shot = list(accuracies(section, stream, ZERO_SHOT, (), "last").values())
     if zero_shot:
         left.axvline(float(np.mean(zero_shot)), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
     for right in others:
-        _draw_differences(right, differences)
-    names = [method.label + "".join(f"\n{text}" for text in note) for method, note in cells]
-    left.set_yticks(range(len(cells)), names)
-    left.set_ylim(len(cells) - 0.4, -0.6)
+        _draw_differences(right, [(places[row], is_control, test) for row, is_control, test in differences])
+    left.set_yticks(places, labels, fontsize=9)
+    left.set_ylim(_height(labels) - 0.4, -0.6)
     left.set_xlabel("Last (%)")
     looks: dict[str, Any] = {"ncols": 3, "fontsize": 8, "handletextpad": 0.4, "columnspacing": 1}
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", **looks)
@@ -199,19 +202,34 @@ def draw_seeds(section: Section, stream: Stream, _: Sequence[Method]) -> "tuple[
     return figure, pd.DataFrame(lines), what
 
 
+def _row_label(method: Method, note: Iterable[str]) -> str:
+    """What stands beside a row, in lines of at most LABEL_WIDTH characters."""
+    return "\n".join(line for text in (method.label, *note) for line in textwrap.wrap(text, LABEL_WIDTH))
+
+
+def _height(labels: Iterable[str]) -> float:
+    """What rows of these labels need, in rows of one line: a further line needs less than a row with its marks."""
+    return sum(1 + 0.65 * label.count("\n") for label in labels)
+
+
+def _places(labels: Sequence[str]) -> list[float]:
+    """The middles of rows below each other, each as high as its own label."""
+    return [_height(labels[:row]) + (_height([label]) - 1) / 2 for row, label in enumerate(labels)]
+
+
 def _seed_differences(section: Section, stream: Stream, cells: Sequence[tuple[Method, tuple[str, ...]]]) -> list[tuple[int, bool, dict]]:
-    """The tests of Last of each zeroth-order cell, by its place, against its control or against first order."""
+    """The tests of Last of each zeroth-order cell, by its row, against its control or against first order."""
     tests = comparison_frame(section).to_dict("records")
     found = []
-    for place, (method, note) in enumerate(cells):
+    for row, (method, note) in enumerate(cells):
         for is_control, other in ((False, first_order(method.adapter)), (True, method.twin)):
             wanted = {**cell_columns(stream, method, note), "against": other.label, "metric": "last"}
             matching = (test for test in tests if method.is_zeroth and all(test[key] == value for key, value in wanted.items()))
-            found += [(place, is_control, test) for test in matching]
+            found += [(row, is_control, test) for test in matching]
     return found
 
 
-def _draw_differences(axes: "Axes", differences: Sequence[tuple[int, bool, dict]]) -> None:
+def _draw_differences(axes: "Axes", differences: Sequence[tuple[float, bool, dict]]) -> None:
     axes.axvline(0, color=GREY, linewidth=0.8)
     for of_control, offset, color, marker, face, label in (
         (False, -0.14, ORANGE, "s", ORANGE, "less first order"),
@@ -235,16 +253,16 @@ def draw_claims(comparisons: "pd.DataFrame") -> "Figure":
     streams = list(dict.fromkeys(zip(comparisons.dataset, comparisons.increment, strict=True)))
     claims = [claim for claim in CLAIMS if claim.name in set(comparisons.claim)]
     labels = {claim.name: list(dict.fromkeys(_difference_labels(comparisons[comparisons.claim == claim.name]))) for claim in claims}
-    numbers = [len(labels[claim.name]) for claim in claims]
-    figure = new_figure(max(6.9, 2.3 + 2.6 * len(streams)), 0.7 + sum(0.5 + 0.24 * number for number in numbers))
-    heights = [number + 0.4 for number in numbers]
-    grid = figure.subplots(len(claims), len(streams), sharex="row", sharey="row", squeeze=False, height_ratios=heights)
+    heights = [_height(labels[claim.name]) for claim in claims]
+    figure = new_figure(max(6.9, 2.3 + 2.6 * len(streams)), 0.7 + sum(0.5 + 0.24 * height for height in heights))
+    ratios = [height + 0.4 for height in heights]
+    grid = figure.subplots(len(claims), len(streams), sharex="row", sharey="row", squeeze=False, height_ratios=ratios)
     for claim, row in zip(claims, grid, strict=True):
         for axes, (dataset, increment) in zip(row, streams, strict=True):
             of_cell = (comparisons.claim == claim.name) & (comparisons.dataset == dataset) & (comparisons.increment == increment)
             _draw_claim(axes, comparisons[of_cell], labels[claim.name], claim.bound or 0.0)
-        row[0].set_yticks(range(len(labels[claim.name])), labels[claim.name], fontsize=8)
-        row[0].set_ylim(len(labels[claim.name]) - 0.3, -0.7)
+        row[0].set_yticks(_places(labels[claim.name]), labels[claim.name], fontsize=8)
+        row[0].set_ylim(_height(labels[claim.name]) - 0.3, -0.7)
         row[0].set_title(claim.question, fontsize=9, loc="left", fontweight="bold")
     for axes, (dataset, increment) in zip(grid[-1], streams, strict=True):
         axes.set_xlabel(f"{Stream(dataset, increment).label}: difference (points)", fontsize=9)
@@ -262,7 +280,7 @@ def _draw_claim(axes: "Axes", comparisons: "pd.DataFrame", labels: Sequence[str]
         axes.plot([], [], color=GREY, marker=theirs, linewidth=0, markersize=5, label=f"{name} in the paper")
         of_metric = comparisons[comparisons.metric == metric]
         for label, test in zip(_difference_labels(of_metric), of_metric.to_dict("records"), strict=True):
-            place = labels.index(label) + offset
+            place = _places(labels)[labels.index(label)] + offset
             _draw_interval(axes, place, test, color, marker, face)
             axes.plot([test["paper"]], [place], color=GREY, marker=theirs, markersize=5, linewidth=0)
 
@@ -270,7 +288,14 @@ def _draw_claim(axes: "Axes", comparisons: "pd.DataFrame", labels: Sequence[str]
 def _difference_labels(comparisons: "pd.DataFrame") -> list[str]:
     rows = comparisons.to_dict("records")
     methods = [Method(row["adapter"], row["branch"], row["layers"], row["variant"]) for row in rows]
-    return [method.label + (f"\n{row['settings']}" if row["settings"] else "") for method, row in zip(methods, rows, strict=True)]
+    return [_row_label(method, row["settings"].split("; ")) for method, row in zip(methods, rows, strict=True)]
+
+
+def _is_gapless(comparisons: "pd.DataFrame") -> bool:
+    """Whether every row of every claim has a comparison in every column of `draw_claims`."""
+    rows = set(zip(comparisons.claim, _difference_labels(comparisons), strict=True))
+    marked = set(zip(comparisons.claim, _difference_labels(comparisons), comparisons.dataset, comparisons.increment, strict=True))
+    return len(marked) == len(rows) * len(set(zip(comparisons.dataset, comparisons.increment, strict=True)))
 
 
 def claims_pictures(section: Section, comparisons: "pd.DataFrame") -> Iterator[Picture]:
@@ -285,6 +310,7 @@ def claims_pictures(section: Section, comparisons: "pd.DataFrame") -> Iterator[P
                 "for one (where freezing leaves nothing that learns, the other is zero-shot CLIP). Grey: the same difference of the "
                 "published numbers. Line: the bound that the question asks about."
             )
+            what += "" if _is_gapless(data) else " Empty: not run, or without a seed that both methods have."
             title = f"The paper's claims on {name}"
             yield Picture(f"claims-{dataset}", title, f"{section.title}. {what}", draw_claims(data), data)
 

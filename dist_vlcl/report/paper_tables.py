@@ -300,12 +300,11 @@ def _pairs(section: Section, stream: Stream) -> list[tuple[tuple[Method, tuple[s
         if (method.branch, method.layers) == ("language", "all"):
             others.append(Method(method.adapter, "vision", "all", method.variant))
         for note in section.notes(method):
-            pairs += [
-                ((method, note), (o, o_note))
-                for o in others
-                for o_note in dict.fromkeys([note, control_note(note)])
-                if o_note in section.notes(o) or o == ZERO_SHOT
-            ]
+            for other in others:
+                # Of the other method the run with the same settings; one that reads no zeroth-order settings has none of these.
+                same = note if other.is_zeroth else control_note(note)
+                if same in section.notes(other) or other == ZERO_SHOT:
+                    pairs.append(((method, note), (other, same)))
     return pairs
 
 

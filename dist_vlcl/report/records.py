@@ -56,8 +56,9 @@ def read_units(folder: Path | str) -> "pyarrow.Table":
 
     Columns: step (int64, from 1), task (int32, from 0), branch, layer (int32, from 1), order (first, zeroth, frozen), and as float32
     gradient_norm, gradient_mean, gradient_variance (of the first-order gradient, or of the zeroth-order estimate before its sign is
-    taken; NaN for a frozen unit), update_norm, update_mean, update_variance (of what the step changed), parameter_norm (after it). numel
-    (int32) is how many parameters the unit has. A skipped step has no rows.
+    taken; NaN for a frozen unit), update_norm, update_mean, update_variance (of what the step changed), parameter_norm (after it), and
+    projected_gradient (the size of s, the mean over probes; null for a unit that is not of zeroth order). numel (int32) is how many
+    parameters the unit has. A skipped step has no rows.
     """
     import pyarrow
     import pyarrow.parquet
@@ -69,6 +70,7 @@ def read_units(folder: Path | str) -> "pyarrow.Table":
         "layer": "int32",
         "order": "string",
         "numel": "int32",
+        "projected_gradient": "float",
         **dict.fromkeys(FIGURES, "float"),
     }
     schema = pyarrow.schema([(name, pyarrow.type_for_alias(alias)) for name, alias in types.items()])

@@ -61,7 +61,7 @@ def describe_step(record: dict[str, Any]) -> str:
     for branch, estimate in (record.get("zo") or {}).items():
         gradient = estimate.get("projected_gradient")
         if isinstance(gradient, (int, float)):
-            parts.append(f"{branch} {gradient:+.2e}")
+            parts.append(f"{branch} {gradient:.2e}")
     if record.get("images_per_second") is not None:
         parts.append(f"{record['images_per_second']:.0f} images/s")
     return "  ".join(parts)

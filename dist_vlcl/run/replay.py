@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_vlcl.config import Config, load_config
+from dist_vlcl.masking import masked
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run import checkpoint, journal
@@ -98,7 +99,7 @@ def main() -> None:
             save_file(rebuilt.tensors, options.output)
         saved = checkpoint.load(options.run, rebuilt.stop) if rebuilt.stop in checkpoint.saved_steps(options.run) else None
     except (OSError, ValueError, RuntimeError, checkpoint.BrokenCheckpoint) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(masked(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     numbers = sum(t.numel() for t in rebuilt.tensors.values())
     print(f"rebuilt {numbers:,} numbers of the zeroth-order units after step {rebuilt.stop}, from the checkpoint of step {rebuilt.start}")

@@ -32,21 +32,28 @@ def check_options(what: str, options: Sequence[str]) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
+    from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, in_words
 
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            from_hydra(compose("config", expand_paper(list(options))))
+            config = from_hydra(compose("config", expand_paper(list(options))))
     except HydraException as error:
-        raise ValueError(str(error).splitlines()[0]) from error
+        raise ValueError(in_words(error)) from error
+    if what == "train":
+        from dist_vlcl.model.clip import unit_ids
+        from dist_vlcl.orders import assign
+
+        assign(unit_ids(config.model), config.orders)
 
 
-def number_of_runs(options: Sequence[str]) -> int:
-    """Return how many runs a sweep has; raises ValueError in its words."""
-    done = subprocess.run([sys.executable, "-m", "dist_vlcl.sweep", *options, "--count"], capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(done.stderr.strip().removeprefix("error: "))
-    return int(done.stdout)
+def number_of_runs(options: Sequence[str], controls: bool) -> int:
+    """Return how many runs a sweep has, each checked; raises ValueError that names the run."""
+    from dist_vlcl.sweep import plan, prepare
+
+    commands = plan(options, controls)
+    runs = prepare(commands)
+    check_options("train", commands[0])  # its plan against its model's depth, which is no other's unless options say so
+    return len(runs)
 
 
 def main() -> None:
@@ -59,6 +66,7 @@ def main() -> None:
         "--engine", metavar="NAME", help="train: of first-order units: ddp (default), zero0, zero1, zero2, zero3, zero3_offload"
     )
     parser.add_argument("--parallel", type=positive, default=8, metavar="N", help="sweep: tasks of the array at a time (default 8)")
+    parser.add_argument("--controls", action="store_true", help="sweep: also every control, as with dist_vlcl.sweep --controls")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="for sbatch itself, such as --sbatch=--partition=gpu"
     )
@@ -78,16 +86,19 @@ def main() -> None:
         for name in ("engine", "nodes"):
             if getattr(arguments, name) and arguments.what != "train":
                 raise ValueError(f"--{name}: it is for train; {arguments.what} takes one node and no engine")
+        if arguments.controls and arguments.what != "sweep":
+            raise ValueError("--controls: it is for sweep")
         check_options(arguments.what, arguments.options)
         own = [f"--nodes={arguments.nodes}"] if arguments.nodes else []
         own += [f"--time={arguments.time}"] if arguments.time else []
         if arguments.what == "sweep":
-            own += [f"--array=0-{number_of_runs(arguments.options) - 1}%{arguments.parallel}"]
+            own += [f"--array=0-{number_of_runs(arguments.options, arguments.controls) - 1}%{arguments.parallel}"]
     except ValueError as error:
         print(masked(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
-    repository, engine = str(arguments.repository.resolve()), ["--engine", arguments.engine] if arguments.engine else []
-    command = ["sbatch", *own, *arguments.sbatch, f"{repository}/slurm/{arguments.what}.sbatch", *engine, *arguments.options]
+    repository, for_script = str(arguments.repository.resolve()), ["--engine", arguments.engine] if arguments.engine else []
+    for_script += ["--controls"] if arguments.controls else []
+    command = ["sbatch", *own, *arguments.sbatch, f"{repository}/slurm/{arguments.what}.sbatch", *for_script, *arguments.options]
     if arguments.dry_run:
         print(script.read_text())
         said = masked_command(command)

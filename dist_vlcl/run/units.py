@@ -35,6 +35,7 @@ class UnitRecords:
         self.folder, self.units, self.every, self.is_main = Path(folder) / "units", units, every, is_main
         self._steps: list[tuple[int, int]] = []
         self._figures: list[Tensor] = []  # on the device: fetched together
+        self._sizes: list[float | None] = []  # a number a unit and step
         if is_main and self.folder.is_dir():
             _drop_after(self.folder, step)
 
@@ -42,11 +43,12 @@ class UnitRecords:
         """Whether the step of this number, counted from 1, is to be recorded: the same on every rank."""
         return self.every > 0 and (step - 1) % self.every == 0
 
-    def add(self, step: int, task: int, figures_UF: "Tensor") -> None:
-        """Keep the FIGURES of every unit after a step."""
+    def add(self, step: int, task: int, figures_UF: "Tensor", sizes_U: Sequence[float | None]) -> None:
+        """Keep the FIGURES of every unit after a step, and the size of its projected gradient, None where it has none."""
         if self.is_main:
             self._steps.append((step, task))
             self._figures.append(figures_UF)
+            self._sizes += sizes_U
 
     def flush(self) -> None:
         """Write what was kept as one part; call it before the checkpoint of the same step."""
@@ -54,7 +56,7 @@ class UnitRecords:
             return
         make_folder(self.folder)
         _write(self.folder / f"step-{self._steps[0][0]:08d}.parquet", self._table())
-        self._steps, self._figures = [], []
+        self._steps, self._figures, self._sizes = [], [], []
 
     def _table(self) -> Any:
         import pyarrow
@@ -71,6 +73,7 @@ class UnitRecords:
             "layer": np.tile(np.array(layers, dtype=np.int32), count),
             "order": list(orders) * count,
             "numel": np.tile(np.array(numels, dtype=np.int32), count),
+            "projected_gradient": pyarrow.array(self._sizes, "float"),
         }
         return pyarrow.table(columns | {name: figures[:, k] for k, name in enumerate(FIGURES)})
 

@@ -103,6 +103,11 @@ class Move:
     def group(self) -> Group:
         return self.estimate.group
 
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Each branch's size of a projected gradient: the mean over its probes."""
+        return {branch: sum(map(abs, slopes)) / len(slopes) for branch, slopes in self.estimate.projected_gradient.items()}
+
     def offsets(self, coefficient: float) -> dict[str, Tensor]:
         """Return the candidate that moves by `coefficient`: the very numbers that `apply` adds."""
         return {branch: d * coefficient for branch, d in self.directions.items()}

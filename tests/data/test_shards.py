@@ -14,6 +14,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -209,6 +210,28 @@ def test_an_index_of_another_format_is_refused(tmp_path):
         Index.load(str(tmp_path / "tiny"))
 
 
+def damaged_indices(content: dict) -> list[object]:
+    no_test = {**content["shards"], "test": []}
+    without = {**content["shards"]["train"][0][0]}
+    del without["sha256"]
+    entry = {**content["shards"], "train": [[{**content["shards"]["train"][0][0], "count": "3"}], *content["shards"]["train"][1:]]}
+    lacking = {**content["shards"], "train": [[without], *content["shards"]["train"][1:]]}
+    shards_of = [{**content, "shards": shards} for shards in ({"train": []}, no_test, lacking, entry, [], None)]
+    return [{"format": 1}, [], None, {}, "index", *shards_of, {**content, "class_names": None}]
+
+
+def test_a_damaged_index_is_one_message_that_names_it(tmp_path):
+    folder = Path(make_index(tmp_path).location)
+    file = folder / "index.json"
+    whole = file.read_text()
+    texts = ["", whole[: len(whole) // 2], "\xff", *map(json.dumps, damaged_indices(json.loads(whole)))]
+    for text in texts:
+        file.write_text(text, encoding="latin-1")
+        cfg = SimpleNamespace(data=DataConfig(name="tiny", reader="folder", root=str(tmp_path)))
+        with pytest.raises(ValueError, match=r"tiny/index\.json: damaged \(.*build the shards, again"):
+            open_tasks(cfg, World.alone())
+
+
 def test_commands_run_only_if_allowed(tmp_path):
     index = make_index(tmp_path)
     location = f"pipe:cat {tmp_path}/tiny/{{}}"
@@ -253,7 +276,7 @@ def test_shards_are_read_over_https_from_a_server_that_is_known(tmp_path, monkey
 
 
 @pytest.mark.parametrize(("bad_answers", "found"), [(2, True), (99, False)])
-@pytest.mark.parametrize("failure", ["cut", "503"])
+@pytest.mark.parametrize("failure", ["cut", "503", "429"])
 def test_a_failed_transfer_is_tried_again_then_named(tmp_path, monkeypatch, failure, bad_answers, found):
     answers = []
 
@@ -262,8 +285,8 @@ def test_a_failed_transfer_is_tried_again_then_named(tmp_path, monkeypatch, fail
             answers.append(self.path)
             if len(answers) > bad_answers:
                 return super().do_GET()
-            if failure == "503":
-                return self.send_error(503)
+            if failure != "cut":
+                return self.send_error(int(failure))
             self.send_response(200)
             self.send_header("Content-Length", "10240")
             self.end_headers()
@@ -402,7 +425,7 @@ def test_a_cut_index_is_told_in_words(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     with served(tmp_path, Cut) as address:
         cfg = SimpleNamespace(data=DataConfig(url=address, timeout_s=0.5))
-        with pytest.raises(ValueError, match=r"/index\.json: cannot be read: IncompleteRead.* 10140 more expected"):
+        with pytest.raises(OSError, match=r"/index\.json: cannot be read: IncompleteRead.* 10140 more expected"):
             open_tasks(cfg, World.alone())
 
 

@@ -68,7 +68,7 @@ def states(step: HybridStep) -> dict[str, torch.Tensor]:
 
 
 def learn(world: World, plan: OrderPlan, elsewhere: dict[str, torch.Tensor] | None = None) -> dict:
-    """Two tasks: with micro-batches, clipping, a damaged sample, a skipped step, and a resume from what was saved; see the test.
+    """Two tasks: with micro-batches, clipping, a damaged sample, two skipped steps, and a resume from what was saved; see the test.
 
     elsewhere: what another engine had saved in the same place, to resume from as well.
     """
@@ -76,7 +76,7 @@ def learn(world: World, plan: OrderPlan, elsewhere: dict[str, torch.Tensor] | No
     step.begin(NAMES)
     reports += [take(step, 0), take(step, 1, micro_batches=2), take(step, 2, planned=12)]
     step.begin(NAMES)  # another task, with fresh moments
-    reports += [take(step, 3), poisoned(step, 4), take(step, 5)]
+    reports += [take(step, 3), poisoned(step, 4), without_a_gradient(step, 8), take(step, 5)]
     saved = states(step)
     reports += [take(step, 6), take(step, 7)]
     straight = states(step)
@@ -106,6 +106,16 @@ def poisoned(step: HybridStep, k: int):
         step.world.gather = lambda vector, what: gather(torch.cat([torch.full_like(vector[:1], torch.nan), vector[1:]]), what)  # type: ignore[method-assign]
     report = take(step, k)
     step.world.gather = gather  # type: ignore[method-assign]
+    return report
+
+
+def without_a_gradient(step: HybridStep, k: int):
+    """A step in which the last rank's own gradient is not finite, though its loss is; where there is none, a plain one."""
+    breaks = step.first.parameters and step.world.rank == step.world.size - 1
+    hook = step.first.parameters[0].register_hook(lambda g: g.index_fill(0, torch.tensor([0]), torch.inf)) if breaks else None
+    report = take(step, k)
+    if hook:
+        hook.remove()
     return report
 
 
@@ -173,6 +183,8 @@ def test_a_zero_stage_learns_what_data_parallelism_learns(tmp_path, engine, ddp)
     assert ranks[0]["evaluation"] == ranks[1]["evaluation"] == ddp[0]["evaluation"]
     for name in PLANS:
         ours, theirs = ranks[0][name], ddp[0][name]
+        skipped = [skipped for *_, skipped in theirs["reports"][4:6]]
+        assert skipped == ["the loss is not finite on rank [1]", None if name == "dual_all" else "the gradient is not finite"]
         assert ours["digests"] == ranks[1][name]["digests"]  # ranks agree bit for bit, on zeroth-order units and on all others
         assert ours["digests"]["straight"] == ours["digests"]["resumed"]
         assert [skipped for *_, skipped in ours["reports"]] == [skipped for *_, skipped in theirs["reports"]]

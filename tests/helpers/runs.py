@@ -104,5 +104,6 @@ def _record_units(folder: Path, cfg: Config, num_tasks: int, steps: int) -> None
     units = [(unit.branch, unit.layer, order.value, NUMEL[unit.branch]) for unit, order in orders.items()]
     records = UnitRecords(folder, units, every=1, step=0)
     for step in range(num_tasks * steps):
-        records.add(step + 1, step // steps, torch.from_numpy(figures[step]))
+        sizes = [slopes[unit.branch][step] if order is Order.ZEROTH else None for unit, order in orders.items()]
+        records.add(step + 1, step // steps, torch.from_numpy(figures[step]), sizes)
     records.flush()

@@ -43,6 +43,7 @@ def test_help_names_every_option_and_nothing_else_is_done(script):
     [
         ("local.sh", ["--processes", "0"], "--processes 0: give a whole number from 1"),
         ("local.sh", ["--processes", "2; touch x"], "give a whole number"),
+        ("local.sh", ["--processes", "010"], "--processes 010: give a whole number"),
         ("local.sh", ["--processes"], "--processes needs a value"),
         ("local.sh", ["--engine", "zero9"], "choose from ddp, zero0, zero1, zero2, zero3, zero3_offload"),
         ("local.sh", ["--procs", "2"], "--procs: no such option"),

@@ -1,11 +1,14 @@
 """open_clip in, two towers out: the counts of the paper, open_clip's own features, and refusals in words."""
 
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dist_vlcl.model import clip
 from dist_vlcl.model.clip import ModelConfig, build_clip
 from dist_vlcl.model.lora import LoRAAdapter, LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
@@ -44,6 +47,39 @@ def test_only_adapters_are_trainable_and_none_is_registered_twice(vit_b16):
         assert parameter.requires_grad == (".adapter." in name), name
         assert parameter.dtype == torch.float32
     assert len(vit_b16.state_dict()) == len({t.data_ptr() for t in vit_b16.state_dict().values()})
+
+
+def without_memory(model: ModelConfig) -> tuple[nn.Module, None]:
+    with torch.device("meta"):
+        clip = open_clip.CLIP(**open_clip.get_model_config(model.name))
+    clip.visual.preprocess_cfg = {"size": 224, "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    return clip, None
+
+
+@pytest.mark.parametrize(
+    ("title", "name"), [("ViT-B/16", "ViT-B-16-quickgelu"), ("ViT-L/14", "ViT-L-14-quickgelu"), ("ViT-bigG/14", "ViT-bigG-14")]
+)
+def test_what_a_zero_stage_saves_is_counted_right(title, name, monkeypatch):
+    """The table of docs/ENGINES.md, of N = 8 ranks."""
+    monkeypatch.setattr(clip, "_load", without_memory)
+    towers = build_clip(ModelConfig(name=name, pretrained="random"), MoEConfig())
+    adapters = sum(unit.numel for unit in towers.units.values())
+    frozen = sum(p.numel() for p in towers.parameters()) - adapters
+    weights, gradients, moments, piece = (
+        4 * (frozen + adapters),
+        4 * adapters,
+        8 * adapters,
+        4 * max(sum(p.numel() for p in piece.parameters()) for piece in towers.pieces()),
+    )
+    stages = [moments * 7 / 8, (moments + gradients) * 7 / 8, (moments + gradients + weights) * 7 / 8]
+    cells = [
+        title,
+        f"{frozen / 1e6:,.1f} M",
+        f"{adapters / 1e6:.2f} M",
+        f"{weights / 1e6:,.0f} + {gradients / 1e6:.0f} + {moments / 1e6:.0f} MB",
+    ]
+    cells += [f"{value / 1e6:,.0f} MB" for value in (*stages, stages[-1] / 7, piece)]
+    assert f"| {' | '.join(cells)} |" in (Path(__file__).parents[2] / "docs/ENGINES.md").read_text()
 
 
 @pytest.mark.parametrize("adapter", [MOE, LORA, MLP_LORA], ids=["moe", "lora", "mlp_lora"])
@@ -90,6 +126,15 @@ def test_adapters_are_a_function_of_the_seed():
     assert not torch.equal(first["vision.1/down_weight"], first["vision.2/down_weight"])
 
 
+def test_weights_that_open_clip_knows_come_with_the_command_that_fetches_them(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(RuntimeError, match=r"create_model\('ViT-B-32', pretrained='laion2b_e16'\)"):
+        build_clip(ModelConfig(name="ViT-B-32", pretrained="laion2b_e16"), MOE)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -98,7 +143,8 @@ def test_adapters_are_a_function_of_the_seed():
         ({"name": "ViT-B-16-SigLIP", "pretrained": "webli"}, ValueError, "its vision tower has no residual attention blocks"),
         ({"name": "ViT-B-16", "pretrained": "openai"}, ValueError, "use model.name=ViT-B-16-quickgelu"),
         ({"name": "ViT-B-61", "pretrained": "random"}, ValueError, "did you mean ViT-B-16"),
-        ({"name": "tiny-4-3", "pretrained": "/no/such/file.pt"}, RuntimeError, "model.pretrained='/no/such/file.pt'"),
+        ({"name": "tiny-4-3", "pretrained": "/no/such/file.pt"}, RuntimeError, "open_clip has no weights of it; or give"),
+        ({"name": "ViT-B-32", "pretrained": "laion"}, RuntimeError, "open_clip has weights of it as openai, laion400m_e31"),
         ({"name": "tiny-4-3", "pretrained": "shipped"}, ValueError, "only model.name=small_clip ships"),
         ({"name": "tiny-4-3", "pretrained": "random", "prompt": "a photo"}, ValueError, "model.prompt='a photo': needs {}"),
         ({"name": "tiny-4-3", "pretrained": "random", "context": "half"}, ValueError, "model.context='half': choose from truncated, full"),

@@ -136,16 +136,27 @@ def test_what_cannot_be_recorded_is_said_in_words(monkeypatch):
         call((torch.ones(2), 2.0), (1,), [])
 
 
-@pytest.mark.parametrize("wrong", [None, "forward", "backward"])
-def test_a_replay_that_gives_other_numbers_is_refused(monkeypatch, wrong):
+LEARNS, PROBE = (3.0, True), (3.0, False)
+REPLAYS = {  # what a replay overwrites, and whether that is refused
+    "nothing": (LEARNS, None, False),
+    "features": (LEARNS, lambda graph: graph.outputs[0], True),
+    "a carry": (LEARNS, lambda graph: graph.outputs[1], True),
+    "gradients": (LEARNS, lambda graph: graph.gradients[0], True),
+    "nothing, of a pair": (PROBE, None, False),
+    "the change of a pair": (PROBE, lambda graph: graph.outputs[0].change, True),
+    "nothing, of a diverged model": ((float("inf"), True), None, False),
+}
+
+
+@pytest.mark.parametrize(("weight", "overwritten", "is_refused"), REPLAYS.values(), ids=REPLAYS)
+def test_a_replay_that_gives_other_numbers_is_refused(monkeypatch, weight, overwritten, is_refused):
     """With a stand-in for CUDA: what is recorded is run, and a replay writes nothing, or something else."""
     recorded = []
 
     class Replay:
         def replay(self):
-            if ["forward", "backward"][recorded.index(self)] == wrong:
-                part = graph.outputs[0] if wrong == "forward" else graph.gradients[0]
-                part.data.add_(1)
+            if overwritten and self is recorded[-1]:
+                overwritten(graph).data.add_(1)
 
     nothing = contextlib.nullcontext()
     for name in ("empty_cache", "synchronize", "current_stream"):
@@ -154,18 +165,18 @@ def test_a_replay_that_gives_other_numbers_is_refused(monkeypatch, wrong):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replay)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: recorded.append(graph) or nothing)
     monkeypatch.setattr(graphs, "_stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
-    weight, unused = torch.tensor(3.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    value, learns = weight
+    used, unused = (torch.tensor(x, requires_grad=learns) for x in (value, 1.0))
     graph = RECORDING.__new__(RECORDING)
 
-    def record():
-        graph.__init__(lambda inputs: (inputs[0] * weight,), [torch.ones(2)], [weight, unused], None)
+    def function(inputs):
+        result = inputs[0] * used
+        return result if learns else Perturbed(result, 1e-4 * result), inputs[0] + 1, None
 
-    if wrong:
-        with pytest.raises(RuntimeError, match="other numbers"):
-            record()
-    else:
-        record()
-        assert len(recorded) == 2 and graph.learning == [weight]
+    with pytest.raises(RuntimeError, match="other numbers") if is_refused else nothing:
+        graph.__init__(function, [torch.tensor([1.0, 0.0])], [used, unused] if learns else [], None)
+    if learns and not is_refused:
+        assert len(recorded) == 2 and graph.learning == [used]
 
 
 def test_a_clone_of_a_perturbed_tensor_has_its_bits():

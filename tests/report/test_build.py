@@ -189,14 +189,19 @@ def test_results_and_claims_go_into_another_page_between_its_marks(runs, tmp_pat
     other = tmp_path / "docs" / "PAGE.md"
     other.parent.mkdir()
     other.write_text("before\n<!-- report -->\nstale words\n<!-- /report -->\nafter\n")
-    small = [str(folder) for folder in runs.glob("cifar100-inc20-*seed*")]
+    small = [str(folder) for folder in runs.glob("cifar100-inc20-*seed*")] + [str(folder) for folder in runs.glob("digits-*seed0")]
     monkeypatch.setattr(sys, "argv", ["build", *small, "--out", str(tmp_path / "out"), "--into", str(other)])
     build.main()
     text = other.read_text()
     assert text.startswith("before\n<!-- report -->\n") and text.endswith("<!-- /report -->\nafter\n") and "stale words" not in text
     assert "### Part 1, small_clip (shipped): not the paper's model" in text and "#### CIFAR-100 Inc20" in text
     pictures = re.findall(r"\]\((images/[^)]+)\)", text)
-    assert pictures and all((other.parent / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert all((other.parent / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert all((other.parent / picture).stat().st_size < 150_000 for picture in pictures)
+    built = {f"images/{path.name}" for path in (tmp_path / "out" / "images").glob("*.png")}
+    assert set(pictures) == built and {name.split("-")[-3] for name in built} >= {"figure3", "figure7", "figure8"}
+    captions = {line for line in text.splitlines() if line.startswith("**Figure ")}
+    assert len(captions) == sum("figure" in picture for picture in pictures) and all("From " in caption for caption in captions)
     other.write_text("no marks")
     with pytest.raises(SystemExit):
         build.main()

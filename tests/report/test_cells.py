@@ -6,8 +6,20 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
+from dist_vlcl.paper import control_of
 from dist_vlcl.report.build import published_paper, reference
-from dist_vlcl.report.cells import ZERO_SHOT, Entry, Method, Stream, classify, departures, published_cells, sections_of
+from dist_vlcl.report.cells import (
+    ZERO_SHOT,
+    Entry,
+    Method,
+    Stream,
+    cell_of,
+    classify,
+    departures,
+    first_order,
+    published_cells,
+    sections_of,
+)
 from dist_vlcl.report.records import Run
 
 CELLS = published_cells(published_paper()["runs"])
@@ -25,7 +37,7 @@ def run(*overrides: str, of_class: int = 100, images: int = 50000) -> Run:
 
 
 def entry(*overrides: str, **counts: int) -> Entry:
-    return classify(run(*overrides, **counts), CELLS, reference)
+    return classify(run(*overrides, **counts), reference)
 
 
 def shown(found: Entry) -> list[str]:
@@ -38,7 +50,53 @@ def test_a_published_run_departs_in_nothing_from_its_cell(id):
     assert (found.stream, found.method) == (cell.stream, cell.method)
     assert [d for d in shown(found) if not d.startswith("the ")] == []
     without_id = {**found.run.config, "paper": None}
-    assert (classify(Run(Path("x"), without_id, {}), CELLS, reference).method, found.stream) == (cell.method, cell.stream)
+    assert (classify(Run(Path("x"), without_id, {}), reference).method, found.stream) == (cell.method, cell.stream)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "method"),
+    [
+        (["paper=t1-moe-cifar20-fo", "orders=dual_hop_odd", "zo=mozo"], Method("moe", "dual", "hop_odd", "mozo")),
+        (["paper=t1-moe-cifar20-fo", "adapter=lora"], first_order("lora")),
+        (["paper=t1-moe-cifar20-dual", "orders=vision_all"], Method("moe", "vision", "all", "conservative")),
+        (["paper=t1-moe-cifar20-dual", "orders=first"], first_order("moe")),
+        (["paper=t2-moe-cifar20-dual-hop_odd", "orders=dual_hop_even"], Method("moe", "dual", "hop_even", "conservative")),
+        (["paper=t2-moe-cifar20-dual-prefix6", "orders.span=4"], Method("moe", "dual", "prefix4", "conservative")),
+        (["paper=frozen-moe-cifar20-dual-hop_odd", "orders.order=zeroth", "zo=mozo"], Method("moe", "dual", "hop_odd", "mozo")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_id_is_no_authority_over_the_options_beside_it(overrides, method):
+    found = entry(*overrides)
+    assert (found.stream, found.method) == (Stream("cifar100", 20), method)
+    assert [d for d in shown(found) if not d.startswith("orders.span")] == []
+
+
+@pytest.mark.parametrize(
+    ("plan", "branch", "layers", "variant"),
+    [
+        (["orders=first"], "none", "none", "none"),
+        (["orders=first", "orders.rest=zeroth"], "dual", "all", "conservative"),
+        (["orders=dual_hop_odd", "orders.rest=zeroth"], "dual", "all", "conservative"),
+        (["orders=vision_all", "orders.order=first"], "none", "none", "none"),
+        (["orders=vision_all", "orders.order=frozen", "orders.rest=frozen"], "none", "none", "zero_shot"),
+        (["orders=vision_all", "orders.order=first", "orders.rest=frozen"], "dual", "all but vision all", "frozen"),
+        (["orders=dual_hop_odd", "orders.order=frozen", "orders.rest=zeroth"], "dual", "all but dual hop_odd", "conservative"),
+        (["orders=dual_hop_odd", "orders.rest=frozen"], "dual", "hop_odd", "conservative"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_plan_has_a_method_that_says_what_learns(plan, branch, layers, variant):
+    found = entry("data=cifar100", "model=vit_b16", "tasks.increment=20", "zo=conservative", *plan)
+    assert (found.method.branch, found.method.layers, found.method.variant) == (branch, layers, variant)
+    if found.method == PLAN:
+        assert shown(found) == ["orders.rest frozen (not first)"]
+
+
+def test_an_adapter_of_the_user_s_own_is_not_taken_for_lora():
+    config = run("paper=t1-moe-cifar20-fo", "adapter=lora").config
+    config["adapter"]["kind"] = "low_rank:Mine"
+    assert classify(Run(Path("x"), config, {}), reference).method == first_order("low_rank.Mine")
 
 
 def test_92_cells_are_92_methods_on_streams():
@@ -60,6 +118,24 @@ def test_the_data_are_what_the_run_had_whatever_its_id_says():
     found = entry("paper=t1-moe-cifar10-dual", "data=digits", "tasks.increment=2", "tasks.order=natural")
     assert (found.stream, found.method.branch) == (Stream("digits", 2), "dual")
     assert entry("paper=t1-moe-cifar10-dual", "tasks.increment=20").stream == Stream("cifar100", 20)
+
+
+def test_another_data_set_under_an_id_of_imagenet_r_has_tables_of_its_own():
+    own = ["data=folder", "data.name=pacs", "tasks.base=3", "tasks.increment=2"]
+    ids = ("t1-moe-imgr20-fo", "t1-moe-imgr20-vision", "frozen-moe-imgr20-vision-all", "zero-shot-imgr20")
+    (section,) = sections_of([entry(f"paper={id}", *own, images=0) for id in ids])
+    pacs = Stream("pacs", 2)
+    assert section.streams == [pacs] and not section.is_paper and [d.key for d in section.departures] == ["tasks.base"]
+    vision = Method("moe", "vision", "all", "conservative")
+    assert all(len(section.find(pacs, method)) == 1 for method in (first_order("moe"), vision, vision.twin, ZERO_SHOT))
+
+
+@pytest.mark.parametrize(
+    "id", ["t1-moe-tiny20-dual", "t1-lora-imgr20-vision", "t2-moe-cifar20-dual-prefix6", "t3-moe-cifar10-mozo-hop_odd"]
+)
+def test_the_catalogue_s_control_of_a_run_is_filed_as_its_twin(id):
+    (stream, method), (own_stream, own) = (cell_of(run(f"paper={name}").config) for name in (control_of(id), id))
+    assert (stream, method) == (own_stream, own.twin)
 
 
 def test_seeds_places_and_ranks_are_no_departure():
@@ -136,7 +212,7 @@ def test_options_of_another_version_are_no_departure():
 def test_a_probe_of_memory_stands_in_the_paper_s_part_but_in_no_cell():
     found = entry(HOP, "tasks.num_tasks=1", of_class=50, images=640)
     found.run.config["train"]["max_steps"] = 5
-    probe = classify(found.run, CELLS, reference)
+    probe = classify(found.run, reference)
     first, *others = sections_of([entry(HOP, "train.epochs=2"), entry(HOP), probe])
     assert first.is_paper and first.probes == [probe] and len(first.entries) == 1
     assert [len(section.probes) for section in others] == [0]

@@ -2,16 +2,18 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import yaml
 
 from dist_vlcl.masking import masked
 from dist_vlcl.run.environment import code_version
-from dist_vlcl.run.folder import RunConfig, RunFolder, RunRefused, differences
+from dist_vlcl.run.folder import MAY_CHANGE, RunConfig, RunFolder, RunRefused, differences
 from tests.run.alone import Alone, Follower
 
 CONFIG = {"run": {"name": "a"}, "data": {"name": "digits", "root": "/x"}, "zo": {"epsilon": 1e-3, "layers": (1, 3)}}
@@ -47,6 +49,12 @@ def test_another_configuration_is_refused_with_was_and_is(tmp_path):
         RunFolder.open(settings(tmp_path), changed(zo={"epsilon": 1e-2}, data={"root": "/y"}), Alone())
     assert "data.root" not in str(refusal.value)
     assert yaml.safe_load((tmp_path / "runs/a/config.yaml").read_text())["zo"]["epsilon"] == 1e-3
+
+
+def test_the_docs_list_what_a_resume_may_change():
+    page = (Path(__file__).parents[2] / "docs/RELIABILITY.md").read_text()
+    (listed,) = re.findall(r"^What a resume may change: (.*?)\.$", page, re.M | re.S)
+    assert set(re.findall(r"`(.+?)`", listed)) == set(MAY_CHANGE)
 
 
 def test_keys_that_may_change_are_taken_over_and_said(tmp_path):

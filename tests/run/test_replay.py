@@ -25,8 +25,8 @@ EVERY_OPTION += ["zo.update=sequential", "zo.probes=2", "run.save_every_steps=2"
 
 @pytest.mark.parametrize("module", ["dist_vlcl.run.replay", "dist_vlcl.evaluate"])
 def test_a_folder_that_is_no_run_is_told_in_words(tmp_path, module):
-    done = run_module(module, str(tmp_path), cwd=tmp_path)
-    assert done.returncode != 0 and "config.yaml is missing: give the folder of a run" in done.stderr
+    done = run_module(module, "token=hush&run", cwd=tmp_path)
+    assert done.returncode != 0 and "config.yaml is missing: give the folder of a run" in done.stderr and "hush" not in done.stderr
 
 
 def run_folder(cfg: Config) -> Path:
@@ -71,18 +71,28 @@ def test_a_killed_dual_zeroth_order_run_loses_no_finished_step(tmp_path, killed_
     assert [{**r, "name": ""} for r in records(unbroken)] == [{**r, "name": ""} for r in records(broken)]
 
 
-def test_a_damaged_checkpoint_costs_no_finished_step_either(tmp_path):
-    unbroken = configured(tmp_path, *DUAL, "tasks.num_tasks=1", "run.name=unbroken")
-    broken = configured(tmp_path, *DUAL, "tasks.num_tasks=1", "run.save_every_steps=2", "run.name=broken")
-    (steps,) = run_ranks(counted, 1, unbroken)
+@pytest.mark.parametrize(
+    ("overrides", "at", "saved", "taken"),
+    [
+        (["tasks.num_tasks=1", "run.save_every_steps=2"], 5, [2, 4], 1),  # from step 2 and the journal's 3 and 4
+        ([], 8, [5], 5),  # from the journal's 1 to 5, which are the first task's; the second's 6 and 7 are taken again
+    ],
+    ids=["within_a_task", "the_end_of_a_task"],
+)
+def test_a_damaged_checkpoint_costs_no_finished_step_of_its_task_and_never_the_end(tmp_path, overrides, at, saved, taken):
+    unbroken = configured(tmp_path, *DUAL, *overrides[:1], "run.name=unbroken")
+    broken = configured(tmp_path, *DUAL, *overrides, "run.name=broken")
+    run_ranks(counted, 1, unbroken)
     with pytest.raises(RuntimeError, match="rank 0 died without a word"):
-        run_ranks(counted, 1, broken, 0, steps)
-    assert checkpoint.saved_steps(run_folder(broken)) == [2, 4]
-    tensors = run_folder(broken) / "checkpoints/step-00000004/tensors.safetensors"
+        run_ranks(counted, 1, broken, 0, at)
+    assert checkpoint.saved_steps(run_folder(broken)) == saved
+    tensors = run_folder(broken) / f"checkpoints/step-{saved[-1]:08d}/tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100])
-    assert run_ranks(counted, 1, broken) == [1]  # from step 2 and the journal's 3 and 4
+    assert run_ranks(counted, 1, broken) == [taken]
     expected, got = (checkpoint.load_newest(run_folder(cfg)).tensors for cfg in (unbroken, broken))
-    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert expected.keys() == got.keys() and all(torch.equal(expected[name], got[name]) for name in expected)
+    assert records(unbroken, journal.FILE) == records(broken, journal.FILE)
+    assert [{**r, "name": ""} for r in records(unbroken)] == [{**r, "name": ""} for r in records(broken)]
 
 
 def damage(folder: Path, step: int) -> None:

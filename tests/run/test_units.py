@@ -20,7 +20,7 @@ def go_on(folder, first: int, last: int, flush_every: int = 3, **options) -> Uni
     records = UnitRecords(folder, UNITS, **{"every": 1, "step": first - 1, **options})
     for step in range(first, last + 1):
         if records.is_due(step):
-            records.add(step, step // 5, figures(step))
+            records.add(step, step // 5, figures(step), [None, step / 4, None])
         if step % flush_every == 0:
             records.flush()
     return records
@@ -33,6 +33,7 @@ def test_what_was_recorded_is_what_is_read(tmp_path):
     assert table["step"].to_pylist() == [s for s in range(1, 7) for _ in UNITS]
     assert table["task"].to_pylist() == [s // 5 for s in range(1, 7) for _ in UNITS]
     assert list(zip(*(table[n].to_pylist() for n in ("branch", "layer", "order", "numel")), strict=True)) == UNITS * 6
+    assert table["projected_gradient"].to_pylist() == [s for step in range(1, 7) for s in (None, step / 4, None)]
     expected = torch.cat([figures(s) for s in range(1, 7)])
     for k, name in enumerate(FIGURES):
         assert table[name].to_pylist() == expected[:, k].tolist()

@@ -257,6 +257,12 @@ def test_a_dry_run_prints_the_script_and_the_command_quoted(tmp_path, monkeypatc
     assert not list(tmp_path.iterdir()) and "hidden" not in printed
 
 
+def test_a_sweep_is_an_array_of_all_its_runs_with_their_controls_where_it_says_so(monkeypatch, capsys):
+    run = "paper=t2-moe-cifar10-dual-hop_odd"
+    assert submit_here(monkeypatch, "sweep", "--controls", "--dry-run", "--repository", str(ROOT), run, "--parallel", "2") == 0
+    assert f"sbatch --array=0-2%2 {ROOT}/slurm/sweep.sbatch --controls {run}\n" in capsys.readouterr().out
+
+
 SECRET = ["data.url='https://host/{}?token=hush'", "data.root=/hush"]  # the job knows no secret from a path, and tells neither
 
 
@@ -267,17 +273,27 @@ def test_a_dry_run_hides_secrets_and_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "is_queued"), [("requeue", True), ("training", True), ("complete", False), ("failed", False), ("", False)]
+    ("word", "status", "restarts", "is_queued"),
+    [
+        *[("requeue", 2, 0, True), ("training", 2, 0, True), ("complete", 2, 1, False), ("failed", 1, 1, False)],
+        *[
+            ("", 1, 0, False),
+            ("", 1, 1, True),
+            ("", 2, 1, False),
+            ("", 0, 1, False),
+        ],  # dead before training, at first and later; refused; done
+    ],
 )
-def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_option(word, is_queued, tmp_path):
-    """The batch script itself, where Slurm's commands only answer, and the step ends with a word and status 2."""
-    answers = {"srun": f"echo {word} >$DIST_VLCL_STATUS; exit 2", "scontrol": "echo $1 node1", "squeue": "echo RUNNING None"}
+def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_option(word, status, restarts, is_queued, tmp_path):
+    """The batch script itself, where Slurm's commands only answer, and the step ends with a word and a status."""
+    answers = {"srun": f"echo {word} >$DIST_VLCL_STATUS; exit {status}", "scontrol": "echo $1 node1", "squeue": "echo RUNNING None"}
     for name, answer in answers.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_VLCL_HOME": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    environment["SLURM_RESTART_COUNT"] = str(restarts)
     done = subprocess.run([ROOT / "slurm/train.sbatch", *SECRET], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert "start 0 of job 7" in done.stdout and "--engine ddp data.url data.root\n" in done.stdout and done.returncode == 2
+    assert f"start {restarts} of job 7" in done.stdout and "--engine ddp data.url data.root\n" in done.stdout and done.returncode == status
     assert "hush" not in done.stdout + done.stderr
     assert ("requeue node1" in done.stdout) == is_queued
 
@@ -289,6 +305,7 @@ def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_op
         (["orders.nothing=1"], "orders.nothing"),
         (["train"], "an option is OPTION=VALUE"),
         (["seed=1", "seed=2"], "seed is given twice"),
+        (["orders.layers=[13]"], "no block 13"),
     ],
 )
 def test_options_that_the_job_would_refuse_are_refused_before_it_waits(options, message):
@@ -312,6 +329,9 @@ def test_submit_says_what_is_missing(tmp_path, monkeypatch, capfd):
         (["sweep", "--parallel", "-1"], "argument --parallel: -1: give a whole number from 1"),
         (["sweep", "--nodes", "2"], "--nodes: it is for train; sweep takes one node"),
         (["shards", "--engine", "zero2"], "--engine: it is for train"),
+        (["train", "--controls"], "--controls: it is for sweep"),
+        (["sweep", "paper=t1-moe-cifar20-*", "train.epochs=abc"], "paper=t1-moe-cifar20-fo seed=0 train.epochs=abc: "),
+        (["sweep", "paper=t1-moe-cifar20-fo", "orders.nothing=1"], "orders.nothing"),
         (["train", "--engine", "zero9"], "--engine zero9: choose from ddp, zero0, zero1, zero2, zero3, zero3_offload"),
     ],
 )
