@@ -19,6 +19,7 @@ from dist_vlcl.data.names import known_classes, prompt_names
 from dist_vlcl.data.sets import read_raw
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import decode
+from dist_vlcl.data.sources import open_source
 from dist_vlcl.data.store import open_index
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import ModelConfig, build_clip
@@ -288,3 +289,15 @@ def test_the_config_files_are_options():
         values = OmegaConf.load(file)
         merged = OmegaConf.merge(OmegaConf.structured(DataConfig), values.data, {"name": file.stem})
         assert OmegaConf.to_object(merged).reader_name == file.stem
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_damaged_member_of_a_zip_names_the_archive_and_itself(tmp_path, method):
+    path = tmp_path / "all.zip"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("cat/1.png", bytes(range(256)) * 8)
+    content = bytearray(path.read_bytes())
+    content[60:80] = b"\xff" * 20
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"all\.zip: damaged at 'cat/1\.png'"):
+        open_source(path).read("cat/1.png")

@@ -261,6 +261,8 @@ def test_a_sweep_is_an_array_of_all_its_runs_with_their_controls_where_it_says_s
     run = "paper=t2-moe-cifar10-dual-hop_odd"
     assert submit_here(monkeypatch, "sweep", "--controls", "--dry-run", "--repository", str(ROOT), run, "--parallel", "2") == 0
     assert f"sbatch --array=0-2%2 {ROOT}/slurm/sweep.sbatch --controls {run}\n" in capsys.readouterr().out
+    assert submit_here(monkeypatch, "sweep", "--dry-run", "--repository", str(ROOT), run, "orders.layers=[13]") == 2
+    assert "no block 13" in capsys.readouterr().err
 
 
 SECRET = ["data.url='https://host/{}?token=hush'", "data.root=/hush"]  # the job knows no secret from a path, and tells neither
