@@ -31,18 +31,20 @@ def launch(
     trace: str | None = None,
     apart: bool = False,
     threads: int | None = None,
+    alone: int | None = None,
     timeout_s: float = 3600,
 ) -> dict[str, Any]:
     """Return what rank 0 reports of `steps` steps on `processes` ranks; raise RuntimeError with the ranks' output where they fail.
 
     threads: CPU threads of a rank; by default the cores are shared among the ranks. apart: take as many steps, in turn, whose gradients
-    have been exchanged before the probes begin.
+    have been exchanged before the probes begin. alone: and as many of rank 0 with this many images, while the others wait; and as many that
+    exchange nothing, of all ranks at once ("strangers").
     """
     if device == "cuda" and torch.cuda.device_count() < processes:
         raise ValueError(f"--device cuda: {processes} ranks need a GPU each, and this machine has {torch.cuda.device_count()}")
     with tempfile.TemporaryDirectory() as folder:
         task, answer = Path(folder) / "task.json", Path(folder) / "answer.json"
-        content = {"workload": asdict(workload), "device": device, "steps": steps, "trace": trace, "apart": apart}
+        content = {"workload": asdict(workload), "device": device, "steps": steps, "trace": trace, "apart": apart, "alone": alone}
         threads = threads or max(1, len(os.sched_getaffinity(0)) // processes)
         task.write_text(json.dumps({**content, "threads": threads, "answer": str(answer)}))
         runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -65,24 +67,28 @@ def share_of(batch: Batch, rank: int, size: int) -> Batch:
     return replace(batch, images=batch.images[cut], labels=batch.labels[cut], positions=batch.positions[cut])
 
 
-def work(world: World, workload: Workload, steps: int, trace: str | None, apart: bool) -> dict[str, Any]:
-    """Take steps, then one more of which the exchanges are counted. All ranks call this."""
-    step = workload.step(workload.towers(str(world.device)), world)
+def work(world: World, workload: Workload, steps: int, trace: str | None, apart: bool, alone: int | None) -> dict[str, Any]:
+    """Take steps of each variant in turn, then one more of which the exchanges are counted. All ranks call this."""
+    device, by_itself = str(world.device), World.alone(str(world.device))
+    step = workload.step(workload.towers(device), world)
     batch = share_of(workload.batch(step.towers.image_size), world.rank, world.size)
-    variants = {"seconds": step}
+    variants = {"seconds": (step, batch)}
     if apart:
-        variants["seconds_apart"] = workload.step(workload.towers(str(world.device)), world, overlap=False)
-    seconds: dict[str, list[float]] = {name: [] for name in (*variants, "cpu_seconds")}
+        variants["seconds_apart"] = workload.step(workload.towers(device), world, overlap=False), batch
+    if alone:
+        variants["seconds_strangers"] = workload.step(workload.towers(device), by_itself), batch
+        whole = replace(workload, images=alone).batch(step.towers.image_size)
+        variants["seconds_alone"] = workload.step(workload.towers(device), by_itself), whole
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for k in range(1 + steps):  # the first one warms up
-        for name, variant in variants.items():
+        for name, (variant, images) in variants.items():
             world.barrier()
-            start, cpu_start = time.perf_counter(), time.process_time()
-            variant([batch], Key(0, k), 1e-3)
+            start = time.perf_counter()
+            if name != "seconds_alone" or world.is_main:
+                variant([images], Key(0, k), 1e-3)
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-            if name == "seconds":
-                seconds["cpu_seconds"].append(time.process_time() - cpu_start)
     slowest = {name: world.gather(torch.tensor(s[1:], dtype=torch.float64)).max(0).values.tolist() for name, s in seconds.items()}
     with Exchanges() as exchanges, traced(trace if world.is_main else None):
         step([batch], Key(0, 1 + steps), 1e-3)
@@ -109,7 +115,7 @@ def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     values = {**task["workload"], "options": tuple(tuple(pair) for pair in task["workload"]["options"])}
     world = World.from_environment(ClusterConfig(device=task["device"], threads=task["threads"]))
-    answer = work(world, Workload(**values), task["steps"], task["trace"], task["apart"])
+    answer = work(world, Workload(**values), task["steps"], task["trace"], task["apart"], task["alone"])
     if world.is_main:
         Path(task["answer"]).write_text(json.dumps(answer))
     world.barrier()

@@ -23,7 +23,7 @@ RUNS = {
     "noise": f"{TINY} --repeats 1",
     "slope": f"{TINY} --directions 1 --orders language_all",
     "stream": "--count 32 --images 8 --repeats 1 --size 32",
-    "scale": f"{TINY} --processes 2 --steps 1 --orders dual_hop_odd --apart --trace {{folder}}/trace.json",
+    "scale": f"{TINY} --processes 2 --strong --steps 1 --orders dual_hop_odd --apart --trace {{folder}}/trace.json",
     "growth": f"{TINY} --class-counts 2,4 --expert-counts 2,4 --task-counts 1,3 --orders dual_all",
     "eval": f"{TINY} --class-counts 4 --time --repeats 1",
     "switch": f"{TINY} --repeats 1",
@@ -52,7 +52,10 @@ def test_a_benchmark_runs(command, tmp_path, capsys):
         assert all(0.7 < record["error"] / record["expected"] < 1.4 for record in saved["records"])
     if command == "step":
         assert saved["tables"][0]["rows"][0][4] <= 1.05
-    if command == "scale":  # gradients under way, and the wait for what is left of them
+    if command == "scale":  # half of what one rank needs for all images; gradients under way, and the wait for what is left of them
+        [row], [record] = saved["tables"][0]["rows"], saved["records"]
+        assert row[5].startswith(f"{record['seconds_alone'][0] / 2 / record['seconds'][0]:.2f} (")
+        assert record["digest_is_equal"] and len(record["seconds_strangers"]) == 1
         assert {"gloo:all_reduce", "first order: wait for gradients"} <= {
             e["name"] for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
         }
