@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> Result:
         [part, 1000 * median(s), "" if "dropout" in part else spread(naive_step, s), f"{100 * median(s) / step_s:.3f} %"]
         for part, s in parts.items()
     ]
-    columns = ["what", "ms", "times faster", f"of our step of {args.images} images, {step_s:.1f} s"]
+    columns = ["what", "ms", "times faster", f"of our step of {args.images} images, {step_s:.3g} s"]
     return Result(
         [
             Table(f"Draw and add {total:,} numbers", ["way", "million numbers/s", "times faster"], rows),

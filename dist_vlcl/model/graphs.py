@@ -5,7 +5,7 @@ the same kernels, so the same bits.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,12 @@ KEPT = {True: 2, False: 32}  # graphs with gradients, each with memory of its ow
 class Graphs:
     """Graphs of one function, which returns a tensor that may have a gradient, and more that have none.
 
-    function: of (nested tensors, options). It depends on these and on the weights alone: what Python computes in it is computed once, and
-    it must not read anything back from the GPU. The first call with new shapes, options or places of weights runs as it is, the second is
-    recorded. With gradients, a call's backward pass has to run before the next call.
+    The function is one of (nested tensors, options, weights that stand in for its own by name). It depends on these and on the weights
+    alone: what Python computes in it is computed once, and it must not read anything back from the GPU. The first call with new shapes,
+    options or places of weights runs as it is, the second is recorded. With gradients, a call's backward pass has to run before the next.
     """
 
-    def __init__(self, function: Callable[..., Outputs]):
-        self.function = function
+    def __init__(self) -> None:
         self.seen: set[Any] = set()
         self.graphs: dict[bool, dict[Any, Graph]] = {True: {}, False: {}}
         self.pool: Any = None  # of graphs without gradients: such a call ends before another begins
@@ -37,29 +36,29 @@ class Graphs:
         """Have none in a copy, whose weights are elsewhere."""
         return None
 
-    def __call__(self, arguments: Any, options: tuple, weights: Sequence[Tensor]) -> Outputs:
-        """Call the function. weights: what it reads besides its arguments; those that require a gradient get one."""
+    def __call__(self, function: Callable[..., Outputs], arguments: Any, options: tuple, weights: Mapping[str, Tensor]) -> Outputs:
+        """Call the function. weights: what it reads besides its arguments, by name; those that require a gradient get one."""
         leaves, spec = tree_flatten(arguments)
         tensors = [tensor for leaf in leaves for tensor in _parts(leaf)]
-        learning = [w for w in weights if w.requires_grad] if torch.is_grad_enabled() else []
-        key = (options, tuple(w.data_ptr() for w in weights), str(spec), tuple(map(_kind, leaves)))
+        learning = {name: w for name, w in weights.items() if w.requires_grad} if torch.is_grad_enabled() else {}
+        key = (options, tuple(w.data_ptr() for w in weights.values()), str(spec), tuple(map(_kind, leaves)))
 
-        def function(inputs: Sequence[Tensor]) -> Outputs:
+        def of_flat(inputs: Sequence[Tensor], standing_in: Mapping[str, Tensor]) -> Outputs:
             rest = iter(inputs)
-            return self.function(tree_unflatten([_whole(leaf, rest) for leaf in leaves], spec), options)
+            return function(tree_unflatten([_whole(leaf, rest) for leaf in leaves], spec), options, standing_in)
 
         graphs = self.graphs[bool(learning)]
         if (bool(learning), key) not in self.seen:
             self.seen.add((bool(learning), key))
-            return function([t.clone() for t in tensors])  # aligned as those of the graph, for which libraries may have other kernels
+            return of_flat([t.clone() for t in tensors], {})  # aligned as those of the graph, for which libraries may have other kernels
         if key not in graphs:
-            graphs[key] = self._recorded(function, tensors, learning)
+            graphs[key] = self._recorded(of_flat, tensors, learning)
             while len(graphs) > KEPT[bool(learning)]:
                 del graphs[next(iter(graphs))]
         graphs[key] = graphs.pop(key)  # the newest
         return graphs[key](tensors)
 
-    def _recorded(self, function: Callable[[Sequence[Tensor]], Outputs], tensors: Sequence[Tensor], learning: list[Tensor]) -> "Graph":
+    def _recorded(self, function: Callable[..., Outputs], tensors: Sequence[Tensor], learning: Mapping[str, Tensor]) -> "Graph":
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         try:
@@ -72,20 +71,25 @@ class Graphs:
 
 
 class Graph:
-    """A function of tensors of certain shapes, recorded. RuntimeError where it cannot be, or where its replay gives other numbers."""
+    """A function of tensors of certain shapes, recorded. RuntimeError where it cannot be, or where its replay gives other numbers.
 
-    def __init__(self, function: Callable[[Sequence[Tensor]], Outputs], tensors: Sequence[Tensor], learning: list[Tensor], pool: Any):
+    Gradients are those of aliases of the weights that learn: autograd has one node for a leaf, on the stream where it was made, and DDP (or
+    a micro-batch before this one) has made that of the weight itself on another than the recording's, which a recording cannot wait for.
+    """
+
+    def __init__(self, function: Callable[..., Outputs], tensors: Sequence[Tensor], learning: Mapping[str, Tensor], pool: Any):
         self.inputs = [t.clone() for t in tensors]
         torch.cuda.empty_cache()  # what the first call left is of no use to another stream
         device = tensors[0].device
         stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # libraries make what they need for a stream at its first use
-            outputs = list(function(self.inputs))
+            aliases = {name: w.detach().requires_grad_() for name, w in learning.items()}
+            outputs = list(function(self.inputs, aliases))
             result: Any = outputs[0]
             if learning:
                 self.slope = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype, device=device).view_as(result)
-                outputs += torch.autograd.grad(result, learning, self.slope, allow_unused=True)
+                outputs += torch.autograd.grad(result, list(aliases.values()), self.slope, allow_unused=True)
             expected = [part.detach() for t in outputs for part in _parts(t)]
             del outputs, result
         torch.cuda.synchronize(device)
@@ -93,15 +97,15 @@ class Graph:
         options: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, **options):
-            self.outputs = function(self.inputs)
+            self.outputs = function(self.inputs, aliases)
         self.learning: list[Tensor] = []
         self.gradients: list[Tensor] = []
         if learning:
             result = self.outputs[0]
             with torch.cuda.graph(self.backward, **options):
-                found = torch.autograd.grad(result, learning, self.slope, allow_unused=True)
+                found = torch.autograd.grad(result, list(aliases.values()), self.slope, allow_unused=True)
             self.outputs = (result.detach(), *self.outputs[1:])
-            pairs = [(w, g) for w, g in zip(learning, found, strict=True) if g is not None]
+            pairs = [(w, g) for w, g in zip(learning.values(), found, strict=True) if g is not None]
             self.learning, self.gradients = [w for w, _ in pairs], [g for _, g in pairs]
         self._verify(expected)
 

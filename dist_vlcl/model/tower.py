@@ -184,9 +184,9 @@ class Tower(nn.Module):
         """
         length = self.ends.length(inputs)
         drawn = [self.block(layer).adapter.draw(noise, self.branch, layer, length, training) for layer in range(start, self.depth + 1)]
-        call: Any = self._run
+        call: Any = self.forward
         if self.graphs is not None:
-            call = functools.partial(self.graphs, weights=[*self.parameters(), *self.buffers()])
+            call = functools.partial(self.graphs, self._with, weights={**dict(self.named_parameters()), **dict(self.named_buffers())})
         if torch.is_grad_enabled() or not self.in_slices:
             features, *carry = call((hidden, inputs, drawn, sets), (start, keep))
             return features, tuple(carry) or None
@@ -204,9 +204,13 @@ class Tower(nn.Module):
 
     def record(self) -> None:
         """Replay CUDA graphs from now on."""
-        self.graphs = Graphs(self._run)
+        self.graphs = Graphs()
 
-    def _run(self, arguments: tuple, options: tuple) -> tuple[Tensor, ...]:
+    def _with(self, arguments: tuple, options: tuple, weights: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Do as `forward` does, with other tensors in place of some weights, by name."""
+        return torch.func.functional_call(self, dict(weights), (arguments, options)) if weights else self.forward(arguments, options)
+
+    def forward(self, arguments: tuple, options: tuple) -> tuple[Tensor, ...]:
         """Return unit features `[K, B, F]`, and the carry of block `keep`, from (hidden, inputs, drawn, sets) and (start, keep)."""
         (hidden, inputs, drawn, sets), (start, keep) = arguments, options
         read = self.ends.reads(inputs)

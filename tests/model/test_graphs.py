@@ -5,6 +5,7 @@ That a replay has the bits of the function itself is for tests/test_gpu.py.
 
 import contextlib
 import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,7 @@ class StandIn:
         self.function, StandIn.recorded = function, StandIn.recorded + 1
 
     def __call__(self, tensors):
-        return self.function(tensors)
+        return self.function(tensors, {})
 
 
 @pytest.fixture(autouse=True)
@@ -41,41 +42,41 @@ def _on_a_cpu(monkeypatch):
     StandIn.recorded = 0
 
 
-def doubled(arguments, options):
+def doubled(arguments, options, weights):
     (x, factor), (shift,) = arguments, options
     return (x * factor + shift,)
 
 
 def test_the_second_call_records_and_later_ones_replay_for_new_numbers():
-    call = Graphs(doubled)
+    call = functools.partial(Graphs(), doubled)
     for k in range(4):
         x = torch.full((2,), float(k))
-        assert torch.equal(call((x, 2.0), (1,), [])[0], 2 * x + 1)
+        assert torch.equal(call((x, 2.0), (1,), {})[0], 2 * x + 1)
         assert StandIn.recorded == min(k, 1)
 
 
 @pytest.mark.parametrize(
     "others",
     [
-        lambda x: ((torch.ones(3), 2.0), (1,), []),
-        lambda x: ((x.double(), 2.0), (1,), []),
-        lambda x: ((x, 3.0), (1,), []),
-        lambda x: ((x, 2.0), (2,), []),
-        lambda x: ((x, torch.tensor(2.0)), (1,), []),
-        lambda x: ((x, 2.0), (1,), [WEIGHT]),
-        lambda x: ((x, 2.0), (1,), [LEARNING]),
-        lambda x: ((Perturbed(x, x), 2.0), (1,), []),
-        lambda x: ((Perturbed(x, x, torch.bfloat16), 2.0), (1,), []),
+        lambda x: ((torch.ones(3), 2.0), (1,), {}),
+        lambda x: ((x.double(), 2.0), (1,), {}),
+        lambda x: ((x, 3.0), (1,), {}),
+        lambda x: ((x, 2.0), (2,), {}),
+        lambda x: ((x, torch.tensor(2.0)), (1,), {}),
+        lambda x: ((x, 2.0), (1,), {"w": WEIGHT}),
+        lambda x: ((x, 2.0), (1,), {"w": LEARNING}),
+        lambda x: ((Perturbed(x, x), 2.0), (1,), {}),
+        lambda x: ((Perturbed(x, x, torch.bfloat16), 2.0), (1,), {}),
     ],
     ids=["shape", "dtype", "value", "option", "kind", "weights", "learning weights", "perturbed", "its precision"],
 )
 def test_what_differs_in_anything_but_numbers_is_another_recording(others):
-    call, x = Graphs(doubled), torch.ones(2)
+    call, x = functools.partial(Graphs(), doubled), torch.ones(2)
     for _ in range(3):
-        call((x, 2.0), (1,), [])
+        call((x, 2.0), (1,), {})
         arguments, options, weights = others(x)
         found = call(arguments, options, weights)[0]
-        expected = doubled(arguments, options)[0]
+        expected = doubled(arguments, options, {})[0]
         same = [
             torch.equal(getattr(found, part), getattr(expected, part)) for part in ("base", "change") if isinstance(expected, Perturbed)
         ]
@@ -101,21 +102,22 @@ def test_sets_of_one_block_are_not_replayed_for_another_s():
 
 
 def test_rare_shapes_do_not_drive_out_recordings_and_few_with_gradients_are_kept():
-    call, weight = Graphs(lambda arguments, options: (arguments[0] * 2,)), torch.ones(1, requires_grad=True)
+    graphs_, weight = Graphs(), torch.ones(1, requires_grad=True)
+    call = functools.partial(graphs_, lambda arguments, options, weights: (arguments[0] * 2,))
     for size in range(1, 200):  # once each: seen, not recorded
-        call((torch.ones(size),), (), [])
+        call((torch.ones(size),), (), {})
     assert StandIn.recorded == 0
     for _ in range(3):
         for size in range(1, 21):
-            call((torch.ones(size),), (), [])
+            call((torch.ones(size),), (), {})
     assert StandIn.recorded == 20
     for _ in range(3):
         for size in (300, 301):
-            call((torch.ones(size),), (), [weight])
+            call((torch.ones(size),), (), {"w": weight})
     assert StandIn.recorded == 22
     for _ in range(2):
-        call((torch.ones(302),), (), [weight])
-    assert list(map(len, call.graphs.values())) == [2, 20]
+        call((torch.ones(302),), (), {"w": weight})
+    assert list(map(len, graphs_.graphs.values())) == [2, 20]
 
 
 def test_a_copy_of_a_model_has_no_recordings():
@@ -130,10 +132,10 @@ def test_what_cannot_be_recorded_is_said_in_words(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "Graph", fails)
-    call = Graphs(doubled)
-    call((torch.ones(2), 2.0), (1,), [])
+    call = functools.partial(Graphs(), doubled)
+    call((torch.ones(2), 2.0), (1,), {})
     with pytest.raises(RuntimeError, match=r"not permitted.*model\.graphs=false"):
-        call((torch.ones(2), 2.0), (1,), [])
+        call((torch.ones(2), 2.0), (1,), {})
 
 
 LEARNS, PROBE = (3.0, True), (3.0, False)
@@ -148,35 +150,81 @@ REPLAYS = {  # what a replay overwrites, and whether that is refused
 }
 
 
-@pytest.mark.parametrize(("weight", "overwritten", "is_refused"), REPLAYS.values(), ids=REPLAYS)
-def test_a_replay_that_gives_other_numbers_is_refused(monkeypatch, weight, overwritten, is_refused):
-    """With a stand-in for CUDA: what is recorded is run, and a replay writes nothing, or something else."""
-    recorded = []
+@pytest.fixture
+def recorded(monkeypatch):
+    """Stand-ins for CUDA: what is recorded is run, and a replay writes nothing, but for what `recorded.overwrite` does at the last."""
+    found = SimpleNamespace(graphs=[], overwrite=lambda: None)
 
     class Replay:
         def replay(self):
-            if overwritten and self is recorded[-1]:
-                overwritten(graph).data.add_(1)
+            if self is found.graphs[-1]:
+                found.overwrite()
 
     nothing = contextlib.nullcontext()
     for name in ("empty_cache", "synchronize", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda *_: nothing)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replay)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: recorded.append(graph) or nothing)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **_: found.graphs.append(graph) or nothing)
     monkeypatch.setattr(graphs, "_stream", lambda _: SimpleNamespace(wait_stream=lambda _: None))
+    monkeypatch.setattr(graphs, "Graph", RECORDING)
+    return found
+
+
+@pytest.mark.parametrize(("weight", "overwritten", "is_refused"), REPLAYS.values(), ids=REPLAYS)
+def test_a_replay_that_gives_other_numbers_is_refused(recorded, weight, overwritten, is_refused):
     value, learns = weight
     used, unused = (torch.tensor(x, requires_grad=learns) for x in (value, 1.0))
     graph = RECORDING.__new__(RECORDING)
+    if overwritten:
+        recorded.overwrite = lambda: overwritten(graph).data.add_(1)
 
-    def function(inputs):
-        result = inputs[0] * used
+    def function(inputs, weights):
+        result = inputs[0] * weights.get("used", used)
         return result if learns else Perturbed(result, 1e-4 * result), inputs[0] + 1, None
 
-    with pytest.raises(RuntimeError, match="other numbers") if is_refused else nothing:
-        graph.__init__(function, [torch.tensor([1.0, 0.0])], [used, unused] if learns else [], None)
+    with pytest.raises(RuntimeError, match="other numbers") if is_refused else contextlib.nullcontext():
+        graph.__init__(function, [torch.tensor([1.0, 0.0])], {"used": used, "unused": unused} if learns else {}, None)
     if learns and not is_refused:
-        assert len(recorded) == 2 and graph.learning == [used]
+        assert len(recorded.graphs) == 2 and graph.learning == [used]
+
+
+def nodes_of(result):
+    """Return the leaves' nodes that a result's backward pass reaches."""
+    found, todo = set(), [result.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return {node for node in found if hasattr(node, "variable")}
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("branch", ["vision", "language"])
+def test_a_recording_keeps_off_the_weights_own_nodes_which_belong_to_another_stream(recorded, monkeypatch, branch, checkpoint):
+    """DDP holds the node of every leaf from before the recording, and it may wait for nothing that is recorded (pytorch #180090)."""
+    towers = tiny_clip()
+    tower = towers.tower(branch)
+    tower.checkpoint = checkpoint
+    weights = {p for p in tower.parameters() if p.requires_grad}
+    held = {p.expand_as(p).grad_fn.next_functions[0][0] for p in weights}  # as DDP does
+    assert held and {node.variable for node in held} == weights
+    inputs, reached, run = pictures(8) if branch == "vision" else towers.prompts(["one", "two"]), [], tower.forward
+    monkeypatch.setattr(tower, "forward", lambda *a: (out := run(*a), reached.append(nodes_of(out[0])))[0])
+    tower.record()
+    features, _ = tower.run(tower.embed(inputs), inputs)
+    slope = torch.linspace(0.5, 1.5, features.numel()).view_as(features)
+    expected = dict(zip(weights, torch.autograd.grad(features, list(weights), slope, allow_unused=True), strict=True))
+    assert reached.pop() <= held  # the first call, which is not recorded
+    tower.run(tower.embed(inputs), inputs)
+    [graph] = tower.graphs.graphs[True].values()
+    assert len(recorded.graphs) == 2 and len(reached) == 2
+    for leaves in reached:
+        assert not leaves & held and {n.variable.data_ptr() for n in leaves} <= {p.data_ptr() for p in weights}
+    found = dict(zip(graph.learning, graph.gradients, strict=True))
+    assert set(found) == {p for p, gradient in expected.items() if gradient is not None}
+    assert all(torch.equal(gradient, expected[p]) for p, gradient in found.items())
 
 
 def test_a_clone_of_a_perturbed_tensor_has_its_bits():
