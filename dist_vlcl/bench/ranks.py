@@ -32,7 +32,7 @@ def launch(
     apart: bool = False,
     threads: int | None = None,
     alone: int | None = None,
-    timeout_s: float = 3600,
+    timeout_s: float = 4 * 3600,
 ) -> dict[str, Any]:
     """Return what rank 0 reports of `steps` steps on `processes` ranks; raise RuntimeError with the ranks' output where they fail.
 
@@ -115,7 +115,7 @@ def traced(path: str | None) -> Iterator[None]:
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     values = {**task["workload"], "options": tuple(tuple(pair) for pair in task["workload"]["options"])}
-    world = World.from_environment(ClusterConfig(device=task["device"], threads=task["threads"]))
+    world = World.from_environment(ClusterConfig(device=task["device"], threads=task["threads"], timeout_s=3600))
     answer = work(world, Workload(**values), task["steps"], task["trace"], task["apart"], task["alone"])
     if world.is_main:
         Path(task["answer"]).write_text(json.dumps(answer))

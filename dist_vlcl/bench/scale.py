@@ -15,9 +15,10 @@ EXAMPLES = """examples:
 
 NOTE = (
     "In turn, in the same processes: a step of all ranks; of each rank by itself at the same time (strangers, who exchange nothing); of "
-    "rank 0 alone, while the others wait. Seconds are those of the slowest rank, on the wall clock. Efficiency is what all ranks get "
-    "done in a second, relative to as many times what one does alone: median over the turns (lowest to highest). Against strangers leaves "
-    "out what ranks on one machine take from each other. A row of one rank compares a step with itself: how restless the machine is."
+    "rank 0 alone, while the others wait. Seconds are those of the slowest rank, on the wall clock. Efficiency: images a second of all "
+    "ranks, divided by ranks times those of one alone; median over the turns (lowest to highest). Against strangers leaves out what ranks "
+    "on one machine take from each other, and that the slowest of several is slower than one. A row of one rank is a step beside itself "
+    "(on a CPU, first-order units in DDP and without): how restless the machine is."
 )
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> Result:
             images, alone = (args.images, args.images) if args.strong else (args.images * size, args.images)
             trace = args.trace if size == max(sizes) else None
             workload = workload_of(args, orders=orders, images=images)
-            answer = launch(size, workload, device_of(args), args.steps, trace, args.apart, threads, alone)
+            answer = launch(size, workload, device_of(args), args.steps, trace, args.apart, threads=threads, alone=alone)
             together = answer["seconds"]
             ideal = [seconds * images / (alone * size) for seconds in answer["seconds_alone"]]
             rows.append([orders, size, images, median(together), images / median(together), spread(ideal, together)])

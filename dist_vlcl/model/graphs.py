@@ -22,9 +22,9 @@ KEPT = {True: 2, False: 32}  # graphs with gradients, each with memory of its ow
 class Graphs:
     """Graphs of one function, which returns a tensor that may have a gradient, and more that have none.
 
-    The function is one of (nested tensors, options, weights that stand in for its own by name). It depends on these and on the weights
-    alone: what Python computes in it is computed once, and it must not read anything back from the GPU. The first call with new shapes,
-    options or places of weights runs as it is, the second is recorded. With gradients, a call's backward pass has to run before the next.
+    It takes nested tensors, options, and weights that stand in for its own, by name. It depends on these and on the weights alone: what
+    Python computes in it is computed once, and it must not read anything back from the GPU. The first call with new shapes, options or
+    places of weights runs as it is, the second is recorded. With gradients, a call's backward pass has to run before the next call.
     """
 
     def __init__(self) -> None:
@@ -73,8 +73,8 @@ class Graphs:
 class Graph:
     """A function of tensors of certain shapes, recorded. RuntimeError where it cannot be, or where its replay gives other numbers.
 
-    Gradients are those of aliases of the weights that learn: autograd has one node for a leaf, on the stream where it was made, and DDP (or
-    a micro-batch before this one) has made that of the weight itself on another than the recording's, which a recording cannot wait for.
+    Gradients are those of aliases of the weights that learn. A weight's own node may be there already (DDP holds it, as does a micro-batch
+    before this one), and belongs to the stream where it was made: autograd would have that stream wait for a recording, which is refused.
     """
 
     def __init__(self, function: Callable[..., Outputs], tensors: Sequence[Tensor], learning: Mapping[str, Tensor], pool: Any):
@@ -89,7 +89,10 @@ class Graph:
             result: Any = outputs[0]
             if learning:
                 self.slope = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype, device=device).view_as(result)
-                outputs += torch.autograd.grad(result, list(aliases.values()), self.slope, allow_unused=True)
+                found = torch.autograd.grad(result, [*aliases.values(), *learning.values()], self.slope, allow_unused=True)
+                if missed := [name for name, g in zip(learning, found[len(aliases) :], strict=True) if g is not None]:
+                    raise RuntimeError(f"{missed[0]} is read in another way than as a parameter of its module")
+                outputs += found[: len(aliases)]
             expected = [part.detach() for t in outputs for part in _parts(t)]
             del outputs, result
         torch.cuda.synchronize(device)

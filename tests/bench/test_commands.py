@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from dist_vlcl.bench import step
+from dist_vlcl.bench import scale, step
 from dist_vlcl.bench.__main__ import COMMANDS, MARKED, main
 from dist_vlcl.bench.pictures import PICTURES
 from dist_vlcl.bench.result import Result, Table, interleaved, spread
@@ -73,6 +73,15 @@ def test_a_fast_step_in_bf16_is_measured_beside_a_naive_one_in_fp32(tmp_path, mo
     assert saved["tables"][0]["columns"][-4:] == ["naive s, fp32", "fast s, bf16", "times faster", "images/s"]
     assert {p.dtype for p in made[0].towers.parameters()} == {torch.float32}
     assert rate == 8 / fast_s and naive_s == record["naive_s"][0]
+
+
+@pytest.mark.parametrize(("options", "efficiency"), [("", "0.80 (0.80 to 0.80)"), ("--strong", "0.40 (0.40 to 0.40)")])
+def test_scaling_is_against_as_many_times_what_one_rank_does_alone(options, efficiency, tmp_path, monkeypatch):
+    seconds = {"seconds": [5.0], "seconds_strangers": [4.5], "seconds_alone": [4.0], "digest_is_equal": True}
+    monkeypatch.setattr(scale, "launch", lambda *_, **__: seconds)
+    main(["scale", *f"{TINY} --processes 2 --orders dual_all {options} --json {tmp_path / 'result.json'}".split()])
+    [row] = json.loads((tmp_path / "result.json").read_text())["tables"][0]["rows"]
+    assert row[5:] == [efficiency, "0.90 (0.90 to 0.90)", "yes"]
 
 
 def test_a_document_s_tables_are_written_again_and_the_rest_is_left(tmp_path, monkeypatch):

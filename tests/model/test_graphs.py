@@ -203,7 +203,7 @@ def nodes_of(result):
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("branch", ["vision", "language"])
 def test_a_recording_keeps_off_the_weights_own_nodes_which_belong_to_another_stream(recorded, monkeypatch, branch, checkpoint):
-    """DDP holds the node of every leaf from before the recording, and it may wait for nothing that is recorded (pytorch #180090)."""
+    """DDP holds the node of every leaf from before the recording; its stream would have to wait for the recording (pytorch #180090)."""
     towers = tiny_clip()
     tower = towers.tower(branch)
     tower.checkpoint = checkpoint
@@ -225,6 +225,12 @@ def test_a_recording_keeps_off_the_weights_own_nodes_which_belong_to_another_str
     found = dict(zip(graph.learning, graph.gradients, strict=True))
     assert set(found) == {p for p, gradient in expected.items() if gradient is not None}
     assert all(torch.equal(gradient, expected[p]) for p, gradient in found.items())
+
+
+def test_a_weight_that_no_alias_can_stand_in_for_is_refused_before_it_stops_learning(recorded):
+    weight = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"adapter\.scale is read in another way"):
+        RECORDING(lambda inputs, weights: (inputs[0] * weight,), [torch.ones(2)], {"adapter.scale": weight}, None)
 
 
 def test_a_clone_of_a_perturbed_tensor_has_its_bits():
