@@ -51,6 +51,8 @@ PLANS = {
     "with first-order units": ["orders=dual_hop_odd", "run.save_every_steps=3"],
 }
 
+STOP = "SIGSTOP of rank 1"
+
 # what happens, whom it hits (of launcher and ranks), how often
 FAULTS: list[tuple[str, Callable[[int, list[int]], list[int]], signal.Signals, int]] = [
     ("kill -9 of rank 0", lambda launcher, ranks: ranks[:1], signal.SIGKILL, 10),
@@ -61,7 +63,7 @@ FAULTS: list[tuple[str, Callable[[int, list[int]], list[int]], signal.Signals, i
     ("SIGUSR1 to all ranks", lambda launcher, ranks: ranks, signal.SIGUSR1, 4),
     ("SIGTERM to the launcher", lambda launcher, ranks: [launcher], signal.SIGTERM, 6),
     ("SIGTERM to every process", lambda launcher, ranks: [launcher, *ranks], signal.SIGTERM, 4),
-    ("SIGSTOP of rank 1", lambda launcher, ranks: ranks[1:], signal.SIGSTOP, 1),
+    (STOP, lambda launcher, ranks: ranks[1:], signal.SIGSTOP, 1),
 ]
 
 
@@ -194,6 +196,7 @@ class Tally:
     runs: Counter = field(default_factory=Counter)
     starts: int = 0
     finished_steps_lost: Counter = field(default_factory=Counter)  # in the journal when the fault hit, and taken again
+    stopped_at_exit: int = 0  # after its last exchange, in a complete run: nobody waits for it but the launcher, and for ever
     problems: list[str] = field(default_factory=list)
 
     def markdown(self, seconds: float) -> str:
@@ -212,6 +215,7 @@ class Tally:
                 "",
                 f"When: {moments}.",
                 f"Finished steps that had to be taken again: {lost}.",
+                f"Stopped on the way out of a complete run, and ended by hand: {self.stopped_at_exit}.",
                 f"Runs that ended otherwise than the one never interrupted, or hung: {len(self.problems)}.",
                 *[f"- {problem}" for problem in self.problems],
             ]
@@ -309,7 +313,9 @@ def soak(options: argparse.Namespace, folder: Path) -> Tally:
             found = re.search(r"going on after step (\d+)", start.said())
             if not was_complete and (found or code == 0):  # a start that got as far as to know
                 tally.finished_steps_lost[plan] += before - (int(found[1]) if found else 0)
-            if code is None:
+            if code is None and fault == STOP and ended(runs / name):
+                tally.stopped_at_exit += 1
+            elif code is None:
                 tally.problems.append(f"{name}: hung after {fault}")
             if code != 0 and not fault:
                 tally.problems.append(f"{name}: failed without a fault: {start.said()[-300:]}")
