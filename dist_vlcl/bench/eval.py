@@ -7,9 +7,8 @@ import torch
 
 from dist_vlcl.bench.cost import shapes_of
 from dist_vlcl.bench.count import flops, without_numbers
-from dist_vlcl.bench.growth import numbers
 from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
-from dist_vlcl.bench.setup import Workload, add_workload, device_of, workload_of
+from dist_vlcl.bench.setup import Workload, add_workload, device_of, numbers, positive, workload_of
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers
@@ -22,12 +21,12 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser, images=2048)
-    parser.add_argument("--class-counts", default="100,200", help="(default: %(default)s)")
+    parser.add_argument("--class-counts", type=numbers, default="100,200", help="(default: %(default)s)")
     parser.add_argument(
-        "--naive-batch", type=int, default=64, help="images for which the usual way encodes all prompts (default: %(default)s)"
+        "--naive-batch", type=positive, default=64, help="images for which the usual way encodes all prompts (default: %(default)s)"
     )
     parser.add_argument("--time", action="store_true", help="also evaluate, in turn")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that are timed (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=3, help="turns that are timed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -36,7 +35,7 @@ def run(args: argparse.Namespace) -> Result:
     timed = _towers(args, device_of(args)) if args.time else None
     if timed and device_of(args) == "cuda":  # as a run does
         timed[0].record()
-    for classes in numbers(args.class_counts, "--class-counts"):
+    for classes in args.class_counts:
         workload = workload_of(args, classes=classes, orders="first")
         with without_numbers():
             ours, usual = (flops(work) for work in evaluations_of(workload, towers, whole, args.naive_batch))

@@ -8,7 +8,7 @@ from typing import Any
 from dist_vlcl.bench.count import flops as flops_of
 from dist_vlcl.bench.count import without_numbers
 from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, numbers, positive, settings_of, workload_of
 from dist_vlcl.bench.step import counted
 from dist_vlcl.dist.world import World
 from dist_vlcl.zo.noise import Key
@@ -21,21 +21,20 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser)
     add_orders(parser, "language_all")
-    parser.add_argument("--class-counts", default="10,50,100,200", help="(default: %(default)s)")
-    parser.add_argument("--expert-counts", default="2,8,22", help="of which two act on a sample (default: %(default)s)")
+    parser.add_argument("--class-counts", type=numbers, default="10,50,100,200", help="(default: %(default)s)")
+    parser.add_argument("--expert-counts", type=numbers, default="2,8,22", help="of which two act on a sample (default: %(default)s)")
     parser.add_argument(
-        "--task-counts", default="1,10", help="the task that the step belongs to, after those before (default: %(default)s)"
+        "--task-counts", type=numbers, default="1,10", help="the task that the step belongs to, after those before (default: %(default)s)"
     )
     parser.add_argument("--time", action="store_true", help="also take the steps, all sizes in turn")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that are timed (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=3, help="turns that are timed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:
     tables, records = [], []
     for orders in settings_of(args):
-        by_classes = {n: workload_of(args, orders=orders, classes=n) for n in numbers(args.class_counts, "--class-counts")}
-        experts = numbers(args.expert_counts, "--expert-counts")
-        by_experts = {n: workload_of(args, orders=orders, options=(("experts", n),)) for n in experts}
+        by_classes = {n: workload_of(args, orders=orders, classes=n) for n in args.class_counts}
+        by_experts = {n: workload_of(args, orders=orders, options=(("experts", n),)) for n in args.expert_counts}
         for what, workloads in {"classes": by_classes, "experts": by_experts}.items():
             flops = {n: counted(workload, args.count_on)["executed"] for n, workload in workloads.items()}
             seconds = _seconds(workloads, device_of(args), args.repeats) if args.time else {}
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> Result:
             columns = [what, "TFLOP", "relative", *(["s", "relative, by time"] if seconds else [])]
             tables.append(Table(f"A step by its {what}: {args.model}, {orders}, {args.zo}, {args.images} images", columns, rows))
             records += [{"orders": orders, what: n, "flops": flops[n], "s": seconds.get(n)} for n in workloads]
-        by_task = in_tasks(workload_of(args, orders=orders), numbers(args.task_counts, "--task-counts"), args.count_on)
+        by_task = in_tasks(workload_of(args, orders=orders), args.task_counts, args.count_on)
         rows = [[n, count / 1e12, count / by_task[min(by_task)]] for n, count in by_task.items()]
         tables.append(
             Table(f"A step by its task: {args.model}, {orders}, {args.zo}, {args.images} images", ["task", "TFLOP", "relative"], rows)
@@ -77,9 +76,3 @@ def _seconds(workloads: dict[int, Workload], device: str, repeats: int) -> dict[
 
     timed = interleaved({str(n): ready(workload) for n, workload in workloads.items()}, repeats, device)
     return {int(n): s for n, s in timed.items()}
-
-
-def numbers(text: str, option: str) -> list[int]:
-    if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
-        raise ValueError(f"{option} {text}: give positive numbers with commas between")
-    return [int(part) for part in text.split(",")]

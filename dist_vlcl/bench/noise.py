@@ -9,7 +9,7 @@ import torch
 
 from dist_vlcl.bench.naive import NaiveStep
 from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
-from dist_vlcl.bench.setup import Workload, add_workload, device_of, workload_of
+from dist_vlcl.bench.setup import Workload, add_workload, device_of, positive, workload_of
 from dist_vlcl.dist.world import World
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.difference import Candidate, Directions
@@ -23,7 +23,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser, images=8, classes=4)
-    parser.add_argument("--repeats", type=int, default=5, help="turns that are timed (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5, help="turns that are timed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:

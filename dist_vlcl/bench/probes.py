@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_vlcl.bench.growth import numbers
 from dist_vlcl.bench.result import Result, Table
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, numbers, positive, settings_of, workload_of
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.units import BRANCHES
 from dist_vlcl.zo.difference import Directions
@@ -24,13 +23,13 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser, model="small", images=16, zo="naive")
     add_orders(parser, "language_all,vision_all")
-    parser.add_argument("--probes", default="1,2,4,8,16", help="numbers of probes (default: %(default)s)")
-    parser.add_argument("--draws", type=int, default=2, help="estimates of the most probes, of a batch (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=4, help="steps whose gradients are estimated (default: %(default)s)")
+    parser.add_argument("--probes", type=numbers, default="1,2,4,8,16", help="numbers of probes (default: %(default)s)")
+    parser.add_argument("--draws", type=positive, default=2, help="estimates of the most probes, of a batch (default: %(default)s)")
+    parser.add_argument("--batches", type=positive, default=4, help="steps whose gradients are estimated (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:
-    device, counts = device_of(args), numbers(args.probes, "--probes")
+    device, counts = device_of(args), args.probes
     rows, records = [], []
     for orders in settings_of(args):
         pairs = [gradients(workload_of(args, orders=orders), device, Key(7, k), max(counts) * args.draws) for k in range(args.batches)]

@@ -5,7 +5,7 @@ import os
 
 from dist_vlcl.bench.ranks import launch
 from dist_vlcl.bench.result import Result, Table, median, spread
-from dist_vlcl.bench.setup import add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.bench.setup import add_orders, add_workload, device_of, numbers, positive, settings_of, workload_of
 
 EXAMPLES = """examples:
   python -m dist_vlcl.bench scale --processes 1,2                             weak scaling of the small CLIP, 64 images a rank
@@ -25,25 +25,21 @@ NOTE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser, model="small", images=64, classes=10, zo="mozo")
     add_orders(parser, "dual_all,dual_hop_odd")
-    parser.add_argument("--processes", default="1,2", help="numbers of ranks with commas between (default: %(default)s)")
+    parser.add_argument("--processes", type=numbers, default="1,2", help="numbers of ranks with commas between (default: %(default)s)")
     parser.add_argument("--strong", action="store_true", help="--images are shared among the ranks, not for each")
-    parser.add_argument("--steps", type=int, default=10, help="that are timed (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="CPU threads of a rank (default: the cores, shared among the most ranks, for all rows)")
+    parser.add_argument("--steps", type=positive, default=10, help="that are timed (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, help="CPU threads of a rank (default: cores shared among the most ranks, for all rows)")
     parser.add_argument("--apart", action="store_true", help="also, in turn, steps that exchange their gradients before the probes begin")
     parser.add_argument("--trace", help="write a trace of one step of rank 0, on the most ranks, to this file")
 
 
 def run(args: argparse.Namespace) -> Result:
-    try:
-        sizes = [int(size) for size in args.processes.split(",")]
-    except ValueError:
-        raise ValueError(f"--processes {args.processes}: give numbers with commas between, such as 1,2,4") from None
-    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // max(sizes))
+    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // max(args.processes))
     rows, records = [], []
     for orders in settings_of(args):
-        for size in sizes:
+        for size in args.processes:
             images, alone = (args.images, args.images) if args.strong else (args.images * size, args.images)
-            trace = args.trace if size == max(sizes) else None
+            trace = args.trace if size == max(args.processes) else None
             workload = workload_of(args, orders=orders, images=images)
             answer = launch(size, workload, device_of(args), args.steps, trace, args.apart, threads=threads, alone=alone)
             together = answer["seconds"]

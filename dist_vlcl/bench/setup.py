@@ -102,8 +102,8 @@ def add_workload(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     parser.add_argument("--adapter", default=given["adapter"], help="a file of configs/adapter (default: %(default)s)")
     parser.add_argument("--zo", default=given["zo"], help=f"{', '.join(STRATEGIES)} (default: %(default)s)")
     parser.add_argument("--sides", type=int, default=given["sides"], choices=(1, 2), help="of the finite difference (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=given["images"], help="of the batch (default: %(default)s)")
-    parser.add_argument("--classes", type=int, default=given["classes"], help="of the task (default: %(default)s)")
+    parser.add_argument("--images", type=positive, default=given["images"], help="of the batch (default: %(default)s)")
+    parser.add_argument("--classes", type=positive, default=given["classes"], help="of the task (default: %(default)s)")
     parser.add_argument("--precision", default=given["precision"], choices=list(PRECISIONS), help="of the model (default: %(default)s)")
     parser.add_argument("--evaluation", default=given["evaluation"], choices=EVALUATIONS, help="of losses (default: %(default)s)")
     parser.add_argument(
@@ -132,12 +132,23 @@ def workload_of(args: argparse.Namespace, **changes: Any) -> Workload:
     """Return the workload of a command line, with some of its fields changed; raise ValueError in the words of the option."""
     names = {f.name for f in fields(Workload)}
     workload = Workload(**{k: v for k, v in vars(args).items() if k in names and k != "orders"} | changes)
-    for option in ("images", "classes"):
-        if getattr(workload, option) < 1:
-            raise ValueError(f"--{option} {getattr(workload, option)}: give a positive number")
     for group, name in {"model": workload.model, "adapter": workload.adapter, "zo": workload.zo, "orders": workload.orders}.items():
         _values(group, name)
     return workload
+
+
+def positive(text: str) -> int:
+    """Read a count from a command line; argparse.ArgumentTypeError in words."""
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text}: give a positive number")
+    return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    """Read counts with commas between; argparse.ArgumentTypeError in words."""
+    if not all(part.isdecimal() and int(part) > 0 for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: give positive numbers with commas between, such as 1,2,4")
+    return [int(part) for part in text.split(",")]
 
 
 def device_of(args: argparse.Namespace) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dist_vlcl.bench.result import Result, Table
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, positive, settings_of, workload_of
 from dist_vlcl.dist.world import World
 from dist_vlcl.step import MAX_SLOPE_NOISE
 from dist_vlcl.zo.noise import Key
@@ -34,7 +34,7 @@ MODES = [  # model.precision, zo.evaluation, and arithmetic that no option offer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser, images=4, classes=4, zo="naive")
     add_orders(parser, "language_all,vision_all")
-    parser.add_argument("--directions", type=int, default=8, help="how many slopes are compared (default: %(default)s)")
+    parser.add_argument("--directions", type=positive, default=8, help="how many slopes are compared (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -8,7 +8,7 @@ from dist_vlcl.bench.cost import naive_cost, shapes_of, step_cost
 from dist_vlcl.bench.count import flops, without_numbers
 from dist_vlcl.bench.naive import NaiveStep
 from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, positive, settings_of, workload_of
 from dist_vlcl.dist.world import World
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser)
     add_orders(parser, "language_all,vision_suffix,dual_hop_odd")
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="launch kernels one by one on a GPU (model.graphs=false)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns that are timed (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5, help="turns that are timed (default: %(default)s)")
     parser.add_argument("--count", action="store_true", help="count the fast step's FLOPs and take no time; any size on any machine")
 
 

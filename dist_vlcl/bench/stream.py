@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dist_vlcl.bench.result import Result, Table, interleaved, median
-from dist_vlcl.bench.setup import device_of
+from dist_vlcl.bench.setup import device_of, positive
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.order import generator
 from dist_vlcl.data.shards import Index, RawSample, RawSet, decode, read_shard, write_shards
@@ -27,16 +27,19 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--side", type=int, default=32, help="of the stored images, in pixels: 32 as CIFAR, 64 as Tiny-ImageNet, 256 (default: %(default)s)"
+        "--side",
+        type=positive,
+        default=32,
+        help="of stored images, in pixels: 32 as CIFAR, 64 as Tiny-ImageNet, 256 (default: %(default)s)",
     )
     parser.add_argument(
         "--format", default="png", choices=("png", "jpeg"), help="of the original images, beside pixels (default: %(default)s)"
     )
-    parser.add_argument("--size", type=int, default=224, help="of the images that the model takes (default: %(default)s)")
-    parser.add_argument("--count", type=int, default=512, help="images (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=128, help="of a batch (default: %(default)s)")
+    parser.add_argument("--size", type=positive, default=224, help="of the images that the model takes (default: %(default)s)")
+    parser.add_argument("--count", type=positive, default=512, help="images (default: %(default)s)")
+    parser.add_argument("--images", type=positive, default=128, help="of a batch (default: %(default)s)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="of the batched resize (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns that are timed (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=3, help="turns that are timed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:

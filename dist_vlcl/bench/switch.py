@@ -7,7 +7,7 @@ import tempfile
 import time
 
 from dist_vlcl.bench.result import Result, Table, median
-from dist_vlcl.bench.setup import add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.bench.setup import add_orders, add_workload, device_of, positive, settings_of, workload_of
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.store import open_index
@@ -37,7 +37,7 @@ train.main()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser, model="small", images=64, classes=10, zo="mozo")
     add_orders(parser, "dual_hop_odd")
-    parser.add_argument("--repeats", type=int, default=5, help="tasks (default: %(default)s)")
+    parser.add_argument("--repeats", type=positive, default=5, help="tasks (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -7,7 +7,7 @@ from pathlib import Path
 from dist_vlcl.bench.count import Exchanges
 from dist_vlcl.bench.ranks import launch, share_of
 from dist_vlcl.bench.result import Result, Table
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
+from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, positive, settings_of, workload_of
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.zo.noise import Key
 
@@ -21,9 +21,9 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload(parser, model="small", images=16, classes=4, zo="mozo")
     add_orders(parser, "first,dual_all,dual_hop_odd,language_all")
-    parser.add_argument("--processes", type=int, default=2, help="ranks (default: %(default)s)")
+    parser.add_argument("--processes", type=positive, default=2, help="ranks (default: %(default)s)")
     parser.add_argument("--interface", help="be one rank of those that a launcher has started, one a host; count what this interface sends")
-    parser.add_argument("--steps", type=int, default=20, help="steps that --interface counts (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=20, help="steps that --interface counts (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:
