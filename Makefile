@@ -16,8 +16,8 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: install
-	$(BIN)/ruff check dist_vlcl tests tools
-	$(BIN)/ruff format --check dist_vlcl tests tools
+	$(BIN)/ruff check dist_vlcl benchmarks tests tools
+	$(BIN)/ruff format --check dist_vlcl benchmarks tests tools
 	$(BIN)/mypy
 
 install: .venv/installed

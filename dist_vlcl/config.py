@@ -210,7 +210,9 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
     try:
         is_multirun = any(a in ("-m", "hydra.mode=MULTIRUN") or re.match("--mu", a) for a in sys.argv[1:])
         if is_multirun and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            raise ValueError("--multirun: ranks that a launcher has started can meet for one run only; use python -m dist_vlcl.sweep")
+            raise ValueError(
+                "--multirun: ranks that a launcher has started can meet for one run only; use python -m dist_vlcl.commands.sweep"
+            )
         sys.argv[1:] = expand_paper(sys.argv[1:])
     except ValueError as error:
         _refuse(error, is_main)
@@ -237,13 +239,13 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
     except (HydraException, ValueError) as error:
         if asks_for_full_error:
             raise
-        _refuse(ValueError(in_words(error)), is_main)
+        _refuse(ValueError(format_error(error)), is_main)
     finally:
         if not asks_for_full_error:
             os.environ.pop(FULL_ERROR, None)
 
 
-def in_words(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """Return as one line what Hydra says of an option, without its search path."""
     causes = [error, *([error.__cause__] if isinstance(error.__cause__, OmegaConfBaseException) else [])]
     said = [re.split("Config search path|\n    full_key|See https", str(cause))[0] for cause in causes]

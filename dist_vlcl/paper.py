@@ -132,9 +132,9 @@ def _untuned(argument: str) -> Iterator[str]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"tuned={str(path)!r}: cannot be read ({error}); python -m dist_vlcl.tune writes such a file") from None
+        raise ValueError(f"tuned={str(path)!r}: cannot be read ({error}); python -m dist_vlcl.commands.tune writes such a file") from None
     if not isinstance(content, dict):
-        raise ValueError(f"tuned={str(path)!r}: holds no options; python -m dist_vlcl.tune writes such a file")
+        raise ValueError(f"tuned={str(path)!r}: holds no options; python -m dist_vlcl.commands.tune writes such a file")
     yield from (f"{key}={'null' if value is None else value}" for key, value in _leaves(content))
 
 

@@ -46,20 +46,22 @@ class StepReport:
     stop: bool = False  # some rank was asked to stop
     count: int = 0
     busy_s: list[float] = field(default_factory=list)  # of every rank: seconds outside of exchanges since the last step's losses
-    figures: Tensor | None = None  # model.statistics.FIGURES of every unit, where they were asked for
+    unit_statistics: Tensor | None = None  # model.statistics.STATISTICS of every unit, where they were asked for
 
 
 class BatchLosses:
     """Losses of candidates on one global batch, from features: what a candidate leaves alone is not computed again.
 
-    by_delta: branches whose candidates have the base's features and a change that was carried through the blocks beside the base, not
+    delta_branches: branches whose candidates have the base's features and a change that was carried through the blocks beside the base, not
     features of their own; losses are then taken in float64. It is the same number, with rounding that is relative to the change.
     """
 
-    def __init__(self, towers: TwoTowers, flats: Mapping[str, FlatUnits], tokens: Tensor, world: World, by_delta: Collection[str] = ()):
-        self.towers, self.flats, self.tokens, self.world, self.by_delta = towers, flats, tokens, world, by_delta
+    def __init__(
+        self, towers: TwoTowers, flats: Mapping[str, FlatUnits], tokens: Tensor, world: World, delta_branches: Collection[str] = ()
+    ):
+        self.towers, self.flats, self.tokens, self.world, self.delta_branches = towers, flats, tokens, world, delta_branches
         self.start = {branch: min(unit.layer for unit in flat.slices) for branch, flat in flats.items()}
-        self.parts: list[dict[str, Any]] = []  # per micro-batch: images, labels, weight, noise, base features and carries
+        self.parts: list[dict[str, Any]] = []  # per micro-batch: images, labels, weight, noise, base features and cached_inputs
         self.flag, self.stop, self.count = False, False, 0
         self.busy_s: list[float] = []
         self.faulty: list[int] = []  # ranks whose loss was not finite
@@ -67,8 +69,10 @@ class BatchLosses:
     def add(self, images: Tensor, labels: Tensor, noise: StepNoise, base: Mapping[str, tuple], real: int) -> None:
         """Take a micro-batch with its base evaluation; only the first `real` samples count."""
         features = {branch: out[0].detach() for branch, out in base.items()}
-        carries = {branch: out[1] for branch, out in base.items()}
-        self.parts.append({"images": images, "labels": labels, "real": real, "noise": noise, "features": features, "carries": carries})
+        cached_inputs = {branch: out[1] for branch, out in base.items()}
+        self.parts.append(
+            {"images": images, "labels": labels, "real": real, "noise": noise, "features": features, "cached_inputs": cached_inputs}
+        )
 
     @torch.no_grad()
     def rebase(self) -> None:
@@ -76,7 +80,7 @@ class BatchLosses:
         for part in self.parts:
             out = self.towers({"vision": part["images"], "language": self.tokens}, part["noise"], self.start)
             part["features"] = {branch: o[0] for branch, o in out.items()}
-            part["carries"] = {branch: o[1] for branch, o in out.items()}
+            part["cached_inputs"] = {branch: o[1] for branch, o in out.items()}
 
     @torch.no_grad()
     def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
@@ -109,17 +113,19 @@ class BatchLosses:
 
     def _features(self, branch: str, offsets: list[Tensor], part: dict) -> Tensor:
         """Return features `[1 + K, B, F]`: the base's, then one set per offset, restarted at the first perturbed block."""
-        base = part["features"][branch].double() if self.by_delta else part["features"][branch]
+        base = part["features"][branch].double() if self.delta_branches else part["features"][branch]
         if not offsets:
             return base
         flat, tower = self.flats[branch], self.towers.tower(branch)
         inputs = part["images"] if branch == "vision" else self.tokens
         dtype = torch.promote_types(flat.values_n.dtype, part["features"][branch].dtype)
-        is_delta, offsets_Kn = branch in self.by_delta, torch.stack(offsets).to(dtype)
+        is_delta, offsets_Kn = branch in self.delta_branches, torch.stack(offsets).to(dtype)
         values: Any = Perturbed(flat.values_n[None], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n)
-        carry = part["carries"][branch]
+        cached_input = part["cached_inputs"][branch]
         moved: Any
-        moved, _ = tower.run(carry, inputs, start=self.start[branch], sets=flat.sets(values), noise=part["noise"])
+        moved, _ = tower.run(
+            cached_input, inputs, start=self.start[branch], stacked_params=flat.stacked_params(values), noise=part["noise"]
+        )
         return torch.cat([base, base + moved.change if is_delta else moved])
 
     def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: dict) -> Tensor:
@@ -131,7 +137,7 @@ class BatchLosses:
         """Return mean losses from every rank's sums; with the first ride counts, stop flags, and how long each rank was at work."""
         is_first = not self.busy_s
         count = sum(part["real"] for part in self.parts)
-        rider = [packed(count, self.flag, self.world.exchanging.take_busy_s())] if is_first else []
+        rider = [packed(count, self.flag, self.world.collectives.take_busy_s())] if is_first else []
         rows = self.world.gather(torch.cat([sums, torch.tensor(rider, dtype=torch.float64)]), "losses")
         self.faulty = [rank for rank, row in enumerate(rows) if not torch.isfinite(row).all()]
         if is_first:
@@ -179,7 +185,7 @@ class HybridStep:
             towers.record()
         self.zeroth = ZerothOrder(self.flats, zeroth)
         rounded = [branch for branch in self.flats if towers.tower(branch).dtype.itemsize < 4]
-        self.by_delta = {"auto": rounded, "whole": [], "delta": list(self.flats)}[zeroth.evaluation]
+        self.delta_branches = {"auto": rounded, "whole": [], "delta": list(self.flats)}[zeroth.evaluation]
         self.is_fine = any(zeroth.epsilon[branch] < FINE_EPSILON for branch in self.flats)
         self.noise_is_checked = not self.flats or (towers.config.precision == "fp32" and not self.is_fine)
         self.first: FirstOrder = first_order_of(towers)
@@ -208,7 +214,7 @@ class HybridStep:
         self.tokens = self.towers.prompts(class_names, multiple=few_lengths).to(self.world.device)
         self.first.begin()
         for flat in self.flats.values():
-            flat.tie()
+            flat.rebind_views()
         self.zeroth.begin()
         self.statistics = None
 
@@ -220,17 +226,17 @@ class HybridStep:
         key: the step's seed, the same on every rank. lr: that of this step. stop: this rank was asked to stop; the report says whether any
         was. observe: measure what the step does to every unit. All ranks call this, with the same number of micro-batches.
         """
-        self.world.exchanging.where = f"step {key.step + 1}"
+        self.world.collectives.where = f"step {key.step + 1}"
         if not self.noise_is_checked:
             self.refuse_noisy_slopes(batches[0], key, first_label)
-        losses = BatchLosses(self.towers, self.flats, self.tokens, self.world, self.by_delta)
+        losses = BatchLosses(self.towers, self.flats, self.tokens, self.world, self.delta_branches)
         losses.flag = stop
         planned = sum(batch.count for batch in batches)
         for k, batch in enumerate(batches):
             images, labels, positions, real = self._on_device(batch, first_label)
             noise = self._step_noise(key, positions)
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
-                base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, keep=losses.start)
+                base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, cache_layer=losses.start)
                 logits_BC = self.towers.logit_scale * base["vision"][0][0] @ base["language"][0][0].T
                 loss_sum = F.cross_entropy(logits_BC, labels, reduction="none")[:real].sum()
                 # DDP averages over ranks; the loss is the mean over the global batch, however unequal the ranks' shares.
@@ -254,7 +260,7 @@ class HybridStep:
             return self._skip(report, f"the loss is not finite on rank {losses.faulty}")
         self.skips = 0
         if statistics:
-            report.figures = self._observe_moved(statistics, report.moves)
+            report.unit_statistics = self._observe_moved(statistics, report.moves)
         return report
 
     def refuse_noisy_slopes(self, batch: Any, key: Key, first_label: int = 0) -> dict[str, float]:
@@ -264,7 +270,9 @@ class HybridStep:
         if any(not value <= MAX_SLOPE_NOISE for value in noise.values()):
             found = ", ".join(f"{value:.2g} of a {branch} slope" for branch, value in noise.items())
             precision, evaluation = self.towers.config.precision, self.zeroth.config.evaluation
-            better = ["zo.evaluation=delta"] * (len(self.by_delta) < len(self.flats)) + ["model.precision=fp32"] * (precision != "fp32")
+            better = ["zo.evaluation=delta"] * (len(self.delta_branches) < len(self.flats)) + ["model.precision=fp32"] * (
+                precision != "fp32"
+            )
             raise ValueError(
                 f"model.precision={precision} with zo.evaluation={evaluation}: rounding is {found}; above {MAX_SLOPE_NOISE} "
                 f"zeroth order follows rounding. Take {' or '.join([*better, 'a larger zo.epsilon'])}"
@@ -277,7 +285,7 @@ class HybridStep:
         On the first samples of a batch, against the same weights in float32, or in float64 for a fine epsilon. All ranks call this.
         """
         few = replace(batch, **{name: getattr(batch, name)[:NOISE_SAMPLES] for name in ("images", "labels", "positions")})
-        found = self.slopes(self.towers, few, key, directions, self.by_delta, first_label)
+        found = self.slopes(self.towers, few, key, directions, self.delta_branches, first_label)
         exact = self.towers.copy()
         exact.to(torch.float64 if self.is_fine else torch.float32)
         true = self.slopes(exact, few, key, directions, (), first_label)
@@ -285,10 +293,10 @@ class HybridStep:
 
     @torch.no_grad()
     def slopes(
-        self, towers: TwoTowers, batch: Any, key: Key, directions: int, by_delta: Collection[str], first_label: int = 0
+        self, towers: TwoTowers, batch: Any, key: Key, directions: int, delta_branches: Collection[str], first_label: int = 0
     ) -> dict[str, Tensor]:
         """Return one-sided projected gradients `[directions]` of every zeroth-order branch of some towers. All ranks call this."""
-        losses = BatchLosses(towers, self.flats, self.tokens, self.world, by_delta)
+        losses = BatchLosses(towers, self.flats, self.tokens, self.world, delta_branches)
         images, labels, positions, real = self._on_device(batch, first_label)
         noise, result = self._step_noise(key, positions), {}
         losses.add(images, labels, noise, towers({"vision": images, "language": self.tokens}, noise, losses.start), real)
@@ -304,7 +312,7 @@ class HybridStep:
 
     def _observe_first(self, scale: float) -> UnitStatistics:
         if self.statistics is None:
-            with self.first.whole():
+            with self.first.gathered_parameters():
                 self.statistics = UnitStatistics(self.towers.units)
         gradients = self.first.gradients()
         for ids, places in self.first_units:
@@ -317,8 +325,8 @@ class HybridStep:
                 ids = [id for id, own in self.flats[branch].slices.items() if part.start <= own.start < part.stop]
                 statistics.observe(ids, [move.gradients[branch][part]])
         self.statistics = statistics
-        with self.first.whole():
-            return statistics.figures()
+        with self.first.gathered_parameters():
+            return statistics.compute()
 
     def replay(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Take steps of this task again from their journal; for plans without first-order units, of which it knows nothing."""
@@ -365,7 +373,7 @@ class HybridStep:
 
     def adapters(self) -> dict[str, Tensor]:
         """Return a copy of every adapter tensor, whole, by name. All ranks call this."""
-        with self.first.whole():
+        with self.first.gathered_parameters():
             return {name: t.clone() for name, t in self.towers.units.state_dict().items()}
 
     def state_dict(self, optimizers: bool = True) -> dict[str, Tensor]:
@@ -386,7 +394,7 @@ class HybridStep:
             return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
         self.statistics = None
-        with self.first.whole(writes=True):
+        with self.first.gathered_parameters(writes=True):
             self.towers.units.load_state_dict(under("adapters/"))
         self.first.load_state_dict(under("adamw/"), self.first_names)
         self.zeroth.load_state_dict(under("zo/"))

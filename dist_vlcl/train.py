@@ -26,7 +26,7 @@ from dist_vlcl.data.shards import Index, ShardError, UnreadShard
 from dist_vlcl.data.store import open_index
 from dist_vlcl.data.tasks import Task, TaskStream
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
-from dist_vlcl.dist.agree import AstrayError, agree, agree_on_tensors, digest
+from dist_vlcl.dist.agree import ReplicaDivergedError, agree, agree_on_tensors, digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.dist.zero import first_order
 from dist_vlcl.masking import masked, masked_values
@@ -73,7 +73,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
         for reloads_left in reversed(range(MAX_RELOADS + 1)):
             try:
                 return _train(cfg, world, preemption)
-            except AstrayError as error:
+            except ReplicaDivergedError as error:
                 if cfg.train.on_disagreement == "stop" or not reloads_left:
                     raise
                 if world.is_main:
@@ -134,7 +134,7 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
                 agree(world, "the adapters as the journal rebuilds them", digest(towers.units.state_dict()))
                 log.say(f"the journal gave back {len(journalled)} steps after the checkpoint")
                 journalled = []
-            agreed, stragglers = state.step, Stragglers(world.exchanging.named, world.direction_groups)
+            agreed, stragglers = state.step, Stragglers(world.collectives.named, world.direction_groups)
             for batch, key, lr in training_steps(cfg, step, loader, task, world, state, log):
                 started = time.perf_counter()
                 parts, observe = split(batch, cfg.train.micro_batches), records.is_due(state.step + 1)
@@ -142,8 +142,8 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
                 state.advance()
                 state.seconds += time.perf_counter() - started
                 log_step(log, state, report, key, lr, time.perf_counter() - started, batch, world.take_peak_gib())
-                if report.figures is not None:
-                    records.add(state.step, state.task, report.figures, sizes_by_unit(step, report.moves))
+                if report.unit_statistics is not None:
+                    records.add(state.step, state.task, report.unit_statistics, sizes_by_unit(step, report.moves))
                 if words := stragglers.note(report.busy_s):
                     log.say(f"step {state.step}: {words}")
                 is_to_save = report.stop or run.is_time_to_save(state.step)
@@ -175,14 +175,14 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
 
 
 def agree_on_adapters(world: World, step: HybridStep, state: TrainState, log: RunLog, agreed: int) -> int:
-    """Return the step now agreed on; raise AstrayError, naming rank and tensor, with the journal cut back to `agreed`. All ranks call this.
+    """Return the step now agreed on; raise ReplicaDivergedError, naming rank and tensor, with the journal cut back to `agreed`. All ranks call this.
 
     It goes before every checkpoint, so that none holds what a rank that went astray has had a part in.
     """
     try:
         agree_on_tensors(world, f"the adapters after step {state.step}", step.adapters())
-    except AstrayError:
-        log.disown(after=agreed)
+    except ReplicaDivergedError:
+        log.truncate_after(after=agreed)
         raise
     return state.step
 
@@ -400,7 +400,7 @@ def count(
     cfg: Config, towers: TwoTowers, loader: Loader, task: Task, prefixes: list[int], world: World, progress: Progress, described: str
 ) -> list:
     """Return [prefix][class] -> (correct, total) over the test images of a task's classes. All ranks call this."""
-    world.exchanging.where = f"the {described}"
+    world.collectives.where = f"the {described}"
     transform = (TrainTransform if cfg.eval.train_transform else TestTransform)(towers.image_size)
     kept = not_trained_on(cfg, loader.index, task)
     share: dict[str, int] = {"batch_size": cfg.eval.batch_size, "rank": world.rank, "size": world.size}
@@ -472,7 +472,7 @@ def farewell(cfg: Config, log: RunLog, run: RunFolder, world: World) -> None:
     log.say(
         f"Done. Look at {run.path}/summary.md{pictures}; every step is in {run.path}/metrics.jsonl.\n"
         "Next: compare with first order alone (orders=first), the untrained model (orders=zero_shot), or the same units not trained\n"
-        "(orders.order=frozen); then your own images: python -m dist_vlcl.data.build data=folder data.name=NAME data.source=FOLDER"
+        "(orders.order=frozen); then your own images: python -m dist_vlcl.commands.build_data data=folder data.name=NAME data.source=FOLDER"
     )
 
 
@@ -489,7 +489,7 @@ def main() -> None:
                 report_status("requeue")
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")
         except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
-            world.exchanging.stopped(error)  # the others are waiting for this rank, and can then say why it is gone
+            world.collectives.stopped(error)  # the others are waiting for this rank, and can then say why it is gone
             is_damage = isinstance(error, ShardError) and not isinstance(error, UnreadShard)  # which one rank alone may have met
             if is_damage or (world.is_main and isinstance(error, FloatingPointError | ValueError)):
                 # Another start would end the same way; but for one that Slurm has made while ranks on a lost node still run.

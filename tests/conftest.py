@@ -15,7 +15,7 @@ LONG = (
     "test_faults.py",
     "launch/test_launch.py",
     "dist/test_network.py",
-    "bench/test_commands.py",
+    "benchmarks/test_commands.py",
     "test_train.py",
     "dist/test_zero.py",
 )

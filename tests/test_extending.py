@@ -93,6 +93,6 @@ def test_a_run_with_an_own_adapter_is_evaluated_again_from_its_folder_by_any_num
     config = folder / "runs/my-adapter/config.yaml"
     config.write_text(config.read_text().replace("direction_groups: 1", "direction_groups: 2"))
     assert "direction_groups: 2" in config.read_text()
-    done = run_module("dist_vlcl.evaluate", "runs/my-adapter", cwd=folder)
+    done = run_module("dist_vlcl.commands.evaluate", "runs/my-adapter", cwd=folder)
     last = json.loads((folder / "runs/my-adapter/accuracy.json").read_text())["last"]
     assert f"Last {100 * last:.2f}" in done.stdout, done.stderr[-2000:]

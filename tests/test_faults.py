@@ -18,7 +18,7 @@ import yaml
 from dist_vlcl import evaluate
 from dist_vlcl.config import Config
 from dist_vlcl.data.store import open_index
-from dist_vlcl.dist.agree import AstrayError
+from dist_vlcl.dist.agree import ReplicaDivergedError
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
 from dist_vlcl.orders import OrderPlan, assign
@@ -85,7 +85,7 @@ def flipped(world: World, cfg: Config, order: str) -> str:
     with_step(flip)
     try:
         return "finished" if train(cfg, world) else "known"
-    except AstrayError as error:
+    except ReplicaDivergedError as error:
         return str(error)
 
 
@@ -155,7 +155,7 @@ def with_a_full_disk(world: World, cfg: Config, first: int, last: int) -> str:
         train(cfg, world)
     except (OSError, RuntimeError) as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
-        world.exchanging.stopped(error)
+        world.collectives.stopped(error)
         world.close()
         return str(error)
     return "finished"
@@ -302,7 +302,7 @@ def test_an_evaluation_that_fails_tells_the_other_ranks_why(tmp_path, monkeypatc
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(cfg.as_dict()))
     world, told = World.alone(), []
     monkeypatch.setattr(World, "from_environment", lambda _: world)
-    monkeypatch.setattr(world.exchanging, "stopped", told.append)
+    monkeypatch.setattr(world.collectives, "stopped", told.append)
     monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"error on rank 0 of 1: .*index\.json is missing"):
         evaluate.main()
@@ -351,7 +351,7 @@ def test_a_configuration_that_would_run_code_runs_none(tmp_path, data):
     (folder_of(cfg) / "config.yaml").write_text(f"seed: !!python/object/apply:os.system ['touch {tmp_path}/hacked']\n")
     with pytest.raises(RunRefused, match="python/object"):
         train(cfg, World.alone())
-    for module in ("dist_vlcl.evaluate", "dist_vlcl.run.replay"):
+    for module in ("dist_vlcl.commands.evaluate", "dist_vlcl.commands.replay"):
         done = run_module(module, str(folder_of(cfg)), cwd=tmp_path)
         assert done.returncode != 0
     assert not (tmp_path / "hacked").exists()

@@ -35,10 +35,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.down_proj, self.up_proj = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
 
-    def forward(self, u: Tensor, kept: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, dropout_mask: Tensor | None) -> Tensor:
         down = nn.functional.relu(self.down_proj(u))
-        if kept is not None:
-            down = down * kept / 0.9  # nn.Dropout(0.1), its mask given
+        if dropout_mask is not None:
+            down = down * dropout_mask / 0.9  # nn.Dropout(0.1), its mask given
         return self.up_proj(down) * 0.1
 
 
@@ -55,14 +55,14 @@ class Experts(nn.Module):
             adapter.load_state_dict(own | {"up_proj.weight": weights["up_weight"][e].T, "up_proj.bias": weights["up_bias"][e]})
             self.experts.append(adapter)
 
-    def forward(self, u: Tensor, draw: Tensor | None, kept: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, draw: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
         x = u[:, 0]
         clean_logits = x @ self.w_gate
         noise_stddev = nn.functional.softplus(x @ self.w_noise) + 0.01
         logits = clean_logits if draw is None else clean_logits + draw * noise_stddev
         top_logits, top_indices = logits.topk(len(self.experts), dim=1)
         gates = torch.zeros_like(logits).scatter(1, top_indices, top_logits.softmax(1))
-        masks = [None] * len(self.experts) if kept is None else kept.chunk(len(self.experts), -1)
+        masks = [None] * len(self.experts) if dropout_mask is None else dropout_mask.chunk(len(self.experts), -1)
         return sum(gates[:, e, None, None] * expert(u, masks[e]) for e, expert in enumerate(self.experts))
 
 
@@ -101,8 +101,8 @@ class Baseline:
             x = u + block.mlp(block.ln_2(u))
             if self.is_moe:
                 draw = noise.router(branch, layer, 2) if noise else None
-                kept = noise.kept(branch, layer, x.shape[1], own["down_bias"].numel(), 0.1) if noise and training else None
-                x = x + Experts(own)(u, draw, kept)
+                dropout_mask = noise.dropout_mask(branch, layer, x.shape[1], own["down_bias"].numel(), 0.1) if noise and training else None
+                x = x + Experts(own)(u, draw, dropout_mask)
         return x
 
     @torch.no_grad()

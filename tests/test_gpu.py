@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from dist_vlcl.commands.replay import rebuild
 from dist_vlcl.data.order import generator
 from dist_vlcl.data.transforms import TestTransform, TrainTransform, resize_batch
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan, assign
-from dist_vlcl.run.replay import rebuild
 from dist_vlcl.step import MAX_SLOPE_NOISE, HybridStep
 from dist_vlcl.zo.noise import Key, NoiseField, Segment, kept_by_row, normals_by_row, philox4x32
 from tests.helpers.tiny_clip import LORA, MOE, NAMES, batch_of, pictures, tiny_clip

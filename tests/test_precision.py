@@ -44,9 +44,9 @@ def numbers(plan, zeroth, evaluation, **options):
 def check_equality(plan, zeroth, adapter=MOE):
     """In float64 to the eighth digit; in float32 to the rounding of the two evaluations, which delta-forward has less of."""
     slopes, losses = numbers(plan, zeroth, "whole", adapter=adapter, double=True)
-    by_delta, losses_by_delta = numbers(plan, zeroth, "delta", adapter=adapter, double=True)
+    delta_branches, losses_by_delta = numbers(plan, zeroth, "delta", adapter=adapter, double=True)
     assert float(slopes.abs().max()) > 1e-3
-    torch.testing.assert_close(by_delta, slopes, rtol=0, atol=1e-6 * float(slopes.abs().max()))
+    torch.testing.assert_close(delta_branches, slopes, rtol=0, atol=1e-6 * float(slopes.abs().max()))
     torch.testing.assert_close(losses_by_delta, losses, rtol=0, atol=2e-9)
     narrow, narrow_losses = numbers(plan, zeroth, "delta", adapter=adapter)
     torch.testing.assert_close(narrow, slopes, rtol=0, atol=max(0.01 * float(slopes.abs().max()), 2e-4))
@@ -82,7 +82,7 @@ def noise_of(branch, evaluation, adapter=MOE, directions=16):
     """Return the rounding in bf16, relative to the slope in float64 with weights that are not rounded."""
     found, exact = (step_of(OrderPlan(branch, "all"), ZerothOrderConfig(evaluation=evaluation), adapter, p) for p in ("bf16", "fp32"))
     batch = batch_of(16, len(CLASSES))
-    slopes = found.slopes(found.towers, batch, KEY, directions, found.by_delta)[branch]
+    slopes = found.slopes(found.towers, batch, KEY, directions, found.delta_branches)[branch]
     true = exact.slopes(exact.towers.double(), batch, KEY, directions, ())[branch]
     return float((slopes - true).norm() / true.norm())
 

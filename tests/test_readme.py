@@ -12,8 +12,8 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-import dist_vlcl.bench.__main__ as bench
-from dist_vlcl import tune
+import benchmarks.__main__ as bench
+from dist_vlcl.commands import tune
 from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
 from dist_vlcl.run.submit import check_options
 
@@ -34,11 +34,11 @@ def module_of(command: list[str]) -> str:
     return next((word for word in command if word.startswith("dist_vlcl.")), "")
 
 
-COMPOSED = {"dist_vlcl.train", "dist_vlcl.data.build", "dist_vlcl.data.verify"}
+COMPOSED = {"dist_vlcl.train", "dist_vlcl.commands.build_data", "dist_vlcl.commands.verify"}
 TOLD = {  # module -> what is added so that it does no work, and what it then says: a word that it does not know is told before
-    "dist_vlcl.sweep": (["--count"], r"^\d+$"),
-    "dist_vlcl.evaluate": ([], "config.yaml is missing"),
-    "dist_vlcl.run.replay": ([], "config.yaml is missing"),
+    "dist_vlcl.commands.sweep": (["--count"], r"^\d+$"),
+    "dist_vlcl.commands.evaluate": ([], "config.yaml is missing"),
+    "dist_vlcl.commands.replay": ([], "config.yaml is missing"),
     "dist_vlcl.report.build": ([], r"no such folder: runs/\*"),
     "dist_vlcl.run.submit": (["--dry-run", "--repository", str(ROOT)], "# DIST_VLCL_HOME="),
 }
@@ -47,7 +47,7 @@ TOLD = {  # module -> what is added so that it does no work, and what it then sa
 def test_there_are_commands():
     assert len(commands()) >= 25
     modules = {module_of(command) for command in commands()} - {""}
-    assert modules == COMPOSED | set(TOLD) | {"dist_vlcl.tune", "dist_vlcl.bench"}  # whose tests follow
+    assert modules == COMPOSED | set(TOLD) | {"dist_vlcl.commands.tune", "benchmarks"}  # whose tests follow
     assert {Path(command[0]).name for command in commands()} >= {"make", "sbatch", "local.sh", "multinode.sh", "accelerate", "torchrun"}
 
 
@@ -65,10 +65,10 @@ def test_every_command_is_taken_by_its_parser(command, tmp_path, monkeypatch, ca
     assert re.search(said, captured.out + captured.err, re.M), captured
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if module_of(c) in ("dist_vlcl.tune", "dist_vlcl.bench")], ids=" ".join)
+@pytest.mark.parametrize("command", [c for c in commands() if module_of(c) in ("dist_vlcl.commands.tune", "benchmarks")], ids=" ".join)
 def test_every_tuning_and_benchmark_is_taken(command):
     words = command[command.index(module_of(command)) + 1 :]
-    if module_of(command) == "dist_vlcl.tune":
+    if module_of(command) == "dist_vlcl.commands.tune":
         fixed, several, _ = tune.read_words(words)
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             assert tune.grid(from_hydra(compose("config", expand_paper(fixed))), several, fixed)

@@ -43,7 +43,7 @@ def in_float64(step):
     step.towers.double()
     for flat in step.flats.values():
         flat.values_n = flat.values_n.double()
-        flat.tie()
+        flat.rebind_views()
 
 
 def whole_clip(adapter=MOE, double=True):
@@ -425,7 +425,7 @@ def test_an_observed_step_tells_every_unit_s_gradient_and_update(strategy, granu
                 z = normals(name, before[name].numel(), key, 0)
                 expected[name] = z.double() * move.estimate.projected_gradient[branch][0]
     after = step.towers.units.state_dict()
-    for id, row in zip(step.towers.units, report.figures.double(), strict=True):
+    for id, row in zip(step.towers.units, report.unit_statistics.double(), strict=True):
         names = [f"{id}/{name}" for name in step.towers.units[id].names]
         g = torch.cat([expected[name].flatten() for name in names])
         moved = torch.cat([(after[name] - before[name]).flatten() for name in names])
@@ -455,7 +455,7 @@ def test_figures_are_of_their_own_step_whatever_came_before_it():
         before = adapter_values(step.towers)
         report = step([images()], Key(9, number), LR, observe=True)
         after = step.towers.units.state_dict()
-        for id, row in zip(step.towers.units, report.figures, strict=True):
+        for id, row in zip(step.towers.units, report.unit_statistics, strict=True):
             moved = torch.cat([(after[name] - before[name]).flatten() for name in (f"{id}/{n}" for n in step.towers.units[id].names)])
             torch.testing.assert_close(row[3], moved.norm().float(), rtol=1e-4, atol=1e-9)
 

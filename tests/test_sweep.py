@@ -11,7 +11,7 @@ import time
 import pytest
 import yaml
 
-from dist_vlcl import sweep, tune
+from dist_vlcl.commands import sweep, tune
 from dist_vlcl.report.records import read_records
 
 SHORT = ["data=digits", "model=small", "tasks.increment=2", "tasks.order=natural", "tasks.num_tasks=1", "train.max_steps=1"]
@@ -51,7 +51,16 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
 def test_a_signal_stops_the_sweep_with_its_run_saved(tmp_path):
     """Slurm's SIGUSR1, to the sweep alone."""
     long = [word for word in SHORT if "max_steps" not in word] + ["train.epochs=1000"]
-    command = [sys.executable, "-m", "dist_vlcl.sweep", "paper=t1-moe-cifar20-dual,t1-moe-cifar20-fo", *long, *QUIET, "--processes", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "dist_vlcl.commands.sweep",
+        "paper=t1-moe-cifar20-dual,t1-moe-cifar20-fo",
+        *long,
+        *QUIET,
+        "--processes",
+        "1",
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120

@@ -211,7 +211,7 @@ def test_a_block_that_there_is_not_is_refused_before_data_are_read(tmp_path):
 @pytest.mark.parametrize("how", ["--multirun", "hydra.mode=MULTIRUN"])
 def test_several_runs_in_one_launch_are_refused(tmp_path, how):
     done = run_module("dist_vlcl.train", how, "seed=0,1", cwd=tmp_path, environment={"WORLD_SIZE": "2", "RANK": "0"})
-    assert done.returncode == 2 and "use python -m dist_vlcl.sweep" in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and "use python -m dist_vlcl.commands.sweep" in done.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

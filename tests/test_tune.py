@@ -6,7 +6,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from dist_vlcl import tune
+from dist_vlcl.commands import tune
 from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, load_config
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.order import held_out, plain_order

@@ -82,8 +82,8 @@ def main() -> None:
             watch.seconds, started = 0.0, watch.now()
             report = step([batch], Key(0, number), cfg.first_order.lr, observe=True)
             seconds = watch.now() - started
-            assert report.figures is not None
-            records.add(number, 0, report.figures, sizes_by_unit(step, report.moves))
+            assert report.unit_statistics is not None
+            records.add(number, 0, report.unit_statistics, sizes_by_unit(step, report.moves))
             if number == 2:  # two steps and a part to warm up
                 records.flush()
             elif number > 2:

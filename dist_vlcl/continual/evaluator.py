@@ -31,11 +31,11 @@ def count_correct(
         if len(batch.labels) == 0:
             # A forward of a model in pieces is an exchange, which every rank must enter: a blank that does not count.
             blank = torch.zeros(1, 3, towers.image_size, towers.image_size, dtype=torch.uint8, device=device)
-            with world.exchanging("forward pass of an evaluation"):
+            with world.collectives("forward pass of an evaluation"):
                 towers.features("vision", blank)
             continue
         step_noise = noise and StepNoise(Key(noise.seed, batch.index + 1), {"vision": batch.positions.to(device)})
-        with world.exchanging("forward pass of an evaluation"):
+        with world.collectives("forward pass of an evaluation"):
             image_BF = towers.features("vision", batch.images.to(device), step_noise)
         logits_BC = image_BF @ text_CF.T
         for p, num_classes in enumerate(prefixes):

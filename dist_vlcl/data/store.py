@@ -48,4 +48,4 @@ def build_command(data: DataConfig) -> str:
             words.append(f"data.{option}={value}")
     if data.reader_name == "folder" and data.source is None:
         words.append("data.source=FOLDER_OR_TAR")
-    return " ".join(["python -m dist_vlcl.data.build", *words])
+    return " ".join(["python -m dist_vlcl.commands.build_data", *words])

@@ -15,7 +15,7 @@ class DisagreementError(RuntimeError):
     """Ranks that should be equal are not; the message names what differs and where."""
 
 
-class AstrayError(DisagreementError):
+class ReplicaDivergedError(DisagreementError):
     """Ranks that were equal once are no longer."""
 
 
@@ -38,7 +38,7 @@ def agree(world: World, what: str, value: Any, hint: str = "") -> None:
 
 
 def agree_on_tensors(world: World, what: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise AstrayError on all ranks, naming ranks and tensors, unless the tensors are the same, bit for bit. All ranks call this.
+    """Raise ReplicaDivergedError on all ranks, naming ranks and tensors, unless the tensors are the same, bit for bit. All ranks call this.
 
     Ranks are compared with the majority; where there is none, with the lowest rank: which of two is right cannot be told.
     """
@@ -48,8 +48,8 @@ def agree_on_tensors(world: World, what: str, tensors: Mapping[str, Tensor]) -> 
     whole = [tuple(sorted(own.items())) for own in each]
     usual = whole.index(Counter(whole).most_common(1)[0][0])
     odd = {rank: [name for name in each[rank] if each[rank][name] != each[usual].get(name)] for rank in range(world.size)}
-    told = [f"{world.exchanging.named(rank)} in {_listed(names)}" for rank, names in odd.items() if names]
-    raise AstrayError(f"{what}: ranks {[rank for rank in odd if odd[rank]]} differ from rank {usual}: {'; '.join(told)}")
+    told = [f"{world.collectives.named(rank)} in {_listed(names)}" for rank, names in odd.items() if names]
+    raise ReplicaDivergedError(f"{what}: ranks {[rank for rank in odd if odd[rank]]} differ from rank {usual}: {'; '.join(told)}")
 
 
 def _listed(names: list[str]) -> str:

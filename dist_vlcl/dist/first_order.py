@@ -37,7 +37,7 @@ class FirstOrder:
     """The model as wrapped for training. With no first-order parameter nothing is wrapped: DDP refuses such a model.
 
     Gradients travel while zeroth order evaluates its candidates, which read the values of before the update: the backward pass starts the
-    exchange, `arrive` ends it. overlap=False is the twin that ends it in the backward pass, as DDP does: the same bits.
+    exchange, `wait_for_gradients` ends it. overlap=False is the twin that ends it in the backward pass, as DDP does: the same bits.
     """
 
     def __init__(self, world: World, config: FirstOrderConfig, model: nn.Module, overlap: bool = True):
@@ -57,7 +57,7 @@ class FirstOrder:
             return
         optimizer: Any = self._adamw()
         if self.world.accelerator is not None:
-            with self.world.exchanging("first look at the parameters by DDP"):
+            with self.world.collectives("first look at the parameters by DDP"):
                 self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
         self.optimizer = optimizer
         if self.overlap and isinstance(self.wrapped, DistributedDataParallel):
@@ -88,19 +88,19 @@ class FirstOrder:
 
     def backward(self, loss: Tensor) -> None:
         if self.parameters:
-            with self.world.exchanging("all-reduce of gradients"):
+            with self.world.collectives("all-reduce of gradients"):
                 loss.backward()
 
     @record_function("first order: wait for gradients")
-    def arrive(self) -> None:
+    def wait_for_gradients(self) -> None:
         """Wait until the gradients of all ranks are added up; on a GPU the stream waits, not the process."""
-        with self.world.exchanging("all-reduce of gradients"):
+        with self.world.collectives("all-reduce of gradients"):
             while self.under_way:
                 self.under_way.pop().wait()
 
     def gradients(self) -> list[Tensor]:
         """Return the gradient of every parameter, the same on all ranks, in the order of `parameters`."""
-        self.arrive()
+        self.wait_for_gradients()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
 
     def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
@@ -110,7 +110,7 @@ class FirstOrder:
         """
         if self.optimizer is None:
             return 0.0
-        self.arrive()
+        self.wait_for_gradients()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradient_scale != 1.0:
             torch._foreach_mul_(gradients, gradient_scale)
@@ -127,12 +127,12 @@ class FirstOrder:
         return norm
 
     def zero_grad(self) -> None:
-        self.arrive()
+        self.wait_for_gradients()
         for p in self.parameters:
             p.grad = None
 
     @contextlib.contextmanager
-    def whole(self, writes: bool = False) -> Iterator[None]:
+    def gathered_parameters(self, writes: bool = False) -> Iterator[None]:
         """Have the first-order parameters whole, for reading or writing, on every rank: here they always are. All ranks call this."""
         yield
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_vlcl.dist.exchange import Exchanges, is_of_the_network
+from dist_vlcl.dist.collectives import Collectives, is_of_the_network
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,7 +56,9 @@ class World:
     engine: str = "ddp"  # of first-order units; or zero0, zero1, zero2, zero3, zero3_offload
     direction_groups: int = 1
     timeout: timedelta = timedelta(seconds=ClusterConfig.timeout_s)  # of an exchange
-    exchanging: Exchanges = field(default_factory=lambda: Exchanges(0, ["this host"], 0))  # `with world.exchanging("all-gather of ..."):`
+    collectives: Collectives = field(
+        default_factory=lambda: Collectives(0, ["this host"], 0)
+    )  # `with world.collectives("all-gather of ..."):`
 
     @classmethod
     def alone(cls, device: str = "cpu") -> "World":
@@ -78,8 +80,8 @@ class World:
                 "cluster.direction_groups: not under ZeRO-3, where ranks must evaluate the same candidates; take another engine"
             )
         world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups, timeout)
-        world.exchanging = Exchanges(world.rank, ["?"] * world.size, config.timeout_s)
-        world.exchanging.hosts = world.gather_objects(socket.gethostname())
+        world.collectives = Collectives(world.rank, ["?"] * world.size, config.timeout_s)
+        world.collectives.hosts = world.gather_objects(socket.gethostname())
         return world
 
     @property
@@ -115,7 +117,7 @@ class World:
             return vector[None]
         vector = vector.to(self.device)
         rows = [torch.empty_like(vector) for _ in range(self.size)]
-        with self.exchanging(f"all-gather of {what}"):
+        with self.collectives(f"all-gather of {what}"):
             dist.all_gather(rows, vector)
             return torch.stack(rows).cpu()
 
@@ -127,7 +129,7 @@ class World:
         """Overwrite a tensor with rank 0's, and return it."""
         if self.size > 1:
             moved = tensor.to(self.device)
-            with self.exchanging(f"broadcast of {what}"):
+            with self.collectives(f"broadcast of {what}"):
                 dist.broadcast(moved, src=0)
             if moved is not tensor:
                 tensor.copy_(moved)
@@ -138,7 +140,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        with self.exchanging(f"broadcast of {what}"):
+        with self.collectives(f"broadcast of {what}"):
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
@@ -147,20 +149,20 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with self.exchanging(f"all-gather of {what}"):
+        with self.collectives(f"all-gather of {what}"):
             dist.all_gather_object(values, value)
         return values
 
     def barrier(self) -> None:
         if self.size > 1:
-            with self.exchanging("barrier"):
+            with self.collectives("barrier"):
                 dist.barrier()
 
     def close(self) -> None:
         """Leave the process group, so that an orderly end is not taken for a crash."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-            self.exchanging.let_them_read()
+            self.collectives.let_them_read()
 
 
 def ordered_sum(rows_Wn: Tensor | Sequence[Tensor]) -> Tensor:

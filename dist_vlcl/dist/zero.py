@@ -58,11 +58,11 @@ def first_order(world: World, config: FirstOrderConfig, model: Any) -> FirstOrde
 
 
 class ZeroFirstOrder(FirstOrder):
-    """The model as wrapped by DeepSpeed. `model.pieces()` names the modules that stage 3 makes whole, one at a time."""
+    """The model as wrapped by DeepSpeed. `model.zero3_modules()` names the modules that stage 3 makes whole, one at a time."""
 
     def __init__(self, world: World, config: FirstOrderConfig, model: Any):
         super().__init__(world, config, model)
-        self.pieces: list[nn.Module] = model.pieces()
+        self.pieces: list[nn.Module] = model.zero3_modules()
         self.towers = (model.vision, model.language)
         self.updates = 0  # since the task began
         self.has_gradients = False
@@ -111,7 +111,7 @@ class ZeroFirstOrder(FirstOrder):
     def accumulate(self, is_last: bool) -> Iterator[None]:
         if self.optimizer is not None:
             self.engine.set_gradient_accumulation_boundary(is_last)
-        with self.world.exchanging("exchanges of ZeRO in the forward and backward pass"):
+        with self.world.collectives("exchanges of ZeRO in the forward and backward pass"):
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -137,7 +137,7 @@ class ZeroFirstOrder(FirstOrder):
             group["lr"] = lr
         if gradient_scale != 1.0:  # a loss scale of 1/s multiplies the gradients by s
             zero.override_loss_scale(1 / gradient_scale)
-        with self.world.exchanging("exchanges of ZeRO in its step"):
+        with self.world.collectives("exchanges of ZeRO in its step"):
             self.engine.step()
         self.has_gradients = False
         if gradient_scale != 1.0:
@@ -161,7 +161,7 @@ class ZeroFirstOrder(FirstOrder):
             self.has_gradients = False
 
     @contextlib.contextmanager
-    def whole(self, writes: bool = False) -> Iterator[None]:
+    def gathered_parameters(self, writes: bool = False) -> Iterator[None]:
         """Have the first-order parameters whole on every rank; with `writes`, what is written to them counts. All ranks call this."""
         if self.optimizer is None:
             yield

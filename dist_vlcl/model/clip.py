@@ -59,7 +59,7 @@ class AdapterConfig(Protocol):
     def make(self, width: int, generator: torch.Generator) -> nn.Module: ...
 
 
-class ImageEnds(nn.Module):
+class VisionStemAndHead(nn.Module):
     """Patches in front of the vision blocks, class token and projection behind them."""
 
     mean: Tensor
@@ -122,7 +122,7 @@ def _only_cuts(convolution: nn.Conv2d, size: Any) -> bool:
     return is_square and convolution.bias is None and convolution.groups == 1 and convolution.padding == (0, 0)
 
 
-class TextEnds(nn.Module):
+class TextStemAndHead(nn.Module):
     """Token embedding in front of the language blocks, end-of-text state and projection behind them."""
 
     def __init__(self, clip: Any):
@@ -159,7 +159,7 @@ class TwoTowers(nn.Module):
         self.tokenizer, self.config, self.image_size = tokenizer, config, image_size
         self.units = Units([block.unit for tower in (vision, language) for block in tower])
 
-    def pieces(self) -> list[nn.Module]:
+    def zero3_modules(self) -> list[nn.Module]:
         """Return the modules that between them read every parameter, each within its own call: what ZeRO-3 makes whole one at a time."""
         return [piece for tower in (self.vision, self.language) for piece in (tower.ends, *tower)]
 
@@ -190,14 +190,14 @@ class TwoTowers(nn.Module):
         longest = int((tokens != 0).sum(1).max())
         return tokens[:, : -(-longest // multiple) * multiple]
 
-    def forward(self, inputs: dict[str, Tensor], noise: Any = None, keep: dict[str, int] | None = None) -> dict[str, tuple]:
-        """Return, per branch, the unit features `[1, B, F]` and the carry of block `keep[branch]`: the base evaluation of a step.
+    def forward(self, inputs: dict[str, Tensor], noise: Any = None, cache_layer: dict[str, int] | None = None) -> dict[str, tuple]:
+        """Return, per branch, the unit features `[1, B, F]` and the cached_input of block `cache_layer[branch]`: the base evaluation of a step.
 
         inputs: uint8 images `[B, 3, S, S]` under `vision`, tokens `[C, L]` under `language`.
         """
-        keep = keep or {}
+        keep = cache_layer or {}
         return {
-            branch: self.tower(branch).run(self.tower(branch).embed(x), x, noise=noise, keep=keep.get(branch))
+            branch: self.tower(branch).run(self.tower(branch).embed(x), x, noise=noise, cache_layer=keep.get(branch))
             for branch, x in inputs.items()
         }
 
@@ -240,8 +240,8 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
     visual = clip.visual
     del clip.visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple | list) else visual.image_size
-    vision = Tower("vision", adapted("vision", visual.transformer, causal=False), ImageEnds(visual), model.checkpoint)
-    language = Tower("language", adapted("language", clip.transformer, causal=True), TextEnds(clip), model.checkpoint)
+    vision = Tower("vision", adapted("vision", visual.transformer, causal=False), VisionStemAndHead(visual), model.checkpoint)
+    language = Tower("language", adapted("language", clip.transformer, causal=True), TextStemAndHead(clip), model.checkpoint)
     return TwoTowers(vision, language, tokenizer, model, size)
 
 

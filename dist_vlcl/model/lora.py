@@ -53,13 +53,13 @@ class LoRAAdapter(nn.Module):
             self.register_parameter(f"{target}_down", nn.Parameter((torch.rand(config.rank, width, generator=generator) * 2 - 1) * bound))
             self.register_parameter(f"{target}_up", nn.Parameter(torch.zeros(width, config.rank)))
 
-    def delta(self, x_KBLD: Tensor, sets: dict[str, Tensor], target: str) -> Tensor:
+    def delta(self, x_KBLD: Tensor, stacked_params: dict[str, Tensor], target: str) -> Tensor:
         """Return what `target` adds to its projection of x, `[K, B, L, D]`."""
-        return linear(linear(x_KBLD, sets[f"{target}_down"]), sets[f"{target}_up"]) * self.scale
+        return linear(linear(x_KBLD, stacked_params[f"{target}_down"]), stacked_params[f"{target}_up"]) * self.scale
 
-    def forward(self, u: Tensor, sets: dict[str, Tensor], noise: Tensor | None, kept: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, stacked_params: dict[str, Tensor], noise: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
         """Return the output at the experts' site `[K, B, L, D]` (target mlp)."""
-        return self.delta(u, sets, "mlp")
+        return self.delta(u, stacked_params, "mlp")
 
     def draw(self, noise: Any, branch: str, layer: int, tokens: int, training: bool) -> tuple[None, None]:
         """LoRA has no noise of its own."""

@@ -62,33 +62,33 @@ class MoEAdapter(nn.Module):
         self.router = nn.Parameter(torch.zeros(width, experts))
         self.noise = nn.Parameter(torch.zeros(width, experts))
 
-    def forward(self, u: Tensor, sets: dict[str, Tensor], noise: Tensor | None, kept: Tensor | None) -> Tensor:
+    def forward(self, u: Tensor, stacked_params: dict[str, Tensor], noise: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
         """Return the adapter's output `[K, B, L, D]` for u `[K, B, L, D]` and K parameter sets.
 
-        noise: N(0, 1) draws `[B, E]` for the router, or None; kept: dropout mask `[B, L, k*r]` over the chosen experts, or None.
+        noise: N(0, 1) draws `[B, E]` for the router, or None; dropout_mask: dropout mask `[B, L, k*r]` over the chosen experts, or None.
         """
-        gates_KBk, chosen = self.gates(u[:, :, 0], sets, noise)
-        down, down_bias, up, up_bias = (_of(chosen, sets[name]) for name in ("down_weight", "down_bias", "up_weight", "up_bias"))
+        gates_KBk, chosen = self.gates(u[:, :, 0], stacked_params, noise)
+        down, down_bias, up, up_bias = (_of(chosen, stacked_params[name]) for name in ("down_weight", "down_bias", "up_weight", "up_bias"))
         hidden = F.relu(linear(u, down.flatten(-3, -2), down_bias.flatten(-2)))
         scale = self.config.scale
-        weight_KBk = gates_KBk * (scale / (1 - self.config.dropout) if kept is not None else scale)
+        weight_KBk = gates_KBk * (scale / (1 - self.config.dropout) if dropout_mask is not None else scale)
         hidden = hidden.unflatten(-1, (self.config.top_k, -1)) * weight_KBk[:, :, None, :, None]
         hidden = hidden.flatten(-2)
-        if kept is not None:
-            hidden = hidden * kept
+        if dropout_mask is not None:
+            hidden = hidden * dropout_mask
         gates_KBk = gates_KBk * scale
         bias_KBD = torch.matmul(gates_KBk, up_bias) if chosen is None else torch.matmul(gates_KBk[..., None, :], up_bias)[..., 0, :]
         return linear(hidden, up.flatten(-3, -2).transpose(-1, -2)) + bias_KBD[:, :, None]
 
-    def gates(self, first_KBD: Tensor, sets: dict[str, Tensor], noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def gates(self, first_KBD: Tensor, stacked_params: dict[str, Tensor], noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weights of the chosen experts `[K, B, k]`, a softmax over the top-k noisy logits, and which they are.
 
         The choices are 0/1 `[K, B, k, E]`, experts in ascending order; None where all experts act.
         """
-        logits = torch.matmul(first_KBD, sets["router"])
+        logits = torch.matmul(first_KBD, stacked_params["router"])
         # Without noise the noise router still has its place in the graph, with gradient zero: DDP and ZeRO want every parameter used.
         # In float64: the CPU's exp has other last bits in the tail of a tensor, so that a sample's gate would depend on its company.
-        spread = F.softplus(torch.matmul(first_KBD, sets["noise"]).double()).to(logits.dtype) + 0.01
+        spread = F.softplus(torch.matmul(first_KBD, stacked_params["noise"]).double()).to(logits.dtype) + 0.01
         logits = logits + spread * (noise if noise is not None else 0.0)
         if self.config.top_k == self.config.experts:
             return logits.softmax(-1), None
@@ -102,8 +102,8 @@ class MoEAdapter(nn.Module):
             return None, None
         router = noise.router(branch, layer, config.experts) if config.router_noise and (training or config.noise_at_eval) else None
         width = config.top_k * config.bottleneck
-        kept = noise.kept(branch, layer, tokens, width, config.dropout) if config.dropout > 0 and training else None
-        return router, kept
+        dropout_mask = noise.dropout_mask(branch, layer, tokens, width, config.dropout) if config.dropout > 0 and training else None
+        return router, dropout_mask
 
 
 @perturbable(difference)

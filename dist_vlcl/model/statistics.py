@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dist_vlcl.model.units import BRANCHES, UnitId, Units
 
-FIGURES = ("gradient_norm", "gradient_mean", "gradient_variance", "update_norm", "update_mean", "update_variance", "parameter_norm")
+STATISTICS = ("gradient_norm", "gradient_mean", "gradient_variance", "update_norm", "update_mean", "update_variance", "parameter_norm")
 
 
 class UnitStatistics:
@@ -33,8 +33,8 @@ class UnitStatistics:
         _gather(gradients, gradient_Un)
         self.gradients |= zip(ids, (_moments(gradient_Un) * gradient_Un.new_tensor([scale, scale, scale**2])).unbind(), strict=True)
 
-    def figures(self) -> Tensor:
-        """Return FIGURES of every unit, in the units' order `[U, F]`, F of them, fp32; NaN for the gradient of a unit that has none.
+    def compute(self) -> Tensor:
+        """Return STATISTICS of every unit, in the units' order `[U, F]`, F of them, fp32; NaN for the gradient of a unit that has none.
 
         The parameters are then those before the next step.
         """

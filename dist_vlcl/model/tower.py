@@ -25,7 +25,7 @@ SAMPLES_AT_A_TIME = 8  # at least: matrix products of a few rows have other last
 class AdaptedBlock(nn.Module):
     """A frozen residual attention block and its adapter, cut in two where the adapter begins to matter.
 
-    `carry` is everything that does not depend on the adapter, `finish` the rest: a perturbed evaluation restarts from the carry of its
+    `cached_input` is everything that does not depend on the adapter, `finish` the rest: a perturbed evaluation restarts from the cached_input of its
     first perturbed block, so attention and MLP of that block are not computed again. `reads`, positions `[B, R]`, says that no other
     position of the block's output will be read: the others then serve as keys and values only.
     """
@@ -40,21 +40,21 @@ class AdaptedBlock(nn.Module):
     def forward(
         self,
         hidden: Tensor | tuple[Tensor, ...],
-        sets: dict[str, Tensor] | None = None,
+        stacked_params: dict[str, Tensor] | None = None,
         noise: Tensor | None = None,
-        kept: Tensor | None = None,
+        dropout_mask: Tensor | None = None,
         reads: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the block's output `[K, B, L, D]` and its carry, detached, from its input or its carry; without sets, for its own tensors.
+        """Return the block's output `[K, B, L, D]` and its cached_input, detached, from its input or its cached_input; without stacked_params, for its own tensors.
 
         Parameters are read in here only: an engine that holds them in pieces makes them whole for the time of a module's call.
         """
-        carry = hidden if isinstance(hidden, tuple) else self.carry(hidden, reads)
-        tensors = sets or {name: t[None] for name, t in self.unit.tensors().items()}
-        tensors = {name: t.to(carry[0].dtype) for name, t in tensors.items()}
-        return self.finish(carry, tensors, noise, kept, reads), tuple(t.detach() for t in carry)
+        cached_input = hidden if isinstance(hidden, tuple) else self.cached_input(hidden, reads)
+        tensors = stacked_params or {name: t[None] for name, t in self.unit.tensors().items()}
+        tensors = {name: t.to(cached_input[0].dtype) for name, t in tensors.items()}
+        return self.finish(cached_input, tensors, noise, dropout_mask, reads), tuple(t.detach() for t in cached_input)
 
-    def carry(self, x: Tensor, reads: Tensor | None = None) -> tuple[Tensor, ...]:
+    def cached_input(self, x: Tensor, reads: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return what the block knows before its adapter acts, from its input `[K, B, L, D]`."""
         normed = self.block.ln_1(x)
         asking = normed if reads is None else pick(normed, reads)
@@ -68,15 +68,23 @@ class AdaptedBlock(nn.Module):
         return u, u + self._mlp(u)
 
     def finish(
-        self, carry: tuple[Tensor, ...], sets: dict[str, Tensor], noise: Tensor | None, kept: Tensor | None, reads: Tensor | None = None
+        self,
+        cached_input: tuple[Tensor, ...],
+        stacked_params: dict[str, Tensor],
+        noise: Tensor | None,
+        dropout_mask: Tensor | None,
+        reads: Tensor | None = None,
     ) -> Tensor:
         """Return the block's output `[K, B, L, D]` (`[K, B, R, D]` where it is read) for K sets of the adapter's tensors."""
         if self.adapter.site == "mlp":
-            u, rest = carry
-            return rest + self.adapter(u, sets, noise, kept)
-        x, normed, asking, *qkv = carry
+            u, rest = cached_input
+            return rest + self.adapter(u, stacked_params, noise, dropout_mask)
+        x, normed, asking, *qkv = cached_input
         inputs = {"q": asking, "k": normed, "v": normed}
-        q, k, v = (p + self.adapter.delta(inputs[t], sets, t) if f"{t}_up" in sets else p for t, p in zip("qkv", qkv, strict=True))
+        q, k, v = (
+            p + self.adapter.delta(inputs[t], stacked_params, t) if f"{t}_up" in stacked_params else p
+            for t, p in zip("qkv", qkv, strict=True)
+        )
         u = x + self.block.ls_1(self._attend(q, k, v, reads))
         return u + self._mlp(u)
 
@@ -117,11 +125,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool, seen_BR
 
     causal: a position sees itself and those before it, or, of R queries, what `seen_BRL` says.
     """
-    sets = max(t.shape[0] for t in (q, k, v))
-    mask = None if seen_BRL is None else seen_BRL.repeat(sets, 1, 1)[:, None]
-    q, k, v = (t.expand(sets, -1, -1, -1).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    copies = max(t.shape[0] for t in (q, k, v))
+    mask = None if seen_BRL is None else seen_BRL.repeat(copies, 1, 1)[:, None]
+    q, k, v = (t.expand(copies, -1, -1, -1).flatten(0, 1).unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None).transpose(1, 2).flatten(-2)
-    return out.unflatten(0, (sets, -1))
+    return out.unflatten(0, (copies, -1))
 
 
 def pick(x_KBLD: Tensor, reads_BR: Tensor) -> Tensor:
@@ -171,14 +179,14 @@ class Tower(nn.Module):
         inputs: Tensor,
         *,
         start: int = 1,
-        sets: Sets | None = None,
+        stacked_params: Sets | None = None,
         noise: Any = None,
-        keep: int | None = None,
+        cache_layer: int | None = None,
         training: bool = True,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Return unit features `[K, B, F]` and the carry of block `keep`.
+        """Return unit features `[K, B, F]` and the cached_input of block `cache_layer`.
 
-        hidden: what `embed` made of `inputs`, or the carry of block `start`. sets: K values for some of the units; the others act with
+        hidden: what `embed` made of `inputs`, or the cached_input of block `start`. stacked_params: K values for some of the units; the others act with
         their own. The K axis appears at the first block that has K sets. Where no graph is kept, some samples at a time run through all
         blocks, so that the peak of memory does not grow with the batch.
         """
@@ -188,9 +196,9 @@ class Tower(nn.Module):
         if self.graphs is not None:
             call = functools.partial(self.graphs, self._with, weights={**dict(self.named_parameters()), **dict(self.named_buffers())})
         if torch.is_grad_enabled() or not self.in_slices:
-            features, *carry = call((hidden, inputs, drawn, sets), (start, keep))
-            return features, tuple(carry) or None
-        copies = 1 + max((t.shape[0] for tensors in (sets or {}).values() for t in tensors.values()), default=0)
+            features, *cached_input = call((hidden, inputs, drawn, stacked_params), (start, cache_layer))
+            return features, tuple(cached_input) or None
+        copies = 1 + max((t.shape[0] for tensors in (stacked_params or {}).values() for t in tensors.values()), default=0)
         at_a_time = max(SAMPLES_AT_A_TIME, ROWS_AT_A_TIME[inputs.device.type] // (copies * length))
         cuts = torch.arange(len(inputs)).tensor_split(max(1, len(inputs) // at_a_time))
         parts = []
@@ -198,9 +206,9 @@ class Tower(nn.Module):
             samples = slice(int(cut[0]), int(cut[-1]) + 1)
             part = tuple(t[:, samples] for t in hidden) if isinstance(hidden, tuple) else hidden[:, samples]
             masks = [tuple(None if t is None else t[samples] for t in pair) for pair in drawn]
-            parts.append(call((part, inputs[samples], masks, sets), (start, keep)))
-        features, *carry = parts[0] if len(parts) == 1 else (torch.cat(pieces, 1) for pieces in zip(*parts, strict=True))
-        return features, tuple(carry) or None
+            parts.append(call((part, inputs[samples], masks, stacked_params), (start, cache_layer)))
+        features, *cached_input = parts[0] if len(parts) == 1 else (torch.cat(pieces, 1) for pieces in zip(*parts, strict=True))
+        return features, tuple(cached_input) or None
 
     def record(self) -> None:
         """Replay CUDA graphs from now on."""
@@ -211,26 +219,26 @@ class Tower(nn.Module):
         return torch.func.functional_call(self, dict(weights), (arguments, options)) if weights else self.forward(arguments, options)
 
     def forward(self, arguments: tuple, options: tuple) -> tuple[Tensor, ...]:
-        """Return unit features `[K, B, F]`, and the carry of block `keep`, from (hidden, inputs, drawn, sets) and (start, keep)."""
-        (hidden, inputs, drawn, sets), (start, keep) = arguments, options
+        """Return unit features `[K, B, F]`, and the cached_input of block `cache_layer`, from (hidden, inputs, drawn, stacked_params) and (start, cache_layer)."""
+        (hidden, inputs, drawn, stacked_params), (start, cache_layer) = arguments, options
         read = self.ends.reads(inputs)
         reads = {} if read is None else {self.depth: read}
-        kept_carry: tuple[Tensor, ...] = ()
+        cached: tuple[Tensor, ...] = ()
         recompute = self.checkpoint and torch.is_grad_enabled()
-        for layer, (router, kept) in enumerate(drawn, start):
+        for layer, (router, dropout_mask) in enumerate(drawn, start):
             block = self.block(layer)
             router = None if router is None else router.to(self.dtype)
-            if kept is not None and layer in reads:
-                kept = pick(kept[None], reads[layer])[0]
-            places = (hidden, sets.get(block.unit.id) if sets else None, router, kept, reads.get(layer))
+            if dropout_mask is not None and layer in reads:
+                dropout_mask = pick(dropout_mask[None], reads[layer])[0]
+            places = (hidden, stacked_params.get(block.unit.id) if stacked_params else None, router, dropout_mask, reads.get(layer))
             if recompute:
-                hidden, carry = checkpoint(block, *places, use_reentrant=False, preserve_rng_state=False)
+                hidden, cached_input = checkpoint(block, *places, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden, carry = block(*places)
-            if layer == keep:
-                kept_carry = carry
-            del places, carry  # the peak of memory is within a block
-        return unit_features(hidden, inputs, self.ends), *kept_carry
+                hidden, cached_input = block(*places)
+            if layer == cache_layer:
+                cached = cached_input
+            del places, cached_input  # the peak of memory is within a block
+        return unit_features(hidden, inputs, self.ends), *cached
 
 
 @perturbable(difference)

@@ -102,9 +102,9 @@ class FlatUnits:
             self.values_n[offset : offset + shape.numel()] = parameter.detach().flatten()
             delattr(unit.adapter, name)
             unit.adapter.register_buffer(name, None)
-        self.tie()
+        self.rebind_views()
 
-    def tie(self) -> None:
+    def rebind_views(self) -> None:
         """Make the module buffers views of the flat values, which are the truth.
 
         Call it after anything that may have replaced the buffers: accelerate's `prepare` does, and training would go on without effect.
@@ -120,7 +120,7 @@ class FlatUnits:
         """Return (qualified name, number of elements) in flat order."""
         return [(f"{unit.id}/{name}", shape.numel()) for unit, name, shape, _ in self.layout]
 
-    def sets(self, values_Kn: Tensor) -> dict[UnitId, dict[str, Tensor]]:
+    def stacked_params(self, values_Kn: Tensor) -> dict[UnitId, dict[str, Tensor]]:
         """Return K candidate values `[K, n]` as tensors `[K, ...]` by unit and name; views, nothing is copied."""
         result: dict[UnitId, dict[str, Tensor]] = {unit.id: {} for unit in self.units}
         for unit, name, shape, offset in self.layout:

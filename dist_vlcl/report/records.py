@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dist_vlcl.model.statistics import FIGURES
+from dist_vlcl.model.statistics import STATISTICS
 
 if TYPE_CHECKING:  # a run without pictures does without them
     import pandas as pd
@@ -71,7 +71,7 @@ def read_units(folder: Path | str) -> "pyarrow.Table":
         "order": "string",
         "numel": "int32",
         "projected_gradient": "float",
-        **dict.fromkeys(FIGURES, "float"),
+        **dict.fromkeys(STATISTICS, "float"),
     }
     schema = pyarrow.schema([(name, pyarrow.type_for_alias(alias)) for name, alias in types.items()])
     parts = [pyarrow.parquet.read_table(path, schema=schema) for path in sorted(Path(folder, "units").glob("step-*.parquet"))]

@@ -105,7 +105,7 @@ class RunLog:
             self._metrics.sync()
             self._journal.sync()
 
-    def disown(self, after: int) -> None:
+    def truncate_after(self, after: int) -> None:
         """Take back the journal's lines beyond step `after`: they may rest on the losses of a rank that went astray."""
         if self._is_main:
             self._journal.close()

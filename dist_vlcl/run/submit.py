@@ -32,13 +32,13 @@ def check_options(what: str, options: Sequence[str]) -> None:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, in_words
+    from dist_vlcl.config import CONFIG_FOLDER, expand_paper, format_error, from_hydra
 
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             config = from_hydra(compose("config", expand_paper(list(options))))
     except HydraException as error:
-        raise ValueError(in_words(error)) from error
+        raise ValueError(format_error(error)) from error
     if what == "train":
         from dist_vlcl.model.clip import unit_ids
         from dist_vlcl.orders import assign
@@ -48,7 +48,7 @@ def check_options(what: str, options: Sequence[str]) -> None:
 
 def number_of_runs(options: Sequence[str], controls: bool) -> int:
     """Return how many runs a sweep has, each checked; raises ValueError that names the run."""
-    from dist_vlcl.sweep import plan, prepare
+    from dist_vlcl.commands.sweep import plan, prepare
 
     commands = plan(options, controls)
     runs = prepare(commands)
@@ -66,7 +66,7 @@ def main() -> None:
         "--engine", metavar="NAME", help="train: of first-order units: ddp (default), zero0, zero1, zero2, zero3, zero3_offload"
     )
     parser.add_argument("--parallel", type=positive, default=8, metavar="N", help="sweep: tasks of the array at a time (default 8)")
-    parser.add_argument("--controls", action="store_true", help="sweep: also every control, as with dist_vlcl.sweep --controls")
+    parser.add_argument("--controls", action="store_true", help="sweep: also every control, as with dist_vlcl.commands.sweep --controls")
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="for sbatch itself, such as --sbatch=--partition=gpu"
     )

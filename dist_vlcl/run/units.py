@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dist_vlcl.model.statistics import FIGURES
+from dist_vlcl.model.statistics import STATISTICS
 from dist_vlcl.run.files import make_folder, sync_folder, write_durably
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class UnitRecords:
         return self.every > 0 and (step - 1) % self.every == 0
 
     def add(self, step: int, task: int, figures_UF: "Tensor", sizes_U: Sequence[float | None]) -> None:
-        """Keep the FIGURES of every unit after a step, and the size of its projected gradient, None where it has none."""
+        """Keep the STATISTICS of every unit after a step, and the size of its projected gradient, None where it has none."""
         if self.is_main:
             self._steps.append((step, task))
             self._figures.append(figures_UF)
@@ -75,7 +75,7 @@ class UnitRecords:
             "numel": np.tile(np.array(numels, dtype=np.int32), count),
             "projected_gradient": pyarrow.array(self._sizes, "float"),
         }
-        return pyarrow.table(columns | {name: figures[:, k] for k, name in enumerate(FIGURES)})
+        return pyarrow.table(columns | {name: figures[:, k] for k, name in enumerate(STATISTICS)})
 
 
 def _write(path: Path, table: Any) -> None:

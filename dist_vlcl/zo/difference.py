@@ -18,7 +18,7 @@ from dist_vlcl.zo.noise import Key, NoiseField, Segment
 Candidate = Mapping[str, Tensor]
 Evaluate = Callable[[Sequence[Candidate]], list[float]]
 
-LAWS = ("gaussian", "rademacher", "unit")
+DISTRIBUTIONS = ("gaussian", "rademacher", "unit")
 
 
 class Flat(Protocol):

@@ -228,7 +228,7 @@ class StepNoise:
             self._drawn |= {("router", branch, number, experts): noise for number, noise in zip(layers, drawn, strict=True)}
         return self._drawn["router", branch, layer, experts]
 
-    def kept(self, branch: str, layer: int, tokens: int, width: int, drop: float) -> Tensor:
+    def dropout_mask(self, branch: str, layer: int, tokens: int, width: int, drop: float) -> Tensor:
         """Return a dropout mask `[B, L, width]`; the mask of a truncated prompt is the head of the whole prompt's."""
         purpose, rows = ("dropout", branch, layer), self.rows[branch]
         if purpose not in self._drawn:

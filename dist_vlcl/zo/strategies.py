@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_vlcl.zo.accept import ACCEPTANCES, best_of_three
-from dist_vlcl.zo.difference import LAWS, Directions, Estimate, Evaluate, FiniteDifference, Flat, Group, groups_of, only
+from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, Estimate, Evaluate, FiniteDifference, Flat, Group, groups_of, only
 from dist_vlcl.zo.noise import Key, Streams
 from dist_vlcl.zo.transform import TRANSFORMS, Adam, Moments, gradient, transformed
 
@@ -47,7 +47,7 @@ class ZerothOrderConfig:
             "transform": TRANSFORMS,
             "acceptance": ACCEPTANCES,
             "sides": (1, 2),
-            "directions": LAWS,
+            "directions": DISTRIBUTIONS,
             "evaluation": EVALUATIONS,
             "granularity": GRANULARITIES,
             "optimizer": ("sgd", "adam"),

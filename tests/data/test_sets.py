@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dist_vlcl.commands.build_data import build
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.data import sets
-from dist_vlcl.data.build import build
 from dist_vlcl.data.loader import Batch
 from dist_vlcl.data.names import known_classes, prompt_names
 from dist_vlcl.data.sets import read_raw

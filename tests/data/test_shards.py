@@ -495,7 +495,7 @@ def test_keys_survive_dots_spaces_length_and_repetition(tmp_path):
 
 def test_the_verify_command_tells_a_sound_set_from_a_damaged_one(tmp_path):
     make_index(tmp_path)
-    command = [sys.executable, "-m", "dist_vlcl.data.verify", "data=folder", "data.name=tiny", f"data.root={tmp_path}"]
+    command = [sys.executable, "-m", "dist_vlcl.commands.verify", "data=folder", "data.name=tiny", f"data.root={tmp_path}"]
     sound = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert sound.returncode == 0, sound.stderr
     assert "every shard as it was written" in " ".join(sound.stdout.split())

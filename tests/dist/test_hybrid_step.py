@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dist_vlcl.bench.count import Exchanges
+from benchmarks.count import Collectives
 from dist_vlcl.dist.agree import DisagreementError, agree, digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
@@ -232,7 +232,7 @@ def wire(world: World, strategy: str) -> list[tuple[list[tuple[str, int]], int, 
     sent = []
     for layers in ("all", "hop_odd"):
         step = make_step(world, OrderPlan("dual", layers), STRATEGIES[strategy])
-        with Exchanges() as exchanges:
+        with Collectives() as exchanges:
             step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
         sent.append((exchanges.found, len(step.first.parameters), sum(p.numel() for p in step.first.parameters)))
     return sent
@@ -302,11 +302,11 @@ def overlapped_or_not(world: World) -> list[tuple[str, list[int]]]:
         for k in range(4):
             if k == 2 and world.rank == 0:  # a step that all skip, with gradients under way
                 weight = towers.vision.ends.visual.proj.data
-                kept, weight[0, 0] = weight[0, 0].clone(), float("nan")
+                original, weight[0, 0] = weight[0, 0].clone(), float("nan")
             report = step(part_of(world, k, 10, micro_batches), Key(1000 + k, k), lr=1e-2, observe=k == 3)
             assert (report.skipped is not None) == (k == 2)
             if k == 2 and world.rank == 0:
-                weight[0, 0] = kept
+                weight[0, 0] = original
         outcomes.append((digest(step.state_dict()), under_way))
     return outcomes
 

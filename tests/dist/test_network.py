@@ -13,7 +13,7 @@ import torch
 from dist_vlcl.config import Config
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.store import open_index
-from dist_vlcl.dist.exchange import ExchangeError, Exchanges
+from dist_vlcl.dist.collectives import CollectiveError, Collectives
 from dist_vlcl.dist.world import World
 from dist_vlcl.run import checkpoint
 from tests.helpers.hosts import hosts
@@ -117,19 +117,19 @@ def test_a_rank_that_freezes_or_dies_is_named_by_the_other_in_a_bounded_time(tmp
 
 def parted(world: World, what: str) -> str:
     """Three ranks, one of which stops for a reason of its own, or waits elsewhere; the others say so."""
-    world.exchanging.where = "step 7"
+    world.collectives.where = "step 7"
     try:
         if what == f"{world.rank} stops":
-            world.exchanging.stopped(ValueError("train/0003-000.tar: the index says 3 samples"))
+            world.collectives.stopped(ValueError("train/0003-000.tar: the index says 3 samples"))
             world.close()
             return ""
         if what.endswith("stops"):
             time.sleep(1)  # comes when that rank is gone, and the store with it if nothing holds that back
         if world.rank == 1 and what == "elsewhere":
-            world.exchanging.where = "step 8"
+            world.collectives.where = "step 8"
             world.broadcast(torch.zeros(3), "the seeds")
         world.gather(torch.zeros(3), "losses")
-    except ExchangeError as error:
+    except CollectiveError as error:
         torch.distributed.destroy_process_group()
         return str(error)
     return "no error"
@@ -172,22 +172,22 @@ class Store(dict):
 )
 def test_the_blame_follows_the_notes(notes, said, words):
     store = Store({f"dist_vlcl/stopped/{r}": f'{{"place": "{place}", "waited_s": {s}}}' for r, (place, s) in notes.items()})
-    exchanging = Exchanges(0, ["a", "b", "c"], 1, store)
-    exchanging.where = "step 3"
-    with pytest.raises(ExchangeError, match=r"^losses at step 3: ") as failed, exchanging("losses"):
+    collectives = Collectives(0, ["a", "b", "c"], 1, store)
+    collectives.where = "step 3"
+    with pytest.raises(CollectiveError, match=r"^losses at step 3: ") as failed, collectives("losses"):
         raise RuntimeError(said)
     assert words in str(failed.value)
 
 
 def test_an_error_that_is_not_of_the_network_passes_as_it_is():
-    with pytest.raises(RuntimeError, match=r"^shapes differ$"), Exchanges(0, ["a", "b"], 1, Store())("losses"):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"), Collectives(0, ["a", "b"], 1, Store())("losses"):
         raise RuntimeError("shapes differ")
 
 
 def test_time_in_exchanges_is_not_time_at_work():
-    exchanging = Exchanges(0, ["a"], 1)
-    exchanging.take_busy_s()
-    with exchanging("waiting"):
+    collectives = Collectives(0, ["a"], 1)
+    collectives.take_busy_s()
+    with collectives("waiting"):
         time.sleep(0.3)
     time.sleep(0.05)
-    assert 0.05 <= exchanging.take_busy_s() < 0.3
+    assert 0.05 <= collectives.take_busy_s() < 0.3

@@ -11,7 +11,7 @@ from rich.console import Console
 from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.world import World
-from dist_vlcl.model.statistics import FIGURES
+from dist_vlcl.model.statistics import STATISTICS
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run.folder import RunFolder
@@ -93,7 +93,7 @@ def _record_units(folder: Path, cfg: Config, num_tasks: int, steps: int) -> None
     rng = np.random.default_rng([cfg.seed, *cfg.run.name.encode()])
     orders = assign(UNITS, cfg.orders)
     slopes = {branch: np.abs(rng.normal(size=num_tasks * steps)) + 0.05 for branch in ("language", "vision")}
-    figures = np.empty((num_tasks * steps, len(UNITS), len(FIGURES)), dtype=np.float32)
+    figures = np.empty((num_tasks * steps, len(UNITS), len(STATISTICS)), dtype=np.float32)
     for column, (unit, order) in enumerate(orders.items()):
         numel = NUMEL[unit.branch]
         size = (0.5 if unit.branch == "vision" else 0.25) * (1 + 0.1 * unit.layer) * rng.lognormal(0, 0.3, num_tasks * steps)

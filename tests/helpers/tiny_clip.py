@@ -95,7 +95,7 @@ def batch_of(count: int = 6, classes: int = len(NAMES), first_label: int = 0, se
     return Batch(pictures(count, seed), labels, torch.arange(count), count, 0, [str(k) for k in range(count)])
 
 
-def moe_by_loop(u: Tensor, values: Mapping[str, Tensor], config: MoEConfig, noise: Tensor | None, kept: Tensor | None) -> Tensor:
+def moe_by_loop(u: Tensor, values: Mapping[str, Tensor], config: MoEConfig, noise: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
     """Return sum_e gate_e A_e(u) for u `[B, L, D]`, sample by sample and expert by expert, as METHOD 1.1 and 1.2 write it."""
     rows = []
     for b, u_LD in enumerate(u):
@@ -107,8 +107,8 @@ def moe_by_loop(u: Tensor, values: Mapping[str, Tensor], config: MoEConfig, nois
         y = torch.zeros_like(u_LD)
         for place, e in enumerate(sorted(best)):
             hidden = torch.clamp(u_LD @ values["down_weight"][e].T + values["down_bias"][e], min=0)
-            if kept is not None:
-                hidden = hidden * kept[b, :, place * config.bottleneck : (place + 1) * config.bottleneck] / (1 - config.dropout)
+            if dropout_mask is not None:
+                hidden = hidden * dropout_mask[b, :, place * config.bottleneck : (place + 1) * config.bottleneck] / (1 - config.dropout)
             y = y + logits[e].exp() / total * config.scale * (hidden @ values["up_weight"][e] + values["up_bias"][e])
         rows.append(y)
     return torch.stack(rows)
@@ -145,12 +145,12 @@ class WholeCLIP:
         if isinstance(self.adapter, LoRAConfig):
             return out + u @ own["mlp_down"].T @ own["mlp_up"].T * self.adapter.scale
         config, tokens = self.adapter, u.shape[1]
-        router = kept = None
+        router = dropout_mask = None
         if self.noise is not None and config.router_noise:
             router = self.noise.router(branch, layer, config.experts)
         if self.noise is not None and self.training and config.dropout > 0:
-            kept = self.noise.kept(branch, layer, tokens, config.top_k * config.bottleneck, config.dropout)
-        return out + moe_by_loop(u, own, config, router, kept)
+            dropout_mask = self.noise.dropout_mask(branch, layer, tokens, config.top_k * config.bottleneck, config.dropout)
+        return out + moe_by_loop(u, own, config, router, dropout_mask)
 
     def features(self, branch: str, inputs: Any, values: Mapping[str, Tensor], noise: StepNoise | None = None) -> Tensor:
         """Return unit features of uint8 images `[B, 3, S, S]`, or of class names."""

@@ -3,7 +3,7 @@
 import torch
 from open_clip.transformer import QuickGELU as OpenClipQuickGELU
 
-from dist_vlcl.bench.count import saved_bytes
+from benchmarks.count import saved_bytes
 from dist_vlcl.model.activation import QuickGELU
 
 

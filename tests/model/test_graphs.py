@@ -94,10 +94,10 @@ def test_sets_of_one_block_are_not_replayed_for_another_s():
         return {id: {name: t.detach()[None] + 0.1 for name, t in units[id].tensors().items()}}
 
     with torch.no_grad():
-        expected = {layer: tower.run(tower.embed(images), images, sets=of(layer))[0] for layer in (1, 2)}
+        expected = {layer: tower.run(tower.embed(images), images, stacked_params=of(layer))[0] for layer in (1, 2)}
         tower.record()
         for layer in (1, 1, 2, 2, 1, 2):
-            assert torch.equal(tower.run(tower.embed(images), images, sets=of(layer))[0], expected[layer])
+            assert torch.equal(tower.run(tower.embed(images), images, stacked_params=of(layer))[0], expected[layer])
     assert not torch.equal(expected[1], expected[2]) and StandIn.recorded > 1
 
 
@@ -142,7 +142,7 @@ LEARNS, PROBE = (3.0, True), (3.0, False)
 REPLAYS = {  # what a replay overwrites, and whether that is refused
     "nothing": (LEARNS, None, False),
     "features": (LEARNS, lambda graph: graph.outputs[0], True),
-    "a carry": (LEARNS, lambda graph: graph.outputs[1], True),
+    "a cached_input": (LEARNS, lambda graph: graph.outputs[1], True),
     "gradients": (LEARNS, lambda graph: graph.gradients[0], True),
     "nothing, of a pair": (PROBE, None, False),
     "the change of a pair": (PROBE, lambda graph: graph.outputs[0].change, True),

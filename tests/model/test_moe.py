@@ -33,20 +33,20 @@ def test_the_fused_experts_are_the_sum_over_gated_experts(experts, top_k, with_n
     adapter = adapter_of(experts=experts, top_k=top_k, dropout=0.25)
     values, u = sets_of(adapter, 1), draw(B, L, D, seed=50)
     noise = draw(B, experts, seed=51) if with_noise else None
-    kept = draw(B, L, top_k * 4, seed=52) > -0.7 if with_dropout else None
-    expected = moe_by_loop(u, {name: value[0] for name, value in values.items()}, adapter.config, noise, kept)
-    torch.testing.assert_close(adapter(u[None], values, noise, kept), expected[None], rtol=1e-10, atol=1e-12)
+    dropout_mask = draw(B, L, top_k * 4, seed=52) > -0.7 if with_dropout else None
+    expected = moe_by_loop(u, {name: value[0] for name, value in values.items()}, adapter.config, noise, dropout_mask)
+    torch.testing.assert_close(adapter(u[None], values, noise, dropout_mask), expected[None], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("shared_input", [True, False])
 @pytest.mark.parametrize("top_k", [2, 1])
 def test_k_sets_at_once_are_k_sets_one_by_one(top_k, shared_input):
-    adapter, sets = adapter_of(top_k=top_k), 3
-    values, u = sets_of(adapter, sets), draw(1 if shared_input else sets, B, L, D, seed=50)
-    noise, kept = draw(B, 2, seed=51), draw(B, L, top_k * 4, seed=52) > 0
-    together = adapter(u, values, noise, kept)
-    for k in range(sets):
-        alone = adapter(u[[0 if shared_input else k]], {name: value[[k]] for name, value in values.items()}, noise, kept)
+    adapter, copies = adapter_of(top_k=top_k), 3
+    values, u = sets_of(adapter, copies), draw(1 if shared_input else copies, B, L, D, seed=50)
+    noise, dropout_mask = draw(B, 2, seed=51), draw(B, L, top_k * 4, seed=52) > 0
+    together = adapter(u, values, noise, dropout_mask)
+    for k in range(copies):
+        alone = adapter(u[[0 if shared_input else k]], {name: value[[k]] for name, value in values.items()}, noise, dropout_mask)
         torch.testing.assert_close(together[[k]], alone, rtol=1e-10, atol=1e-12)
 
 
@@ -96,9 +96,9 @@ def test_every_parameter_has_a_gradient_with_and_without_noise():
             assert all(p.grad is not None for p in adapter.parameters())
 
 
-@pytest.mark.parametrize("sets", [1, 3])
-def test_linear_is_a_matrix_product_per_set(sets):
-    x, weight, bias = draw(1, B, L, D), draw(sets, 6, D, seed=1), draw(sets, 6, seed=2)
+@pytest.mark.parametrize("copies", [1, 3])
+def test_linear_is_a_matrix_product_per_set(copies):
+    x, weight, bias = draw(1, B, L, D), draw(copies, 6, D, seed=1), draw(copies, 6, seed=2)
     expected = torch.einsum("bld,kod->kblo", x[0], weight)
     torch.testing.assert_close(linear(x, weight), expected)
     torch.testing.assert_close(linear(x, weight, bias), expected + bias[:, None, None])

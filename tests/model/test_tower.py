@@ -49,11 +49,13 @@ def run(towers, branch, **options):
 @pytest.mark.parametrize("layers", [(1, 2, 3), (2,), (1, 3), (3,)], ids=str)
 def test_k_sets_in_one_forward_are_k_forwards(towers, branch, layers):
     """The K axis appears at the first block that has K sets, whichever that is."""
-    sets = sets_of(towers, branch, layers, 3)
-    together, _ = run(towers, branch, sets=sets)
+    stacked_params = sets_of(towers, branch, layers, 3)
+    together, _ = run(towers, branch, stacked_params=stacked_params)
     assert together.shape[0] == 3
     for k in range(3):
-        alone, _ = run(towers, branch, sets={id: {name: t[[k]] for name, t in tensors.items()} for id, tensors in sets.items()})
+        alone, _ = run(
+            towers, branch, stacked_params={id: {name: t[[k]] for name, t in tensors.items()} for id, tensors in stacked_params.items()}
+        )
         torch.testing.assert_close(together[[k]], alone, **EXACT)
     assert not torch.allclose(together[0], together[1])
 
@@ -61,13 +63,13 @@ def test_k_sets_in_one_forward_are_k_forwards(towers, branch, layers):
 @pytest.mark.parametrize("branch", DEPTH)
 @pytest.mark.parametrize("start", [1, 2, 3])
 def test_a_restart_from_a_carry_is_the_whole_forward(towers, branch, start):
-    base, carry = run(towers, branch, keep=start)
+    base, cached_input = run(towers, branch, cache_layer=start)
     tower, inputs = towers.tower(branch), inputs_of(towers, branch)
-    again, _ = tower.run(carry, inputs, start=start, noise=noise())
+    again, _ = tower.run(cached_input, inputs, start=start, noise=noise())
     torch.testing.assert_close(again, base, **EXACT)
-    sets = sets_of(towers, branch, range(start, 4), 2)
-    restarted, _ = tower.run(carry, inputs, start=start, sets=sets, noise=noise())
-    torch.testing.assert_close(restarted, run(towers, branch, sets=sets)[0], **EXACT)
+    stacked_params = sets_of(towers, branch, range(start, 4), 2)
+    restarted, _ = tower.run(cached_input, inputs, start=start, stacked_params=stacked_params, noise=noise())
+    torch.testing.assert_close(restarted, run(towers, branch, stacked_params=stacked_params)[0], **EXACT)
 
 
 def test_a_prompt_cut_to_the_longest_has_the_features_of_the_whole_context(towers):
@@ -162,7 +164,7 @@ def test_gradients_flow_to_first_order_units_only(first):
 
 
 def test_nothing_is_kept_for_backward_below_the_first_first_order_unit():
-    """Why prefix plans save memory (METHOD 2.5): the carry of the first block has no history."""
+    """Why prefix plans save memory (METHOD 2.5): the cached_input of the first block has no history."""
     from dist_vlcl.model.units import FlatUnits
 
     towers = tiny_clip()
@@ -170,7 +172,7 @@ def test_nothing_is_kept_for_backward_below_the_first_first_order_unit():
     tower, images = towers.vision, pictures(2)
     x = tower.embed(images)
     for block in tower.blocks[:2]:
-        x = block.finish(block.carry(x), {n: t[None] for n, t in block.unit.tensors().items()}, None, None)
+        x = block.finish(block.cached_input(x), {n: t[None] for n, t in block.unit.tensors().items()}, None, None)
         assert not x.requires_grad
     assert tower.run(tower.embed(images), images)[0].requires_grad
 

@@ -59,7 +59,7 @@ def test_sets_are_views_of_k_flat_values():
     _, flats = planned("hop_odd")
     flat = flats["vision"]
     values_Kn = torch.stack([flat.values_n, flat.values_n * 2])
-    for id, tensors in flat.sets(values_Kn).items():
+    for id, tensors in flat.stacked_params(values_Kn).items():
         for name, t in tensors.items():
             own = dict((u.id, u) for u in flat.units)[id].tensors()[name]
             assert torch.equal(t[0], own) and torch.equal(t[1], own * 2)

@@ -97,7 +97,7 @@ def test_steps_of_a_rank_that_went_astray_leave_the_journal(tmp_path):
     log = open_log(tmp_path)
     for step in (1, 2, 3):
         log.journal({"step": step})
-    log.disown(after=1)
+    log.truncate_after(after=1)
     log.journal({"step": 2, "seed": 5})
     assert lines(tmp_path, "journal.jsonl") == [sealed({"step": 1}), sealed({"step": 2, "seed": 5})]
 

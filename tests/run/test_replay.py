@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_vlcl.commands.replay import differing, rebuild
 from dist_vlcl.config import Config
 from dist_vlcl.dist.world import World
 from dist_vlcl.run import checkpoint, journal
-from dist_vlcl.run.replay import differing, rebuild
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import train
 from tests.helpers.ranks import run_module, run_ranks
@@ -23,7 +23,7 @@ EVERY_OPTION = ["orders.layers=[2]", "orders.rest=frozen", "zo=conservative", "z
 EVERY_OPTION += ["zo.update=sequential", "zo.probes=2", "run.save_every_steps=2"]
 
 
-@pytest.mark.parametrize("module", ["dist_vlcl.run.replay", "dist_vlcl.evaluate"])
+@pytest.mark.parametrize("module", ["dist_vlcl.commands.replay", "dist_vlcl.commands.evaluate"])
 def test_a_folder_that_is_no_run_is_told_in_words(tmp_path, module):
     done = run_module(module, "token=hush&run", cwd=tmp_path)
     assert done.returncode != 0 and "config.yaml is missing: give the folder of a run" in done.stderr and "hush" not in done.stderr
@@ -113,7 +113,7 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
         rebuilt = rebuild(folder, start)
         assert (rebuilt.start, rebuilt.stop) == (start, end.step) and differing(rebuilt, end) == []
         assert {name.split("/")[1] for name in rebuilt.tensors} == {"language.1", "language.3", "vision.1", "vision.3"}
-    done = run_module("dist_vlcl.run.replay", str(folder), "--output", str(tmp_path / "units.safetensors"), cwd=tmp_path)
+    done = run_module("dist_vlcl.commands.replay", str(folder), "--output", str(tmp_path / "units.safetensors"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"equal, bit for bit, to the checkpoint of step {end.step}" in done.stdout and "bytes a step" in done.stdout
     assert (tmp_path / "units.safetensors").exists()

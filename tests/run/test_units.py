@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dist_vlcl.model.statistics import FIGURES
+from dist_vlcl.model.statistics import STATISTICS
 from dist_vlcl.report.records import read_units
 from dist_vlcl.run.units import UnitRecords
 
@@ -35,7 +35,7 @@ def test_what_was_recorded_is_what_is_read(tmp_path):
     assert list(zip(*(table[n].to_pylist() for n in ("branch", "layer", "order", "numel")), strict=True)) == UNITS * 6
     assert table["projected_gradient"].to_pylist() == [s for step in range(1, 7) for s in (None, step / 4, None)]
     expected = torch.cat([figures(s) for s in range(1, 7)])
-    for k, name in enumerate(FIGURES):
+    for k, name in enumerate(STATISTICS):
         assert table[name].to_pylist() == expected[:, k].tolist()
     types = dict(zip(table.column_names, map(str, table.schema.types), strict=True))
     assert (types["step"], types["task"], types["layer"], types["branch"], types["update_norm"]) == (

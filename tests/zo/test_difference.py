@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dist_vlcl.zo.difference import LAWS, Directions, FiniteDifference, Group, groups_of
+from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, FiniteDifference, Group, groups_of
 from dist_vlcl.zo.noise import Key, normals
 from tests.zo.flats import SIZES, Problem, bowl, matrix, quadratic, smooth, two_branches
 
@@ -71,7 +71,7 @@ def test_the_mean_estimate_is_the_gradient(law, expected):
 def test_the_laws_are_normal_plus_or_minus_one_and_unit_per_tensor():
     flats = two_branches()
     for branch, names in SIZES.items():
-        gaussian, rademacher, unit = (Directions(flats, law).draw(branch, KEY, 2) for law in LAWS)
+        gaussian, rademacher, unit = (Directions(flats, law).draw(branch, KEY, 2) for law in DISTRIBUTIONS)
         assert torch.equal(gaussian, torch.cat([normals(name, n, KEY, 2) for name, n in names]))
         assert set(rademacher.tolist()) == {-1.0, 1.0}
         parts = zip(unit.split([n for _, n in names]), gaussian.split([n for _, n in names]), strict=True)
@@ -80,7 +80,7 @@ def test_the_laws_are_normal_plus_or_minus_one_and_unit_per_tensor():
             assert float(part.norm()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", DISTRIBUTIONS)
 def test_a_direction_is_redrawn_bit_for_bit_and_each_probe_has_its_own(law):
     flats = two_branches()
     draw = Directions(flats, law).draw

@@ -92,7 +92,7 @@ def test_router_noise_and_masks_are_drawn_from_the_documented_counter_row_by_row
     """Streams 254 and 255, one row of counters per sample; a mask compares the 16-bit halves of the words, the low half first."""
     rows, low, high = [3, 70_000], KEY.seed % 2**32, KEY.seed >> 32
     noise = StepNoise(KEY, {"vision": torch.tensor(rows)})
-    router, kept = noise.router("vision", 2, 2), noise.kept("vision", 2, 3, 4, 0.1).flatten(1)
+    router, dropout_mask = noise.router("vision", 2, 2), noise.dropout_mask("vision", 2, 3, 4, 0.1).flatten(1)
     for place, row in enumerate(rows):
         words = philox_by_hand([0, name_id("router/vision/2"), KEY.step, 254 + 256 * row], [low, high])
         radius = math.sqrt(-2 * math.log((words[0] + 1) / 2**32))
@@ -100,7 +100,7 @@ def test_router_noise_and_masks_are_drawn_from_the_documented_counter_row_by_row
         assert router[place].tolist() == pytest.approx(expected, abs=2e-6)
         drawn = [philox_by_hand([b, name_id("dropout/vision/2"), KEY.step, 255 + 256 * row], [low, high]) for b in range(2)]
         halves = [half for words in drawn for word in words for half in (word & 0xFFFF, word >> 16)]
-        assert kept[place].tolist() == [half >= round(0.1 * 65536) for half in halves[:12]]
+        assert dropout_mask[place].tolist() == [half >= round(0.1 * 65536) for half in halves[:12]]
 
 
 def test_names_and_seeds_keep_their_identity_in_every_version():
@@ -190,16 +190,16 @@ def test_two_names_with_one_identity_are_refused():
 
 @pytest.mark.parametrize("drop", [0.1, 0.5, 0.0])
 def test_dropout_drops_at_its_rate(drop):
-    kept = kept_by_row("dropout/vision/1", torch.arange(64), 4096, drop, KEY, Streams.DROPOUT)
-    sigma = math.sqrt(drop * (1 - drop) / kept.numel())
-    assert abs(float((~kept).double().mean()) - drop) <= 4 * sigma + 2**-17  # the rate is rounded to 2^-16
+    dropout_mask = kept_by_row("dropout/vision/1", torch.arange(64), 4096, drop, KEY, Streams.DROPOUT)
+    sigma = math.sqrt(drop * (1 - drop) / dropout_mask.numel())
+    assert abs(float((~dropout_mask).double().mean()) - drop) <= 4 * sigma + 2**-17  # the rate is rounded to 2^-16
 
 
 def test_the_mask_of_a_shorter_prompt_is_the_head_of_the_longer():
     rows, width = torch.arange(5), 8
-    full = StepNoise(KEY, {"language": rows}).kept("language", 2, 77, width, 0.1)
+    full = StepNoise(KEY, {"language": rows}).dropout_mask("language", 2, 77, width, 0.1)
     for tokens in (1, 9, 10, 76):
-        short = StepNoise(KEY, {"language": rows}).kept("language", 2, tokens, width, 0.1)
+        short = StepNoise(KEY, {"language": rows}).dropout_mask("language", 2, tokens, width, 0.1)
         assert torch.equal(short, full[:, :tokens])
 
 
@@ -209,7 +209,7 @@ def test_a_sample_sees_the_same_noise_wherever_it_sits(place):
     alone, among = StepNoise(KEY, {"vision": torch.tensor([3])}), StepNoise(KEY, {"vision": torch.tensor(place)})
     where = place.index(3)
     assert torch.equal(among.router("vision", 4, 2)[where], alone.router("vision", 4, 2)[0])
-    assert torch.equal(among.kept("vision", 4, 197, 8, 0.1)[where], alone.kept("vision", 4, 197, 8, 0.1)[0])
+    assert torch.equal(among.dropout_mask("vision", 4, 197, 8, 0.1)[where], alone.dropout_mask("vision", 4, 197, 8, 0.1)[0])
     drawn, expected = (normals_by_row(["x"], torch.tensor(rows), 9, KEY, 2)[0] for rows in (place, [3]))
     assert torch.equal(drawn[where], expected[0])
 
@@ -224,7 +224,7 @@ def test_samples_blocks_branches_and_purposes_have_noise_of_their_own():
     rows = torch.arange(2)
     noise = StepNoise(KEY, {"vision": rows, "language": rows})
     routers = [noise.router(branch, layer, 512) for branch in ("vision", "language") for layer in (1, 2)]
-    drawn = torch.cat([*routers, (noise.kept("vision", 1, 64, 8, 0.5).flatten(1) * 2.0 - 1)])
+    drawn = torch.cat([*routers, (noise.dropout_mask("vision", 1, 64, 8, 0.5).flatten(1) * 2.0 - 1)])
     correlation = drawn @ drawn.T / 512
     assert float((correlation - torch.diag(correlation.diag())).abs().max()) < 4.5 / math.sqrt(512)  # 45 pairs
 
@@ -239,4 +239,4 @@ def test_routers_whose_noise_is_drawn_at_once_have_what_each_would_draw_alone():
 def test_every_evaluation_of_a_step_sees_one_realisation():
     noise = StepNoise(KEY, {"vision": torch.arange(4)})
     assert noise.router("vision", 1, 2) is noise.router("vision", 1, 2)
-    assert torch.equal(noise.kept("vision", 1, 5, 8, 0.1), noise.kept("vision", 1, 5, 8, 0.1))
+    assert torch.equal(noise.dropout_mask("vision", 1, 5, 8, 0.1), noise.dropout_mask("vision", 1, 5, 8, 0.1))

@@ -6,20 +6,20 @@ from typing import Any
 
 import torch
 
-from dist_vlcl.bench.count import PeakBytes, saved_bytes, without_numbers
-from dist_vlcl.bench.naive import NaiveStep
-from dist_vlcl.bench.result import Result, Table
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
+from benchmarks.count import PeakBytes, saved_bytes, without_numbers
+from benchmarks.naive import NaiveStep
+from benchmarks.result import Result, Table
+from benchmarks.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import PRECISIONS
 from dist_vlcl.paper import published
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench memory                           counted for ViT-B/16, 64 images, 125 classes: no GPU, no time
-  python -m dist_vlcl.bench memory --picture memory.png      and a picture, beside the paper's
-  python -m dist_vlcl.bench memory --adapter lora            the other half of the paper's Table 5
-  python -m dist_vlcl.bench memory --device cuda             with the peak that the GPU saw"""
+  python -m benchmarks memory                           counted for ViT-B/16, 64 images, 125 classes: no GPU, no time
+  python -m benchmarks memory --picture memory.png      and a picture, beside the paper's
+  python -m benchmarks memory --adapter lora            the other half of the paper's Table 5
+  python -m benchmarks memory --device cuda             with the peak that the GPU saw"""
 
 SETTINGS_OF_TABLE_5 = {"first": "fo", "language_all": "language", "vision_all": "vision", "dual_all": "dual"}
 

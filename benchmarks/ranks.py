@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from dist_vlcl.bench.count import Exchanges
-from dist_vlcl.bench.setup import Workload
+from benchmarks.count import Collectives
+from benchmarks.setup import Workload
 from dist_vlcl.data.loader import Batch
 from dist_vlcl.data.order import rank_slice
 from dist_vlcl.dist.agree import digest
@@ -49,7 +49,7 @@ def launch(
         task.write_text(json.dumps({**content, "threads": threads, "answer": str(answer)}))
         runner = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         done = subprocess.run(
-            [*runner, "-m", "dist_vlcl.bench.ranks", str(task)],
+            [*runner, "-m", "benchmarks.ranks", str(task)],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             capture_output=True,
             text=True,
@@ -91,7 +91,7 @@ def work(world: World, workload: Workload, steps: int, trace: str | None, apart:
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     slowest = {name: world.gather(torch.tensor(s[warm:], dtype=torch.float64)).max(0).values.tolist() for name, s in seconds.items()}
-    with Exchanges() as exchanges, traced(trace if world.is_main else None):
+    with Collectives() as exchanges, traced(trace if world.is_main else None):
         step([batch], Key(0, warm + steps), 1e-3)
     return {
         **slowest,

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from dist_vlcl.bench.result import Result, Table
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, positive, settings_of, workload_of
+from benchmarks.result import Result, Table
+from benchmarks.setup import Workload, add_orders, add_workload, device_of, positive, settings_of, workload_of
 from dist_vlcl.dist.world import World
 from dist_vlcl.step import MAX_SLOPE_NOISE
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench slope --images 2 --classes 4 --directions 4        ViT-B/16 with random weights
-  python -m dist_vlcl.bench slope --device cuda --images 32                    with TF32, too"""
+  python -m benchmarks slope --images 2 --classes 4 --directions 4        ViT-B/16 with random weights
+  python -m benchmarks slope --device cuda --images 32                    with TF32, too"""
 
 LOGIT_SCALE = 100  # OpenAI's; a fresh model's is 14
 MODES = [  # model.precision, zo.evaluation, and arithmetic that no option offers
@@ -73,7 +73,7 @@ def slopes(workload: Workload, device: str, directions: int, arithmetic: str = "
     if arithmetic == "fp64":
         towers.double()
     with computed_in(arithmetic, device):
-        found = step.slopes(towers, workload.batch(towers.image_size), Key(7, 0), directions, step.by_delta)
+        found = step.slopes(towers, workload.batch(towers.image_size), Key(7, 0), directions, step.delta_branches)
     return next(iter(found.values()))
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from dist_vlcl.bench.pictures import PICTURES, draw
-from dist_vlcl.bench.result import Result, Table
+from benchmarks.pictures import PICTURES, draw
+from benchmarks.result import Result, Table
 
 STEP = Table(
     "FLOPs of a step: vit_b16, mozo",

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_vlcl.bench.result import Result, Table
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, numbers, positive, settings_of, workload_of
+from benchmarks.result import Result, Table
+from benchmarks.setup import Workload, add_orders, add_workload, device_of, numbers, positive, settings_of, workload_of
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.units import BRANCHES
 from dist_vlcl.zo.difference import Directions
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench probes                                       the small CLIP's architecture, random weights
-  python -m dist_vlcl.bench probes --orders vision_all --probes 1,4,16"""
+  python -m benchmarks probes                                       the small CLIP's architecture, random weights
+  python -m benchmarks probes --orders vision_all --probes 1,4,16"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

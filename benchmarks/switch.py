@@ -6,8 +6,8 @@ import sys
 import tempfile
 import time
 
-from dist_vlcl.bench.result import Result, Table, median
-from dist_vlcl.bench.setup import add_orders, add_workload, device_of, positive, settings_of, workload_of
+from benchmarks.result import Result, Table, median
+from benchmarks.setup import add_orders, add_workload, device_of, positive, settings_of, workload_of
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.store import open_index
@@ -17,8 +17,8 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench switch
-  python -m dist_vlcl.bench switch --model vit_b16 --images 8"""
+  python -m benchmarks switch
+  python -m benchmarks switch --model vit_b16 --images 8"""
 
 # A real run, timed from its imports to the record of its first step, where it is left.
 FIRST_STEP = """

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dist_vlcl.bench.count import PeakBytes, saved_bytes, without_numbers
-from dist_vlcl.bench.memory import peak_bytes, saved_per_sample
-from dist_vlcl.bench.setup import Workload
+from benchmarks.count import PeakBytes, saved_bytes, without_numbers
+from benchmarks.memory import peak_bytes, saved_per_sample
+from benchmarks.setup import Workload
 from dist_vlcl.dist.world import World
 from dist_vlcl.zo.noise import Key
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dist_vlcl.bench.result import Result, Table, interleaved, median
-from dist_vlcl.bench.setup import device_of, positive
+from benchmarks.result import Result, Table, interleaved, median
+from benchmarks.setup import device_of, positive
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.order import generator
 from dist_vlcl.data.shards import Index, RawSample, RawSet, decode, read_shard, write_shards
@@ -21,8 +21,8 @@ from dist_vlcl.data.tasks import TaskStream
 from dist_vlcl.data.transforms import TrainTransform, resize_batch, resize_image
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench stream
-  python -m dist_vlcl.bench stream --side 256 --format jpeg --size 224 --count 512"""
+  python -m benchmarks stream
+  python -m benchmarks stream --side 256 --format jpeg --size 224 --count 512"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

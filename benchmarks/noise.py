@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from dist_vlcl.bench.naive import NaiveStep
-from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
-from dist_vlcl.bench.setup import Workload, add_workload, device_of, positive, workload_of
+from benchmarks.naive import NaiveStep
+from benchmarks.result import Result, Table, interleaved, median, spread
+from benchmarks.setup import Workload, add_workload, device_of, positive, workload_of
 from dist_vlcl.dist.world import World
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.difference import Candidate, Directions
@@ -17,8 +17,8 @@ from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.strategies import ZerothOrder
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench noise
-  python -m dist_vlcl.bench noise --device cuda"""
+  python -m benchmarks noise
+  python -m benchmarks noise --device cuda"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

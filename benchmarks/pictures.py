@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_vlcl.bench.result import Result, Table, shown
+from benchmarks.result import Result, Table, shown
 from dist_vlcl.report import figures
 from dist_vlcl.report.figures import BLUE, GREY, ORANGE, STYLE, new_figure, put_legend
 

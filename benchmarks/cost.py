@@ -183,11 +183,11 @@ def step_cost(
     config: ZerothOrderConfig,
     images: int,
     classes: int,
-    by_delta: Collection[str] = (),
+    delta_branches: Collection[str] = (),
 ) -> Cost:
     """Return the FLOPs that one step cannot do without: nothing is computed twice, nothing that is not read.
 
-    by_delta: branches whose candidates are evaluated by delta-forward. It computes the base anew in each phase, beside the changes.
+    delta_branches: branches whose candidates are evaluated by delta-forward. It computes the base anew in each phase, beside the changes.
     """
     samples = {"vision": images, "language": classes}
     zeroth, first = _layers(orders, Order.ZEROTH), _layers(orders, Order.FIRST)
@@ -198,7 +198,7 @@ def step_cost(
     for b, shape in shapes.items():
         if zeroth[b]:
             again = shape.forward_from(min(zeroth[b]))
-            beside = phases(config) * again + evaluations(config) * shape.delta_from(zeroth[b]) if b in by_delta else 0
+            beside = phases(config) * again + evaluations(config) * shape.delta_from(zeroth[b]) if b in delta_branches else 0
             perturbed += samples[b] * (evaluations(config) * again + beside) + evaluations(config) * logits
     return Cost(forward, backward, perturbed)
 

@@ -4,21 +4,21 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from dist_vlcl.bench.cost import naive_cost, shapes_of, step_cost
-from dist_vlcl.bench.count import flops, without_numbers
-from dist_vlcl.bench.naive import NaiveStep
-from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, positive, settings_of, workload_of
+from benchmarks.cost import naive_cost, shapes_of, step_cost
+from benchmarks.count import flops, without_numbers
+from benchmarks.naive import NaiveStep
+from benchmarks.result import Result, Table, interleaved, median, spread
+from benchmarks.setup import Workload, add_orders, add_workload, device_of, positive, settings_of, workload_of
 from dist_vlcl.dist.world import World
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench step --images 4 --classes 4                                a few settings at ViT-B/16, on a CPU
-  python -m dist_vlcl.bench step --orders all --zo conservative --count                every setting, counted only: no time is taken
-  python -m dist_vlcl.bench step --orders all --count --picture step.png               and a picture of them
-  python -m dist_vlcl.bench step --device cuda --orders language_all,dual_hop_odd      on a GPU, 128 images
-  python -m dist_vlcl.bench step --device cuda --precision bf16                        the fast step in bf16, the naive one in fp32"""
+  python -m benchmarks step --images 4 --classes 4                                a few settings at ViT-B/16, on a CPU
+  python -m benchmarks step --orders all --zo conservative --count                every setting, counted only: no time is taken
+  python -m benchmarks step --orders all --count --picture step.png               and a picture of them
+  python -m benchmarks step --device cuda --orders language_all,dual_hop_odd      on a GPU, 128 images
+  python -m benchmarks step --device cuda --precision bf16                        the fast step in bf16, the naive one in fp32"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,4 +93,4 @@ def naive_of(workload: Workload, device: str) -> NaiveStep:
 
 def _modelled(workload: Workload, step: HybridStep) -> dict[str, int]:
     what = shapes_of(step.towers, step.tokens.shape[1]), step.orders, workload.zeroth, workload.images, workload.classes
-    return {"model": step_cost(*what, step.by_delta).total, "naive_model": naive_cost(*what).total}
+    return {"model": step_cost(*what, step.delta_branches).total, "naive_model": naive_cost(*what).total}

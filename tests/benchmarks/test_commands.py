@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
-from dist_vlcl.bench import scale, step
-from dist_vlcl.bench.__main__ import COMMANDS, MARKED, main
-from dist_vlcl.bench.pictures import PICTURES
-from dist_vlcl.bench.result import Result, Table, interleaved, spread
+from benchmarks import scale, step
+from benchmarks.__main__ import COMMANDS, MARKED, main
+from benchmarks.pictures import PICTURES
+from benchmarks.result import Result, Table, interleaved, spread
 from tests.helpers.hosts import hosts
 
 TINY = "--model small --images 8 --classes 4 --count-on cpu"
@@ -104,7 +104,7 @@ def test_a_document_s_tables_are_written_again_and_the_rest_is_left(tmp_path, mo
 def test_the_commands_of_the_documentation_are_commands():
     from pathlib import Path
 
-    from dist_vlcl.bench.__main__ import build_parser
+    from benchmarks.__main__ import build_parser
 
     docs = Path(__file__).parents[2] / "docs"
     text = (docs / "PERFORMANCE.md").read_text() + (docs / "ENGINES.md").read_text()
@@ -145,7 +145,7 @@ def test_bad_input_is_refused_in_words(line, words, capsys, monkeypatch):
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    assert f"python -m dist_vlcl.bench {command}" in capsys.readouterr().out.split("examples:")[1]
+    assert f"python -m benchmarks {command}" in capsys.readouterr().out.split("examples:")[1]
 
 
 def test_variants_take_turns_and_the_first_turn_warms_up():
@@ -169,7 +169,7 @@ def test_on_the_interface_between_two_hosts_zeroth_order_sends_a_few_packets_and
     command = [
         sys.executable,
         "-m",
-        "dist_vlcl.bench",
+        "benchmarks",
         "wire",
         "--interface",
         "eth0",

@@ -1,4 +1,4 @@
-"""Benchmarks and counted costs:  python -m dist_vlcl.bench COMMAND [OPTIONS]   (--help lists them)"""
+"""Benchmarks and counted costs:  python -m benchmarks COMMAND [OPTIONS]   (--help lists them)"""
 
 import argparse
 import re
@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from dist_vlcl.bench import eval as evaluation
-from dist_vlcl.bench import growth, memory, noise, probes, scale, slope, step, stream, switch, wire
-from dist_vlcl.bench.pictures import PICTURES, png, write_picture
-from dist_vlcl.bench.result import Result, machine_line
+from benchmarks import eval as evaluation
+from benchmarks import growth, memory, noise, probes, scale, slope, step, stream, switch, wire
+from benchmarks.pictures import PICTURES, png, write_picture
+from benchmarks.result import Result, machine_line
 
 COMMANDS: dict[str, ModuleType] = {
     "step": step,
@@ -26,9 +26,9 @@ COMMANDS: dict[str, ModuleType] = {
     "probes": probes,
 }
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench step --images 4 --classes 4          naive and fast, turn by turn
-  python -m dist_vlcl.bench step --orders all --count            FLOPs of every setting, on any machine
-  python -m dist_vlcl.bench docs docs/PERFORMANCE.md             run every benchmark named in a file again, rewrite tables, pictures
+  python -m benchmarks step --images 4 --classes 4          naive and fast, turn by turn
+  python -m benchmarks step --orders all --count            FLOPs of every setting, on any machine
+  python -m benchmarks docs docs/PERFORMANCE.md             run every benchmark named in a file again, rewrite tables, pictures
 Each writes its result to bench/COMMAND.json (--json FILE) and prints its tables."""
 MARKED = re.compile(r"<!-- bench: (?P<command>[^\n]+) -->\n.*?<!-- /bench -->", re.DOTALL)
 
@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m dist_vlcl.bench", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         first_line = str(module.__doc__).split(":")[0].strip().rstrip(".").replace("\n", " ")
@@ -90,7 +90,7 @@ def rewrite(file: Path, only: str = "") -> None:
     for number, command in enumerate(commands, 1):
         if not command.startswith(only):
             continue
-        print(f"{number}/{len(commands)}  python -m dist_vlcl.bench {command}", flush=True)
+        print(f"{number}/{len(commands)}  python -m benchmarks {command}", flush=True)
         args = build_parser().parse_args(shlex.split(command))
         if args.device == "auto":
             args.device = "cpu"

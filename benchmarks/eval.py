@@ -5,18 +5,18 @@ from typing import Any
 
 import torch
 
-from dist_vlcl.bench.cost import shapes_of
-from dist_vlcl.bench.count import flops, without_numbers
-from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
-from dist_vlcl.bench.setup import Workload, add_workload, device_of, numbers, positive, workload_of
+from benchmarks.cost import shapes_of
+from benchmarks.count import flops, without_numbers
+from benchmarks.result import Result, Table, interleaved, median, spread
+from benchmarks.setup import Workload, add_workload, device_of, numbers, positive, workload_of
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench eval                                                counted at 100 and 200 classes
-  python -m dist_vlcl.bench eval --time --model small --images 512 --repeats 3  and timed
-  python -m dist_vlcl.bench eval --time --device cuda"""
+  python -m benchmarks eval                                                counted at 100 and 200 classes
+  python -m benchmarks eval --time --model small --images 512 --repeats 3  and timed
+  python -m benchmarks eval --time --device cuda"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

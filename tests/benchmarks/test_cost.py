@@ -5,10 +5,10 @@ from functools import cache
 import pytest
 import torch
 
-from dist_vlcl.bench.cost import naive_cost, shapes_of, step_cost
-from dist_vlcl.bench.count import flops, without_numbers
-from dist_vlcl.bench.naive import NaiveStep
-from dist_vlcl.bench.setup import Workload
+from benchmarks.cost import naive_cost, shapes_of, step_cost
+from benchmarks.count import flops, without_numbers
+from benchmarks.naive import NaiveStep
+from benchmarks.setup import Workload
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.orders import PLAN_LAYERS, OrderPlan, assign
@@ -32,7 +32,7 @@ def executed(workload: Workload, device: str = "cpu") -> tuple[int, int]:
     batch = workload.batch(step.towers.image_size)
     count = flops(lambda: step([batch], Key(1, 0), 1e-3))
     shapes = shapes_of(step.towers, step.tokens.shape[1])
-    return count, step_cost(shapes, step.orders, workload.zeroth, workload.images, workload.classes, step.by_delta).total
+    return count, step_cost(shapes, step.orders, workload.zeroth, workload.images, workload.classes, step.delta_branches).total
 
 
 def test_products_whose_sums_stay_wide_are_counted_as_others():

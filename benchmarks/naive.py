@@ -120,16 +120,16 @@ class NaiveStep:
         last = x[:, :1] if rows is None else x[torch.arange(len(x), device=x.device)[:, None], rows]
         return F.normalize(tower.ends.pool(last), dim=-1)
 
-    def _block(self, block: AdaptedBlock, x: Tensor, mask: Tensor | None, router: Tensor | None, kept: Tensor | None) -> Tensor:
+    def _block(self, block: AdaptedBlock, x: Tensor, mask: Tensor | None, router: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
         clip = block.block
         u = x + clip.ls_1(clip.attention(q_x=clip.ln_1(x), attn_mask=mask))
-        return u + clip.ls_2(self._mlp(clip.mlp, clip.ln_2(u))) + self._experts(block.adapter, u, router, kept)
+        return u + clip.ls_2(self._mlp(clip.mlp, clip.ln_2(u))) + self._experts(block.adapter, u, router, dropout_mask)
 
     def _mlp(self, mlp, x: Tensor) -> Tensor:
         hidden = mlp.c_fc(x)
         return mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden) if isinstance(mlp.gelu, QuickGELU) else mlp.gelu(hidden))
 
-    def _experts(self, adapter, u: Tensor, noise: Tensor | None, kept: Tensor | None) -> Tensor:
+    def _experts(self, adapter, u: Tensor, noise: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
         """Return the gated sum, expert by expert, each on the samples that chose it."""
         config = adapter.config
         values = {name: getattr(adapter, name) for name in ("down_weight", "down_bias", "up_weight", "up_bias", "router", "noise")}
@@ -141,8 +141,8 @@ class NaiveStep:
         for e in range(config.experts):
             samples, place = self._who_chose(e, best_Bk)
             hidden = F.relu(F.linear(u[samples], values["down_weight"][e], values["down_bias"][e]))
-            if kept is not None:
-                mask = kept.unflatten(-1, (config.top_k, -1))[samples, :, place]
+            if dropout_mask is not None:
+                mask = dropout_mask.unflatten(-1, (config.top_k, -1))[samples, :, place]
                 hidden = hidden * mask / (1 - config.dropout)
             out = F.linear(hidden, values["up_weight"][e].T, values["up_bias"][e]) * config.scale
             y = y.index_add(0, samples, out * gates_Bk[samples, place][:, None, None])

@@ -21,11 +21,11 @@ WORDS_OF_A_CLOSED_PEER = ("closed by peer", "reset by peer", "pair closure", "Br
 WORDS_OF_A_NETWORK = (*WORDS_OF_A_CLOSED_PEER, "gloo", "NCCL", "Timed out waiting")
 
 
-class ExchangeError(RuntimeError):
+class CollectiveError(RuntimeError):
     """An exchange between ranks has failed; the message names it and the ranks that did not answer."""
 
 
-class Exchanges:
+class Collectives:
     """The exchanges of one rank, by name. `where` is the place in the run that they belong to, such as `step 12`."""
 
     def __init__(self, rank: int, hosts: Sequence[str], timeout_s: float, store: Any = None):
@@ -38,16 +38,16 @@ class Exchanges:
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """Around one exchange: its failure becomes an ExchangeError. What is not of the network passes as it is."""
+        """Around one exchange: its failure becomes an CollectiveError. What is not of the network passes as it is."""
         entered = time.perf_counter()
         self._busy_s += entered - self._free_since
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, ExchangeError) or not is_of_the_network(error):
+            if isinstance(error, CollectiveError) or not is_of_the_network(error):
                 raise
             self.has_failed = True
-            raise ExchangeError(self._explained(what, time.perf_counter() - entered, str(error))) from error
+            raise CollectiveError(self._explained(what, time.perf_counter() - entered, str(error))) from error
         finally:
             self._free_since = time.perf_counter()
 
@@ -58,14 +58,14 @@ class Exchanges:
         return busy_s
 
     def stopped(self, error: BaseException) -> None:
-        """Leave word, for ranks that wait for this one, of why it stops; an ExchangeError has left its own."""
+        """Leave word, for ranks that wait for this one, of why it stops; an CollectiveError has left its own."""
 
         def leave(store: Any) -> None:
             self._leave(store, {"why": f"{type(error).__name__}: {error}"[:500]})
             store.set(f"{READ}/{self.rank}", "")
             self._told = store
 
-        if len(self.hosts) > 1 and not isinstance(error, ExchangeError):
+        if len(self.hosts) > 1 and not isinstance(error, CollectiveError):
             self._bounded(leave, 2)
 
     def let_them_read(self) -> None:

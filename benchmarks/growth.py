@@ -5,17 +5,17 @@ from collections.abc import Collection
 from functools import partial
 from typing import Any
 
-from dist_vlcl.bench.count import flops as flops_of
-from dist_vlcl.bench.count import without_numbers
-from dist_vlcl.bench.result import Result, Table, interleaved, median, spread
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, numbers, positive, settings_of, workload_of
-from dist_vlcl.bench.step import counted
+from benchmarks.count import flops as flops_of
+from benchmarks.count import without_numbers
+from benchmarks.result import Result, Table, interleaved, median, spread
+from benchmarks.setup import Workload, add_orders, add_workload, device_of, numbers, positive, settings_of, workload_of
+from benchmarks.step import counted
 from dist_vlcl.dist.world import World
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench growth                                   counted at 128 images
-  python -m dist_vlcl.bench growth --time --images 8 --repeats 3     and timed"""
+  python -m benchmarks growth                                   counted at 128 images
+  python -m benchmarks growth --time --images 8 --repeats 3     and timed"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

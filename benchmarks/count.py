@@ -115,7 +115,7 @@ class _Zeros(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
-class Exchanges(TorchDispatchMode):
+class Collectives(TorchDispatchMode):
     """Within it, `found` lists the exchanges of the process group: (operation, bytes that this rank contributes)."""
 
     def __init__(self) -> None:

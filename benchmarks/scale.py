@@ -3,15 +3,15 @@
 import argparse
 import os
 
-from dist_vlcl.bench.ranks import launch
-from dist_vlcl.bench.result import Result, Table, median, spread
-from dist_vlcl.bench.setup import add_orders, add_workload, device_of, numbers, positive, settings_of, workload_of
+from benchmarks.ranks import launch
+from benchmarks.result import Result, Table, median, spread
+from benchmarks.setup import add_orders, add_workload, device_of, numbers, positive, settings_of, workload_of
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench scale --processes 1,2                             weak scaling of the small CLIP, 64 images a rank
-  python -m dist_vlcl.bench scale --strong --device cuda --processes 1,2,4,8 --model vit_b16
-  python -m dist_vlcl.bench scale --processes 2 --apart                       what it brings that gradients travel beside the probes
-  python -m dist_vlcl.bench scale --processes 2 --trace trace.json            and a trace of one step for ui.perfetto.dev"""
+  python -m benchmarks scale --processes 1,2                             weak scaling of the small CLIP, 64 images a rank
+  python -m benchmarks scale --strong --device cuda --processes 1,2,4,8 --model vit_b16
+  python -m benchmarks scale --processes 2 --apart                       what it brings that gradients travel beside the probes
+  python -m benchmarks scale --processes 2 --trace trace.json            and a trace of one step for ui.perfetto.dev"""
 
 NOTE = (
     "In turn, in the same processes: a step of all ranks; of each rank by itself at the same time (strangers, who exchange nothing); of "

@@ -4,17 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from dist_vlcl.bench.count import Exchanges
-from dist_vlcl.bench.ranks import launch, share_of
-from dist_vlcl.bench.result import Result, Table
-from dist_vlcl.bench.setup import Workload, add_orders, add_workload, device_of, positive, settings_of, workload_of
+from benchmarks.count import Collectives
+from benchmarks.ranks import launch, share_of
+from benchmarks.result import Result, Table
+from benchmarks.setup import Workload, add_orders, add_workload, device_of, positive, settings_of, workload_of
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.zo.noise import Key
 
 EXAMPLES = """examples:
-  python -m dist_vlcl.bench wire                             the small CLIP on two CPU ranks; bytes scale with its parameters
-  python -m dist_vlcl.bench wire --model vit_b16 --images 4 --orders dual_all,dual_hop_odd
-  RANK=0 WORLD_SIZE=2 MASTER_ADDR=host1 MASTER_PORT=29501 python -m dist_vlcl.bench wire --interface eth0      on host1; RANK=1 on host2:
+  python -m benchmarks wire                             the small CLIP on two CPU ranks; bytes scale with its parameters
+  python -m benchmarks wire --model vit_b16 --images 4 --orders dual_all,dual_hop_odd
+  RANK=0 WORLD_SIZE=2 MASTER_ADDR=host1 MASTER_PORT=29501 python -m benchmarks wire --interface eth0      on host1; RANK=1 on host2:
       what the interface counts. Nothing else may use it: two network namespaces, say"""
 
 
@@ -72,7 +72,7 @@ def steps_on_the_wire(world: World, workload: Workload, interface: str, steps: i
         step([batch], Key(0, k), 1e-3)
     after = sent_by(interface)
     world.barrier()
-    with Exchanges() as exchanges:
+    with Collectives() as exchanges:
         step([batch], Key(0, 2 + steps), 1e-3)
     payload = sum(size for _, size in exchanges.found)
     sent, packets = ((b - a) / steps for a, b in zip(before, after, strict=True))

@@ -1,1 +1,0 @@
-"""Measurements: `python -m dist_vlcl.bench --help`."""

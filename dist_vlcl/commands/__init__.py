@@ -1,0 +1,1 @@
+"""The commands beside training, each started as python -m dist_vlcl.commands.NAME."""
