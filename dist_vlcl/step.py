@@ -218,9 +218,7 @@ class HybridStep:
         self.zeroth.begin()
         self.statistics = None
 
-    def __call__(
-        self, batches: Sequence[Any], key: Key, lr: float, first_label: int = 0, stop: bool = False, observe: bool = False
-    ) -> StepReport:
+    def __call__(self, batches: Sequence[Any], key: Key, lr: float, stop: bool = False, observe: bool = False) -> StepReport:
         """Update on one global batch, of which this rank holds `batches` (micro-batches; positions number the global batch).
 
         key: the step's seed, the same on every rank. lr: that of this step. stop: this rank was asked to stop; the report says whether any
@@ -228,12 +226,12 @@ class HybridStep:
         """
         self.world.collectives.where = f"step {key.step + 1}"
         if not self.noise_is_checked:
-            self.refuse_noisy_slopes(batches[0], key, first_label)
+            self.refuse_noisy_slopes(batches[0], key)
         losses = BatchLosses(self.towers, self.flats, self.tokens, self.world, self.delta_branches)
         losses.flag = stop
         planned = sum(batch.count for batch in batches)
         for k, batch in enumerate(batches):
-            images, labels, positions, real = self._on_device(batch, first_label)
+            images, labels, positions, real = self._on_device(batch)
             noise = self._step_noise(key, positions)
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
                 base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, cache_layer=losses.start)
@@ -263,10 +261,10 @@ class HybridStep:
             report.unit_statistics = self._observe_moved(statistics, report.moves)
         return report
 
-    def refuse_noisy_slopes(self, batch: Any, key: Key, first_label: int = 0) -> dict[str, float]:
+    def refuse_noisy_slopes(self, batch: Any, key: Key) -> dict[str, float]:
         """Return `slope_noise` per branch; raise ValueError where it is above the limit. All ranks call this."""
         self.noise_is_checked = True
-        noise = self.slope_noise(batch, key, first_label)
+        noise = self.slope_noise(batch, key)
         if any(not value <= MAX_SLOPE_NOISE for value in noise.values()):
             found = ", ".join(f"{value:.2g} of a {branch} slope" for branch, value in noise.items())
             precision, evaluation = self.towers.config.precision, self.zeroth.config.evaluation
@@ -279,25 +277,23 @@ class HybridStep:
             )
         return noise
 
-    def slope_noise(self, batch: Any, key: Key, first_label: int = 0, directions: int = 16) -> dict[str, float]:
+    def slope_noise(self, batch: Any, key: Key, directions: int = 16) -> dict[str, float]:
         """Return, per zeroth-order branch, the rounding in projected gradients, relative to these: root mean squares over directions.
 
         On the first samples of a batch, against the same weights in float32, or in float64 for a fine epsilon. All ranks call this.
         """
         few = replace(batch, **{name: getattr(batch, name)[:NOISE_SAMPLES] for name in ("images", "labels", "positions")})
-        found = self.slopes(self.towers, few, key, directions, self.delta_branches, first_label)
+        found = self.slopes(self.towers, few, key, directions, self.delta_branches)
         exact = self.towers.copy()
         exact.to(torch.float64 if self.is_fine else torch.float32)
-        true = self.slopes(exact, few, key, directions, (), first_label)
+        true = self.slopes(exact, few, key, directions, ())
         return {b: float((found[b] - true[b]).norm() / true[b].norm()) for b in true if float(true[b].norm()) != 0}
 
     @torch.no_grad()
-    def slopes(
-        self, towers: TwoTowers, batch: Any, key: Key, directions: int, delta_branches: Collection[str], first_label: int = 0
-    ) -> dict[str, Tensor]:
+    def slopes(self, towers: TwoTowers, batch: Any, key: Key, directions: int, delta_branches: Collection[str]) -> dict[str, Tensor]:
         """Return one-sided projected gradients `[directions]` of every zeroth-order branch of some towers. All ranks call this."""
         losses = BatchLosses(towers, self.flats, self.tokens, self.world, delta_branches)
-        images, labels, positions, real = self._on_device(batch, first_label)
+        images, labels, positions, real = self._on_device(batch)
         noise, result = self._step_noise(key, positions), {}
         losses.add(images, labels, noise, towers({"vision": images, "language": self.tokens}, noise, losses.start), real)
         for branch in self.flats:
@@ -360,11 +356,11 @@ class HybridStep:
         report.skipped = why  # what moved before, in an earlier round, stays and is in report.moves
         return report
 
-    def _on_device(self, batch: Any, first_label: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    def _on_device(self, batch: Any) -> tuple[Tensor, Tensor, Tensor, int]:
         """Return images, labels within the task, positions, and how many count: a small share is filled up with blanks that do not."""
         device, real = self.world.device, len(batch.labels)
         blanks = max(0, MIN_SAMPLES - real)
-        parts = (batch.images, batch.labels - first_label, batch.positions)
+        parts = (batch.images, batch.labels, batch.positions)
         size = self.towers.image_size
         fill = (torch.zeros(blanks, 3, size, size, dtype=torch.uint8), torch.zeros(blanks, dtype=torch.long), torch.zeros(blanks).long())
         pairs = [(part.to(device), filling.to(device)) for part, filling in zip(parts, fill, strict=True)]

@@ -138,7 +138,7 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
             for batch, key, lr in training_steps(cfg, step, loader, task, world, state, log):
                 started = time.perf_counter()
                 parts, observe = split(batch, cfg.train.micro_batches), records.is_due(state.step + 1)
-                report = step(parts, key, lr, task.first_label, stop=preemption.requested, observe=observe)
+                report = step(parts, key, lr, stop=preemption.requested, observe=observe)
                 state.advance()
                 state.seconds += time.perf_counter() - started
                 log_step(log, state, report, key, lr, time.perf_counter() - started, batch, world.take_peak_gib())

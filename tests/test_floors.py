@@ -28,6 +28,7 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("orders", 0),
     ("schedule", 0),
     ("masking", 0),
+    ("options", 0),
     ("model", 0),
     ("dist", 1),
     ("data", 1),
@@ -42,6 +43,7 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("tune", 4),
 ]
 VOCABULARY = {("orders", "model.units")}  # the names of units, which a plan is written in
+EVERYWHERE = {"options"}  # how an option is declared
 EMPTY = {"", "continual"}  # packages that hold nothing but a version or a docstring
 ONLY_IN = {
     "torch.distributed": lambda m: _within(m, "dist"),
@@ -96,7 +98,7 @@ def own_imports(tree: ast.Module) -> set[str]:
 
 def violation(importer: str, imported: str) -> bool:
     upper, lower = floor_of(importer), floor_of(imported)
-    if (importer, imported) in VOCABULARY:
+    if (importer, imported) in VOCABULARY or imported in EVERYWHERE:
         return False
     return lower > upper or (lower == upper < 4 and package_of(importer) != package_of(imported))
 

@@ -7,17 +7,16 @@ from typing import overload
 
 @dataclass(frozen=True)
 class Task:
-    """Some classes of a data set; the label of a class is its place in the order of the whole stream."""
+    """Some classes of a data set; the label of a class is its place among them."""
 
     index: int
     classes: tuple[int, ...]  # the data set's class ids, in the stream's order
     names: tuple[str, ...]  # for prompts, in the same order
-    first_label: int  # classes seen before this task
 
     @property
     def labels(self) -> dict[int, int]:
         """Class id -> label."""
-        return {class_id: self.first_label + place for place, class_id in enumerate(self.classes)}
+        return {class_id: label for label, class_id in enumerate(self.classes)}
 
 
 class TaskStream(Sequence[Task]):
@@ -44,8 +43,7 @@ class TaskStream(Sequence[Task]):
         if num_tasks is not None:
             _require_between("num_tasks", num_tasks, 1, len(starts), "the number of tasks in the stream")
         self._tasks = [
-            _task(index, order[start:stop], class_names, first_label=start)
-            for index, (start, stop) in enumerate(zip(starts[:num_tasks], stops, strict=False))
+            _task(index, order[start:stop], class_names) for index, (start, stop) in enumerate(zip(starts[:num_tasks], stops, strict=False))
         ]
 
     def __len__(self) -> int:
@@ -59,15 +57,15 @@ class TaskStream(Sequence[Task]):
         return self._tasks[index]
 
     def seen(self, index: int) -> Task:
-        """All classes up to and including task `index`, as one task whose labels start at 0."""
+        """All classes up to and including task `index`, as one task."""
         tasks = self._tasks[: self._tasks[index].index + 1]
         classes = tuple(class_id for task in tasks for class_id in task.classes)
         names = tuple(name for task in tasks for name in task.names)
-        return Task(tasks[-1].index, classes, names, first_label=0)
+        return Task(tasks[-1].index, classes, names)
 
 
-def _task(index: int, classes: Sequence[int], class_names: Sequence[str], first_label: int) -> Task:
-    return Task(index, tuple(classes), tuple(class_names[class_id] for class_id in classes), first_label)
+def _task(index: int, classes: Sequence[int], class_names: Sequence[str]) -> Task:
+    return Task(index, tuple(classes), tuple(class_names[class_id] for class_id in classes))
 
 
 def _require_between(option: str, value: int, low: int, high: int, what: str) -> None:

@@ -9,18 +9,17 @@ def test_tasks_are_disjoint_and_cover_all_classes():
     order = [3, 1, 4, 5, 9, 2, 6, 8, 7, 0]
     stream = TaskStream(NAMES, 4, order)
     assert [task.classes for task in stream] == [(3, 1, 4, 5), (9, 2, 6, 8), (7, 0)]
-    assert [task.first_label for task in stream] == [0, 4, 8]
     assert [task.index for task in stream] == [0, 1, 2]
     assert stream[1].names == ("class j", "class c", "class g", "class i")
-    assert stream[1].labels == {9: 4, 2: 5, 6: 6, 8: 7}
+    assert stream[1].labels == {9: 0, 2: 1, 6: 2, 8: 3}
 
 
-def test_seen_classes_are_one_task_with_the_same_labels():
+def test_seen_classes_are_one_task():
     stream = TaskStream(NAMES, 4, [3, 1, 4, 5, 9, 2, 6, 8, 7, 0])
     seen = stream.seen(1)
-    assert (seen.classes, seen.first_label, seen.index) == ((3, 1, 4, 5, 9, 2, 6, 8), 0, 1)
+    assert (seen.classes, seen.index) == ((3, 1, 4, 5, 9, 2, 6, 8), 1)
     assert seen.names == stream[0].names + stream[1].names
-    assert seen.labels == stream[0].labels | stream[1].labels
+    assert seen.labels[9] == 4
     assert stream.seen(-1).classes == (3, 1, 4, 5, 9, 2, 6, 8, 7, 0)
 
 

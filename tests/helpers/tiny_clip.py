@@ -90,8 +90,8 @@ def pictures(count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (count, 3, IMAGE_SIZE, IMAGE_SIZE), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def batch_of(count: int = 6, classes: int = len(NAMES), first_label: int = 0, seed: int = 0) -> Batch:
-    labels = torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(seed)) + first_label
+def batch_of(count: int = 6, classes: int = len(NAMES), seed: int = 0) -> Batch:
+    labels = torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(seed))
     return Batch(pictures(count, seed), labels, torch.arange(count), count, 0, [str(k) for k in range(count)])
 
 
@@ -161,12 +161,12 @@ class WholeCLIP:
         mean, std = (torch.tensor(self.clip.visual.preprocess_cfg[k]).view(3, 1, 1).to(dtype) for k in ("mean", "std"))
         return F.normalize(self.clip.encode_image(((inputs / 255).to(dtype) - mean) / std), dim=-1)
 
-    def loss(self, values: Mapping[str, Tensor], batch: Batch, names: list[str], noise: StepNoise | None, first_label: int = 0) -> Tensor:
+    def loss(self, values: Mapping[str, Tensor], batch: Batch, names: list[str], noise: StepNoise | None) -> Tensor:
         """Return the mean cross-entropy over the classes `names`."""
         image_BF = self.features("vision", batch.images, values, noise)
         text_CF = self.features("language", names, values, noise)
         logits_BC = self.clip.logit_scale.exp() * image_BF @ text_CF.T
-        return -logits_BC.log_softmax(-1)[torch.arange(len(image_BF)), batch.labels - first_label].mean()
+        return -logits_BC.log_softmax(-1)[torch.arange(len(image_BF)), batch.labels].mean()
 
 
 def merged_lora(whole: WholeCLIP, units: Mapping[Any, Unit], config: LoRAConfig) -> WholeCLIP:

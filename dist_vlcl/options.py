@@ -1,0 +1,72 @@
+"""Options declared once: default, allowed values and meaning stand beside the field, and one function checks them all."""
+
+from collections.abc import Sequence
+from dataclasses import field, fields, is_dataclass
+from typing import Any
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] | None = None,
+    min: float | None = None,
+    above: float | None = None,
+    max: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Return a dataclass field with its meaning and allowed values: one of `choices`, or a number within the bounds.
+
+    `min` and `max` belong to the range, `above` and `below` do not. None is always allowed where it is the default. A list or
+    dictionary as default is copied for every instance; its items are what is checked.
+    """
+    metadata = {"help": help, "choices": choices, "min": min, "above": above, "max": max, "below": below}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def allowed_values(metadata: Any) -> str:
+    """Return in words what a field's metadata allows; "" where it says nothing."""
+    if metadata.get("choices"):
+        return f"choose from {', '.join(map(str, metadata['choices']))}"
+    words = {"min": "at least", "above": "more than", "max": "at most", "below": "less than"}
+    bounds = [f"{word} {metadata[bound]:g}" for bound, word in words.items() if metadata.get(bound) is not None]
+    return f"give a number of {' and '.join(bounds)}" if bounds else ""
+
+
+def validate(config: Any, name: str = "") -> None:
+    """Check every declared field of a dataclass and of those in it, then call its own `check()` for rules that span fields.
+
+    Raises ValueError that names the option as it is written on a command line, the value given, and what is allowed.
+    """
+    for item in fields(config):
+        value, key = getattr(config, item.name), f"{name}.{item.name}".lstrip(".")
+        if is_dataclass(value):
+            validate(value, key)
+            continue
+        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
+        for place, one in pairs:
+            if not (one is None and item.default is None) and not _is_allowed(one, item.metadata):
+                where = key if place is None else f"{key}.{place}" if isinstance(value, dict) else key
+                given = value if isinstance(value, list | tuple) else one
+                or_null = ", or null" if item.default is None else ""
+                raise ValueError(f"{where}={given!r}: {allowed_values(item.metadata)}{or_null}")
+    if callable(check := getattr(config, "check", None)):
+        check()
+
+
+def _is_allowed(value: Any, metadata: Any) -> bool:
+    if metadata.get("choices") is not None:
+        return value in metadata["choices"]
+    bounds = [metadata.get(bound) for bound in ("min", "above", "max", "below")]
+    if all(bound is None for bound in bounds):
+        return True
+    low, above, high, below = bounds
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and not (
+        (low is not None and not value >= low)
+        or (above is not None and not value > above)
+        or (high is not None and not value <= high)
+        or (below is not None and not value < below)
+    )
