@@ -17,7 +17,7 @@ import torch
 from benchmarks.count import Collectives
 from benchmarks.setup import Workload
 from dist_vlcl.data.loader import Batch
-from dist_vlcl.data.order import rank_slice
+from dist_vlcl.data.tasks import rank_slice
 from dist_vlcl.dist.agree import digest
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.zo.noise import Key

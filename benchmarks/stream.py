@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 
 from benchmarks.result import Result, Table, interleaved, median
-from benchmarks.setup import device_of, positive
+from benchmarks.setup import positive
 from dist_vlcl.data.loader import Loader
-from dist_vlcl.data.order import generator
 from dist_vlcl.data.shards import Index, RawSample, RawSet, decode, read_shard, write_shards
-from dist_vlcl.data.tasks import TaskStream
-from dist_vlcl.data.transforms import TrainTransform, resize_batch, resize_image
+from dist_vlcl.data.tasks import TaskStream, generator
+from dist_vlcl.data.transforms import TrainTransform
 
 EXAMPLES = """examples:
   python -m benchmarks stream
@@ -38,12 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=positive, default=224, help="of the images that the model takes (default: %(default)s)")
     parser.add_argument("--count", type=positive, default=512, help="images (default: %(default)s)")
     parser.add_argument("--images", type=positive, default=128, help="of a batch (default: %(default)s)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="of the batched resize (default: %(default)s)")
     parser.add_argument("--repeats", type=positive, default=3, help="turns that are timed (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> Result:
-    device = device_of(args)
     ways: dict[str, dict[str, Callable]] = {}
     with tempfile.TemporaryDirectory() as folder:
         raw = _raw_set(args)
@@ -60,9 +57,9 @@ def run(args: argparse.Namespace) -> Result:
         ["images/s of a CPU second", f"stored as {args.format}", "stored as pixels"],
         rows,
     )
-    resize = interleaved(_resizes(args, device), args.repeats, device)
+    resize = interleaved(_resizes(args), args.repeats, "cpu")
     sides = [[way, args.images / median(s)] for way, s in resize.items()]
-    resized = Table(f"Crop and resize alone: {args.side} pixels to {args.size}, {device}", ["", "images/s"], sides)
+    resized = Table(f"Crop and resize alone: {args.side} pixels to {args.size}", ["", "images/s"], sides)
     records = [{"way": way, "s": s} for way, s in {**seconds, **resize}.items()]
     return Result([loader, resized], records)
 
@@ -94,17 +91,11 @@ def _ways(args: argparse.Namespace, index: Index) -> dict[str, Callable]:
     }
 
 
-def _resizes(args: argparse.Namespace, device: str) -> dict[str, Callable]:
-    """Return the two ways to the same pixels, for one batch; the batched one with the way to the device."""
+def _resizes(args: argparse.Namespace) -> dict[str, Callable]:
+    """Return crop and resize of one batch, on one core."""
     pixels = torch.randint(0, 256, (args.images, args.side, args.side, 3), dtype=torch.uint8)
     transform = TrainTransform(args.size)
-    plans = [transform.plan(args.side, args.side, generator(number)) for number in range(args.images)]
-    return {
-        "PIL, one after the other, on one core": lambda: [
-            resize_image(p.numpy(), plan, args.size) for p, plan in zip(pixels, plans, strict=True)
-        ],
-        f"batched on {device}": lambda: resize_batch(pixels.to(device), plans, args.size),
-    }
+    return {"one core": lambda: [transform(image.numpy(), generator(number)) for number, image in enumerate(pixels)]}
 
 
 def _raw_set(args: argparse.Namespace) -> RawSet:

@@ -10,7 +10,7 @@ from benchmarks.result import Result, Table, median
 from benchmarks.setup import add_orders, add_workload, device_of, positive, settings_of, workload_of
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.store import open_index
+from dist_vlcl.data.shards import open_index
 from dist_vlcl.data.tasks import TaskStream
 from dist_vlcl.data.transforms import TrainTransform
 from dist_vlcl.dist.world import World

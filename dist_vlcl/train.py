@@ -21,10 +21,8 @@ from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
-from dist_vlcl.data.order import SampleId, held_out
-from dist_vlcl.data.shards import Index, ShardError, UnreadShard
-from dist_vlcl.data.store import open_index
-from dist_vlcl.data.tasks import Task, TaskStream
+from dist_vlcl.data.shards import Index, ShardError, ShardUnavailableError, open_index
+from dist_vlcl.data.tasks import SampleId, Task, TaskStream, held_out
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
 from dist_vlcl.dist.agree import ReplicaDivergedError, agree, agree_on_tensors, digest
 from dist_vlcl.dist.world import World
@@ -490,7 +488,7 @@ def main() -> None:
                 print(f"saved and stopped on a signal; the same command goes on from here ({stopped.path}/REQUEUE marks it)")
         except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
             world.collectives.stopped(error)  # the others are waiting for this rank, and can then say why it is gone
-            is_damage = isinstance(error, ShardError) and not isinstance(error, UnreadShard)  # which one rank alone may have met
+            is_damage = isinstance(error, ShardError) and not isinstance(error, ShardUnavailableError)  # which one rank alone may have met
             if is_damage or (world.is_main and isinstance(error, FloatingPointError | ValueError)):
                 # Another start would end the same way; but for one that Slurm has made while ranks on a lost node still run.
                 report_status("requeue" if isinstance(error, RunBusy) and is_restart() else "failed")

@@ -17,7 +17,7 @@ import yaml
 
 from dist_vlcl import evaluate
 from dist_vlcl.config import Config
-from dist_vlcl.data.store import open_index
+from dist_vlcl.data.shards import open_index
 from dist_vlcl.dist.agree import ReplicaDivergedError
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World

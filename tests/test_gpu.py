@@ -2,13 +2,10 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
 from dist_vlcl.commands.replay import rebuild
-from dist_vlcl.data.order import generator
-from dist_vlcl.data.transforms import TestTransform, TrainTransform, resize_batch
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.model.moe import MoEConfig
@@ -116,14 +113,6 @@ def test_slopes_in_bf16_by_delta_forward_are_fit(branch):
     step = step_on("cuda", OrderPlan(branch, "all"), STRATEGIES["naive"], precision="bf16", double=False)
     noise = step.slope_noise(batch_of(16, len(CLASSES)), KEY)
     assert noise and all(0 <= value < MAX_SLOPE_NOISE for value in noise.values())
-
-
-@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 224), (100, 61, 32), (256, 256, 224)])
-def test_the_batched_resize_has_the_bits_of_the_cpu(height, width, size):
-    images = torch.from_numpy(np.random.default_rng(height).integers(0, 256, (70, height, width, 3), dtype=np.uint8))
-    for transform in (TrainTransform(size, scale=(0.3, 1.0)), TestTransform(size)):
-        plans = [transform.plan(height, width, generator(number)) for number in range(len(images))]
-        assert torch.equal(resize_batch(images.cuda(), plans, size).cpu(), resize_batch(images, plans, size))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

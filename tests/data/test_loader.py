@@ -18,9 +18,8 @@ from PIL import Image
 
 from dist_vlcl.data import loader
 from dist_vlcl.data.loader import Loader
-from dist_vlcl.data.order import plain_order, train_order
 from dist_vlcl.data.shards import ShardError, decode, write_shards
-from dist_vlcl.data.tasks import TaskStream
+from dist_vlcl.data.tasks import TaskStream, plain_order, train_order
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
 from tests.helpers.memory import peak_mib
 from tests.helpers.shards import make_index, png, raw_set

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from dist_vlcl.data.order import generator, plain_order, rank_slice, train_order
+from dist_vlcl.data.tasks import generator, plain_order, rank_slice, train_order
 
 SIZES = {0: [3, 3, 1], 5: [3, 3, 1], 2: [3, 2, 2]}
 UNEQUAL = {0: [8] * 8, 1: [8], 2: [8] * 2}

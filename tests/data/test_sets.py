@@ -16,11 +16,9 @@ from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.data import sets
 from dist_vlcl.data.loader import Batch
 from dist_vlcl.data.names import known_classes, prompt_names
-from dist_vlcl.data.sets import read_raw
+from dist_vlcl.data.sets import open_source, read_raw
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.shards import decode
-from dist_vlcl.data.sources import open_source
-from dist_vlcl.data.store import open_index
+from dist_vlcl.data.shards import decode, open_index
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import ModelConfig, build_clip
 from dist_vlcl.model.moe import MoEConfig

@@ -22,8 +22,7 @@ import pytest
 
 from dist_vlcl.data import shards
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.shards import Index, RawSample, RawSet, Shard, ShardError, decode, read_bytes, read_shard, write_shards
-from dist_vlcl.data.store import build_command
+from dist_vlcl.data.shards import Index, RawSample, RawSet, Shard, ShardError, build_command, decode, read_bytes, read_shard, write_shards
 from dist_vlcl.dist.world import World
 from dist_vlcl.train import open_tasks
 from tests.helpers.memory import peak_mib

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from dist_vlcl.data.order import generator
 from dist_vlcl.data.shards import decode
+from dist_vlcl.data.tasks import generator
 from dist_vlcl.data.transforms import Axis, Plan, TestTransform, TrainTransform, bicubic_weights, crop_box, resize_batch, resize_image
 from tests.helpers.shards import png
 

@@ -12,7 +12,7 @@ import torch
 
 from dist_vlcl.config import Config
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.store import open_index
+from dist_vlcl.data.shards import open_index
 from dist_vlcl.dist.collectives import CollectiveError, Collectives
 from dist_vlcl.dist.world import World
 from dist_vlcl.run import checkpoint
