@@ -54,7 +54,8 @@ def _with_retries(read: Callable[[float], bytes], url: str, timeout_s: float, at
         except OSError as error:
             retry = retry.increment("GET", url, error=error)
             pause_s = retry.get_backoff_time()
-            if _is_final(error) or retry.total == 0 or time.monotonic() + pause_s >= deadline:
+            is_late = time.monotonic() + pause_s > deadline - timeout_s * SILENCE
+            if is_late or _is_final(error) or retry.total == 0:
                 raise
             log.warning("%s: attempt %d failed: %s", masked(url), len(retry.history), masked(str(error)))
             time.sleep(pause_s)
