@@ -6,7 +6,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,10 +28,9 @@ class Batch:
     images: Tensor  # uint8 [B, 3, S, S]
     labels: Tensor  # int64 [B], the place of the class among the classes asked for
     positions: Tensor  # int64 [B], the place of each sample in the global batch
-    count: int  # samples of the global batch, including skipped ones
+    count: int  # samples of the global batch, including damaged ones that were skipped
     index: int  # of the batch in the epoch
-    samples: list[str]  # keys
-    skipped: list[str] = field(default_factory=list)  # one message for each damaged sample of this rank; they are not in the tensors
+    samples: list[str]  # keys of the B samples
     waited_s: float = 0.0  # how long the trainer waited for the batch
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -60,6 +59,18 @@ class Request:
     seeds: tuple[int, ...]  # of the random crops
     min_shards: int  # that stay in memory whatever their size
     pass_index: int = 0  # number of the epoch or evaluation in the run
+
+
+def _requests(order: Sequence[SampleId], labels: Mapping[int, int], batch_size: int, rank: int, size: int, **shared: Any) -> list[Request]:
+    """Return a rank's part of order[i * batch_size : (i + 1) * batch_size] for every i. The last global batch may be smaller."""
+    requests = []
+    for index, first in enumerate(range(0, len(order), batch_size)):
+        batch = order[first : first + batch_size]
+        positions = rank_slice(len(batch), rank, size)
+        samples = [batch[position] for position in positions]
+        own_labels = [labels[sample.class_id] for sample in samples]
+        requests.append(Request(samples=samples, labels=own_labels, positions=positions, count=len(batch), index=index, **shared))
+    return requests
 
 
 class CachedShard(NamedTuple):
@@ -122,7 +133,7 @@ class Reader(Dataset[Batch]):
         self.cache, self.on_error = cache, on_error
 
     def __getitem__(self, request: Request) -> Batch:
-        images, labels, positions, keys, skipped = [], [], [], [], []
+        images, labels, positions, keys = [], [], [], []
         for sample, position, label in zip(request.samples, request.positions, request.labels, strict=True):
             try:
                 key, pixels = self.cache.image(request, sample, is_strict=self.on_error == "stop")
@@ -130,7 +141,6 @@ class Reader(Dataset[Batch]):
                 if self.on_error == "stop":
                     raise
                 log.warning("skipped: %s", error)
-                skipped.append(str(error))
                 continue
             # the crop depends on the sample, not on the process that loads it
             images.append(request.transform(pixels, generator(*request.seeds, "crop", key)))
@@ -138,15 +148,9 @@ class Reader(Dataset[Batch]):
             positions.append(position)
             keys.append(key)
         size = request.transform.size
-        return Batch(
-            torch.stack(images) if images else torch.empty((0, 3, size, size), dtype=torch.uint8),
-            torch.tensor(labels, dtype=torch.int64),
-            torch.tensor(positions, dtype=torch.int64),
-            request.count,
-            request.index,
-            keys,
-            skipped,
-        )
+        stacked = torch.stack(images) if images else torch.empty((0, 3, size, size), dtype=torch.uint8)
+        places = torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+        return Batch(stacked, *places, request.count, request.index, keys)
 
 
 class Loader:
@@ -200,8 +204,9 @@ class Loader:
         """Return one epoch of a task from batch `start` on. `batch_size` counts the samples of all ranks. `without` is left out."""
         left_out = set(without)
         order = [s for s in train_order(self.index.sizes("train", task.classes), seed, task.index, epoch) if s not in left_out]
-        shared = {"split": "train", "transform": transform, "seeds": (seed, task.index, epoch), "min_shards": 2 * len(task.classes)}
-        return Batches(self, order, task.labels, batch_size, rank, size, start, shared)  # a batch may span two windows, hence twice
+        min_shards = 2 * len(task.classes)  # a batch may span two windows, each with about one shard of every class
+        shared = {"split": "train", "transform": transform, "seeds": (seed, task.index, epoch), "min_shards": min_shards}
+        return Batches(self, _requests(order, task.labels, batch_size, rank, size, **shared), start)
 
     def test(
         self,
@@ -220,7 +225,7 @@ class Loader:
         order = held_out or plain_order(self.index.sizes("test", classes))
         labels = {class_id: label for label, class_id in enumerate(classes)}
         shared = {"split": "train" if held_out else "test", "transform": transform, "seeds": (), "min_shards": 8}
-        return Batches(self, order, labels, batch_size, rank, size, 0, shared)
+        return Batches(self, _requests(order, labels, batch_size, rank, size, **shared))
 
     def load(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Yield the batches of some requests, with all tensors on the device."""
@@ -240,31 +245,11 @@ class Loader:
 
 
 class Batches:
-    """One rank's batches of an epoch or evaluation: its part of order[i * batch_size : (i + 1) * batch_size] for every i >= start.
+    """One rank's batches of an epoch or evaluation, from batch `start` on."""
 
-    The last global batch may be smaller; no sample is dropped or repeated.
-    """
-
-    def __init__(
-        self,
-        loader: Loader,
-        order: Sequence[SampleId],
-        labels: Mapping[int, int],
-        batch_size: int,
-        rank: int,
-        size: int,
-        start: int,
-        shared: dict[str, Any],
-    ) -> None:
-        assert 0 <= rank < size
-        self._loader, self._start, self._requests = loader, start, []
-        for index, first in enumerate(range(0, len(order), batch_size)):
-            batch = order[first : first + batch_size]
-            positions = rank_slice(len(batch), rank, size)
-            samples = [batch[position] for position in positions]
-            own_labels = [labels[sample.class_id] for sample in samples]
-            self._requests.append(Request(samples=samples, labels=own_labels, positions=positions, count=len(batch), index=index, **shared))
-        assert 0 <= start <= self.num_batches
+    def __init__(self, loader: Loader, requests: Sequence[Request], start: int = 0) -> None:
+        assert 0 <= start <= len(requests)
+        self._loader, self._requests, self._start = loader, requests, start
 
     @property
     def num_batches(self) -> int:

@@ -38,10 +38,9 @@ def class_order(spec: str | Sequence[int], num_classes: int, paper: Sequence[int
     if spec == "natural":
         return list(range(num_classes))
     if spec == "paper":
-        if paper is None:
-            raise ValueError("tasks.order='paper': this data set has no published order; choose from natural, seed:N, a list of class ids")
-        if len(paper) != num_classes:
-            raise ValueError(f"tasks.order='paper': the published order has {len(paper)} classes, this data set has {num_classes}")
+        if paper is None or len(paper) != num_classes:
+            listed = "no published order" if paper is None else f"a published order of {len(paper)} classes"
+            raise ValueError(f"tasks.order='paper': there is {listed} for these {num_classes} classes; choose from natural, seed:N, a list")
         return list(paper)
     if match := re.fullmatch(r"seed:(\d+)", spec):
         import numpy as np

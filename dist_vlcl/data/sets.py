@@ -21,8 +21,10 @@ from dist_vlcl.data.tasks import generator
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test"}
 CIFAR_FOLDER = "cifar-100-python"
-TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")  # address and MD5
-IMAGENET_R = ("https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar", "a61312130a589d0ca1a8fca1f2bd3337")
+ARCHIVES = {  # address and MD5
+    "tiny_imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
+    "imagenet_r": ("https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar", "a61312130a589d0ca1a8fca1f2bd3337"),
+}
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -94,17 +96,13 @@ def cifar100(data: DataConfig) -> RawSet:
     return _raw_set(found, classes, data)
 
 
-def tiny_imagenet(data: DataConfig) -> RawSet:
-    """The official zip, whose labelled val split is the test split, or images below `<wnid>/`. Class ids follow wnids.txt."""
-    return _known_set(data, _source_or_download(data, *TINY_IMAGENET))
+def archive(data: DataConfig) -> RawSet:
+    """Tiny-ImageNet or ImageNet-R: the official archive, downloaded or given, or images below `<wnid>/`.
 
-
-def imagenet_r(data: DataConfig) -> RawSet:
-    """ImageNet-R has no split: `split_file` gives it, or `test_fraction` of each class is drawn with `split_seed`.
-
-    Class names and their order are RAPF's, an open choice: the paper does not state its own.
+    Tiny-ImageNet's labelled val split is the test split. ImageNet-R has no split: `split_file` gives it, or `test_fraction` of each class
+    is drawn. ImageNet-R's class names and their order are RAPF's, an open choice: the paper does not state its own.
     """
-    return _known_set(data, _source_or_download(data, *IMAGENET_R))
+    return _known_set(data, Path(data.source) if data.source else _download(data))
 
 
 def folder(data: DataConfig) -> RawSet:
@@ -122,8 +120,8 @@ def folder(data: DataConfig) -> RawSet:
 _READERS: dict[str, Callable[[DataConfig], RawSet]] = {
     "digits": digits,
     "cifar100": cifar100,
-    "tiny_imagenet": tiny_imagenet,
-    "imagenet_r": imagenet_r,
+    "tiny_imagenet": archive,
+    "imagenet_r": archive,
     "folder": folder,
 }
 
@@ -292,12 +290,10 @@ def _suffix(name: str) -> str:
 # Downloads and special formats
 
 
-def _source_or_download(data: DataConfig, url: str, md5: str) -> Path:
-    if data.source is not None:
-        return Path(data.source)
+def _download(data: DataConfig) -> Path:
     from torchvision.datasets.utils import download_url
 
-    downloads = Path(data.root) / "downloads"
+    (url, md5), downloads = ARCHIVES[data.reader_name], Path(data.root) / "downloads"
     try:
         download_url(url, downloads, md5=md5)
     except RuntimeError as error:

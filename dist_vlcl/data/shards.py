@@ -1,10 +1,13 @@
 """Class-pure shards in webdataset's format and their index: write, open, read, verify.
 
     index.json              names, and for every shard its number of samples, bytes and SHA-256
-    train/0003-000.tar      samples of class 3 only: `<key>.cls` (text) and `<key>.png` or `.jpg` (original bytes) or `.ppm` (pixels)
+    train/0003-000.tar      samples of class 3 only
 
-A task is a choice of classes, so the same shards serve every class order and task size. webdataset writes the shards and can read them.
-We read them ourselves, because webdataset does not notice a truncated shard: it returned 9 of 13 samples without an error.
+A sample is a label `<key>.cls` (text) and an image: `<key>.png` or `.jpg` (the original file) or `<key>.ppm` (pixels).
+A task is a choice of classes, so the same shards serve every class order and task size.
+
+webdataset writes the shards and can read them. We read them ourselves, because webdataset does not notice a truncated shard: it returned
+9 of 13 samples without an error.
 """
 
 import hashlib
@@ -17,7 +20,7 @@ import tarfile
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +38,6 @@ FORMAT = 1
 SPLITS = ("train", "test")
 MAX_PIXELS = 1 << 26  # a decompression bomb has few bytes and billions of pixels
 MAX_INDEX_BYTES = 1 << 28
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 PIXELS = "ppm"  # images stored as pixels: binary PPM, a short header and H x W x 3 bytes, which any viewer opens
 PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
 SHARD_PATH = re.compile(r"(train|test)/\d{4,}-\d{3,}\.tar")
@@ -148,9 +150,6 @@ class Index:
         del content["location"], content["allow_pipe"], content["timeout_s"]
         return json.dumps(content, indent=1, sort_keys=True)
 
-    def save(self, folder: Path) -> None:
-        (folder / "index.json").write_text(self._text() + "\n", encoding="utf-8")
-
     @classmethod
     def load(cls, location: str, allow_pipe: bool = False, timeout_s: float = 120) -> "Index":
         """Read index.json below a folder or address. Raises OSError, or ValueError if it is not an index of this format."""
@@ -176,7 +175,7 @@ class Index:
 
 def _checked(entry: dict[str, Any]) -> Shard:
     shard = Shard(**entry)
-    # an index from elsewhere must not name files outside its folder, nor words for the shell of a `pipe:`
+    # an index from elsewhere must not name a file outside its folder or a command for the shell of a `pipe:`
     if not SHARD_PATH.fullmatch(shard.path):
         raise ShardError(f"index.json names {shard.path!r}: the path of a shard has the form train/0003-000.tar")
     if not type(shard.count) is type(shard.bytes) is int:
@@ -201,18 +200,12 @@ def open_index(data: DataConfig) -> Index:
 
 def build_command(data: DataConfig) -> str:
     """Return the command that builds these shards."""
-    defaults = DataConfig()
-    words = [f"data={data.reader_name}"]
-    if data.name != data.reader_name:
-        words.append(f"data.name={data.name}")
-    of_source = ("root", "source", "test_source", "test_fraction", "split_file", "split_seed", "class_names")
-    for option in (*of_source, "samples_per_shard", "encoding"):
-        value = getattr(data, option)
-        if value != getattr(defaults, option):
-            words.append(f"data.{option}={value}")
-    if data.reader_name == "folder" and data.source is None:
-        words.append("data.source=FOLDER_OR_TAR")
-    return " ".join(["python -m dist_vlcl.commands.build_data", *words])
+    defaults, named = DataConfig(), ("name", "reader")
+    options = {f.name: getattr(data, f.name) for f in fields(data) if f.name not in named}
+    changed = [f"data.{name}={value}" for name, value in options.items() if value != getattr(defaults, name)]
+    name = [] if data.name == data.reader_name else [f"data.name={data.name}"]
+    source = ["data.source=FOLDER_OR_TAR"] if data.reader_name == "folder" and data.source is None else []
+    return " ".join(["python -m dist_vlcl.commands.build_data", f"data={data.reader_name}", *name, *changed, *source])
 
 
 # Writing
@@ -257,7 +250,7 @@ def write_shards(
         written = {key: _write_class(aside, key, by_class[key], samples_per_shard, pixels) for key in track(work)}
         shards = {split: tuple(written[split, class_id] for class_id in classes) for split in SPLITS}
         index = Index(name, reader, tuple(raw.class_names), encodings, shards, str(folder))
-        index.save(aside)
+        (aside / "index.json").write_text(index._text() + "\n", encoding="utf-8")
         aside.chmod(0o755)  # mkdtemp allows only the owner
         try:
             aside.rename(folder)
@@ -341,13 +334,10 @@ def _parse(content: bytes, shard: Shard) -> tuple[list[StoredSample], str]:
 
 
 def _members(content: bytes, shard: Shard) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the files in an uncompressed tar.
+    """Yield name and content of the files in a tar. A compressed tar is damage: mode `r:` never decompresses.
 
-    Raises ShardError for anything that would need more memory than the shard has bytes.
+    Raises ShardError for a member that would need more memory than the shard has bytes.
     """
-    for magic, compression in COMPRESSED.items():
-        if content.startswith(magic):
-            raise ShardError(f"{shard.path}: refused, it is compressed ({compression}); a shard is a plain tar")
     for member in tarfile.open(fileobj=io.BytesIO(content), mode="r:"):  # noqa: SIM115 - a buffer
         if member.size > max(len(content), shard.bytes) or member.sparse is not None:
             raise ShardError(f"{shard.path}: refused, the member {member.name!r} claims {member.size:,} bytes")

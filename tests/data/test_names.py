@@ -41,7 +41,7 @@ def test_other_orders():
         ("papr", None, "choose from natural, paper, seed:N"),
         ("seed:x", None, "choose from natural, paper, seed:N"),
         ("paper", None, "no published order"),
-        ("paper", [1, 0], "has 2 classes, this data set has 3"),
+        ("paper", [1, 0], "a published order of 2 classes for these 3 classes"),
     ],
 )
 def test_impossible_orders_are_refused_in_words(spec, paper, words):

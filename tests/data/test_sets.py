@@ -173,7 +173,7 @@ def test_damaged_official_files_are_refused_by_name_and_nothing_is_downloaded_in
     refused("cifar100", "unpacked/cifar-100-python: damaged, or not the official files", tmp_path / "unpacked")
     assert archive.read_bytes() == b"no archive" and not (tmp_path / "data").exists()
     with served(archive.parent) as address:
-        monkeypatch.setattr(sets, "TINY_IMAGENET", (f"{address}/{archive.name}", sets.TINY_IMAGENET[1]))
+        monkeypatch.setitem(sets.ARCHIVES, "tiny_imagenet", (f"{address}/{archive.name}", sets.ARCHIVES["tiny_imagenet"][1]))
         refused("tiny_imagenet", r"/cifar-100-python\.tar\.gz: the download is not the official archive")
 
 

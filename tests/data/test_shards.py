@@ -386,7 +386,7 @@ def test_a_server_is_asked_until_the_time_is_over_and_not_longer(monkeypatch, an
     monkeypatch.setattr(requests.Session, "get", get)
     with pytest.raises(OSError):
         read_bytes("http://host/shard", timeout_s=120)
-    assert 100 < begun[-1] <= now[0] <= 120 and max(pauses) <= 5
+    assert 90 < begun[-1] <= now[0] <= 120 and max(pauses) <= 5
     assert max(b - a for a, b in pairwise(begun)) <= (5 if answer == "refused" else 5 + 24)
 
 
@@ -460,8 +460,12 @@ def test_a_small_shard_that_would_be_large_in_memory_is_refused(tmp_path, kind):
     shard = replace(shard, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def read():
-        with pytest.raises(ShardError, match=r"refused, (the member 'a.png' claims 10,737,418,240 bytes|it is compressed)"):
-            read_shard(index, shard)
+        if kind == "gzip":
+            samples, problem = read_shard(index, shard)
+            assert samples == [] and "found 0 in" in str(problem)
+        else:
+            with pytest.raises(ShardError, match=r"refused, the member 'a.png' claims 10,737,418,240 bytes"):
+                read_shard(index, shard)
 
     assert peak_mib(read) < 100
 
