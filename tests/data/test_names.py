@@ -44,6 +44,6 @@ def test_other_orders():
         ("paper", [1, 0], "a published order of 2 classes for these 3 classes"),
     ],
 )
-def test_impossible_orders_are_refused_in_words(spec, paper, words):
+def test_impossible_orders_are_refused(spec, paper, words):
     with pytest.raises(ValueError, match=words):
         class_order(spec, 3, paper)

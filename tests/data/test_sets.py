@@ -247,7 +247,7 @@ def test_build_writes_once_and_a_run_opens_it(tmp_path, capsys):
         (["cat/1.png"], {"source": None}, "reader=folder needs"),
     ],
 )
-def test_sources_that_cannot_work_are_refused_in_words(tmp_path, names, options, words):
+def test_sources_that_cannot_work_are_refused(tmp_path, names, options, words):
     options = {"name": "mine", "source": str(images_below(tmp_path, *names))} | options
     reader = "folder" if options["name"] == "mine" else None
     with pytest.raises((ValueError, FileNotFoundError), match=words):

@@ -44,7 +44,7 @@ def test_a_base_task_comes_first_and_num_tasks_cuts():
         ({"increment": 5, "order": [10, 1, 2, 3, 4, 5, 6, 7, 8, 9]}, r"tasks\.order: .*unknown \[10\]"),
     ],
 )
-def test_impossible_streams_are_refused_in_words(arguments, words):
+def test_impossible_streams_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         TaskStream(NAMES, **arguments)
 
