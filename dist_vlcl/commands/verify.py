@@ -28,7 +28,7 @@ def run(config: Config) -> None:
 
 def main() -> None:
     """Run the command line."""
-    hydra_main(run)
+    hydra_main(run, __doc__)
 
 
 if __name__ == "__main__":

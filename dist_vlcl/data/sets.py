@@ -97,7 +97,7 @@ def cifar100(data: DataConfig) -> RawSet:
 
 
 def archive(data: DataConfig) -> RawSet:
-    """Tiny-ImageNet or ImageNet-R: the official archive, downloaded or given, or images below `<wnid>/`.
+    """Read Tiny-ImageNet or ImageNet-R: the official archive, downloaded or given, or images below `<wnid>/`.
 
     Tiny-ImageNet's labelled val split is the test split. ImageNet-R has no split: `split_file` gives it, or `test_fraction` of each class
     is drawn. ImageNet-R's class names and their order are RAPF's, an open choice: the paper does not state its own.
