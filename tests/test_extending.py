@@ -38,7 +38,7 @@ def files_and_commands() -> tuple[dict[str, str], list[str]]:
     for match in BLOCK.finditer(PAGE):
         kind, content = match.groups()
         if kind == "sh":
-            commands += content.splitlines()
+            commands += content.replace("\\\n", " ").splitlines()
             continue
         named = NAMED.search(PAGE[: match.start()])
         assert named, f"the page does not say where to save {content[:60]!r}"
