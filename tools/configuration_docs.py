@@ -4,6 +4,7 @@ python tools/configuration_docs.py > docs/configuration.md
 """
 
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
@@ -139,7 +140,8 @@ def _allowed(metadata: Any) -> str:
     if metadata.get("choices"):
         return ", ".join(f"`{choice}`" for choice in metadata["choices"])
     signs = {"min": "≥", "above": ">", "max": "≤", "below": "<"}
-    return ", ".join(f"{sign} {metadata[bound]:g}" for bound, sign in signs.items() if metadata.get(bound) is not None)
+    bounds = {bound: metadata.get(bound) for bound in signs}
+    return ", ".join(f"{signs[bound]} {value:g}" for bound, value in bounds.items() if value is not None and math.isfinite(value))
 
 
 def _cell(text: str) -> str:
