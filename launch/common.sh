@@ -2,7 +2,7 @@
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 engine=ddp engines="ddp zero0 zero1 zero2 zero3 zero3_offload"
-# Ranks save after SIGTERM; so many seconds later their launcher kills them. At least twice a save and the longest step (docs/RELIABILITY.md).
+# Ranks save after SIGTERM; so many seconds later their launcher kills them. At least twice a save and the longest step (docs/reliability.md).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-90}
 
 fail() {

@@ -1,4 +1,4 @@
-"""Claims about faults of whole runs (docs/RELIABILITY.md): found and named, survived without a trace, or refused in words."""
+"""Claims about faults of whole runs (docs/reliability.md): found and named, survived without a trace, or refused in words."""
 
 import ctypes
 import json

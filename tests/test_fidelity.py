@@ -23,7 +23,7 @@ from dist_vlcl.train import build_towers, count, evaluate, make_loader, open_tas
 from dist_vlcl.zo.noise import Key, StepNoise
 
 NAMES = ["cat", "very long winded otter", "dog"]
-FAITHFUL = ["adapter.noise_at_eval=true", "eval.train_transform=true", "data.underscore_names=true"]  # as docs/REPRODUCTION.md has it
+FAITHFUL = ["adapter.noise_at_eval=true", "eval.train_transform=true", "data.underscore_names=true"]  # as docs/reproduction.md has it
 KEY = Key(5, 0)
 
 

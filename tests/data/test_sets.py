@@ -184,7 +184,7 @@ def as_cifar():
 
 @needs_shared
 def test_the_clip_that_ships_knows_cifar_100_better_than_chance(as_cifar):
-    """Zero-shot, five images a class; on all of them it is 12 % (docs/REPRODUCTION.md)."""
+    """Zero-shot, five images a class; on all of them it is 12 % (docs/reproduction.md)."""
     names, samples = prompt_names(as_cifar.class_names), [s for s in as_cifar.samples if s.split == "test"][::10]
     images = torch.from_numpy(np.stack([decode(s.read(), s.key) for s in samples])).permute(0, 3, 1, 2)
     labels = torch.tensor([s.class_id for s in samples])

@@ -60,7 +60,7 @@ def without_memory(model: ModelConfig) -> tuple[nn.Module, None]:
     ("title", "name"), [("ViT-B/16", "ViT-B-16-quickgelu"), ("ViT-L/14", "ViT-L-14-quickgelu"), ("ViT-bigG/14", "ViT-bigG-14")]
 )
 def test_what_a_zero_stage_saves_is_counted_right(title, name, monkeypatch):
-    """The table of docs/ENGINES.md, of N = 8 ranks."""
+    """The table of docs/clusters.md, of N = 8 ranks."""
     monkeypatch.setattr(clip, "_load", without_memory)
     towers = build_clip(ModelConfig(name=name, pretrained="random"), MoEConfig())
     adapters = sum(unit.numel for unit in towers.units.values())
@@ -79,7 +79,7 @@ def test_what_a_zero_stage_saves_is_counted_right(title, name, monkeypatch):
         f"{weights / 1e6:,.0f} + {gradients / 1e6:.0f} + {moments / 1e6:.0f} MB",
     ]
     cells += [f"{value / 1e6:,.0f} MB" for value in (*stages, stages[-1] / 7, piece)]
-    assert f"| {' | '.join(cells)} |" in (Path(__file__).parents[2] / "docs/ENGINES.md").read_text()
+    assert f"| {' | '.join(cells)} |" in (Path(__file__).parents[2] / "docs/clusters.md").read_text()
 
 
 @pytest.mark.parametrize("adapter", [MOE, LORA, MLP_LORA], ids=["moe", "lora", "mlp_lora"])

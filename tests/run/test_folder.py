@@ -52,7 +52,7 @@ def test_another_configuration_is_refused_with_was_and_is(tmp_path):
 
 
 def test_the_docs_list_what_a_resume_may_change():
-    page = (Path(__file__).parents[2] / "docs/RELIABILITY.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/reliability.md").read_text()
     (listed,) = re.findall(r"^What a resume may change: (.*?)\.$", page, re.M | re.S)
     assert set(re.findall(r"`(.+?)`", listed)) == set(MAY_CHANGE)
 
