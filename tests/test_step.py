@@ -13,7 +13,7 @@ from dist_vlcl.orders import PLAN_LAYERS, Order, OrderPlan, assign
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.naive import naive_step
 from dist_vlcl.zo.noise import Key, StepNoise, normals
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrderConfig
 from tests.helpers.tiny_clip import MLP_LORA, MOE, NAMES, WholeCLIP, adapter_values, batch_of, tiny_clip
 
 CLASSES, IMAGES, LR = NAMES[:3], 4, 0.01

@@ -14,7 +14,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.step import BatchLosses, HybridStep, packed, unpacked
 from dist_vlcl.zo.noise import Key
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrderConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_clip import randomize_adapters, tiny_clip
 

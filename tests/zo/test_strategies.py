@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from dist_vlcl.zo.difference import groups_of
-from dist_vlcl.zo.journal import StoredUnits
+from dist_vlcl.zo.flat import StoredUnits
 from dist_vlcl.zo.naive import naive_step
 from dist_vlcl.zo.noise import Key, normals
-from dist_vlcl.zo.strategies import ZerothOrder, ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrder, ZerothOrderConfig
 from tests.zo.flats import SIZES, Problem, bowl, quadratic, smooth, two_branches
 
 EPSILON = {"language": 1e-3, "vision": 1e-3}
