@@ -2,7 +2,7 @@
 
 # K candidates
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from dist_vlcl.dist.world import World
 from dist_vlcl.losses import BatchLosses, padded, step_noise
 from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.model.units import FlatUnits
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder
 
@@ -28,12 +29,12 @@ class SlopePrecision:
     parameters are sharded over ranks, so it cannot be copied for the measurement; ValueError if one is needed.
     """
 
-    def __init__(self, towers: TwoTowers, zeroth: ZerothOrder, world: World, is_sharded: object = False):
-        self.towers, self.zeroth, self.world = towers, zeroth, world
-        narrow = [branch for branch in zeroth.flats if towers.tower(branch).dtype.itemsize < 4]
-        self.delta_branches = {"auto": narrow, "whole": [], "delta": list(zeroth.flats)}[zeroth.config.evaluation]
-        self.is_fine = any(zeroth.config.epsilon[branch] < FINE_EPSILON for branch in zeroth.flats)
-        self.is_checked = not zeroth.flats or (towers.config.precision == "fp32" and not self.is_fine)
+    def __init__(self, towers: TwoTowers, flats: Mapping[str, FlatUnits], zeroth: ZerothOrder, world: World, is_sharded: bool = False):
+        self.towers, self.flats, self.zeroth, self.world = towers, flats, zeroth, world
+        narrow = [branch for branch in flats if towers.tower(branch).dtype.itemsize < 4]
+        self.delta_branches = {"auto": narrow, "whole": [], "delta": list(flats)}[zeroth.config.evaluation]
+        self.is_fine = any(zeroth.config.epsilon[branch] < FINE_EPSILON for branch in flats)
+        self.is_checked = not flats or (towers.config.precision == "fp32" and not self.is_fine)
         if is_sharded and not self.is_checked:
             raise ValueError(
                 "the rounding error of slopes cannot be measured under ZeRO-3, because every rank holds only a part of the model. "
@@ -50,7 +51,7 @@ class SlopePrecision:
             return
         found = ", ".join(f"{value:.2g} of a {branch} slope" for branch, value in noise.items())
         precision, evaluation = self.towers.config.precision, self.zeroth.config.evaluation
-        better = ["zo.evaluation=delta"] * (len(self.delta_branches) < len(self.zeroth.flats))
+        better = ["zo.evaluation=delta"] * (len(self.delta_branches) < len(self.flats))
         better += ["model.precision=fp32"] * (precision != "fp32")
         raise ValueError(
             f"model.precision={precision} with zo.evaluation={evaluation}: the rounding error is {found}. At most {MAX_SLOPE_NOISE} is "
@@ -78,11 +79,11 @@ class SlopePrecision:
 
         towers: the model, or a copy of it in another precision.
         """
-        losses = BatchLosses(towers, self.zeroth.flats, tokens, self.world, delta_branches)
+        losses = BatchLosses(towers, self.flats, tokens, self.world, delta_branches)
         images, labels, positions, real = padded(batch, towers.image_size)
         noise, result = step_noise(towers, tokens, positions, key), {}
         losses.add(images, labels, noise, towers({"vision": images, "language": tokens}, noise, losses.start), real)
-        for branch in self.zeroth.flats:
+        for branch in self.flats:
             epsilon = self.zeroth.config.epsilon[branch]
             pairs = [losses([{}, {branch: self.zeroth.directions.draw(branch, key, q) * epsilon}]).losses for q in range(directions)]
             result[branch] = torch.tensor([(perturbed - base) / epsilon for base, perturbed in pairs], dtype=torch.float64)

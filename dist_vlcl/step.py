@@ -68,7 +68,8 @@ class HybridStep:
             towers.record()
         self.zeroth = ZerothOrder(self.flats, zeroth)
         self.first = first_order_of(towers)
-        self.precision = SlopePrecision(towers, self.zeroth, world, is_sharded=world.engine.startswith("zero3") and self.first.parameters)
+        is_sharded = world.engine.startswith("zero3") and bool(self.first.parameters)
+        self.precision = SlopePrecision(towers, self.flats, self.zeroth, world, is_sharded)
 
         names = {id(t): f"{address}/{name}" for address, unit in units.items() for name, t in unit.tensors().items()}
         self.first_names = [names[id(p)] for p in self.first.parameters]
