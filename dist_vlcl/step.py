@@ -146,7 +146,7 @@ class HybridStep:
         last = found[-1]
         report = StepReport(loss, stop=last.stop, count=last.count, busy_s=self.world.collectives.take_busy_s())
         if moves is None:
-            report.skipped = f"the loss is not finite on rank {last.faulty_ranks}"
+            report.skipped = f"the loss is not finite, or too large, on rank {last.faulty_ranks}"
         return report, moves
 
     def _skipped(self, report: StepReport) -> StepReport:
