@@ -10,8 +10,9 @@ from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan, assign
-from dist_vlcl.step import MAX_SLOPE_NOISE, HybridStep
-from dist_vlcl.zo.noise import Key, NoiseField, Segment, kept_by_row, normals_by_row, philox4x32
+from dist_vlcl.precision import MAX_SLOPE_NOISE
+from dist_vlcl.step import HybridStep
+from dist_vlcl.zo.noise import Key, NoiseField, Segment, dropout_mask_by_row, normals_by_row, philox4x32
 from tests.helpers.tiny_clip import LORA, MOE, NAMES, batch_of, pictures, tiny_clip
 from tests.test_step import STRATEGIES, in_float64
 from tests.test_train import TINY, configured, last_tensors, run_once
@@ -38,7 +39,7 @@ def test_words_signs_and_masks_have_the_bits_of_the_cpu_and_normals_nearly(seed)
     fields = [NoiseField(SEGMENTS, device) for device in ("cpu", "cuda")]
     assert torch.equal(*[field.signs(key, 2).cpu() for field in fields])
     torch.testing.assert_close(*[field.normals(key, 2).cpu() for field in fields], rtol=0, atol=1e-6)
-    assert torch.equal(*[kept_by_row("a", rows.to(device), 1001, 0.1, key, 255).cpu() for device in ("cpu", "cuda")])
+    assert torch.equal(*[dropout_mask_by_row("a", rows.to(device), 1001, 0.1, key, 255).cpu() for device in ("cpu", "cuda")])
     torch.testing.assert_close(*[normals_by_row(["a", "b"], rows.to(d), 9, key, 254).cpu() for d in ("cpu", "cuda")], rtol=0, atol=1e-6)
 
 
@@ -90,7 +91,7 @@ def test_graphs_replay_the_bits_of_kernels_that_are_launched_one_by_one(plan, pr
     zeroth = dataclasses.replace(STRATEGIES["conservative"], probes=2)
     steps = [step_on("cuda", plan, zeroth, precision=precision, double=False, graphs=graphs, **options) for graphs in (True, False)]
     for step in steps:
-        step.noise_is_checked = True  # here the bits count
+        step.precision.is_checked = True  # here the bits count
     held = [p.expand_as(p).grad_fn.next_functions[0][0] for p in steps[0].first.parameters]
     batches = [[batch_of(10, 3, seed=k)] * 2 for k in range(2)] + [[batch_of(n, 3, seed=k)] for k, n in enumerate([12, 12, 12, 9, 9, 9])]
     for task, names in enumerate([CLASSES, [NAMES[k] for k in (0, 2, 4)]]):
@@ -111,7 +112,7 @@ def test_graphs_replay_the_bits_of_kernels_that_are_launched_one_by_one(plan, pr
 @pytest.mark.parametrize("branch", ["vision", "language", "dual"])
 def test_slopes_in_bf16_by_delta_forward_are_fit(branch):
     step = step_on("cuda", OrderPlan(branch, "all"), STRATEGIES["naive"], precision="bf16", double=False)
-    noise = step.slope_noise(batch_of(16, len(CLASSES)), KEY)
+    noise = step.precision.slope_noise(step.tokens, batch_of(16, len(CLASSES)), KEY)
     assert noise and all(0 <= value < MAX_SLOPE_NOISE for value in noise.values())
 
 
