@@ -7,10 +7,10 @@ import torch
 
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import build_towers
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.step import MAX_SLOPE_NOISE, HybridStep
-from dist_vlcl.train import build_towers
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.strategies import MIN_EPSILON, ZerothOrderConfig
 from tests.helpers.ranks import run_ranks

@@ -28,13 +28,14 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return h.hexdigest()
 
 
-def agree(world: World, what: str, value: Any, hint: str = "") -> None:
-    """Raise DisagreementError on all ranks unless `value` is the same on each. All ranks call this."""
-    values = world.gather_objects(value, what)
-    odd = [rank for rank, other in enumerate(values) if other != values[0]]
-    if odd:
-        shown = "; ".join(f"rank {rank}: {str(values[rank])[:200]}" for rank in [0, *odd[:3]])
-        raise DisagreementError(f"{what}: ranks {odd} differ from rank 0 ({shown}). {hint}".strip())
+def agree(world: World, facts: Mapping[str, Any]) -> None:
+    """Raise DisagreementError on all ranks, naming the fact and the ranks, unless every fact is the same on each. All ranks call this."""
+    values = world.gather_objects(dict(facts), "what must agree")
+    for what in facts:
+        odd = [rank for rank, other in enumerate(values) if other.get(what) != values[0][what]]
+        if odd:
+            shown = "; ".join(f"rank {rank}: {str(values[rank].get(what))[:200]}" for rank in [0, *odd[:3]])
+            raise DisagreementError(f"{what}: ranks {odd} differ from rank 0 ({shown})")
 
 
 def agree_on_tensors(world: World, what: str, tensors: Mapping[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, RawSample, RawSet, Shard, ShardError, decode, read_bytes, read_shard, write_shards
 from dist_vlcl.data.store import build_command
 from dist_vlcl.dist.world import World
-from dist_vlcl.train import open_tasks
+from dist_vlcl.experiment import open_tasks
 from tests.helpers.memory import peak_mib
 from tests.helpers.shards import Quiet, make_index, png, raw_set, served
 
