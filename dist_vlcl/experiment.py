@@ -1,4 +1,4 @@
-"""What a configuration describes: its data, tasks and model, the batches to train on, and the evaluation. Training and evaluation share it."""
+"""What a configuration describes: data, tasks, model, training batches and evaluation. Training and `commands.evaluate` share it."""
 
 import itertools
 import math

@@ -22,8 +22,8 @@ from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.strategies import ZerothOrder
 
 EXPLANATION = """
-Repeats every zeroth-order update from the seeds and coefficients in journal.jsonl, without data and without a forward pass. If the run has a
-checkpoint of the last step, compares bit for bit. Exit status: 0 if equal or nothing to compare with, 1 if different, 2 after an error.
+Repeats every zeroth-order update from the seeds and coefficients in journal.jsonl, without data and without a forward pass. If the run has
+a checkpoint of the last step, compares bit for bit. Exit status: 0 if equal or nothing to compare with, 1 if different, 2 after an error.
 """
 
 
