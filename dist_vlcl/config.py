@@ -126,9 +126,10 @@ def from_hydra(options: DictConfig) -> Config:
     assert isinstance(config, Config)
     if isinstance(config.adapter, dict):
         config.adapter = OmegaConf.to_object(_custom_adapter(config.adapter))
+    validate(config)
     if config.run.name == "auto":
         config.run.name = default_name(config)
-    validate(config)
+        config.run.check()
     return config
 
 

@@ -4,10 +4,11 @@ import dataclasses
 import itertools
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, default_name, expand_paper, from_hydra
+from dist_vlcl.config import CONFIG_FOLDER, Config, default_name, expand_paper, from_hydra, load_config
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.model.units import UnitId
@@ -182,14 +183,14 @@ BAD = {
     "first_order.lr=0": "first_order.lr=0.0: give a positive number",
     "first_order.betas=[0.9]": "first_order.betas",
     "first_order.max_grad_norm=0": "first_order.max_grad_norm=0.0: give a positive number",
-    "train.batch_size=0": "train.batch_size=0: give a positive number",
-    "train.epochs=0": "train.epochs=0: give a positive number",
-    "train.max_steps=0": "train.max_steps=0: give a positive number",
-    "run.record_every_steps=-1": "run.record_every_steps=-1: give a number of steps",
-    "train.micro_batches=0": "train.micro_batches=0: give a positive number",
-    "train.warmup_steps=-1": "train.warmup_steps=-1: give a number of steps",
-    "eval.batch_size=0": "eval.batch_size=0: give a positive number",
-    "eval.holdout=1": "eval.holdout=1.0: choose from [0, 1)",
+    "train.batch_size=0": "train.batch_size=0: give a number of at least 1",
+    "train.epochs=0": "train.epochs=0: give a number of at least 1",
+    "train.max_steps=0": "train.max_steps=0: give a number of at least 1, or null",
+    "run.record_every_steps=-1": "run.record_every_steps=-1: give a number of at least 0",
+    "train.micro_batches=0": "train.micro_batches=0: give a number of at least 1",
+    "train.warmup_steps=-1": "train.warmup_steps=-1: give a number of at least 0",
+    "eval.batch_size=0": "eval.batch_size=0: give a number of at least 1",
+    "eval.holdout=1": "eval.holdout=1.0: give a number of at least 0 and less than 1",
     "cluster.device=tpu": "cluster.device='tpu': choose from auto, cpu, cuda",
     "cluster.timeout_s=0": "cluster.timeout_s=0.0: give a positive number",
     "cluster.threads=0": "cluster.threads=0: give a positive number",
@@ -202,8 +203,8 @@ BAD = {
     "data=folder": "data.name",
     "run.name=a/b": "run.name='a/b': use letters",
     "data.name=a+b data.reader=folder": "run.name='a+b-inc2-moe-mozo-dual-hop_odd-seed0': use letters",
-    "run.wandb=maybe": "run.wandb='maybe': choose from",
-    "run.keep=0": "run.keep=0: keep at least 1",
+    "run.trackers=[comet]": "run.trackers=['comet']: choose from wandb, tensorboard, mlflow",
+    "run.keep=0": "run.keep=0: give a number of at least 1",
 }
 
 
@@ -236,3 +237,22 @@ def test_values_live_in_one_place():
     assert config.orders == OrderPlan()
     assert dataclasses.replace(config.run, name="default") == RunConfig()
     assert OmegaConf.structured(Config).seed == config.seed == 0
+
+
+def saved_by_version_1(tmp_path, **changes):
+    """A configuration as version 0.1 wrote it."""
+    saved = configured().as_dict()
+    saved["zo"] |= {"update": "simultaneous", "steps_per_fo_step": 1, **changes}
+    saved["train"] |= {"on_disagreement": "reload"}
+    saved["run"] |= {"wandb": "off", "wandb_project": "mine"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    return tmp_path / "config.yaml"
+
+
+def test_a_configuration_of_version_1_is_read_without_the_options_that_are_gone(tmp_path):
+    assert load_config(saved_by_version_1(tmp_path)) == configured()
+
+
+def test_a_configuration_of_version_1_that_gives_other_results_is_refused_by_the_name_of_the_option(tmp_path):
+    with pytest.raises(ValueError, match=r"zo\.update=sequential is an option of version 0\.1 that no longer exists"):
+        load_config(saved_by_version_1(tmp_path, update="sequential"))
