@@ -20,7 +20,6 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("data.verify", 4),
     ("run.replay", 4),
     ("report.build", 4),
-    ("run.submit", 4),
     ("model.clip", 1),
     ("continual.evaluator", 2),
     ("continual.metrics", 0),
@@ -36,6 +35,8 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("run", 3),
     ("report", 3),
     ("train", 4),
+    ("session", 4),
+    ("experiment", 4),
     ("evaluate", 4),
     ("config", 4),
     ("paper", 4),
@@ -47,7 +48,7 @@ EVERYWHERE = {"options"}  # how an option is declared
 EMPTY = {"", "continual"}  # packages that hold nothing but a version or a docstring
 ONLY_IN = {
     "torch.distributed": lambda m: _within(m, "dist"),
-    "accelerate": lambda m: _within(m, "dist"),
+    "accelerate": lambda m: _within(m, "dist") or m == "run.trackers",
     "deepspeed": lambda m: _within(m, "dist"),
     "triton": lambda m: m == "zo.kernel",  # comes with torch where there are GPUs
     "open_clip": lambda m: m == "model.clip",

@@ -17,8 +17,8 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.report.records import read_units
 from dist_vlcl.run.checkpoint import load_newest
 from dist_vlcl.run.folder import RunRefused
-from dist_vlcl.step import HybridStep
 from dist_vlcl.session import Requeued
+from dist_vlcl.step import HybridStep
 from dist_vlcl.train import train
 from tests.helpers.ranks import free_port, run_module, run_ranks
 from tests.helpers.tiny_clip import architecture
@@ -242,7 +242,8 @@ def test_check_validates_the_options_and_does_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "message"), [("orders.layers=[13]", "the language tower has no block 13"), ("train.epochs=0", "train.epochs=0"), ("seed", "seed")]
+    ("word", "message"),
+    [("orders.layers=[13]", "the language tower has no block 13"), ("train.epochs=0", "train.epochs=0"), ("seed", "seed")],
 )
 def test_check_refuses_what_a_job_could_not_do_in_one_line(tmp_path, word, message):
     done = run_module("dist_vlcl.train", "--check", word, cwd=tmp_path)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from safetensors.torch import load_file
 
 from dist_vlcl.run import checkpoint, files

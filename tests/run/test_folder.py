@@ -207,7 +207,9 @@ def test_a_file_system_without_locks_is_said_to_have_none(tmp_path, monkeypatch)
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "lockf", no_locks)
-    with pytest.warns(RuntimeWarning, match=r"runs/a: this file system has no locks .*No locks available.*no other job uses this run\.name"):
+    with pytest.warns(
+        RuntimeWarning, match=r"runs/a: this file system has no locks .*No locks available.*no other job uses this run\.name"
+    ):
         assert RunFolder.open(settings(tmp_path), CONFIG, World.alone()).is_new
 
 
