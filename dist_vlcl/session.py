@@ -98,6 +98,7 @@ class Session:
     def begin(self, task: Task) -> None:
         """Prepare the step for a task; after a resume also restore its tensors and repeat the journal's steps."""
         self.step.begin(task.names)
+        self.world.collectives.take_busy_s()  # the time until now belongs to no step
         if self.saved:
             self.step.load_state_dict(self.saved.tensors)
             self.saved = None
