@@ -14,7 +14,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.difference import Candidate, Directions
 from dist_vlcl.zo.noise import Key
-from dist_vlcl.zo.strategies import ZerothOrder
+from dist_vlcl.zo.update import ZerothOrder
 
 EXAMPLES = """examples:
   python -m benchmarks noise

@@ -18,7 +18,7 @@ from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import PLAN_LAYERS, Order, OrderPlan, assign
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key, StepNoise
-from dist_vlcl.zo.strategies import EVALUATIONS, ZerothOrderConfig
+from dist_vlcl.zo.update import EVALUATIONS, ZerothOrderConfig
 
 SETTINGS = ("first", *(f"{branch}_{layers}" for branch in ("dual", "vision", "language") for layers in PLAN_LAYERS))
 STRATEGIES = ("naive", "sign", "conservative", "mozo")

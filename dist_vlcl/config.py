@@ -26,7 +26,7 @@ from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.run.signals import report_status
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrderConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 REMOVED = {"zo.update": "simultaneous", "zo.steps_per_fo_step": 1}  # options of version 0.1 with the value that is the only one now

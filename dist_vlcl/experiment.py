@@ -23,7 +23,6 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers, build_clip, unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.run.environment import code_digest
-from dist_vlcl.run.folder import flatten
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.zo.noise import Key, derive_seed
@@ -74,7 +73,8 @@ class Experiment:
         assign(unit_ids(cfg.model), cfg.orders)
         index, tasks = open_tasks(cfg, world)
         code = code_digest()
-        agree(world, {**flatten(cfg.as_dict()), "the data set": index.fingerprint, "the code": code})
+        facts = {"configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code}
+        agree(world, facts, "Start every rank with the same command and the same files.")
         loader = Loader(
             index,
             device=world.device,

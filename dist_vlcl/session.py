@@ -27,7 +27,7 @@ from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.stragglers import slowest_rank
 from dist_vlcl.run.unit_records import UnitRecords
 from dist_vlcl.step import HybridStep, StepReport
-from dist_vlcl.zo.strategies import Move
+from dist_vlcl.zo.update import Move
 
 
 @dataclass
@@ -126,14 +126,14 @@ class Session:
 
     def any_rank(self, is_so: bool) -> bool:
         """Whether something is true on any rank, the same answer on every rank."""
-        return self.world.sum(torch.tensor([float(is_so)]), "requests to stop")[0] > 0
+        return bool(self.world.sum_exact(torch.tensor([int(is_so)]), "requests to stop")[0] > 0)
 
     def record(self, planned: PlannedStep, report: StepReport) -> None:
         """Count a step that was taken, and write it to metrics.jsonl, to the unit records and, last, to journal.jsonl."""
         state, seconds = self.state, time.perf_counter() - planned.started
         state.advance()
         state.seconds += seconds
-        self.busy_s.append(report.busy_s[self.world.rank])  # a float when core is merged
+        self.busy_s.append(report.busy_s)
         zo = {m.group.name: {"projected_gradient": mean(m.sizes.values()), "coefficient": m.coefficient} for m in report.moves}
         peak_gib = self.world.take_peak_gib()
         self.log.step(

@@ -70,14 +70,15 @@ def build_step(experiment: Experiment) -> HybridStep:
 def check_same_start(experiment: Experiment, step: HybridStep) -> None:
     """Raise DisagreementError unless all ranks start from the same weights and draw the same directions. All ranks call this."""
     towers = experiment.towers
-    directions = {branch: step.zeroth.draws.draw(branch, Key(0, 0), 0) for branch in step.flats}
+    directions = {branch: step.zeroth.directions.draw(branch, Key(0, 0), 0) for branch in step.flats}
     agree(
         experiment.world,
         {
             "the frozen weights": digest({name: t for name, t in towers.state_dict().items() if ".adapter." not in name}),
             "the adapters": digest(towers.units.state_dict()),
-            "the first direction (on different CPUs use zo.directions=rademacher, which needs no rounding)": digest(directions),
+            "the first direction": digest(directions),
         },
+        "If only the first direction differs, the ranks have different CPUs: use zo.directions=rademacher, which needs no rounding.",
     )
 
 

@@ -170,7 +170,7 @@ def other_config(world: World, cfg: Config) -> str:
 
 def test_ranks_with_different_configurations_do_not_start(tmp_path):
     messages = run_ranks(other_config, 2, configured(tmp_path))
-    assert all("seed: ranks [1] differ from rank 0 (rank 0: 0; rank 1: 1)" in message for message in messages)
+    assert all("configuration.seed: ranks [1] differ from rank 0 (rank 0: 0; rank 1: 1)" in message for message in messages)
     assert not (tmp_path / "runs").exists()
 
 

@@ -17,9 +17,9 @@ from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.log import JOURNAL, read_journal
-from dist_vlcl.zo.journal import StoredUnits
+from dist_vlcl.zo.flat import StoredUnits
 from dist_vlcl.zo.noise import Key
-from dist_vlcl.zo.strategies import ZerothOrder
+from dist_vlcl.zo.update import ZerothOrder
 
 EXPLANATION = """
 Repeats every zeroth-order update from the seeds and coefficients in journal.jsonl, without data and without a forward pass. If the run has
