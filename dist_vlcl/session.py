@@ -171,7 +171,7 @@ class Session:
             raise
         self.agreed_step = self.state.step
         if self.busy_s:
-            busy_s = self.world.gather(torch.tensor([mean(self.busy_s)]), "busy seconds")[:, 0].tolist()
+            busy_s = self.world.gather_objects(mean(self.busy_s), "busy seconds")
             names = [self.world.collectives.named(rank) for rank in range(self.world.size)]
             if message := slowest_rank(busy_s, names, self.world.direction_groups):
                 self.log.say(f"step {self.state.step}: {message}")
