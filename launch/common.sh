@@ -1,8 +1,8 @@
-# Sourced by local.sh, multinode.sh and the scripts of slurm/: what they share. Not a command.
+# Functions that local.sh, multinode.sh and the scripts of slurm/ share. They source this file.
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 engine=ddp engines="ddp zero0 zero1 zero2 zero3 zero3_offload"
-# Ranks save after SIGTERM; so many seconds later their launcher kills them. At least twice a save and the longest step (docs/reliability.md).
+# Ranks save after SIGTERM; after so many seconds their launcher kills them. Allow at least twice the time of a save and the longest step.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-90}
 
 fail() {
@@ -10,12 +10,12 @@ fail() {
     exit 2
 }
 
-# A whole number from $3 on, without the leading zeros that bash would take for octal: number NAME VALUE LEAST [MOST]
+# number NAME VALUE MIN [MAX]: accept a whole number within the bounds. No leading zeros, which bash would read as octal.
 number() {
     [[ $2 =~ ^(0|[1-9][0-9]{0,5})$ ]] && (($2 >= $3 && $2 <= ${4:-999999})) || fail "$1 $2: give a whole number from $3${4:+ to $4}"
 }
 
-# The interpreter of the checkout's .venv, or of $PYTHON.
+# Set $python to $PYTHON, or to the interpreter in the .venv of the checkout.
 find_python() {
     python=${PYTHON:-$here/../.venv/bin/python}
     [[ -n ${PYTHON:-} || -x $python ]] || python=python3
@@ -30,7 +30,7 @@ check_engine() {
     [[ " $engines " == *" $engine "* ]] || fail "--engine $engine: choose from ${engines// /, }"
 }
 
-# Options of the trainer: OPTION=VALUE, each once. An unquoted {a,b} is expanded by the shell into two, of which the last would win.
+# Accept OPTION=VALUE, each option once. The shell expands an unquoted {a,b} into two options, and the last one would win.
 check_options() {
     local option key
     local -A seen=()
@@ -49,7 +49,7 @@ default_processes() {
     echo "$((gpus > 0 ? gpus : $1))"
 }
 
-# accelerate's words for the engine.
+# Set $arguments to the options of accelerate that select the engine.
 engine_arguments() {
     if [[ $engine == zero* ]]; then
         arguments=(--use_deepspeed --deepspeed_config_file "$here/deepspeed/$engine.json" --deepspeed_multinode_launcher standard --zero3_init_flag false)
@@ -59,13 +59,13 @@ engine_arguments() {
     arguments+=(--dynamo_backend no)
 }
 
-# Print the command, quoted as a shell wants it, or become it.
+# Print the command, quoted for a shell, or replace this process with it.
 run() {
     if [[ $dry_run == yes ]]; then
         printf '%q ' "$@"
         printf '\n'
         exit 0
     fi
-    trap '' USR1 # it is for the ranks alone: it kills a launcher
+    trap '' USR1 # meant for the ranks; it would kill a launcher
     exec "$@"
 }

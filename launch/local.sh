@@ -7,10 +7,10 @@ usage() {
     cat <<'TEXT'
 Train on this machine:  launch/local.sh [OPTION ...] [TRAINER_OPTION=VALUE ...]
 
-  --processes N   how many ranks (default: one per GPU, or 2)
-  --engine NAME   of first-order units: ddp (default), zero0, zero1, zero2, zero3, zero3_offload (DeepSpeed)
-  --module NAME   what to run (default: dist_vlcl.train)
-  --dry-run       print the command only, as given: secrets are not hidden
+  --processes N   number of ranks (default: one per GPU, or 2)
+  --engine NAME   engine of first-order units: ddp (default), or DeepSpeed: zero0, zero1, zero2, zero3, zero3_offload
+  --module NAME   Python module to run (default: dist_vlcl.train)
+  --dry-run       print the command and do not run it; secrets in it are not hidden
   --help          this text; `python -m dist_vlcl.train --help` lists the trainer's options
 
   launch/local.sh orders=dual_hop_odd zo=mozo
@@ -38,6 +38,6 @@ check_engine
 check_options "$@"
 find_python
 engine_arguments
-[[ $processes != 1 || $engine != ddp ]] || run "$python" -m "$module" "$@" # accelerate's launcher of one process does not wait after SIGTERM
+[[ $processes != 1 || $engine != ddp ]] || run "$python" -m "$module" "$@" # with one process, accelerate's launcher does not wait for the save after SIGTERM
 run "$python" -m accelerate.commands.launch "${arguments[@]}" --num_machines 1 --num_processes "$processes" \
     --main_process_port "${MASTER_PORT:-0}" -m "$module" "$@"

@@ -5,20 +5,20 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 usage() {
     cat <<'TEXT'
-Train on several machines: start this on every one, with its own --rank:
+Train on several machines: start this on every machine, each with its own --rank:
 
   launch/multinode.sh --nodes N --rank R --address HOST [OPTION ...] [TRAINER_OPTION=VALUE ...]
 
-  --nodes N        how many machines                                  (in a Slurm step: that of the step)
-  --rank R         which of them this is, from 0                      (in a Slurm step: this task's node)
-  --address HOST   a name or address of machine 0 that all reach      (or MASTER_ADDR)
-  --port P         a free port there (default 29500)                  (or MASTER_PORT)
+  --nodes N        number of machines                                 (default in a Slurm step: its nodes)
+  --rank R         number of this machine, from 0                     (default in a Slurm step: its node)
+  --address HOST   name or address of machine 0 that all can reach    (default: MASTER_ADDR)
+  --port P         a free port on machine 0                           (default: MASTER_PORT, or 29500)
   --processes N    ranks on each machine (default: one per GPU, or 1)
-  --engine NAME    of first-order units: ddp (default), zero0, zero1, zero2, zero3, zero3_offload (DeepSpeed)
+  --engine NAME    engine of first-order units: ddp (default), or DeepSpeed: zero0, zero1, zero2, zero3, zero3_offload
   --launcher NAME  accelerate (default) or torchrun
   --restarts N     torchrun starts all ranks again, up to N times, when one of them dies (default 0)
-  --module NAME    what to run (default: dist_vlcl.train)
-  --dry-run        print the command only, as given: secrets are not hidden
+  --module NAME    Python module to run (default: dist_vlcl.train)
+  --dry-run        print the command and do not run it; secrets in it are not hidden
   --help           this text; `python -m dist_vlcl.train --help` lists the trainer's options
 
 The run folder and the data must be on a file system that all machines share.
@@ -55,7 +55,7 @@ number --restarts "$restarts" 0
 check_engine
 [[ $launcher == accelerate || $launcher == torchrun ]] || fail "--launcher $launcher: choose from accelerate, torchrun"
 [[ $launcher == torchrun || $restarts == 0 ]] ||
-    fail "--restarts $restarts: accelerate's rendezvous cannot start ranks again on several machines; take --launcher torchrun"
+    fail "--restarts $restarts: accelerate's rendezvous cannot start ranks again on several machines; use --launcher torchrun"
 [[ $address =~ ^[A-Za-z0-9._:-]+$ ]] && getent hosts "$address" >/dev/null || fail "--address $address: this machine cannot find it"
 check_options "$@"
 find_python
@@ -63,20 +63,20 @@ total=$((nodes * processes))
 engine_arguments
 
 if [[ $launcher == accelerate ]]; then
-    [[ $total != 1 || $engine != ddp ]] || run "$python" -m "$module" "$@" # accelerate's launcher of one process does not wait after SIGTERM
+    [[ $total != 1 || $engine != ddp ]] || run "$python" -m "$module" "$@" # with one process, accelerate's launcher does not wait for the save after SIGTERM
     run "$python" -m accelerate.commands.launch "${arguments[@]}" --num_machines "$nodes" --machine_rank "$rank" --num_processes "$total" \
         --main_process_ip "$address" --main_process_port "$port" --rdzv_backend static --max_restarts 0 -m "$module" "$@"
 fi
 
 settings=()
-if [[ $engine == zero* ]]; then # what accelerate would tell the trainer
+if [[ $engine == zero* ]]; then # accelerate's launcher would set these variables
     settings+=(ACCELERATE_USE_DEEPSPEED=true "ACCELERATE_DEEPSPEED_CONFIG_FILE=$here/deepspeed/$engine.json")
     settings+=(ACCELERATE_CONFIG_DS_FIELDS=deepspeed_config_file)
 fi
 if ((restarts == 0)); then
     meeting=(--master_addr "$address" --master_port "$port")
 else
-    # Without this, addresses of dead ranks stay in the store, and the new ones fail to connect.
+    # Otherwise the addresses of dead ranks stay in the store, and new ranks fail to connect.
     settings+=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)
     meeting=(--rdzv_backend c10d --rdzv_endpoint "$address:$port" --rdzv_id "$port" --rdzv_conf "is_host=$((rank == 0))" --max_restarts "$restarts")
 fi

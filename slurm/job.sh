@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: their help, the rendezvous, the step, and whether the job wants to be started again. Not a command.
+# The scripts beside this file source it. It prints their help, sets up the rendezvous, runs the step, and decides whether to requeue the job.
 
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
     sed -n '2,/^$/s/^#\( \|$\)//p' "$0"
@@ -17,24 +17,38 @@ processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
 number PROCESSES "$processes" 1
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-# Rank 0, on this node, writes a word here (and a rank that meets a damaged shard): exit codes of ranks do not get through their launcher. Not in /tmp, which a container may not share.
+# Rank 0, on this node, writes a status word here, since launchers do not pass on the exit codes of ranks. A rank that meets a damaged shard does,
+# too. Not in /tmp, which a container may not share.
 DIST_VLCL_STATUS=$PWD/.slurm-$job.status
 : >"$DIST_VLCL_STATUS" || fail "$PWD: the job cannot write here; submit from a folder where it can"
 export MASTER_ADDR MASTER_PORT DIST_VLCL_STATUS
 
-# A command on one node, by the interpreter that has dist_vlcl.
+# Run a Python command on one node, by the interpreter that has dist_vlcl.
+with_python='source "$0/launch/common.sh"; find_python; trap "" USR1; exec "$python" "$@"'
 run_python() {
-    ((SLURM_NNODES == 1)) || fail "$SLURM_NNODES nodes: this job takes one; slurm/train.sbatch trains on several"
-    run_step bash -c 'source "$0/launch/common.sh"; find_python; trap "" USR1; exec "$python" "$@"' "$repository" "$@"
+    ((SLURM_NNODES == 1)) || fail "$SLURM_NNODES nodes: this job takes one node; slurm/train.sbatch trains on several"
+    run_step bash -c "$with_python" "$repository" "$@"
 }
 
-# Run a command once on each node, and leave the job: done, failed, or to be started again.
+# Validate the trainer's options on one node before ranks start on all of them. A restart has the options of the first start.
+check_trainer() {
+    ((restarts == 0)) || return 0
+    local word options=()
+    for word in "$@"; do
+        [[ $word == -* || $word != *=* ]] || options+=("$word") # the others belong to the launcher
+    done
+    srun --nodes=1 --ntasks=1 --export=ALL --mpi=none "${container[@]}" bash -c "$with_python" "$repository" -m dist_vlcl.train --check "${options[@]}" && return
+    rm -f "$DIST_VLCL_STATUS"
+    fail "the job does not start: see the message above"
+}
+
+# Run a command once on each node, then end the job: done, failed, or requeued.
 run_step() {
     local step status state reason word is_queued=no
-    trap : TERM USR1 # Slurm signals the steps as well; this shell waits for them
+    trap : TERM USR1 # Slurm signals the steps, too; this shell waits for them
     say "start $restarts of job $job on $SLURM_JOB_NODELIST: ${*%%=*}" # names of options only: values may hold secrets
-    # srun has to be told what sbatch was: CPUs (since Slurm 22.05), and the environment (where a site says --export=NONE). And no MPI: accelerate
-    # reads its variables.
+    # srun does not inherit from sbatch: the CPUs (since Slurm 22.05), and the environment (if a site sets --export=NONE). No MPI: accelerate would
+    # read its variables.
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
         --export=ALL --mpi=none --kill-on-bad-exit=1 "${container[@]}" "$@" &
     step=$!
@@ -49,7 +63,7 @@ run_step() {
         if [[ $state == RUNNING || $reason == TimeLimit ]]; then
             queue_again
         else
-            say "Slurm ends this job itself ($state); the same command goes on with the run"
+            say "Slurm ends this job ($state); the same command continues the run"
         fi
     fi
     rm -f "$DIST_VLCL_STATUS"
@@ -60,18 +74,18 @@ say() {
     printf '%(%F %T)T %s\n' -1 "$*"
 }
 
-# What Slurm does with this job. scancel and preemption end it for good or queue it themselves: only a running job, or one out of time, is ours.
+# Ask Slurm for the state of this job. After scancel or preemption Slurm itself ends or requeues it; we requeue only a running job, or one out of time.
 ask_slurm() {
     local attempt
     for attempt in 1 2 3 4 5 6; do # near a time limit the controller may be busy
         read -r state reason < <(squeue --noheader --jobs="$job" --format='%T %r') && return
         ((attempt == 6)) || sleep 5
     done
-    state=RUNNING reason="" # it does not answer: to ask for a start too many is the lesser evil, and it refuses for a job that has ended
+    state=RUNNING reason="" # no answer: a needless request to requeue does no harm, Slurm refuses it for a job that has ended
 }
 
-# Stopped by a signal and saved; or steps were being taken, and a rank has died, or an evaluation was longer than the time that was left. Or a start
-# has ended before that, without a refusal (2), of a job that had got further once.
+# Whether to requeue: the run stopped after a signal and saved; or a rank died while steps were taken, or an evaluation took longer than the time that
+# was left; or a restart ended before training without a refusal (status 2).
 wants_to_go_on() {
     word=$(<"$DIST_VLCL_STATUS")
     [[ $word == requeue || $word == training || $status == 75 || (-z $word && $restarts -gt 0 && $status != 0 && $status != 2) ]]
@@ -83,6 +97,6 @@ queue_again() {
         is_queued=yes
     else
         status=1
-        say "error: Slurm does not queue this job again; submit it once more: the same command goes on with the run" >&2
+        say "error: Slurm does not requeue this job; submit it again: the same command continues the run" >&2
     fi
 }

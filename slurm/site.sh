@@ -1,21 +1,21 @@
-# This site's settings, in one place. A variable that is set already wins, so one submission can differ: MAX_RESTARTS=3 sbatch slurm/train.sbatch ...
+# The settings of this site. The environment takes precedence, so a single submission can differ: MAX_RESTARTS=3 sbatch slurm/train.sbatch ...
 
-# What sbatch is told, in variables that it knows itself. python -m dist_vlcl.run.submit reads this file; before a plain sbatch, `. slurm/site.sh` does.
+# Defaults for sbatch, in its own variables. Run `. slurm/site.sh` before sbatch.
 # export SBATCH_PARTITION=${SBATCH_PARTITION:-gpu}
 # export SBATCH_ACCOUNT=${SBATCH_ACCOUNT:-project}
 # export SBATCH_GPUS_PER_NODE=${SBATCH_GPUS_PER_NODE:-4}
 # export SBATCH_TIMELIMIT=${SBATCH_TIMELIMIT:-8:00:00}
 
-# What the job reads.
-PYTHON=${PYTHON:-}            # the interpreter that has dist_vlcl; empty: the checkout's .venv
-PROCESSES=${PROCESSES:-}      # ranks on a node; empty: one per GPU of the job, or 1
+# Settings of the job.
+PYTHON=${PYTHON:-}            # the interpreter that has dist_vlcl; if empty, the .venv of the checkout
+PROCESSES=${PROCESSES:-}      # ranks on a node; if empty, one per GPU of the job, or 1
 MAX_RESTARTS=${MAX_RESTARTS:-20}
 
-# Before the trainer starts, on the first node; what it exports reaches every node.
+# Runs on the first node before the trainer; exported variables reach every node.
 setup() {
     : # module load cuda/12.8 || return
-    # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 # where a host's name leads to another network than the fast one
+    # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0 # if host names resolve to a slow network
 }
 
-# In front of the command of each node, such as a container, which has to see this folder under its own name.
+# A prefix of the command on each node, such as a container. It must see this folder under the same path.
 container=() # container=(apptainer exec --nv --bind "$PWD" /shared/dist_vlcl.sif)

@@ -20,7 +20,6 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("data.verify", 4),
     ("run.replay", 4),
     ("report.build", 4),
-    ("run.submit", 4),
     ("model.clip", 1),
     ("continual.evaluator", 2),
     ("continual.metrics", 0),
@@ -38,6 +37,8 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("run", 3),
     ("report", 3),
     ("train", 4),
+    ("session", 4),
+    ("experiment", 4),
     ("evaluate", 4),
     ("config", 4),
     ("paper", 4),
@@ -49,7 +50,7 @@ EVERYWHERE = {"options"}  # how an option is declared
 EMPTY = {"", "continual"}  # packages that hold nothing but a version or a docstring
 ONLY_IN = {
     "torch.distributed": lambda m: _within(m, "dist"),
-    "accelerate": lambda m: _within(m, "dist"),
+    "accelerate": lambda m: _within(m, "dist") or m == "run.trackers",
     "deepspeed": lambda m: _within(m, "dist"),
     "triton": lambda m: m == "zo.kernel",  # comes with torch where there are GPUs
     "open_clip": lambda m: m == "model.clip",
@@ -67,8 +68,8 @@ def floor_of(module: str) -> int | None:
 
 
 def package_of(module: str) -> str:
-    """Return what `sideways` is within: the package, or the three modules that are the step."""
-    return "step" if module in ("losses", "precision") else module.split(".")[0]
+    """Return what `sideways` is within; losses and precision are parts of the step."""
+    return {"losses": "step", "precision": "step"}.get(module, module.split(".")[0])
 
 
 def name_of(path: Path) -> str:

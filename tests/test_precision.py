@@ -7,11 +7,11 @@ import torch
 
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import build_towers
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.precision import MAX_SLOPE_NOISE
 from dist_vlcl.step import HybridStep
-from dist_vlcl.train import build_towers
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import MIN_EPSILON, ZerothOrderConfig
 from tests.helpers.ranks import run_ranks

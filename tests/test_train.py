@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from safetensors.torch import load_file
 
 from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
 from dist_vlcl.dist.world import World
 from dist_vlcl.report.records import read_units
 from dist_vlcl.run.checkpoint import load_newest
 from dist_vlcl.run.folder import RunRefused
+from dist_vlcl.session import Requeued
 from dist_vlcl.step import HybridStep
-from dist_vlcl.train import Requeued, train
+from dist_vlcl.train import train
 from tests.helpers.ranks import free_port, run_module, run_ranks
 from tests.helpers.tiny_clip import architecture
 
-SMALL_RUN = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=60", "run.wandb=off", "run.progress=false", "train.warmup_steps=2"]
+SMALL_RUN = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=60", "run.trackers=[]", "run.progress=false", "train.warmup_steps=2"]
 SMALL_RUN += ["run.plots=false"]
 
 
@@ -57,8 +57,7 @@ def run_once(world: World, cfg: Config, stop_at: int | None = None) -> str:
 
 
 def last_tensors(cfg: Config) -> dict[str, torch.Tensor]:
-    folder = Path(cfg.run.root) / cfg.run.name / "checkpoints"
-    return load_file(sorted(folder.glob("step-*"))[-1] / "tensors.safetensors")
+    return load_newest(cfg.run.folder).tensors
 
 
 def records(cfg: Config, file: str = "metrics.jsonl") -> list[dict]:
@@ -78,7 +77,7 @@ def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path
     assert run_ranks(run_once, size, unbroken) == ["finished"] * size
     assert run_ranks(run_once, size, broken, 3) == ["requeued"] * size
     folder = Path(broken.run.root) / "broken"
-    assert load_newest(folder).step == 4  # the step that the signal came in, which had told its flag, and one more
+    assert load_newest(folder).step == 4  # the signal came within step 3, after its flag was exchanged
     assert (folder / "REQUEUE").exists() and json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["kind"] != "task"
     assert run_ranks(run_once, size, broken) == ["finished"] * size
     assert not (folder / "REQUEUE").exists()
@@ -171,7 +170,7 @@ def other_config(world: World, cfg: Config) -> str:
 
 def test_ranks_with_different_configurations_do_not_start(tmp_path):
     messages = run_ranks(other_config, 2, configured(tmp_path))
-    assert all("the configuration: ranks [1] differ from rank 0" in message for message in messages)
+    assert all("configuration.seed: ranks [1] differ from rank 0 (rank 0: 0; rank 1: 1)" in message for message in messages)
     assert not (tmp_path / "runs").exists()
 
 
@@ -189,7 +188,7 @@ def test_accelerate_launch_trains_on_two_processes(tmp_path):
     port = ["--main_process_port", str(free_port())]
     done = launched(tmp_path, *two, *port, "-m", "dist_vlcl.train", *SMALL_RUN, *SHORT, "run.name=launched", "cluster.num_processes=2")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 x cpu" in done.stdout and "Done. Look at runs/launched/summary.md; every step" in done.stdout
+    assert "2 x cpu" in done.stdout and "Done. See runs/launched/summary.md; every step" in done.stdout
     assert done.stdout.count("Done.") == 1  # one rank speaks
     assert json.loads((tmp_path / "runs/launched/accuracy.json").read_text())["complete"]
     assert {p.name for p in tmp_path.iterdir()} == {"data", "runs"}  # and Hydra leaves nothing behind
@@ -235,3 +234,18 @@ def test_a_user_error_is_one_message_before_any_work(words, message, tmp_path):
     done = run_module("dist_vlcl.train", *words, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_check_validates_the_options_and_does_nothing_else(tmp_path):
+    done = run_module("dist_vlcl.train", "--check", "orders=dual_suffix", "run.name=mine", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "valid: runs/mine\n", "") and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("orders.layers=[13]", "the language tower has no block 13"), ("train.epochs=0", "train.epochs=0"), ("seed", "seed")],
+)
+def test_check_refuses_what_a_job_could_not_do_in_one_line(tmp_path, word, message):
+    done = run_module("dist_vlcl.train", "--check", word, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)

@@ -12,8 +12,8 @@ from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.tasks import held_out, plain_order
 from dist_vlcl.data.transforms import TestTransform
 from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import held_out_samples, open_tasks, steps_per_epoch
 from dist_vlcl.report.trials import Trial, ranked, trial_table, write_csv
-from dist_vlcl.train import not_trained_on, open_tasks, steps_per_epoch
 
 
 def configured(*words):
@@ -24,7 +24,7 @@ def configured(*words):
 def test_held_out_images_are_a_part_of_every_class_and_never_trained_on(tmp_path):
     cfg = configured(f"data.root={tmp_path}", "eval.holdout=0.2", "train.batch_size=50")
     index, tasks = open_tasks(cfg, World.alone())
-    task, kept = tasks[0], not_trained_on(cfg, index, tasks[0])
+    task, kept = tasks[0], held_out_samples(cfg, index, tasks[0])
     sizes = index.sizes("train", task.classes)
     for class_id, shards in sizes.items():
         assert sum(s.class_id == class_id for s in kept) == round(0.2 * sum(shards))

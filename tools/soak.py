@@ -32,12 +32,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tiny CLIP of the tests
 
-from dist_vlcl.run import checkpoint, journal
-from dist_vlcl.run.jsonl import read_lines
+from dist_vlcl.run import checkpoint
+from dist_vlcl.run.files import read_lines
+from dist_vlcl.run.log import JOURNAL
 
 AS_A_RANK = "as-a-rank"  # how torchrun is told
 RANKS, GRACE_S, HANG_S, TIMES = 2, 10, 240, ("time", "seconds", "data_seconds", "images_per_second")
-COMMON = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=32", "train.warmup_steps=2", "eval.zero_shot=false", "run.wandb=off"]
+COMMON = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=32", "train.warmup_steps=2", "eval.zero_shot=false", "run.trackers=[]"]
 COMMON += [
     "run.record_every_steps=0",
     "run.progress=false",
@@ -236,16 +237,16 @@ def differing(run: Path, reference: Path) -> list[str]:
         for name in sorted(own.keys() | other.keys())
         if name not in own or name not in other or not torch.equal(own[name], other[name])
     ]
-    return found + [file for file in ("metrics.jsonl", journal.FILE) if records(run, file) != records(reference, file)]
+    return found + [file for file in ("metrics.jsonl", JOURNAL) if records(run, file) != records(reference, file)]
 
 
 def moment(folder: Path) -> str:
     """Return what the run is at, as far as its files tell."""
-    if not (folder / journal.FILE).exists():
+    if not (folder / JOURNAL).exists():
         return "first start"
-    if list((folder / "checkpoints").glob("*.tmp")) or list((folder / "checkpoints").glob("*.old")):
+    if list((folder / "checkpoints").glob("*.tmp")):
         return "save"
-    if time.time() - (folder / journal.FILE).stat().st_mtime < 1:
+    if time.time() - (folder / JOURNAL).stat().st_mtime < 1:
         return "steps"
     return "a later start, an evaluation or the end"
 
@@ -255,7 +256,7 @@ def ended(folder: Path) -> bool:
 
 
 def journalled(folder: Path) -> int:
-    return max((record["step"] for record in read_lines(folder / journal.FILE)), default=0)
+    return max((record["step"] for record in read_lines(folder / JOURNAL)), default=0)
 
 
 def strike(start: Start, draw: random.Random, after_s: float, folder: Path, tally: Tally) -> str | None:
@@ -310,7 +311,7 @@ def soak(options: argparse.Namespace, folder: Path) -> Tally:
             if fault:
                 tally.faults[fault] += 1
                 tally.by_torchrun += by_torchrun
-            found = re.search(r"going on after step (\d+)", start.said())
+            found = re.search(r"continuing after step (\d+)", start.said())
             if not was_complete and (found or code == 0):  # a start that got as far as to know
                 tally.finished_steps_lost[plan] += before - (int(found[1]) if found else 0)
             if code is None and fault == STOP and ended(runs / name):

@@ -21,10 +21,11 @@ from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
 from dist_vlcl.data.loader import Batch
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import build_towers
 from dist_vlcl.orders import assign
-from dist_vlcl.run.units import UnitRecords
+from dist_vlcl.run.unit_records import UnitRecords
+from dist_vlcl.session import sizes_by_unit
 from dist_vlcl.step import HybridStep
-from dist_vlcl.train import build_towers, sizes_by_unit
 from dist_vlcl.zo.noise import Key
 
 OBSERVING = ("_observe_first", "_observe_moved")

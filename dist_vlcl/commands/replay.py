@@ -1,4 +1,4 @@
-"""Rebuild a run's zeroth-order units from a checkpoint and the journal, bit for bit:  python -m dist_vlcl.commands.replay runs/NAME"""
+"""Rebuild the zeroth-order units of a run from a checkpoint and the journal:  python -m dist_vlcl.commands.replay runs/NAME"""
 
 import argparse
 import sys
@@ -15,33 +15,38 @@ from dist_vlcl.config import Config, load_config
 from dist_vlcl.masking import masked
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign
-from dist_vlcl.run import checkpoint, journal
+from dist_vlcl.run import checkpoint
+from dist_vlcl.run.log import JOURNAL, read_journal
 from dist_vlcl.zo.flat import StoredUnits
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder
 
+EXPLANATION = """
+Repeats every zeroth-order update from the seeds and coefficients in journal.jsonl, without data and without a forward pass. If the run has
+a checkpoint of the last step, compares bit for bit. Exit status: 0 if equal or nothing to compare with, 1 if different, 2 after an error.
+"""
+
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """Zeroth-order units as they were after a step, made of a checkpoint and the journal."""
+    """Zeroth-order units after a step, rebuilt from a checkpoint and the journal."""
 
-    start: int  # the checkpoint's step
+    start: int  # the step of the checkpoint
     stop: int
-    tensors: dict[str, Tensor]  # under the names that they have in a checkpoint
-    journal_bytes: float  # a step
+    tensors: dict[str, Tensor]  # under their names in a checkpoint
 
 
 def rebuild(folder: Path, start: int | None = None, stop: int | None = None, device: str = "cpu") -> Rebuilt:
-    """Return the zeroth-order units after step `stop` (default: the journal's last), from the checkpoint of `start` (the newest before it).
+    """Return the zeroth-order units after step `stop` (default: the journal's last), starting from the checkpoint of step `start`.
 
-    Raises ValueError where the run has no such units or its journal does not reach from start to stop.
+    Raises ValueError if the run has no such units, or if the journal has a gap between start and stop.
     """
     cfg = load_config(folder / "config.yaml")
-    saved = _checkpoint(folder, start, stop)
-    records = [record for record in journal.read_after(folder, saved.step) if stop is None or record["step"] <= stop]
+    saved = _first_checkpoint(folder, start, stop)
+    records = [record for record in read_journal(folder, saved.step) if stop is None or record["step"] <= stop]
     reached = saved.step + len(records)
     if stop is not None and reached < stop:
-        raise ValueError(f"{folder}/{journal.FILE}: step {reached + 1} is missing or damaged, so step {stop} cannot be reached")
+        raise ValueError(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, so step {stop} cannot be rebuilt")
     flats = {branch: StoredUnits(tensors) for branch, tensors in _zeroth_order(cfg, saved.tensors, device).items()}
     if not flats:
         raise ValueError(f"{folder} has no zeroth-order units (orders.branch={cfg.orders.branch}, orders.order={cfg.orders.order})")
@@ -52,19 +57,18 @@ def rebuild(folder: Path, start: int | None = None, stop: int | None = None, dev
             zeroth.begin()
             task = record["task"]
         zeroth.replay(record["moves"], Key(record["seed"], record["step"] - 1))
-    tensors = {f"adapters/{name}": t.cpu() for flat in flats.values() for name, t in flat.tensors().items()}
-    return Rebuilt(saved.step, reached, tensors, journal.bytes_per_step(folder))
+    return Rebuilt(saved.step, reached, {f"adapters/{name}": t.cpu() for flat in flats.values() for name, t in flat.tensors().items()})
 
 
-def _checkpoint(folder: Path, start: int | None, stop: int | None) -> checkpoint.Checkpoint:
-    """Return the checkpoint to start from: that of `start`, else the newest that lies before `stop`, else before the journal's end."""
-    if start is not None:
-        return checkpoint.load(folder, start)
+def _first_checkpoint(folder: Path, start: int | None, stop: int | None) -> checkpoint.Checkpoint:
+    """Return the checkpoint of `start`; without it, the newest one before `stop`, or before the journal's end."""
     steps = checkpoint.saved_steps(folder)
-    if not steps:
-        raise ValueError(f"{folder}/checkpoints holds no checkpoint to start from")
-    end = stop or max((record["step"] for record in journal.read_after(folder, steps[0])), default=steps[0])
-    return checkpoint.load(folder, max((step for step in steps if step < end), default=steps[0]))
+    if start is None:
+        if not steps:
+            raise ValueError(f"{folder}/checkpoints has no checkpoint of this version to start from")
+        end = stop or max((record["step"] for record in read_journal(folder, steps[0])), default=steps[0])
+        start = max((step for step in steps if step < end), default=steps[0])
+    return checkpoint.load(folder, start)
 
 
 def _zeroth_order(cfg: Config, saved: Mapping[str, Tensor], device: str) -> dict[str, dict[str, Tensor]]:
@@ -79,34 +83,37 @@ def _zeroth_order(cfg: Config, saved: Mapping[str, Tensor], device: str) -> dict
     return result
 
 
-def differing(rebuilt: Rebuilt, saved: checkpoint.Checkpoint) -> list[str]:
-    """Return the names of the tensors that are not, bit for bit, those of a checkpoint."""
+def different_tensors(rebuilt: Rebuilt, saved: checkpoint.Checkpoint) -> list[str]:
+    """Return the names of the tensors that are not bit for bit those of a checkpoint."""
     return [name for name, t in rebuilt.tensors.items() if not torch.equal(t, saved.tensors[name])]
 
 
 def main() -> None:
-    """Run the command line. Exit status 1 where the rebuilt units differ from the checkpoint of the same step, 2 for an error."""
-    parser = argparse.ArgumentParser(prog="python -m dist_vlcl.commands.replay", description=__doc__)
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m dist_vlcl.commands.replay", description=__doc__, epilog=EXPLANATION)
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/NAME")
-    parser.add_argument("--start", type=int, metavar="STEP", help="the checkpoint to start from (default: the newest before the end)")
-    parser.add_argument("--stop", type=int, metavar="STEP", help="the step to end at (default: the journal's last)")
-    parser.add_argument("--device", default="cpu", help="where the run drew its directions: cpu (default) or cuda")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the rebuilt units here, as safetensors")
+    parser.add_argument(
+        "--start", type=int, metavar="STEP", help="start from the checkpoint of this step (default: the newest before the end)"
+    )
+    parser.add_argument("--stop", type=int, metavar="STEP", help="stop after this step (default: the last one in the journal)")
+    parser.add_argument("--device", default="cpu", help="the device on which the run drew its directions: cpu (default) or cuda")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the rebuilt units to this safetensors file")
     options = parser.parse_args()
     try:
         rebuilt = rebuild(options.run, options.start, options.stop, options.device)
         if options.output:
             save_file(rebuilt.tensors, options.output)
         saved = checkpoint.load(options.run, rebuilt.stop) if rebuilt.stop in checkpoint.saved_steps(options.run) else None
-    except (OSError, ValueError, RuntimeError, checkpoint.BrokenCheckpoint) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(masked(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     numbers = sum(t.numel() for t in rebuilt.tensors.values())
-    print(f"rebuilt {numbers:,} numbers of the zeroth-order units after step {rebuilt.stop}, from the checkpoint of step {rebuilt.start}")
-    print(f"the journal takes {rebuilt.journal_bytes:.0f} bytes a step")
+    print(
+        f"rebuilt {numbers:,} parameters of the zeroth-order units after step {rebuilt.stop}, from the checkpoint of step {rebuilt.start}"
+    )
     if saved is None:
         print(f"there is no checkpoint of step {rebuilt.stop} to compare with")
-    elif names := differing(rebuilt, saved):
+    elif names := different_tensors(rebuilt, saved):
         print(f"DIFFERENT from the checkpoint of step {rebuilt.stop}: {', '.join(names[:4])}", file=sys.stderr)
         sys.exit(1)
     else:

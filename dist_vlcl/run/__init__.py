@@ -1,1 +1,1 @@
-"""A run and its folder: configuration, state, checkpoints, signals and logs."""
+"""One run: its folder, state, checkpoints, logs and signals. Rank 0 writes; no module here knows the model."""

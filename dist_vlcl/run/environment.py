@@ -1,4 +1,4 @@
-"""Which code ran where, so that a number can be traced to what made it."""
+"""Which code ran where, so that every number can be traced to the code that produced it."""
 
 import hashlib
 import importlib.metadata
@@ -18,7 +18,7 @@ from dist_vlcl.masking import masked_command
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, host, code and command line of this process; of the environment's variables, none."""
+    """Return versions, host, code and command line of this process; no environment variables, since they may hold secrets."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": masked_command(sys.argv),
@@ -34,7 +34,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def code_digest() -> str:
-    """The version of this package and of torch, and a digest of this package's source: equal where the code is."""
+    """Return the versions of this package and of torch, and a digest of this package's source. Equal code gives equal text."""
     package = Path(__file__).parents[1]
     h = hashlib.blake2b(digest_size=6)
     for file in sorted(package.rglob("*.py")):
@@ -43,7 +43,7 @@ def code_digest() -> str:
 
 
 def code_version(folder: Path) -> str | None:
-    """The git commit of the code in a folder, ending in -dirty where files have changed; None for code that git does not track."""
+    """Return the git commit of the code in a folder, with -dirty if files have changed; None if git does not track the code."""
     # An installed package may lie inside another project's repository, which then tracks none of its files.
     if not _git(folder, "ls-files", "."):
         return None
@@ -51,7 +51,7 @@ def code_version(folder: Path) -> str | None:
 
 
 def is_restart() -> bool:
-    """Whether a scheduler or launcher has started this job again by itself, with the first command line."""
+    """Whether a scheduler or launcher has started this job again with the first command line."""
     return any(os.environ.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 

@@ -1,19 +1,24 @@
-"""Writing files that survive an interruption at any instruction."""
+"""Files that survive an interruption: durable writes, and files with one JSON object per line."""
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write `data` to a new file and wait until the disk has it."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write `data` to a new file and wait until the disk has it. An OSError names the file."""
+    with open(path, "wb", buffering=0) as file:
+        try:
+            _write_all(file, data)
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable; a file's own fsync does not."""
+    """Wait until the disk has the names in a folder; the fsync of a file does not cover its name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,16 +27,72 @@ def sync_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it where they are missing, and wait until the disk has the names of those made."""
+    """Create a folder with its missing parents, and wait until the disk has their names."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new content, never a part of it."""
     aside = path.with_name(path.name + ".tmp")
-    write_durably(aside, text.encode())
+    write_durably(aside, content.encode() if isinstance(content, str) else content)
     os.replace(aside, path)
     sync_folder(path.parent)
+
+
+class JsonLines:
+    """An append-only file with one JSON object per line.
+
+    The operating system has a line when `append` returns: it survives kill -9. The disk has it after `sync`: it survives a power cut.
+    """
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Open the file; first remove the records that `keep` refuses, and lines that an interruption has cut off."""
+        self.kept = [record for record in read_lines(path) if keep(record)]
+        replace_file(path, "".join(map(to_line, self.kept)))
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115, it stays open as long as the run
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line. Raises OSError on a full disk."""
+        self._named(lambda: _write_all(self._file, to_line(record).encode()))
+
+    def sync(self) -> None:
+        """Wait until the disk has every line. Raises OSError if it cannot take them."""
+        self._named(lambda: os.fsync(self._file.fileno()))
+
+    def close(self) -> None:
+        """Close the file. A second call does nothing."""
+        self._file.close()
+
+    def _named(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file, without incomplete lines; an empty list if there is no file."""
+    if not path.exists():
+        return []
+    records = map(_parse, path.read_text(errors="replace").splitlines())
+    return [record for record in records if isinstance(record, dict)]
+
+
+def to_line(record: dict[str, Any]) -> str:
+    """Return a record as its line; tensors and NumPy numbers become numbers."""
+    return json.dumps(record, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)) + "\n"
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    while data:  # a raw write may take only a part; the next one then raises the reason
+        data = data[file.write(data) :]

@@ -1,34 +1,45 @@
-"""What a run says: to its files first, then to those who listen (wandb, the terminal). Rank 0 speaks; the others are silent."""
+"""What a run reports: to its files first, then to the trackers and the terminal. Rank 0 reports; the other ranks are silent.
 
+metrics.jsonl   {"kind": "step", "step": 7, "task": 0, "loss": ..., "lr": ..., "zo": {...}, ...}      kinds: run, step, task, note
+journal.jsonl   {"step": 7, "task": 0, "seed": 8, "lr": 0.1, "moves": [{"group": "vision", "projected_gradient": ..., "coefficient": ...}],
+                "crc": "..."}
+
+The zeroth-order units can be rebuilt from the journal. A step's journal line is written last and survives kill -9; a power cut may take
+the lines after the last checkpoint. The CRC-32 of the rest of the line detects a damaged line.
+"""
+
+import json
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dist_vlcl.run import journal
-from dist_vlcl.run.folder import RunConfig, World
-from dist_vlcl.run.jsonl import JsonLines
-from dist_vlcl.run.mirror import WandbMirror
-from dist_vlcl.run.progress import ProgressDisplay
+from dist_vlcl.dist.world import World
+from dist_vlcl.masking import masked_values
+from dist_vlcl.run.files import JsonLines, read_lines, to_line
+from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.run.state import TrainState
+from dist_vlcl.run.trackers import Trackers
 
 T = TypeVar("T")
-METRICS = "metrics.jsonl"
-PLAIN_WIDTH = 160  # of a log file, where there is no terminal to ask
+METRICS, JOURNAL = "metrics.jsonl", "journal.jsonl"
+LOG_WIDTH = 160  # characters of a line in a log file
+LINE_EVERY_S = 10.0  # between two lines of progress in a log file
+MEANS = {"last": "Last", "avg": "Avg", "forgetting": "forgetting"}
 
 
 class RunLog:
     """The records of one run.
 
-    metrics.jsonl has one object a line with "kind" (run, step, task, note), "step", "task" and "time". A step's record
-    carries the number of steps taken with it, so a resume from `state` keeps the lines up to `state.step` and the task
-    lines of the tasks before `state.task`: the file becomes that of a run that was never interrupted, but for times.
-    Therefore log a task before the checkpoint that ends it.
+    A resume from a state keeps the lines up to `state.step`, and the task lines of the tasks before `state.task`: except for times, the
+    files become those of a run that was never interrupted. For that, a task is logged before the checkpoint that ends it.
     """
 
     def __init__(
@@ -41,46 +52,38 @@ class RunLog:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Open the files where `state` left them and start the listeners; without a state, or at step 0, begin anew."""
-        self._is_main = world.is_main
-        self._shows_progress = settings.progress and world.is_main
+        """Open the files at the position of `state` and start the trackers. Without a state, or at step 0, the files begin empty."""
+        self._is_main, self._shows_progress, self._clock = world.is_main, settings.progress and world.is_main, clock
         if not world.is_main:
             return
-        folder, state = Path(folder), state or TrainState()
-        self._console = console or default_console()
-        self._display = ProgressDisplay(self._console, clock)
-        self._metrics = JsonLines(folder / METRICS, lambda record: is_before(record, state))
-        self._folder = folder
-        self._journal = JsonLines(folder / journal.FILE, lambda record: is_before(record, state))
+        self._folder, state = Path(folder), state or TrainState()
+        self._console = console or _default_console()
+        self._newest = ""  # what the progress shows of the newest step
+        self._metrics = JsonLines(self._folder / METRICS, lambda record: is_before(record, state))
+        self._journal = JsonLines(self._folder / JOURNAL, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
-        self._mirror = WandbMirror(folder, settings.wandb, settings.wandb_project, settings.name, config, state.wandb_id)
-        if self._mirror.url:
-            self.say(f"wandb: {self._mirror.url}")
+        self._trackers = Trackers(self._folder, settings, masked_values(config))
+        for url in self._trackers.urls:
+            self.say(f"wandb: {url}")
         if not self._metrics.kept:
             self._write("run", {"step": 0, "task": 0, "name": settings.name, "world_size": world.size})
 
-    @property
-    def wandb_id(self) -> str | None:
-        """The id to keep in the state, so that a resume goes on in the same wandb run; None on ranks that do not log."""
-        return self._mirror.id if self._is_main else None
-
     def step(self, record: dict[str, Any]) -> None:
-        """Log one step; `record` has at least `step`, counted after it, and `task`."""
+        """Log one step. `record` has at least `step`, counted from 1, and `task`."""
         if self._is_main:
             self._write("step", record)
-            self._display.note(record)
+            self._newest = describe_step(record)
 
     def task(self, record: dict[str, Any]) -> None:
-        """Log what an evaluation after a task has found and print the accuracy matrix so far.
+        """Log the evaluation after a task, and print the accuracy matrix so far.
 
-        `record` has `step`, `task`, and as far as known `per_task`, `seen`, `last`, `avg`, `forgetting` (fractions),
-        `correct` and `total` (counts).
+        `record` has `step`, `task`, and as far as known `per_task`, `seen`, `last`, `avg`, `forgetting` (fractions), `correct` and `total`
+        (counts).
         """
-        if not self._is_main:
-            return
-        self._tasks.append(record)
-        self._write("task", record)
-        self._print_accuracy()
+        if self._is_main:
+            self._tasks.append(record)
+            self._write("task", record)
+            self._print_accuracy()
 
     def note(self, text: str, step: int, task: int) -> None:
         """Log and print an event that any run of this configuration would have, such as a skipped update."""
@@ -88,98 +91,126 @@ class RunLog:
             self._write("note", {"step": step, "task": task, "text": text})
             self.say(text)
 
-    def say(self, text: str) -> None:
-        """Print what belongs in no record, such as that this start resumes an earlier one."""
-        if self._is_main:
-            with suppress(OSError):  # a log on a full disk is no reason to stop
-                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def journal(self, record: dict[str, Any]) -> None:
-        """Append to journal.jsonl; `record` has at least `step`, and is the last that is logged of its step."""
+        """Append to journal.jsonl. `record` has at least `step`. Call it last in a step."""
         if self._is_main:
-            self._journal.append(journal.sealed(record))
+            self._journal.append(seal(record))
+
+    def say(self, text: str) -> None:
+        """Print a message that belongs to this start only, such as that it resumes a run."""
+        if self._is_main:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Print a table; the first column is aligned left, the others right."""
+        if self._is_main:
+            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+            for index, column in enumerate(columns):
+                table.add_column(column, justify="right" if index else "left")
+            for row in rows:
+                table.add_row(*map(str, row))
+            self._console.print(table)
+
+    def progress(self, items: Iterable[T], total: int, completed: int = 0, description: str = "") -> Iterator[T]:
+        """Iterate over the items that are left of `total`, and show the progress: a bar on a terminal, lines in a log file."""
+        return self._shown(items, total, completed, description) if self._shows_progress else iter(items)
 
     def sync(self) -> None:
-        """Wait until the disk has all that was logged; call it before a checkpoint, which then never outlives the records up to it."""
+        """Wait until the disk has every line. Call it before a checkpoint, so that no step of a checkpoint is missing in the files."""
         if self._is_main:
             self._metrics.sync()
             self._journal.sync()
 
-    def truncate_after(self, after: int) -> None:
-        """Take back the journal's lines beyond step `after`: they may rest on the losses of a rank that went astray."""
+    def truncate_after(self, step: int) -> None:
+        """Remove the journal's lines after `step`: they may come from the losses of a rank that has diverged."""
         if self._is_main:
             self._journal.close()
-            self._journal = JsonLines(self._folder / journal.FILE, lambda record: record["step"] <= after)
-
-    def progress(self, items: Iterable[T], total: int, completed: int = 0, description: str = "") -> Iterator[T]:
-        """Iterate over the batches that are left, showing how far they are; `completed` of `total` were done before."""
-        if not self._shows_progress:
-            return iter(items)
-        return self._display.over(items, total, completed, description)
-
-    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-        """Print a table, its first column to the left and the others to the right."""
-        if not self._is_main:
-            return
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left")
-        for row in rows:
-            table.add_row(*map(str, row))
-        with suppress(OSError):
-            self._console.print(table)
+            self._journal = JsonLines(self._folder / JOURNAL, lambda record: record["step"] <= step)
 
     def close(self) -> None:
-        """Finish the files and listeners; harmless when repeated."""
+        """Close the files and the trackers. A second call does nothing."""
         if self._is_main:
-            self._mirror.close()
+            self._trackers.close()
             self._metrics.close()
             self._journal.close()
 
     def _write(self, kind: str, record: dict[str, Any]) -> None:
         line = {"kind": kind, **record, "time": round(time.time(), 3)}
         self._metrics.append(line)
-        self._mirror.log(line)
+        self._trackers.log(line)
+
+    def _shown(self, items: Iterable[T], total: int, completed: int, description: str) -> Iterator[T]:
+        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[newest]}"), TimeElapsedColumn())
+        is_live, self._newest, shown = self._console.is_terminal, "", self._clock()
+        with Progress(
+            *(TextColumn("{task.description}"), *columns, TextColumn("left"), TimeRemainingColumn()),
+            console=self._console,
+            disable=not is_live,
+            get_time=self._clock,
+        ) as bar:
+            task = bar.add_task(description, total=total, completed=completed, newest="")
+            for done, item in enumerate(items, completed + 1):
+                yield item
+                bar.update(task, completed=done, newest=self._newest)
+                if not is_live and (self._clock() - shown >= LINE_EVERY_S or done == total):
+                    shown = self._clock()
+                    left = timedelta(seconds=round(bar.tasks[0].time_remaining or 0))
+                    self.say(f"{description}  {done}/{total}  {100 * done / max(total, 1):3.0f} %  {self._newest}  {left} left")
 
     def _print_accuracy(self) -> None:
         num_tasks = max(len(record.get("per_task") or ()) for record in self._tasks)
-        shown = _shown_tasks(num_tasks, self._console.width)
-        columns = ["after task", *(f"{task + 1}" for task in shown), "A_t"]
-        cells = [[*(_item(record, task) for task in shown), record.get("seen")] for record in self._tasks]
-        rows = [[record["task"] + 1, *map(_percent, row)] for record, row in zip(self._tasks, cells, strict=True)]
-        newest = self._tasks[-1]
-        means = [f"{name} {_percent(newest[key])}" for key, name in MEANS.items() if newest.get(key) is not None]
+        fitting = max((self._console.width - 24) // 8, 2)  # columns in a line: the first task, and the newest ones
+        shown = list(range(num_tasks)) if num_tasks <= fitting else [0, *range(num_tasks - fitting + 1, num_tasks)]
         hidden = f", {num_tasks - len(shown)} tasks not shown" if len(shown) < num_tasks else ""
-        self.table(f"accuracy in % by task{hidden}", columns, rows)
-        if means:
+        rows = []
+        for record in self._tasks:
+            by_task = dict(enumerate(record.get("per_task") or []))
+            rows.append([record["task"] + 1, *(_percent(by_task.get(task)) for task in shown), _percent(record.get("seen"))])
+        self.table(f"accuracy in % by task{hidden}", ["after task", *(f"{task + 1}" for task in shown), "A_t"], rows)
+        newest = self._tasks[-1]
+        if means := [f"{name} {_percent(newest[key])}" for key, name in MEANS.items() if newest.get(key) is not None]:
             self.say("  ".join(means))
 
 
-MEANS = {"last": "Last", "avg": "Avg", "forgetting": "forgetting"}
-
-
 def is_before(record: dict[str, Any], state: TrainState) -> bool:
-    """Whether a line was written before the moment that a state describes; at step 0 nothing was."""
+    """Whether a line was written before the moment that a state describes. At step 0 no line was."""
     if state.step == state.task == 0 or record.get("step", 0) > state.step:
         return False
     return record.get("kind") != "task" or record.get("task", 0) < state.task
 
 
-def default_console() -> Console:
-    """A console as wide as its terminal, or as wide as a log can bear."""
+def seal(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record with its checksum, and with numbers in place of tensors."""
+    record = json.loads(to_line(record))
+    return {**record, "crc": _checksum(record)}
+
+
+def read_journal(folder: Path, after: int) -> Iterator[dict[str, Any]]:
+    """Yield the journal's records that follow step `after` without a gap, up to the first that is missing or damaged."""
+    for record in read_lines(folder / JOURNAL):
+        if record.get("step", 0) <= after:
+            continue
+        if record["step"] != after + 1 or record.get("crc") != _checksum({k: v for k, v in record.items() if k != "crc"}):
+            return
+        yield record
+        after += 1
+
+
+def describe_step(record: dict[str, Any]) -> str:
+    """Return the loss, the size of each projected gradient and the rate of a step, as far as its record has them."""
+    parts = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
+    parts += [f"{branch} {estimate['projected_gradient']:.2e}" for branch, estimate in (record.get("zo") or {}).items()]
+    parts += [f"{record['images_per_second']:.0f} images/s"] if record.get("images_per_second") is not None else []
+    return "  ".join(parts)
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return f"{zlib.crc32(to_line(record).encode()):08x}"
+
+
+def _default_console() -> Console:
     console = Console()
-    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
-
-
-def _shown_tasks(num_tasks: int, width: int) -> list[int]:
-    """The first task and the newest ones, as many as a line holds."""
-    fitting = max((width - 24) // 8, 2)
-    return list(range(num_tasks)) if num_tasks <= fitting else [0, *range(num_tasks - fitting + 1, num_tasks)]
-
-
-def _item(record: dict[str, Any], task: int) -> float | None:
-    per_task = record.get("per_task") or []
-    return per_task[task] if task < len(per_task) else None
+    return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
 def _percent(fraction: float | None) -> str:

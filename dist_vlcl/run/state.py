@@ -1,23 +1,23 @@
-"""Where a run stands: all that a resume needs besides tensors."""
+"""Where a run stands: everything that a resume needs except tensors."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-FORMAT = 1
-
 
 @dataclass
 class TrainState:
-    """The position of a run in its tasks, epochs and batches, and what it has scored so far."""
+    """The position of a run in its tasks, epochs and batches, and its results so far."""
 
     run_seed: int = 0
     task: int = 0
     epoch: int = 0
     batch: int = 0  # the next batch of this epoch
     step: int = 0  # optimiser steps taken, over all tasks
-    accuracy: list[Any] = field(default_factory=list)  # one row of counts a finished task
-    wandb_id: str | None = None
-    seconds: float = 0.0  # time spent training, over all starts of the run
+    accuracy: list[Any] = field(default_factory=list)  # one row of (correct, total) per class for each finished task
+    zero_shot: dict[int, float] = field(default_factory=dict)  # accuracy of the untrained model on the classes seen up to each task
+    seconds: float = 0.0  # time spent in training steps, over all starts of the run
+    world_size: int = 1  # of the start that saved this
+    device: str = "cpu"  # of the start that saved this: cpu or cuda
 
     def advance(self) -> None:
         """Count one batch, which is one optimiser step."""
@@ -35,19 +35,16 @@ class TrainState:
         self.epoch = self.batch = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The state as JSON can hold it."""
-        return {"format": FORMAT, **asdict(self)}
+        """Return the state in a form that JSON can hold."""
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
-        """The state that `to_dict` gave; keys of others beside it are left alone.
-
-        Raises ValueError where the state is of another format or lacks a field.
-        """
-        if saved.get("format") != FORMAT:
-            raise ValueError(f"the saved state has format {saved.get('format')!r}; this version reads format {FORMAT}")
+        """Return the state that `to_dict` gave, also after JSON. Raises ValueError if a field is missing."""
         names = [field.name for field in fields(cls)]
         missing = [name for name in names if name not in saved]
         if missing:
-            raise ValueError(f"the saved state lacks {', '.join(missing)}")
-        return cls(**{name: saved[name] for name in names})
+            raise ValueError(f"the saved state lacks {', '.join(missing)}: it was written by another version")
+        state = cls(**{name: saved[name] for name in names})
+        state.zero_shot = {int(task): value for task, value in state.zero_shot.items()}  # JSON has made the keys texts
+        return state

@@ -386,7 +386,7 @@ import os, signal, sys
 from pathlib import Path
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.transforms import TestTransform
-from dist_vlcl.run.preemption import Preemption
+from dist_vlcl.run.signals import Preemption
 from tests.helpers.shards import make_index
 
 if __name__ == "__main__":

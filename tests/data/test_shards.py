@@ -26,7 +26,7 @@ from dist_vlcl.data import download, shards
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, RawSample, RawSet, Shard, ShardError, build_command, decode, read_bytes, read_shard, write_shards
 from dist_vlcl.dist.world import World
-from dist_vlcl.train import open_tasks
+from dist_vlcl.experiment import open_tasks
 from tests.helpers.memory import peak_mib
 from tests.helpers.shards import Quiet, make_index, png, raw_set, served
 

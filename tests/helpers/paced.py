@@ -10,6 +10,7 @@ save_s      how long a checkpoint takes (written by the test)
 """
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ from types import FrameType
 from typing import Any
 
 from dist_vlcl import train
+from dist_vlcl.experiment import Experiment
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.files import replace_file
-from dist_vlcl.run.preemption import Preemption
+from dist_vlcl.run.signals import Preemption
 
-training_steps, save = train.training_steps, checkpoint.save
+batches, save = Experiment.batches, checkpoint.save
 
 
 class Pace:
@@ -40,11 +42,13 @@ class Pace:
 
 def main() -> None:
     """Run the trainer's command line with the gate."""
+    if "--check" in sys.argv:
+        return train.main()
     pace, rank = Pace(Path(os.environ["PACE"])), os.environ["RANK"]
     start = f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
 
-    def gated(cfg: Any, step: Any, index: Any, task: Any, world: Any, state: Any, log: Any) -> Iterator[Any]:
-        for item in training_steps(cfg, step, index, task, world, state, log):
+    def gated(self: Experiment, task: Any, state: Any, progress: Any) -> Iterator[Any]:
+        for item in batches(self, task, state, progress):
             pace.write(f"at-{rank}", f"{start} {state.step + 1}")
             while state.step + 1 > int(pace.read("gate") or 0) and not (
                 pace.read("eager") and pace.read(f"signal-{rank}").startswith(start)
@@ -62,7 +66,7 @@ def main() -> None:
         time.sleep(float(pace.read("save_s") or 0))
         return save(*arguments, **options)
 
-    train.training_steps, train.Preemption, checkpoint.save = gated, Noted, slow_save  # type: ignore[misc]
+    Experiment.batches, train.Preemption, checkpoint.save = gated, Noted, slow_save  # type: ignore[misc, method-assign]
     train.main()
 
 

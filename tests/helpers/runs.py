@@ -16,7 +16,7 @@ from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import RunLog
-from dist_vlcl.run.units import UnitRecords
+from dist_vlcl.run.unit_records import UnitRecords
 
 # a short real run for tests of what starts runs: zeroth order alone, restarted at the last block, ten steps of handwritten digits
 QUICK_RUN = ["tasks.num_tasks=1", "train.epochs=2", "train.batch_size=60", "train.warmup_steps=2", "cluster.threads=1"]
@@ -47,7 +47,7 @@ def write_run(
     records: with the losses of all steps, and the statistics of all units.
     """
     with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        cfg = from_hydra(compose("config", expand_paper([*overrides, f"run.root={root}", "run.wandb=off"])))
+        cfg = from_hydra(compose("config", expand_paper([*overrides, f"run.root={root}", "run.trackers=[]"])))
     num_classes, train_images, whole = CLASSES[cfg.data.name]
     sizes = [cfg.tasks.increment] * (cfg.tasks.num_tasks or num_classes // cfg.tasks.increment)
     steps = math.ceil(cfg.tasks.increment * train_images / cfg.train.batch_size) * cfg.train.epochs

@@ -57,7 +57,7 @@ def test_help_names_every_option_and_nothing_else_is_done(script):
         ("multinode.sh", [*NODE[:-1], "-x $(touch x)"], "this machine cannot find it"),
         ("multinode.sh", [*NODE, "--port", "70000"], "--port 70000: give a whole number from 1 to 65535"),
         ("multinode.sh", [*NODE, "--launcher", "mpirun"], "choose from accelerate, torchrun"),
-        ("multinode.sh", [*NODE, "--restarts", "1"], "take --launcher torchrun"),
+        ("multinode.sh", [*NODE, "--restarts", "1"], "use --launcher torchrun"),
     ],
 )
 def test_a_wrong_word_is_one_message_before_anything_starts(script, arguments, message, tmp_path):
@@ -198,7 +198,7 @@ def wait_for_steps(folder: Path, steps: int, timeout_s: float = 300) -> None:
 
 def test_two_nodes_train_as_one_and_survive_the_death_of_a_rank(tmp_path):
     """By accelerate without a fault; by torchrun, which starts the ranks again after kill -9 of one. Both end with the same numbers."""
-    options = [*QUICK_RUN, "run.wandb=off", "cluster.num_processes=2"]
+    options = [*QUICK_RUN, "run.trackers=[]", "cluster.num_processes=2"]
     with Nodes(tmp_path, *options, "run.name=whole") as nodes:
         assert nodes.wait() == [0, 0], nodes.said()[-3000:]
         assert "2 x cpu (ddp)" in nodes.said()
@@ -206,7 +206,7 @@ def test_two_nodes_train_as_one_and_survive_the_death_of_a_rank(tmp_path):
         wait_for_steps(tmp_path / "runs/killed", 3)
         nodes.trainer(1).send_signal(signal.SIGKILL)
         assert nodes.wait() == [0, 0], nodes.said()[-3000:]
-        assert "the journal gave back" in nodes.said()
+        assert "were restored from the journal" in nodes.said()
     whole, killed = (checkpoint.load_newest(tmp_path / "runs" / name).tensors for name in ("whole", "killed"))
     assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
     assert len(json.loads((tmp_path / "runs/killed/env.json").read_text())) == 2

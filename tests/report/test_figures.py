@@ -91,5 +91,5 @@ def test_records_know_their_curves():
 
 
 def test_matplotlib_is_not_imported_before_a_picture_is_drawn():
-    code = "import sys, dist_vlcl.report.figures, dist_vlcl.run.mirror; sys.exit(bool({'matplotlib', 'wandb'} & set(sys.modules)))"
+    code = "import sys, dist_vlcl.report.figures, dist_vlcl.run.trackers; sys.exit(bool({'matplotlib', 'wandb'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,26 +1,17 @@
-"""A world of one process, and one that plays a rank without writing."""
+"""A rank that does not write, and gets the value that rank 0 shares."""
 
 from typing import Any
 
-
-class Alone:
-    rank, size, is_main = 0, 1, True
-
-    def share(self, value: Any) -> Any:
-        return value
-
-    def barrier(self) -> None:
-        pass
+from dist_vlcl.dist.world import World
 
 
-class Follower(Alone):
-    """Rank 1 of two, which is told what rank 0 has shared."""
+class Follower(World):
+    """Rank 1 of two."""
 
-    rank, size, is_main = 1, 2, False
+    def __init__(self, shared: Any = None) -> None:
+        super().__init__(rank=1, size=2)
+        self.shared = shared
 
-    def __init__(self, told: Any = None) -> None:
-        self.told = told
-
-    def share(self, value: Any) -> Any:
+    def share(self, value: Any, what: str = "") -> Any:
         assert value is None
-        return self.told
+        return self.shared

@@ -1,9 +1,10 @@
-import json
 import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dist_vlcl.run import checkpoint, files
 from dist_vlcl.run.checkpoint import load_newest, save
@@ -49,18 +50,17 @@ def test_a_folder_without_checkpoints_has_none(tmp_path):
     assert load_without_warning(tmp_path) is None
 
 
-def test_only_the_newest_are_kept_and_latest_names_the_newest(tmp_path):
+def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 3, 4):
         save(tmp_path, step, tensors(step), {}, keep=2)
-    assert names(tmp_path) == ["latest", "step-00000003", "step-00000004"]
-    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000004\n"
+    assert names(tmp_path) == ["step-00000003.safetensors", "step-00000004.safetensors"]
 
 
 def test_a_second_save_of_a_step_replaces_the_first(tmp_path):
     save(tmp_path, 5, tensors(1), {"task": 0})
     save(tmp_path, 5, tensors(2), {"task": 1})
     assert load_without_warning(tmp_path).state == {"task": 1}
-    assert names(tmp_path) == ["latest", "step-00000005"]
+    assert names(tmp_path) == ["step-00000005.safetensors"]
 
 
 def count_stages(monkeypatch, die_at: int | None = None) -> list[str]:
@@ -76,11 +76,8 @@ def count_stages(monkeypatch, die_at: int | None = None) -> list[str]:
 
         return call
 
-    monkeypatch.setattr(files.os, "replace", guarded("replace", os.replace))
-    monkeypatch.setattr(files.os, "fsync", guarded("fsync", os.fsync))
-    monkeypatch.setattr(checkpoint.os, "mkdir", guarded("mkdir", os.mkdir))
-    monkeypatch.setattr(checkpoint, "write_durably", guarded("write", files.write_durably))
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", guarded("rmtree", checkpoint.shutil.rmtree))
+    for place, name in [(files.os, "replace"), (files.os, "fsync"), (Path, "replace"), (Path, "unlink"), (os, "mkdir")]:
+        monkeypatch.setattr(place, name, guarded(name, getattr(place, name)))
     return acts
 
 
@@ -92,7 +89,7 @@ def test_a_save_that_is_killed_at_any_stage_leaves_a_loadable_checkpoint(tmp_pat
         save(tmp_path / "whole", 1, tensors(1), {"version": "old"}, keep)
         acts = count_stages(patch)
         save(tmp_path / "whole", step, tensors(2), {"version": "new"}, keep)
-    assert len(acts) >= 12
+    assert len(acts) >= 3
     versions = []
     for die_at in range(len(acts)):
         folder = tmp_path / str(die_at)
@@ -105,62 +102,65 @@ def test_a_save_that_is_killed_at_any_stage_leaves_a_loadable_checkpoint(tmp_pat
         assert torch.equal(found.tensors["zo/a"], tensors({"old": 1, "new": 2}[versions[-1]])["zo/a"])
         save(folder, 3, tensors(3), {"version": "next"}, keep)
         assert load_without_warning(folder).state == {"version": "next"}
-        assert not [name for name in names(folder) if name.endswith((".tmp", ".old"))]
+        assert not [name for name in names(folder) if name.endswith(".tmp")]
     assert versions == sorted(versions, reverse=True) and set(versions) == {"old", "new"}
 
 
-def flip_a_bit(path):
+def flip_a_bit_of_the_tensors(path):
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
+
+
+def change_the_state(path):
+    data = path.read_bytes()
+    assert data.count(b"a value") == 1
+    path.write_bytes(data.replace(b"a value", b"b value"))
 
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def remove(path):
-    path.unlink()
-
-
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, remove])
-def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, damage, name):
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (flip_a_bit_of_the_tensors, "its content differs from its SHA-256"),
+        (change_the_state, "its content differs from its SHA-256"),
+        (truncate, "it cannot be read"),
+        (lambda path: path.write_bytes(b""), "it cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, damage, reason):
     save(tmp_path, 1, tensors(1), {"key": "a value"})
-    damage(save(tmp_path, 2, tensors(2), {"key": "a value"}) / name)
-    with pytest.warns(RuntimeWarning, match=f"step-00000002: {name}.*using step-00000001"):
+    damage(save(tmp_path, 2, tensors(2), {"key": "a value"}))
+    with pytest.warns(RuntimeWarning, match=f"step-00000002.safetensors: {reason}.*using step-00000001"):
         assert load_newest(tmp_path).step == 1
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_not_used(tmp_path):
-    save(tmp_path, 1, tensors(1), {}).rename(tmp_path / "checkpoints/step-00000007")
-    with pytest.warns(RuntimeWarning, match="step-00000007.*another format or step"):
+    save(tmp_path, 1, tensors(1), {}).rename(tmp_path / "checkpoints/step-00000007.safetensors")
+    with pytest.warns(RuntimeWarning, match="step-00000007.*it is the checkpoint of step 1"):
         assert load_newest(tmp_path) is None
 
 
-def test_what_a_damaged_replacement_replaces_is_used_and_kept(tmp_path, monkeypatch):
-    save(tmp_path, 1, tensors(1), {"version": "old"})
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint, "_prune", lambda *_: (_ for _ in ()).throw(Killed()))
-        save(tmp_path, 1, tensors(2), {"version": "new"})
-    truncate(tmp_path / "checkpoints/step-00000001/tensors.safetensors")
-    with pytest.warns(RuntimeWarning, match=r"using step-00000001\.old"):
-        assert load_newest(tmp_path).state == {"version": "old"}
-    save(tmp_path, 2, tensors(2), {})
-    truncate(tmp_path / "checkpoints/step-00000002/state.json")
-    with pytest.warns(RuntimeWarning, match="using step-00000001"):
-        assert load_newest(tmp_path).state == {"version": "old"}
+def test_a_folder_of_version_1_is_refused_in_one_sentence(tmp_path):
+    old = tmp_path / "checkpoints/step-00000004/manifest.json"
+    old.parent.mkdir(parents=True)
+    old.write_text("{}")
+    with pytest.raises(ValueError, match=r"has checkpoints of version 0\.1, which this version cannot read"):
+        load_newest(tmp_path)
 
 
 def test_with_every_checkpoint_damaged_there_is_none_and_a_warning(tmp_path):
-    truncate(save(tmp_path, 1, tensors(1), {}) / "state.json")
-    with pytest.warns(RuntimeWarning, match="no checkpoint is left"):
+    truncate(save(tmp_path, 1, tensors(1), {}))
+    with pytest.warns(RuntimeWarning, match="no intact checkpoint is left"):
         assert load_newest(tmp_path) is None
 
 
 def test_a_checkpoint_of_a_future_that_was_left_does_not_outlive_the_next_save(tmp_path):
     save(tmp_path, 1, tensors(1), {}, keep=1)
-    truncate(save(tmp_path, 9, tensors(9), {}, keep=2) / "state.json")
+    truncate(save(tmp_path, 9, tensors(9), {}, keep=2))
     save(tmp_path, 4, tensors(4), {}, keep=1)
     assert load_without_warning(tmp_path).step == 4
 
@@ -175,17 +175,16 @@ def test_a_full_disk_raises_and_leaves_the_old_checkpoint_and_no_stump(tmp_path,
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(checkpoint, "write_durably", full)
         save(tmp_path, 2, tensors(2), {})
-    assert names(tmp_path) == ["latest", "step-00000001"]
+    assert names(tmp_path) == ["step-00000001.safetensors"]
     assert load_without_warning(tmp_path).step == 1
 
 
-def test_a_write_that_went_wrong_is_noticed_before_anything_is_pruned(tmp_path, monkeypatch):
-    save(tmp_path, 1, tensors(1), {}, keep=1)
+def test_a_write_that_went_wrong_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1, tensors(1), {"version": 1}, keep=1)
     with monkeypatch.context() as patch, pytest.raises(checkpoint.BrokenCheckpoint, match="differs"):
         patch.setattr(checkpoint, "write_durably", lambda path, data: path.write_bytes(data.replace(b"version", b"versiom")))
-        save(tmp_path, 2, tensors(2), {"version": 1}, keep=1)
-    with pytest.warns(RuntimeWarning, match="step-00000002"):
-        assert load_newest(tmp_path).step == 1
+        save(tmp_path, 1, tensors(2), {"version": 2}, keep=1)
+    assert load_without_warning(tmp_path).state == {"version": 1} and names(tmp_path) == ["step-00000001.safetensors"]
 
 
 def test_a_state_that_json_cannot_hold_is_refused_before_anything_is_written(tmp_path):
@@ -194,7 +193,6 @@ def test_a_state_that_json_cannot_hold_is_refused_before_anything_is_written(tmp
     assert names(tmp_path) == []
 
 
-def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
-    path = save(tmp_path, 1, tensors(1), {})
-    assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "state.json", "tensors.safetensors"]
-    assert json.loads((path / "state.json").read_text()) == {}
+def test_a_checkpoint_is_a_plain_safetensors_file(tmp_path):
+    loaded = load_file(save(tmp_path, 1, tensors(1), {}))
+    assert torch.equal(loaded["zo"], tensors(1)["zo"])

@@ -1,22 +1,20 @@
 import io
 import json
-import re
-import subprocess
-import sys
-import warnings
+import os
+import resource
 
 import pytest
 import torch
 from rich.console import Console
 
+from dist_vlcl.dist.world import World
+from dist_vlcl.run.files import read_lines
 from dist_vlcl.run.folder import RunConfig
-from dist_vlcl.run.journal import sealed
-from dist_vlcl.run.log import RunLog
-from dist_vlcl.run.mirror import WandbMirror, flat_numbers
+from dist_vlcl.run.log import RunLog, seal
 from dist_vlcl.run.state import TrainState
-from tests.run.alone import Alone, Follower
+from tests.run.alone import Follower
 
-QUIET = RunConfig(name="a", wandb="off")
+QUIET = RunConfig(name="a", trackers=[])
 NUM_TASKS, STEPS_A_TASK = 3, 4
 
 
@@ -25,7 +23,7 @@ def console(**options) -> Console:
 
 
 def open_log(folder, state=None, settings=QUIET, **options) -> RunLog:
-    return RunLog(folder, settings, Alone(), {}, state, **{"console": console(), **options})
+    return RunLog(folder, settings, World.alone(), {}, state, **{"console": console(), **options})
 
 
 def printed(log: RunLog) -> str:
@@ -90,16 +88,16 @@ def test_a_line_is_in_the_file_before_the_call_returns(tmp_path):
     log.journal({"step": 1, "seeds": torch.tensor([1, 2])})
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["kind"] == "step" and last["loss"] == 0.5 and last["time"] > 0
-    assert lines(tmp_path, "journal.jsonl") == [sealed({"step": 1, "seeds": [1, 2]})]
+    assert lines(tmp_path, "journal.jsonl") == [seal({"step": 1, "seeds": [1, 2]})]
 
 
-def test_steps_of_a_rank_that_went_astray_leave_the_journal(tmp_path):
+def test_steps_of_a_rank_that_has_diverged_leave_the_journal(tmp_path):
     log = open_log(tmp_path)
     for step in (1, 2, 3):
         log.journal({"step": step})
-    log.truncate_after(after=1)
+    log.truncate_after(1)
     log.journal({"step": 2, "seed": 5})
-    assert lines(tmp_path, "journal.jsonl") == [sealed({"step": 1}), sealed({"step": 2, "seed": 5})]
+    assert lines(tmp_path, "journal.jsonl") == [seal({"step": 1}), seal({"step": 2, "seed": 5})]
 
 
 def test_a_run_without_a_state_begins_anew(tmp_path):
@@ -119,7 +117,7 @@ def test_ranks_but_the_first_are_silent(tmp_path, capsys):
     log.table("t", ["a"], [[1]])
     assert list(log.progress([1, 2], 2)) == [1, 2]
     log.close()
-    assert log.wandb_id is None and list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
 
 
 def test_the_accuracy_matrix_so_far_is_printed_also_after_a_resume(tmp_path):
@@ -183,7 +181,7 @@ def test_a_loop_that_is_left_early_leaves_the_terminal_in_order(tmp_path):
 
 
 def test_progress_can_be_off(tmp_path):
-    log = open_log(tmp_path, settings=RunConfig(name="a", wandb="off", progress=False))
+    log = open_log(tmp_path, settings=RunConfig(name="a", trackers=[], progress=False))
     assert list(log.progress(range(3), 3)) == [0, 1, 2] and printed(log) == ""
 
 
@@ -193,141 +191,13 @@ def test_a_table_shows_its_cells(tmp_path):
     assert all(word in printed(log) for word in ("orders", "unit", "vision.3", "ZEROTH"))
 
 
-# Weights & Biases
-
-WANDB_TWICE = """
-import sys, warnings
-from pathlib import Path
-from dist_vlcl.run.folder import RunConfig
-from dist_vlcl.run.journal import sealed
-from dist_vlcl.run.log import RunLog
-from dist_vlcl.run.state import TrainState
-from tests.run.alone import Alone
-warnings.simplefilter("error")
-settings = RunConfig(name="a", wandb="offline")
-state = TrainState()
-for start in range(2):
-    log = RunLog(Path(sys.argv[1]), settings, Alone(), {"zo": {"epsilon": 1e-3}}, state)
-    assert log._mirror.is_on
-    state.wandb_id = state.wandb_id or log.wandb_id
-    assert log.wandb_id == state.wandb_id
-    state.advance()
-    log.step({"step": state.step, "task": 0, "loss": 0.5, "zo": {"vision": {"projected_gradient": 1.0}}})
-    log.close()
-died_before_its_first_checkpoint = RunLog(Path(sys.argv[1]), RunConfig(name="a", wandb="off"), Alone(), {})
-assert died_before_its_first_checkpoint.wandb_id == state.wandb_id
-print(f"the id is <{state.wandb_id}>", flush=True)
-"""
-
-
-def test_wandb_runs_offline_inside_the_run_folder_and_keeps_its_id(tmp_path):
-    result = subprocess.run([sys.executable, "-c", WANDB_TWICE, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    wandb_id = re.search(r"the id is <(\w+)>", result.stdout)[1]  # wandb may print after us
-    runs = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert runs and all(f"-{wandb_id}" in run.name for run in runs)  # a second start within the second adds "-1"
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def test_without_wandb_the_run_goes_on_after_one_warning(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.warns(RuntimeWarning, match="wandb is off") as warned:
-        log = open_log(tmp_path, settings=RunConfig(name="a", wandb="offline"))
-        for step in (1, 2):
-            log.step({"step": step, "task": 0, "loss": 0.5})
-        log.close()
-    assert len(warned) == 1 and len(lines(tmp_path, "metrics.jsonl")) == 3
-
-
-class FakeWandb:
-    """A wandb that records what it is asked and fails where it is told to."""
-
-    def __init__(self, logged_in: bool = True, fails_in: tuple[str, ...] = ()) -> None:
-        self.logged_in, self.fails_in = logged_in, fails_in
-        self.modes, self.inits, self.logged = [], [], []
-        self.offline, self.url = True, None
-
-    def _do(self, name: str) -> None:
-        if name in self.fails_in:
-            raise RuntimeError(f"{name} failed")
-
-    def login(self, prompt):
-        assert not prompt
-        self._do("login")
-        return self.logged_in
-
-    def Settings(self, **settings):
-        return settings
-
-    def init(self, mode, **arguments):
-        self.modes.append(mode)
-        self.inits.append(arguments)
-        self._do(f"init {mode}")
-        return self
-
-    def define_metric(self, *_, **__):
-        self._do("define_metric")
-
-    def log(self, record):
-        self._do("log")
-        self.logged.append(record)
-
-    def finish(self):
-        self._do("finish")
-
-
-def mirror(tmp_path, monkeypatch, fake: FakeWandb, mode: str = "auto", id: str | None = None) -> WandbMirror:
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    return WandbMirror(tmp_path, mode, "project", "name", {}, id)
-
-
-@pytest.mark.parametrize("failure", ["init offline", "define_metric", "log", "finish"])
-def test_wandb_that_fails_anywhere_is_one_warning(tmp_path, monkeypatch, failure):
-    with pytest.warns(RuntimeWarning, match=f"{failure} failed") as warned:
-        listener = mirror(tmp_path, monkeypatch, FakeWandb(fails_in=(failure,)), "offline")
-        listener.log({"kind": "step", "step": 1, "loss": 1.0})
-        listener.log({"kind": "step", "step": 2, "loss": 1.0})
-        listener.close()
-        listener.close()
-    assert len(warned) == 1 and not listener.is_on
-
-
-@pytest.mark.parametrize(("logged_in", "asked", "mode"), [(True, None, "online"), (False, None, "offline"), (True, "offline", "offline")])
-def test_auto_is_online_where_the_user_is_logged_in_and_has_not_said_otherwise(tmp_path, monkeypatch, logged_in, asked, mode):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    if asked:
-        monkeypatch.setenv("WANDB_MODE", asked)
-    fake = FakeWandb(logged_in)
-    mirror(tmp_path, monkeypatch, fake)
-    assert fake.modes == [mode]
-
-
-@pytest.mark.parametrize(("failure", "modes"), [("login", ["offline"]), ("init online", ["online", "offline"])])
-def test_auto_goes_on_offline_where_there_is_no_way_out_and_says_why(tmp_path, monkeypatch, failure, modes):
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    fake = FakeWandb(fails_in=(failure,))
-    with pytest.warns(RuntimeWarning, match=f"offline.*{failure} failed"):
-        assert mirror(tmp_path, monkeypatch, fake).is_on
-    assert fake.modes == modes
-
-
-def test_wandb_gets_the_id_the_step_and_the_numbers(tmp_path, monkeypatch):
-    fake = FakeWandb()
-    listener = mirror(tmp_path, monkeypatch, fake, "online", id="abc")
-    listener.log({"kind": "step", "step": 7, "task": 1, "time": 9.9, "zo": {"vision": {"epsilon": 0.5}}, "text": "x"})
-    assert listener.id == "abc" and fake.inits[0]["id"] == "abc" and fake.inits[0]["resume"] == "allow"
-    assert fake.inits[0]["settings"]["console"] == "off" and fake.inits[0]["dir"] == str(tmp_path)
-    assert fake.logged == [{"global_step": 7, "step/task": 1, "step/zo/vision/epsilon": 0.5}]
-
-
-def test_wandb_off_is_not_even_imported(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        listener = WandbMirror(tmp_path, "off", "p", "n", {})
-        listener.log({"kind": "step", "step": 1})
-    assert not listener.is_on
-
-
-def test_nested_records_become_flat_numbers():
-    assert flat_numbers({"kind": "task", "seen": 0.5, "per_task": [1], "a": {"b": 2}}) == {"task/seen": 0.5, "task/a/b": 2}
+def test_a_full_disk_stops_the_log_with_the_name_of_the_file(tmp_path):
+    log = open_log(tmp_path)
+    log.step({"step": 1, "task": 0})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.path.getsize(tmp_path / "metrics.jsonl") + 10, -1))
+    try:
+        with pytest.raises(OSError, match=r"File too large: .*metrics\.jsonl"):
+            log.step({"step": 2, "task": 0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [0, 1]

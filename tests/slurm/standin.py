@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stands where a job expects the interpreter: says what it was told, trains nothing, notes signals, and stops for one if $STANDIN_STOPS."""
+"""A fake Python interpreter for jobs: records its arguments and signals, trains nothing, and stops after a signal if $STANDIN_STOPS."""
 
 import json
 import os
@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-if sys.argv[1:2] == ["-c"]:
-    sys.exit()  # the look for the trainer's packages
+if sys.argv[1:2] == ["-c"] or "--check" in sys.argv:
+    sys.exit()  # the job looks for the trainer's packages, and validates its options
 start, task = os.environ.get("SLURM_RESTART_COUNT", "0"), os.environ.get("SLURM_ARRAY_TASK_ID", "")
 told = ("CUDA_VISIBLE_DEVICES", "MASTER_ADDR", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "SLURM_CPUS_PER_TASK", "SLURM_STEP_NUM_TASKS")
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from dist_vlcl.run.preemption import Preemption
+from dist_vlcl.run.signals import Preemption
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -25,7 +25,7 @@ def test_term_and_usr1_may_come_again():
 
 @pytest.fixture
 def python_s_own_interrupt():
-    """A job in a shell's background starts with SIGINT ignored, and its interpreter then leaves it so."""
+    """A job in a shell's background starts with SIGINT ignored, and its interpreter then leaves it that way."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

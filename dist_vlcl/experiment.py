@@ -1,0 +1,186 @@
+"""What a configuration describes: data, tasks, model, training batches and evaluation. Training and `commands.evaluate` share it."""
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from dist_vlcl.config import Config
+from dist_vlcl.continual.evaluator import count_correct
+from dist_vlcl.data.loader import Batch, Loader
+from dist_vlcl.data.names import class_order, paper_order, prompt_names
+from dist_vlcl.data.shards import Index, open_index
+from dist_vlcl.data.tasks import SampleId, Task, TaskStream, held_out
+from dist_vlcl.data.transforms import TestTransform, TrainTransform
+from dist_vlcl.dist.agree import agree
+from dist_vlcl.dist.world import World
+from dist_vlcl.model.clip import TwoTowers, build_clip, unit_ids
+from dist_vlcl.orders import assign
+from dist_vlcl.run.environment import code_digest
+from dist_vlcl.run.state import TrainState
+from dist_vlcl.schedule import warmup_cosine
+from dist_vlcl.zo.noise import Key, derive_seed
+
+Progress = Callable[..., Iterable[Batch]]  # shows how far an iterable of batches is, such as RunLog.progress
+Counts = list[list[int]]  # (correct, total) for each class
+
+
+@dataclass
+class PlannedStep:
+    """One step before it is taken."""
+
+    batch: Batch  # this rank's part of the global batch
+    key: Key  # the same on every rank
+    lr: float
+    started: float = field(default_factory=time.perf_counter)
+
+    def micro_batches(self, parts: int) -> list[Batch]:
+        """Cut this rank's part into micro-batches, the same number on every rank. The first one carries the count of all."""
+        if parts == 1:
+            return [self.batch]
+        batch, cuts = self.batch, [len(self.batch.labels) * k // parts for k in range(parts + 1)]
+        return [
+            Batch(batch.images[a:b], batch.labels[a:b], batch.positions[a:b], batch.count if k == 0 else 0, batch.index, batch.samples[a:b])
+            for k, (a, b) in enumerate(itertools.pairwise(cuts))
+        ]
+
+
+@dataclass
+class Experiment:
+    """Data, tasks and model of a configuration, on this rank."""
+
+    cfg: Config
+    world: World
+    index: Index
+    tasks: TaskStream
+    loader: Loader
+    towers: TwoTowers  # with fresh adapters
+    code: str  # a digest
+
+    @classmethod
+    def open(cls, cfg: Config, world: World) -> "Experiment":
+        """Open the data and build the model. All ranks call this.
+
+        Raises ValueError for a plan that the model cannot have, before any data is read, and DisagreementError if the ranks have different
+        configurations, data or code.
+        """
+        assign(unit_ids(cfg.model), cfg.orders)
+        index, tasks = open_tasks(cfg, world)
+        code = code_digest()
+        facts = {"configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code}
+        agree(world, facts, "Start every rank with the same command and the same files.")
+        loader = Loader(
+            index,
+            device=world.device,
+            num_workers=cfg.data.num_workers,
+            cache_gib=cfg.data.cache_gib,
+            on_error=cfg.data.on_error,
+        )
+        return cls(cfg, world, index, tasks, loader, build_towers(cfg, world), code)
+
+    def num_steps(self, task: Task) -> int:
+        """Return the number of steps of a task."""
+        return min(self.cfg.train.epochs * steps_per_epoch(self.cfg, self.index, task), self.cfg.train.max_steps or sys.maxsize)
+
+    def batches(self, task: Task, state: TrainState, progress: Progress) -> Iterator[PlannedStep]:
+        """Yield the steps that are left in a task, and advance the state's epoch. The caller advances its batch. All ranks call this."""
+        cfg, world = self.cfg, self.world
+        steps, per_epoch = self.num_steps(task), steps_per_epoch(cfg, self.index, task)
+        # Rank 0 draws the seeds of the task's steps and sends them once.
+        seeds = torch.tensor([derive_seed(state.run_seed, "step", task.index, k) for k in range(steps)])
+        world.broadcast(seeds, f"the seeds of task {task.index + 1}")
+        while (done := state.epoch * per_epoch + state.batch) < steps:
+            batches = self.loader.train(
+                task,
+                batch_size=cfg.train.batch_size,
+                seed=state.run_seed,
+                epoch=state.epoch,
+                start=state.batch,
+                rank=world.data_rank,
+                size=world.data_size,
+                transform=TrainTransform(self.towers.image_size),
+                without=held_out_samples(cfg, self.index, task),
+            )
+            total = min(per_epoch, steps - state.epoch * per_epoch)
+            described = f"task {task.index + 1}" + (f" epoch {state.epoch + 1}/{cfg.train.epochs}" if cfg.train.epochs > 1 else "")
+            left = itertools.islice(batches, total - state.batch)
+            for batch in progress(left, total=total, completed=state.batch, description=described):
+                lr = warmup_cosine(done, steps, cfg.first_order.lr, cfg.train.warmup_steps)
+                yield PlannedStep(batch, Key(int(seeds[done]), state.step), lr)
+                done += 1
+            state.next_epoch()
+
+    def evaluate(self, task: Task, progress: Progress = lambda batches, **_: batches) -> Counts:
+        """Return the counts after a task. All ranks call this.
+
+        Samples of the classes seen are classified among the classes seen; those of the next task among these and its own classes.
+        """
+        seen = len(self.tasks.seen(task.index).classes)
+        ahead = self.tasks.seen(min(task.index + 1, len(self.tasks) - 1))
+        among_seen, among_all = self.count(ahead, [seen, len(ahead.classes)], f"evaluation after task {task.index + 1}", progress)
+        return among_seen[:seen] + among_all[seen:]
+
+    def evaluate_untrained(self, progress: Progress = lambda batches, **_: batches) -> dict[int, float]:
+        """Return the zero-shot accuracy (a fraction) on the classes seen up to each task. All ranks call this."""
+        prefixes = [len(self.tasks.seen(t).classes) for t in range(len(self.tasks))]
+        rows = self.count(self.tasks.seen(len(self.tasks) - 1), prefixes, "zero-shot evaluation", progress)
+        counts = [row[:n] for n, row in zip(prefixes, rows, strict=True)]
+        return {t: sum(correct for correct, _ in row) / max(1, sum(total for _, total in row)) for t, row in enumerate(counts)}
+
+    def count(self, task: Task, prefixes: Sequence[int], described: str, progress: Progress = lambda batches, **_: batches) -> list[Counts]:
+        """Return the counts over the test samples of a task's classes for each prefix: when only its first classes can be chosen.
+
+        All ranks call this.
+        """
+        cfg, world = self.cfg, self.world
+        world.collectives.where = f"the {described}"
+        batches = self.loader.test(
+            task.classes,
+            batch_size=cfg.eval.batch_size,
+            rank=world.rank,
+            size=world.size,
+            transform=(TrainTransform if cfg.eval.train_transform else TestTransform)(self.towers.image_size),
+            held_out=held_out_samples(cfg, self.index, task),
+        )
+        noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
+        shown = progress(batches, total=batches.num_batches, description=described)
+        return count_correct(self.towers, shown, task.names, prefixes, world, noise).tolist()
+
+
+def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
+    """Return the index of the shards, which rank 0 builds if it can, and the tasks. All ranks call this and raise rank 0's error."""
+    outcome = None
+    if world.is_main:
+        try:
+            open_index(cfg.data)
+        except (OSError, ValueError, RuntimeError) as error:
+            outcome = OSError if isinstance(error, OSError) else ValueError, str(error)
+    outcome = world.share(outcome, "the data set as rank 0 finds it")
+    if outcome:
+        kind, message = outcome
+        raise kind(message)
+    index = open_index(cfg.data)
+    order = class_order(cfg.tasks.order, index.num_classes, paper_order(index.reader))
+    names = prompt_names(index.class_names, cfg.data.underscore_names)
+    return index, TaskStream(names, cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
+
+
+def build_towers(cfg: Config, world: World) -> TwoTowers:
+    """Return CLIP with fresh adapters, the same on every rank and in every start. Raises ValueError for a precision without an engine."""
+    if world.engine.startswith("zero") and cfg.model.precision != "fp32":
+        raise ValueError(f"model.precision={cfg.model.precision}: DeepSpeed trains in fp32 only; use it, or launch with the engine ddp")
+    return build_clip(cfg.model, cfg.adapter, seed=derive_seed(cfg.seed, "adapters")).to(world.device)
+
+
+def steps_per_epoch(cfg: Config, index: Index, task: Task) -> int:
+    """Return the number of global batches in one epoch of a task."""
+    return math.ceil((index.count("train", task.classes) - len(held_out_samples(cfg, index, task))) / cfg.train.batch_size)
+
+
+def held_out_samples(cfg: Config, index: Index, task: Task) -> list[SampleId]:
+    """Return the training samples that are evaluated and not trained on (eval.holdout); none by default."""
+    return held_out(index.sizes("train", task.classes), cfg.eval.holdout, cfg.data.split_seed)

@@ -1,0 +1,78 @@
+"""Messages between a run and its scheduler: signals come in, one status word goes out."""
+
+import os
+import signal
+import threading
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dist_vlcl.data.shards import ShardError, ShardUnavailableError
+from dist_vlcl.run.environment import is_restart
+from dist_vlcl.run.folder import RunBusy
+
+STATUS_FILE = "DIST_VLCL_STATUS"  # the environment variable that names it
+
+
+class Preemption:
+    """Notes that the scheduler or the user asks the process to stop; restores the old handlers at the end.
+
+    SIGTERM and SIGUSR1 only set `requested`. So does the first SIGINT; the second one has its usual effect, so that Ctrl-C twice ends a
+    process that hangs. Python installs handlers in the main thread only; in another thread `requested` stays False. The caller makes the
+    ranks agree on the request.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has arrived."""
+        return self.received is not None
+
+    def __enter__(self) -> "Preemption":
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number in list(self._previous):
+            self._restore(number)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+        if number == signal.SIGINT:
+            self._restore(signal.SIGINT)
+
+    def _restore(self, number: signal.Signals) -> None:
+        # None stands for a handler that C code had installed, which Python cannot put back.
+        if number in self._previous:
+            signal.signal(number, self._previous.pop(number) or signal.SIG_DFL)
+
+
+def report_status(word: str) -> None:
+    """Write a word to the file that the batch script has named, if any: launchers do not pass on the exit codes of their processes.
+
+    training: steps are being taken. If the job ends with this word, a process has died; a new start continues from the checkpoint.
+    requeue: stopped by a signal and saved; start the run again. complete: every task is done. failed: a new start would fail, too.
+    No word: the start itself has failed.
+    """
+    if path := os.environ.get(STATUS_FILE):
+        with suppress(OSError):  # the folder may be missing on this node; the run's own error is more important
+            Path(path).write_text(word + "\n")
+
+
+def report_failure(error: Exception, is_main: bool) -> None:
+    """Write the status that an error of this rank means: `failed` if another start would end in the same way, otherwise nothing.
+
+    A damaged shard is reported by the rank that met it, everything else by rank 0. If Slurm has restarted the job while ranks on a lost
+    node still hold the folder, the job is queued once more.
+    """
+    is_damage = isinstance(error, ShardError) and not isinstance(error, ShardUnavailableError)
+    if is_damage or (is_main and isinstance(error, FloatingPointError | ValueError)):
+        report_status("requeue" if isinstance(error, RunBusy) and is_restart() else "failed")

@@ -1,0 +1,277 @@
+"""One start of a run: its position, what it records, and how it saves, resumes and ends."""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, NoReturn
+
+import torch
+
+from dist_vlcl.continual.metrics import AccuracyMatrix
+from dist_vlcl.data.tasks import Task
+from dist_vlcl.dist.agree import ReplicaDivergedError, agree, agree_on_tensors, digest
+from dist_vlcl.experiment import Experiment, PlannedStep, steps_per_epoch
+from dist_vlcl.model.units import UnitId
+from dist_vlcl.orders import Order, describe
+from dist_vlcl.report.figures import plot_run
+from dist_vlcl.report.tables import summarize_run
+from dist_vlcl.run import checkpoint
+from dist_vlcl.run.files import read_lines, replace_file
+from dist_vlcl.run.folder import RunFolder
+from dist_vlcl.run.log import METRICS, RunLog, read_journal
+from dist_vlcl.run.signals import report_status
+from dist_vlcl.run.state import TrainState
+from dist_vlcl.run.stragglers import slowest_rank
+from dist_vlcl.run.unit_records import UnitRecords
+from dist_vlcl.step import HybridStep, StepReport
+from dist_vlcl.zo.update import Move
+
+
+@dataclass
+class Requeued(Exception):
+    """The run was asked to stop, has saved its state, and waits to be started again."""
+
+    path: str
+
+
+class Session:
+    """The state, log and unit records of a run between two starts. Every rank has one and calls every method; rank 0 writes."""
+
+    def __init__(self, experiment: Experiment, step: HybridStep, folder: RunFolder):
+        """Load the newest checkpoint and the journal's steps after it, and open the log and the unit records at that position."""
+        self.experiment, self.step, self.folder = experiment, step, folder
+        self.cfg, self.world, self.tasks = experiment.cfg, experiment.world, experiment.tasks
+        world = self.world
+        self.saved = world.share(checkpoint.load_newest(folder.path) if world.is_main and not folder.is_new else None, "the checkpoint")
+        self.state = TrainState.from_dict(self.saved.state) if self.saved else TrainState(self.cfg.seed)
+        self.journalled = self._read_journal()
+        message = self._note_moves() + folder.message + (f", continuing after step {self.state.step}" if self.state.step else "")
+        self.accuracy = AccuracyMatrix([len(task.classes) for task in self.tasks], [[tuple(c) for c in row] for row in self.state.accuracy])
+        self.agreed_step = self.state.step  # the last step after which the ranks had the same adapters
+        self.busy_s: list[float] = []  # since then
+        self.log = RunLog(folder.path, self.cfg.run, world, self.cfg.as_dict(), self.state)
+        units = [(id.branch, id.layer, step.orders[id].value, unit.numel) for id, unit in step.towers.units.items()]
+        self.records = UnitRecords(folder.path, units, self.cfg.run.record_every_steps, self.state.step, world.is_main)
+        self.log.say(message)
+        if world.is_main:
+            report_status("training")
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.step.first.end()
+        self.log.close()
+        self.folder.close()
+
+    def describe(self) -> None:
+        """Print what is going to run: which units learn by which order, on which data."""
+        cfg, world, index, orders = self.cfg, self.world, self.experiment.index, self.step.orders
+        numel = {order: sum(unit.numel for id, unit in self.step.towers.units.items() if orders[id] is order) for order in Order}
+        groups = f" in {world.data_size} parts, {world.direction_groups} direction groups" if world.direction_groups > 1 else ""
+        self.log.table("orders: 1 first (back-propagation), 0 zeroth (loss differences), - frozen", ["branch", "layers"], describe(orders))
+        self.log.say(
+            f"{cfg.model.name}: {numel[Order.FIRST]:,} parameters learn by first order, {numel[Order.ZEROTH]:,} by zeroth order "
+            f"({cfg.zo.name}), {numel[Order.FROZEN]:,} adapter parameters are frozen\n"
+            f"{index.name}: {len(self.tasks)} tasks, {index.count('train'):,} training images; "
+            f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}{groups}"
+        )
+        shortest = min(map(self.experiment.num_steps, self.tasks))
+        if self.step.learns and shortest < 2 * cfg.train.warmup_steps:
+            self.log.say(f"the shortest task has {shortest} steps: few for train.warmup_steps={cfg.train.warmup_steps}")
+
+    def evaluate_untrained(self) -> None:
+        """Measure the zero-shot accuracy, unless an earlier start has."""
+        if self.state.task or self.saved or not self.cfg.eval.zero_shot:
+            return
+        self.state.zero_shot = self.experiment.evaluate_untrained(self.log.progress)
+        percent = [100 * accuracy for accuracy in self.state.zero_shot.values()]
+        self.log.say(f"zero-shot accuracy in %: Last {percent[-1]:.2f}, Avg {mean(percent):.2f}")
+
+    def tasks_left(self) -> list[Task]:
+        """Return the tasks that are not finished."""
+        return self.tasks[self.state.task :]
+
+    def begin(self, task: Task) -> None:
+        """Prepare the step for a task; after a resume also restore its tensors and repeat the journal's steps."""
+        self.step.begin(task.names)
+        self.world.collectives.take_busy_s()  # the time until now belongs to no step
+        if self.saved:
+            self.step.load_state_dict(self.saved.tensors)
+            self.saved = None
+        if self.journalled:
+            self.step.replay(self.journalled)
+            agree(self.world, {"the adapters rebuilt from the journal": digest(self.step.towers.units.state_dict())})
+            self.log.say(f"{len(self.journalled)} steps after the checkpoint were restored from the journal")
+            self.journalled = []
+
+    def steps_left(self, task: Task) -> Iterator[PlannedStep]:
+        """Yield the steps that are left in a task; none if no unit learns."""
+        return self.experiment.batches(task, self.state, self.log.progress) if self.step.learns else iter(())
+
+    def is_observed(self) -> bool:
+        """Whether the next step is to measure gradient and update of every unit."""
+        return self.records.is_due(self.state.step + 1)
+
+    def is_time_to_save(self) -> bool:
+        """Whether a checkpoint is due after this step."""
+        return self.folder.is_time_to_save(self.state.step)
+
+    def is_time_to_compare(self) -> bool:
+        """Whether the ranks are to compare their adapters after this step."""
+        return self.state.step % self.cfg.train.check_every_steps == 0
+
+    def any_rank(self, is_so: bool) -> bool:
+        """Whether something is true on any rank, the same answer on every rank."""
+        return bool(self.world.sum_exact(torch.tensor([int(is_so)]), "requests to stop")[0] > 0)
+
+    def record(self, planned: PlannedStep, report: StepReport) -> None:
+        """Count a step that was taken, and write it to metrics.jsonl, to the unit records and, last, to journal.jsonl."""
+        state, seconds = self.state, time.perf_counter() - planned.started
+        state.advance()
+        state.seconds += seconds
+        self.busy_s.append(report.busy_s)
+        zo = {m.group.name: {"projected_gradient": mean(m.sizes.values()), "coefficient": m.coefficient} for m in report.moves}
+        peak_gib = self.world.take_peak_gib()
+        self.log.step(
+            {
+                "step": state.step,
+                "task": state.task,
+                "loss": report.loss,
+                "lr": planned.lr,
+                "gradient_norm": report.gradient_norm,
+                "zo": zo,
+                "seconds": seconds,
+                "data_seconds": planned.batch.waited_s,
+                "images_per_second": report.count / seconds,
+                **({} if peak_gib is None else {"peak_gib": peak_gib}),
+            }
+        )
+        if report.count < planned.batch.count:
+            self.log.note(f"step {state.step}: {planned.batch.count - report.count} damaged samples were skipped", state.step, state.task)
+        if report.skipped:
+            self.log.note(f"step {state.step} was skipped: {report.skipped}", state.step, state.task)
+        if report.unit_statistics is not None:
+            self.records.add(state.step, state.task, report.unit_statistics, sizes_by_unit(self.step, report.moves))
+        moves = [move.record() for move in report.moves]
+        self.log.journal({"step": state.step, "task": state.task, "seed": planned.key.seed, "lr": planned.lr, "moves": moves})
+
+    def compare_ranks(self) -> None:
+        """Raise ReplicaDivergedError, naming rank and tensor, unless all ranks have the same adapters. Report a slow rank.
+
+        After an error the journal ends at the last step with equal adapters: later lines may come from the losses of the other rank.
+        """
+        try:
+            agree_on_tensors(self.world, f"the adapters after step {self.state.step}", self.step.adapters())
+        except ReplicaDivergedError:
+            self.log.truncate_after(self.agreed_step)
+            raise
+        self.agreed_step = self.state.step
+        if self.busy_s:
+            busy_s = self.world.gather_objects(mean(self.busy_s), "busy seconds")
+            names = [self.world.collectives.named(rank) for rank in range(self.world.size)]
+            if message := slowest_rank(busy_s, names, self.world.direction_groups):
+                self.log.say(f"step {self.state.step}: {message}")
+            self.busy_s.clear()
+
+    def save(self) -> None:
+        """Compare the ranks, wait until the disk has the log, then write the unit records and a checkpoint.
+
+        Raises OSError on a full disk; the older checkpoint is then still there.
+        """
+        self.compare_ranks()
+        state = self.state
+        tensors = self.step.state_dict(optimizers=state.epoch > 0 or state.batch > 0)  # a new task begins with fresh optimisers
+        if self.world.is_main:
+            self.log.sync()
+            self.records.flush()
+            checkpoint.save(self.folder.path, state.step, tensors, state.to_dict(), self.cfg.run.keep)
+
+    def finish(self, task: Task) -> None:
+        """Evaluate after a task, write the accuracy, and save."""
+        self.accuracy.append(self.experiment.evaluate(task, self.log.progress))
+        self.state.accuracy = self.accuracy.rows
+        summary = self.accuracy.summary()
+        self.log.task({"step": self.state.step, "task": task.index, **summary, "zero_shot": self.state.zero_shot.get(task.index)})
+        self.folder.write_accuracy({**summary, "rows": self.accuracy.rows})
+        self.state.next_task()
+        self.save()
+
+    def requeue(self) -> NoReturn:
+        """Leave the marker that the run waits to be started again, and raise Requeued."""
+        self.folder.request_requeue()
+        self.world.barrier()  # rank 0 saves: a launcher whose ranks have left may end the others
+        raise Requeued(str(self.folder.path))
+
+    def complete(self) -> AccuracyMatrix:
+        """Write the summary, the plots and the final accuracy; return it."""
+        path, plots = self.folder.path, self.cfg.run.plots
+        if self.world.is_main:
+            replace_file(path / "summary.md", summarize_run(path))
+            if plots:
+                plot_run(path)
+        self.log.say(
+            f"Done. See {path}/summary.md{f' and {path}/plots/*.png' if plots else ''}; every step is in {path}/metrics.jsonl.\n"
+            "Next: compare with first order alone (orders=first), the untrained model (orders=zero_shot), or the same units frozen\n"
+            "(orders.order=frozen). Then use your own images: "
+            "python -m dist_vlcl.commands.build_data data=folder data.name=NAME data.source=FOLDER"
+        )
+        state = self.state
+        ended = {"zero_shot": state.zero_shot, "seconds": state.seconds, "steps": state.step}
+        self.folder.complete({**self.accuracy.summary(), "rows": self.accuracy.rows, **ended})
+        return self.accuracy
+
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """Return the journal's steps of this task after the checkpoint, and count them in the state.
+
+        Empty if first-order units learn, since the journal does not know their updates: these steps are taken again. Also empty if the
+        device type has changed and directions are normal: their last bits differ between devices.
+        """
+        state, folder = self.state, self.folder
+        if folder.is_new or self.step.first.parameters or not self.tasks_left():
+            return []
+        records = self.world.share(journalled_steps(folder.path, state) if self.world.is_main else None, "the journal")
+        if self.saved and state.device != self.world.device.type and self.cfg.zo.directions != "rademacher":
+            return []
+        per_epoch = steps_per_epoch(self.cfg, self.experiment.index, self.tasks[state.task])
+        state.epoch, state.batch = divmod(state.epoch * per_epoch + state.batch + len(records), per_epoch)
+        state.step += len(records)
+        return records
+
+    def _note_moves(self) -> str:
+        """Return what differs between this start and the one that saved the checkpoint, and store this start's values in the state."""
+        state, world, notes = self.state, self.world, []
+        if self.saved and state.world_size != world.size:
+            notes.append(
+                f"resuming on {world.size} ranks what {state.world_size} have saved: the same batches, sums are rounded differently"
+            )
+        if self.saved and state.device != world.device.type and self.cfg.zo.directions != "rademacher":
+            notes.append(
+                f"saved on {state.device}, resumed on {world.device.type}: normal directions differ in their last bits, so the steps after "
+                "the checkpoint are taken again and not restored from the journal (zo.directions=rademacher is the same on both)"
+            )
+        state.world_size, state.device = world.size, world.device.type
+        return "".join(f"{note}\n" for note in notes)
+
+
+def journalled_steps(folder: Path, state: TrainState) -> list[dict[str, Any]]:
+    """Return the journal's records of this task after the state's step, up to the first one without a line in metrics.jsonl.
+
+    A power cut may leave more of one file than of the other.
+    """
+    measured = {record.get("step") for record in read_lines(folder / METRICS) if record.get("kind") == "step"}
+    records = itertools.takewhile(lambda record: record["step"] in measured, read_journal(folder, state.step))
+    return [record for record in records if record["task"] == state.task]  # between two tasks there is an evaluation
+
+
+def sizes_by_unit(step: HybridStep, moves: list[Move]) -> list[float | None]:
+    """Return the size of the projected gradient that moved each unit, in the order of the units; None for a unit that did not move."""
+    sizes: dict[UnitId, float] = {}
+    for move in moves:
+        for branch, part in move.group.slices.items():
+            own = step.flats[branch].slices.items()
+            sizes |= {id: move.sizes[branch] for id, place in own if part.start <= place.start < part.stop}
+    return [sizes.get(id) for id in step.towers.units]
