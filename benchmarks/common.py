@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import platform
@@ -127,6 +128,9 @@ def machine() -> dict[str, Any]:
 # the workload
 
 
+_on_meta: dict[str, TwoTowers] = {}  # models without numbers, each built once: drawing random weights takes seconds
+
+
 @dataclass(frozen=True)
 class Workload:
     """What a step works on: options of dist_vlcl.train, `images` of the global batch, `classes` of the task; random weights."""
@@ -161,10 +165,15 @@ class Workload:
 
     def towers(self, device: str) -> TwoTowers:
         """Return a fresh model. Its adapters are not zero, as after some training; speed and memory do not depend on the weights."""
-        with torch.device("meta") if device == "meta" else contextlib.nullcontext():
-            towers = build_clip(self.config.model, self.config.adapter)
+        name = f"{self.config.model} {self.config.adapter}"
+        if device == "meta" and name in _on_meta:
+            return copy.deepcopy(_on_meta[name])
+        towers = build_clip(self.config.model, self.config.adapter)
+        if device == "meta":
+            _on_meta[name] = copy.deepcopy(towers.to(device))
+            return towers
         generator = torch.Generator().manual_seed(1)
-        for unit in towers.units.values() if device != "meta" else ():
+        for unit in towers.units.values():
             for tensor in unit.tensors().values():
                 tensor.detach().add_(torch.randn(tensor.shape, generator=generator) * 0.02)
         return towers.to(device)

@@ -69,6 +69,7 @@ def saved_per_sample(branch: str, workload: Workload, naive: bool = False, sampl
 
 def peak_bytes(workload: Workload) -> int:
     """Return the most bytes that are alive in the second step, weights and optimiser included; counted on the meta device."""
+    workload.towers("meta")  # builds the model that the next call copies: only the copy is counted
     with without_numbers(), PeakBytes() as memory:
         step = workload.step(workload.towers("meta"), World.alone("meta"))
         batch = workload.batch(step.towers.image_size).to("meta")
