@@ -121,6 +121,7 @@ def tower_shapes(towers: TwoTowers, prompt_tokens: int) -> dict[str, TowerShape]
     for branch in BRANCHES:
         tower = towers.tower(branch)
         adapter = tower.block(1).adapter
+        config: MoEConfig | LoRAConfig = adapter.config
         visual = towers.vision.ends.visual
         patches = len(visual.positional_embedding) - 1
         is_vision = branch == "vision"
@@ -130,18 +131,12 @@ def tower_shapes(towers: TwoTowers, prompt_tokens: int) -> dict[str, TowerShape]
             depth=tower.depth,
             tokens=patches + 1 if is_vision else prompt_tokens,
             read=1 if is_vision else 2,
-            columns=_columns(adapter.config),
+            columns=config.rank * len(config.targets) if isinstance(config, LoRAConfig) else config.top_k * config.bottleneck,
             site=adapter.site,
             embed=2 * patches * visual.conv1.weight.numel() if is_vision else 0,
             features=visual.proj.shape[1],
         )
     return result
-
-
-def _columns(config: MoEConfig | LoRAConfig) -> int:
-    if isinstance(config, LoRAConfig):
-        return config.rank * len(config.targets)
-    return config.top_k * config.bottleneck
 
 
 Shapes = Mapping[str, TowerShape]

@@ -19,7 +19,6 @@ from benchmarks.cost_model import naive_cost, step_cost, tower_shapes
 from benchmarks.naive import NaiveStep
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.moe import MoEConfig
-from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
 
 
@@ -47,15 +46,10 @@ def count(workload: Workload) -> Row:
         step = workload.step(workload.towers("meta"), World.alone("meta"))
         batch = workload.batch(step.towers.image_size)
         executed = flops(lambda: step([batch], Key(0, 0), 1e-3))
-    naive, model = modelled(workload, step)
+    size = tower_shapes(step.towers, step.tokens.shape[1]), step.orders, workload.config.zo, workload.images, workload.classes
+    naive, model = naive_cost(*size), step_cost(*size, step.delta_branches)
     tera = {"naive TFLOP": naive / 1e12, "model TFLOP": model / 1e12, "executed TFLOP": executed / 1e12}
     return {**tera, "executed / model": executed / model, "naive / model": naive / model}
-
-
-def modelled(workload: Workload, step: HybridStep) -> tuple[int, int]:
-    """Return the FLOPs of the naive step and of ours by the cost model."""
-    size = tower_shapes(step.towers, step.tokens.shape[1]), step.orders, workload.config.zo, workload.images, workload.classes
-    return naive_cost(*size), step_cost(*size, step.delta_branches)
 
 
 def time_in_turn(workload: Workload, repeats: int) -> Row:
