@@ -15,7 +15,7 @@ from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.model.units import BRANCHES, UnitId
 from dist_vlcl.orders import Order
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrderConfig
 
 CONTEXT = 77  # tokens of a prompt in the naive step
 

@@ -21,7 +21,7 @@ from dist_vlcl.model.tower import AdaptedBlock
 from dist_vlcl.model.units import UnitId, freeze
 from dist_vlcl.orders import Order
 from dist_vlcl.zo.noise import Key, StepNoise
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrderConfig
 
 
 class NaiveStep:

@@ -21,11 +21,12 @@ from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.options import validate
 from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.run.status import report_status
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrderConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -105,20 +106,8 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for what cannot be, before anything is built."""
-        for part in (
-            self.tasks,
-            self.model,
-            self.adapter,
-            self.orders,
-            self.zo,
-            self.train,
-            self.eval,
-            self.first_order,
-            self.cluster,
-            self.run,
-        ):
-            part_check: Callable = getattr(part, "check", lambda: None)
-            part_check()
+        for name in ("tasks", "model", "adapter", "orders", "zo", "train", "eval", "first_order", "cluster", "run"):
+            validate(getattr(self, name), name)
         if self.data.timeout_s >= self.cluster.timeout_s and self.data.url:
             raise ValueError(
                 f"data.timeout_s={self.data.timeout_s:g}: give less than cluster.timeout_s={self.cluster.timeout_s:g}, "

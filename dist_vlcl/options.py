@@ -17,8 +17,8 @@ def option(
 ) -> Any:
     """Return a dataclass field with its meaning and allowed values: one of `choices`, or a number within the bounds.
 
-    `min` and `max` belong to the range, `above` and `below` do not. None is always allowed where it is the default. A list or
-    dictionary as default is copied for every instance; its items are what is checked.
+    `min` and `max` belong to the range, `above` and `below` do not. None is allowed if the field's type says so
+    (`float | None`). A list or dictionary as default is copied for every instance, and its items are checked.
     """
     metadata = {"help": help, "choices": choices, "min": min, "above": above, "max": max, "below": below}
     if isinstance(default, list | dict):
@@ -45,12 +45,13 @@ def validate(config: Any, name: str = "") -> None:
         if is_dataclass(value):
             validate(value, key)
             continue
+        is_optional = "None" in str(item.type)
         pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
         for place, one in pairs:
-            if not (one is None and item.default is None) and not _is_allowed(one, item.metadata):
+            if not (one is None and is_optional) and not _is_allowed(one, item.metadata):
                 where = key if place is None else f"{key}.{place}" if isinstance(value, dict) else key
                 given = value if isinstance(value, list | tuple) else one
-                or_null = ", or null" if item.default is None else ""
+                or_null = ", or null" if is_optional else ""
                 raise ValueError(f"{where}={given!r}: {allowed_values(item.metadata)}{or_null}")
     if callable(check := getattr(config, "check", None)):
         check()

@@ -4,9 +4,9 @@ import math
 
 
 def warmup_cosine(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Return the rate of step `step` (from 0) of `steps`: linear over `warmup` steps, then a cosine towards 0.
+    """Return the learning rate of step `step` (from 0) of `steps`: linear for `warmup` steps, then a cosine towards 0.
 
-    A task no longer than the warm-up never leaves it; the baseline divides by zero where the two are equal (defect Q5).
+    A task of at most `warmup` steps ends within the warm-up. The baseline divides by zero if the two are equal (defect Q5).
     """
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -3,7 +3,6 @@
 # B samples of this rank
 
 import itertools
-import json
 import math
 import sys
 import time
@@ -49,7 +48,7 @@ from dist_vlcl.run.units import UnitRecords
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.noise import Key, derive_seed
-from dist_vlcl.zo.strategies import Move
+from dist_vlcl.zo.update import Move
 
 MAX_RELOADS = 3  # of a run whose ranks come apart again and again
 
@@ -86,8 +85,8 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
     assign(unit_ids(cfg.model), cfg.orders)  # refuses what cannot be, before data are read and weights fetched
     index, tasks = open_tasks(cfg, world)
     code = code_digest()
-    for what, value in {"the configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code}.items():
-        agree(world, what, json.dumps(value, sort_keys=True, default=str), "Start every rank with the same command and the same files.")
+    facts = {"the configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code}
+    agree(world, facts, "Start every rank with the same command and the same files.")
     if cfg.train.on_disagreement == "reload" and world.engine != "ddp":
         raise ValueError("train.on_disagreement=reload: not under DeepSpeed, whose hooks outlive a reload; use stop")
     towers, loader = build_towers(cfg, world), make_loader(cfg, index, world)
@@ -99,9 +98,14 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
         world,
         cfg.train.max_skips,
     )
-    agree(world, "the frozen weights", digest({name: t for name, t in towers.state_dict().items() if ".adapter." not in name}))
-    agree(world, "the adapters", digest(towers.units.state_dict()))
-    agree(world, "the first direction", first_direction(step), "CPUs of another kind? Take zo.directions=rademacher: it has no rounding.")
+    facts = {
+        "the frozen weights": digest({name: t for name, t in towers.state_dict().items() if ".adapter." not in name}),
+        "the adapters": digest(towers.units.state_dict()),
+        "the first direction": first_direction(step),
+    }
+    agree(
+        world, facts, "If only the first direction differs, the CPUs differ in kind: use zo.directions=rademacher, which needs no rounding."
+    )
     patience_s = min(PATIENCE_S, cfg.cluster.timeout_s / 2)  # the other ranks wait for rank 0's word
     run = RunFolder.open(cfg.run, cfg.as_dict(), world, data=index.fingerprint, code=code, patience_s=patience_s)
     if run.is_complete:
@@ -131,7 +135,7 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
                 saved = None
             if journalled:
                 step.replay(journalled)
-                agree(world, "the adapters as the journal rebuilds them", digest(towers.units.state_dict()))
+                agree(world, {"the adapters as the journal rebuilds them": digest(towers.units.state_dict())})
                 log.say(f"the journal gave back {len(journalled)} steps after the checkpoint")
                 journalled = []
             agreed, stragglers = state.step, Stragglers(world.collectives.named, world.direction_groups)
@@ -144,7 +148,7 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
                 log_step(log, state, report, key, lr, time.perf_counter() - started, batch, world.take_peak_gib())
                 if report.unit_statistics is not None:
                     records.add(state.step, state.task, report.unit_statistics, sizes_by_unit(step, report.moves))
-                if words := stragglers.note(report.busy_s):
+                if words := stragglers.note(world.gather_objects(report.busy_s, "busy seconds")):
                     log.say(f"step {state.step}: {words}")
                 is_to_save = report.stop or run.is_time_to_save(state.step)
                 if is_to_save or state.step % cfg.train.check_every_steps == 0:
@@ -161,7 +165,7 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
             run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows})
             state.next_task()
             save(run, state, step, log, records, zero_shot, must=task is tasks[-1])
-            if task is not tasks[-1] and world.sum(torch.tensor([float(preemption.requested)]), "wishes to stop")[0] > 0:
+            if task is not tasks[-1] and world.sum_exact(torch.tensor([int(preemption.requested)]), "stop requests")[0] > 0:
                 requeue(run, world)
         farewell(cfg, log, run, world)
         run.complete({**accuracy.summary(), "rows": accuracy.rows, "zero_shot": zero_shot, "seconds": state.seconds, "steps": state.step})
@@ -175,7 +179,7 @@ def _train(cfg: Config, world: World, preemption: Preemption) -> AccuracyMatrix 
 
 
 def agree_on_adapters(world: World, step: HybridStep, state: TrainState, log: RunLog, agreed: int) -> int:
-    """Return the step now agreed on; raise ReplicaDivergedError, naming rank and tensor, with the journal cut back to `agreed`. All ranks call this.
+    """Return the step now agreed on; raise ReplicaDivergedError with the journal cut back to `agreed`. All ranks call this.
 
     It goes before every checkpoint, so that none holds what a rank that went astray has had a part in.
     """
@@ -230,7 +234,7 @@ def make_loader(cfg: Config, index: Index, world: World) -> Loader:
 
 def first_direction(step: HybridStep) -> str:
     """Return a digest of the first random direction of every zeroth-order branch."""
-    return digest({branch: step.zeroth.draws.draw(branch, Key(0, 0), 0) for branch in step.flats})
+    return digest({branch: step.zeroth.directions.draw(branch, Key(0, 0), 0) for branch in step.flats})
 
 
 def resume_or_start(cfg: Config, run: RunFolder, world: World) -> tuple[TrainState, checkpoint.Checkpoint | None]:

@@ -14,7 +14,7 @@ from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, OrderPlan, assign
 from dist_vlcl.paper import paper_runs
 from dist_vlcl.run.folder import RunConfig
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrderConfig
 
 GROUPS = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONFIG_FOLDER.iterdir() if folder.is_dir()}
 RUNS = paper_runs()

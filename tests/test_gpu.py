@@ -14,7 +14,7 @@ from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.step import MAX_SLOPE_NOISE, HybridStep
-from dist_vlcl.zo.noise import Key, NoiseField, Segment, kept_by_row, normals_by_row, philox4x32
+from dist_vlcl.zo.noise import Key, NoiseField, Segment, dropout_mask_by_row, normals_by_row, philox4x32
 from tests.helpers.tiny_clip import LORA, MOE, NAMES, batch_of, pictures, tiny_clip
 from tests.test_step import STRATEGIES, in_float64
 from tests.test_train import TINY, configured, last_tensors, run_once
@@ -41,7 +41,7 @@ def test_words_signs_and_masks_have_the_bits_of_the_cpu_and_normals_nearly(seed)
     fields = [NoiseField(SEGMENTS, device) for device in ("cpu", "cuda")]
     assert torch.equal(*[field.signs(key, 2).cpu() for field in fields])
     torch.testing.assert_close(*[field.normals(key, 2).cpu() for field in fields], rtol=0, atol=1e-6)
-    assert torch.equal(*[kept_by_row("a", rows.to(device), 1001, 0.1, key, 255).cpu() for device in ("cpu", "cuda")])
+    assert torch.equal(*[dropout_mask_by_row("a", rows.to(device), 1001, 0.1, key, 255).cpu() for device in ("cpu", "cuda")])
     torch.testing.assert_close(*[normals_by_row(["a", "b"], rows.to(d), 9, key, 254).cpu() for d in ("cpu", "cuda")], rtol=0, atol=1e-6)
 
 

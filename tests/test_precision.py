@@ -12,7 +12,7 @@ from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.step import MAX_SLOPE_NOISE, HybridStep
 from dist_vlcl.train import build_towers
 from dist_vlcl.zo.noise import Key
-from dist_vlcl.zo.strategies import MIN_EPSILON, ZerothOrderConfig
+from dist_vlcl.zo.update import MIN_EPSILON, ZerothOrderConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_clip import LORA, MLP_LORA, MOE, NAMES, batch_of, tiny_clip
 from tests.test_step import STRATEGIES, in_float64

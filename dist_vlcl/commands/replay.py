@@ -16,9 +16,9 @@ from dist_vlcl.masking import masked
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run import checkpoint, journal
-from dist_vlcl.zo.journal import StoredUnits
+from dist_vlcl.zo.flat import StoredUnits
 from dist_vlcl.zo.noise import Key
-from dist_vlcl.zo.strategies import ZerothOrder
+from dist_vlcl.zo.update import ZerothOrder
 
 
 @dataclass(frozen=True)

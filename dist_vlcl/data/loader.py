@@ -286,9 +286,8 @@ class Loader:
                 raise error.with_traceback(None) from None
             if batch is None:
                 return
-            images = batch.images.to(self.device, non_blocking=True)
-            if batch.plans is not None:
-                images = resize_batch(images, batch.plans, parts[0].transform.size)
+            batch = batch.to(self.device, non_blocking=True)
+            images = batch.images if batch.plans is None else resize_batch(batch.images, batch.plans, parts[0].transform.size)
             yield replace(batch, images=images, plans=None, waited_s=time.perf_counter() - asked)
 
 

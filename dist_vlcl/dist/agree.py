@@ -1,4 +1,4 @@
-"""Proof, at start and every so often, that the ranks run the same thing."""
+"""Check that the ranks run the same thing: at the start, and again every few steps."""
 
 import hashlib
 from collections import Counter
@@ -12,11 +12,11 @@ from dist_vlcl.dist.world import World
 
 
 class DisagreementError(RuntimeError):
-    """Ranks that should be equal are not; the message names what differs and where."""
+    """Ranks that must be equal differ. The message names what differs and on which ranks."""
 
 
 class ReplicaDivergedError(DisagreementError):
-    """Ranks that were equal once are no longer."""
+    """The adapters of some ranks became different during the run."""
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -28,28 +28,44 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return h.hexdigest()
 
 
-def agree(world: World, what: str, value: Any, hint: str = "") -> None:
-    """Raise DisagreementError on all ranks unless `value` is the same on each. All ranks call this."""
-    values = world.gather_objects(value, what)
-    odd = [rank for rank, other in enumerate(values) if other != values[0]]
-    if odd:
-        shown = "; ".join(f"rank {rank}: {str(values[rank])[:200]}" for rank in [0, *odd[:3]])
-        raise DisagreementError(f"{what}: ranks {odd} differ from rank 0 ({shown}). {hint}".strip())
+def agree(world: World, facts: Mapping[str, Any], hint: str = "") -> None:
+    """Raise DisagreementError on all ranks if a fact differs between ranks. All ranks call this, with small picklable facts.
+
+    A fact that is a dictionary is compared entry by entry, so that the message can name the entry, such as
+    `configuration.train.batch_size`. hint: what the user can do about a difference.
+    """
+    values = world.gather_objects(dict(_flattened(facts)), " and ".join(facts))
+    problems = []
+    for name in dict.fromkeys(name for own in values for name in own):
+        odd = [rank for rank, own in enumerate(values) if own.get(name) != values[0].get(name)]
+        if odd:
+            shown = "; ".join(f"rank {rank}: {str(values[rank].get(name))[:200]}" for rank in [0, *odd[:3]])
+            problems.append(f"{name}: ranks {odd} differ from rank 0 ({shown})")
+    if problems:
+        raise DisagreementError(f"{'. '.join(problems[:3])}. {hint}".strip())
 
 
 def agree_on_tensors(world: World, what: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ReplicaDivergedError on all ranks, naming ranks and tensors, unless the tensors are the same, bit for bit. All ranks call this.
+    """Raise ReplicaDivergedError on all ranks, naming ranks and tensors, if the tensors are not bit-identical. All ranks call this.
 
-    Ranks are compared with the majority; where there is none, with the lowest rank: which of two is right cannot be told.
+    Ranks are compared with the majority. Without a majority they are compared with the lowest rank: which one is right is unknown.
     """
     if len(set(world.gather_objects(digest(tensors), what))) == 1:
         return
     each = world.gather_objects({name: digest({name: tensor}) for name, tensor in tensors.items()}, what)
-    whole = [tuple(sorted(own.items())) for own in each]
-    usual = whole.index(Counter(whole).most_common(1)[0][0])
+    replicas = [tuple(sorted(own.items())) for own in each]
+    usual = replicas.index(Counter(replicas).most_common(1)[0][0])
     odd = {rank: [name for name in each[rank] if each[rank][name] != each[usual].get(name)] for rank in range(world.size)}
-    told = [f"{world.collectives.named(rank)} in {_listed(names)}" for rank, names in odd.items() if names]
-    raise ReplicaDivergedError(f"{what}: ranks {[rank for rank in odd if odd[rank]]} differ from rank {usual}: {'; '.join(told)}")
+    where = [f"{world.collectives.named(rank)} in {_listed(names)}" for rank, names in odd.items() if names]
+    raise ReplicaDivergedError(f"{what}: ranks {[rank for rank in odd if odd[rank]]} differ from rank {usual}: {'; '.join(where)}")
+
+
+def _flattened(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return (dotted name, value) of every fact, with nested dictionaries taken apart."""
+    result = []
+    for name, value in facts.items():
+        result += _flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+    return result
 
 
 def _listed(names: list[str]) -> str:

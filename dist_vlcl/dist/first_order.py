@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,62 +13,58 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from dist_vlcl.dist.world import World
+from dist_vlcl.options import option
 
 
 @dataclass
 class FirstOrderConfig:
-    """AdamW of METHOD 1.6, re-created for each task."""
+    """AdamW (METHOD 1.6). It is made anew for each task."""
 
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    max_grad_norm: float | None = None
+    lr: float = option(1e-3, "Peak learning rate.", above=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay.", min=0)
+    betas: list[float] = option([0.9, 0.999], "AdamW's decay rates of the two moments.", min=0, below=1)
+    max_grad_norm: float | None = option(None, "Gradients with a larger norm are scaled down to it; null: no clipping.", above=0)
 
     def check(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"first_order.lr={self.lr}: give a positive number")
-        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            raise ValueError(f"first_order.betas={self.betas}: give two numbers in [0, 1)")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"first_order.max_grad_norm={self.max_grad_norm}: give a positive number, or null")
+        if len(self.betas) != 2:
+            raise ValueError(f"first_order.betas={self.betas}: give two numbers")
 
 
 class FirstOrder:
-    """The model as wrapped for training. With no first-order parameter nothing is wrapped: DDP refuses such a model.
+    """The model as wrapped for training. Without first-order parameters it is not wrapped, because DDP refuses such a model.
 
-    Gradients travel while zeroth order evaluates its candidates, which read the values of before the update: the backward pass starts the
-    exchange, `wait_for_gradients` ends it. overlap=False is the twin that ends it in the backward pass, as DDP does: the same bits.
+    The all-reduce of gradients runs while zeroth order evaluates its candidates, which use the values from before the update: the backward
+    pass starts it, `wait_for_gradients` ends it. overlap=False ends it in the backward pass, as DDP does, with bit-identical results; tests
+    compare the two.
     """
 
     def __init__(self, world: World, config: FirstOrderConfig, model: nn.Module, overlap: bool = True):
-        config.check()
-        self.overlap = overlap
-        self.group: Any = None
+        self.world, self.config, self.model, self.overlap = world, config, model, overlap
+        self.group: Any = None  # of the gradients' all-reduce
         self.under_way: list[dist.Work] = []
-        self.world, self.config, self.model = world, config, model
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.wrapped: nn.Module = model
         self.optimizer: torch.optim.Optimizer | None = None
 
     def begin(self) -> None:
-        """Make a fresh AdamW, and wrap the model again. All ranks call this."""
+        """Start a task: make a new AdamW and wrap the model again. All ranks call this."""
         self.end()
         if not self.parameters:
             return
         optimizer: Any = self._adamw()
         if self.world.accelerator is not None:
-            with self.world.collectives("first look at the parameters by DDP"):
+            with self.world.collectives("DDP's check of the parameters"):
                 self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
         self.optimizer = optimizer
         if self.overlap and isinstance(self.wrapped, DistributedDataParallel):
-            # A group of its own: in the default one, exchanges queue up, and what DDP itself waits for would stand behind the gradients.
+            # The all-reduce has its own group. Collectives of one group run one after another, so DDP's own would wait for the gradients.
             self.group = self.group or dist.new_group(timeout=self.world.timeout)
-            self.wrapped.register_comm_hook(self, _start_exchange)
+            self.wrapped.register_comm_hook(self, _start_all_reduce)
 
     def _adamw(self) -> torch.optim.AdamW:
         config = self.config
         options: dict[str, Any] = {"betas": (config.betas[0], config.betas[1]), "weight_decay": config.weight_decay}
-        on_gpu = self.parameters[0].is_cuda and self.world.engine == "ddp"  # where its many small operations would be launched one by one
+        on_gpu = self.parameters[0].is_cuda and self.world.engine == "ddp"  # fused: one kernel launch instead of many small ones
         return torch.optim.AdamW(self.parameters, lr=config.lr, fused=True if on_gpu else None, **options)
 
     def end(self) -> None:
@@ -79,7 +75,7 @@ class FirstOrder:
 
     @contextlib.contextmanager
     def accumulate(self, is_last: bool) -> Iterator[None]:
-        """Forward and backward of one micro-batch; gradients are exchanged with the last one only."""
+        """Wrap forward and backward of one micro-batch. Only the last one synchronises gradients."""
         if is_last or self.wrapped is self.model or self.world.accelerator is None:
             yield
         else:
@@ -87,26 +83,27 @@ class FirstOrder:
                 yield
 
     def backward(self, loss: Tensor) -> None:
+        """Back-propagate, and start the all-reduce of gradients."""
         if self.parameters:
             with self.world.collectives("all-reduce of gradients"):
                 loss.backward()
 
     @record_function("first order: wait for gradients")
     def wait_for_gradients(self) -> None:
-        """Wait until the gradients of all ranks are added up; on a GPU the stream waits, not the process."""
+        """Wait until the gradients of all ranks are added. On a GPU the stream waits, not the process."""
         with self.world.collectives("all-reduce of gradients"):
             while self.under_way:
                 self.under_way.pop().wait()
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradient of every parameter, the same on all ranks, in the order of `parameters`."""
+        """Return the gradient of every parameter, in the order of `parameters`. It is the same on all ranks."""
         self.wait_for_gradients()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
 
     def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
-        """Take the step at this learning rate and return the gradient's norm; None, with nothing changed, if it is not finite.
+        """Take AdamW's step and return the norm of the gradient. If the norm is not finite, change nothing and return None.
 
-        The gradients are equal on all ranks by now, so all decide alike. `gradient_scale` multiplies them first.
+        gradient_scale: multiplies the gradients first. The gradients are equal on all ranks, so all ranks decide the same.
         """
         if self.optimizer is None:
             return 0.0
@@ -127,17 +124,18 @@ class FirstOrder:
         return norm
 
     def zero_grad(self) -> None:
+        """Drop the gradients."""
         self.wait_for_gradients()
         for p in self.parameters:
             p.grad = None
 
     @contextlib.contextmanager
     def gathered_parameters(self, writes: bool = False) -> Iterator[None]:
-        """Have the first-order parameters whole, for reading or writing, on every rank: here they always are. All ranks call this."""
+        """Gather sharded parameters for reading or, with `writes`, writing. DDP does not shard them. All ranks call this."""
         yield
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return AdamW's moments under `name/exp_avg` and so on, for the names of `parameters`."""
+        """Return AdamW's moments under `name/exp_avg` and so on. `names` are those of `parameters`."""
         if self.optimizer is None:
             return {}
         state = self.optimizer.state_dict()["state"]
@@ -156,8 +154,8 @@ class FirstOrder:
         self.optimizer.load_state_dict(own)
 
 
-def _start_exchange(first: FirstOrder, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's communication hook: start to average a bucket, in place, and call it done. Gradients are views of it (see World)."""
+def _start_all_reduce(first: FirstOrder, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's communication hook: start to average a bucket in place, and report it as done. Gradients are views of it (see World)."""
     average = bucket.buffer().mul_(1 / first.world.size)
     first.under_way.append(dist.all_reduce(average, group=first.group, async_op=True))
     done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[average.device] if average.is_cuda else None)

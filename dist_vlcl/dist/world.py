@@ -1,10 +1,9 @@
-"""The ranks of a run: who am I, and the few exchanges that zeroth-order training needs. Accelerate starts the process group."""
+"""The ranks of a run: rank, size, device, and the few collectives that training needs. Accelerate starts the process group."""
 
-# W ranks, n numbers
+# n numbers
 
 import os
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_vlcl.dist.collectives import Collectives, is_of_the_network
+from dist_vlcl.dist.collectives import Collectives, is_network_error
+from dist_vlcl.options import option
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,31 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class ClusterConfig:
-    """How the run expects to be started. `num_processes`: what the user asked for, checked at start; null takes what is there."""
+    """How the run expects to be started."""
 
-    num_processes: int | None = None
-    device: str = "auto"  # or cpu, cuda
-    timeout_s: float = 600.0
-    direction_groups: int = 1  # data-parallel copies that share out the zeroth-order candidates of the whole batch among them
-    threads: int | None = None  # CPU threads of a rank; default: the cores, shared among the ranks of this machine
-    traceback: bool = False  # show where an error came from, not only what it says
-
-    def check(self) -> None:
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"cluster.device={self.device!r}: choose from auto, cpu, cuda")
-        if self.timeout_s <= 0:
-            raise ValueError(f"cluster.timeout_s={self.timeout_s}: give a positive number of seconds")
-        if self.direction_groups < 1:
-            raise ValueError(f"cluster.direction_groups={self.direction_groups}: give a positive number that divides the number of ranks")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"cluster.threads={self.threads}: give a positive number, or null for the cores shared among the ranks")
+    num_processes: int | None = option(None, "Number of ranks that the launcher must have started; null: any number.", min=1)
+    device: str = option("auto", "Where to compute; auto: on a GPU if there is one.", choices=("auto", "cpu", "cuda"))
+    timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0)
+    direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
+    threads: int | None = option(None, "CPU threads of a rank; null: the cores of the machine divided by its ranks.", min=1)
+    traceback: bool = option(False, "Show the full traceback of an error, not only its message.")
 
 
 @dataclass
 class World:
-    """Rank, size, device, and exchanges whose result has the same bits on every rank. All ranks call every exchange.
+    """Rank, size, device, and collectives whose result is bit-identical on every rank. All ranks call every collective.
 
-    The ranks are a grid of `direction_groups` rows: each row has the whole batch, cut into `data_size` parts, and evaluates its own
+    The ranks form a grid of `direction_groups` rows. Each row has the whole batch, divided into `data_size` parts, and evaluates its own
     share of the zeroth-order candidates.
     """
 
@@ -53,35 +43,34 @@ class World:
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     accelerator: Any = None
-    engine: str = "ddp"  # of first-order units; or zero0, zero1, zero2, zero3, zero3_offload
+    engine: str = "ddp"  # of the first-order units; or zero0, zero1, zero2, zero3, zero3_offload
     direction_groups: int = 1
-    timeout: timedelta = timedelta(seconds=ClusterConfig.timeout_s)  # of an exchange
-    collectives: Collectives = field(
-        default_factory=lambda: Collectives(0, ["this host"], 0)
-    )  # `with world.collectives("all-gather of ..."):`
+    timeout: timedelta = timedelta(seconds=600)  # of a collective
+    collectives: Collectives = field(default_factory=lambda: Collectives(0, ["this host"], 0))
 
     @classmethod
     def alone(cls, device: str = "cpu") -> "World":
+        """Return a world of one rank, without a process group."""
         return cls(device=torch.device(device))
 
     @classmethod
     def from_environment(cls, config: ClusterConfig) -> "World":
-        """Join the process group that the launcher announced; refuse a launch that would silently train something else.
+        """Join the process group of the launcher. All ranks call this.
 
-        Raises RuntimeError when accelerate's view differs from the launcher's: 2 processes without gradient sync both print success.
+        Raises RuntimeError if accelerate sees another launch than the launcher made: without gradient synchronisation, every process would
+        train alone and report success.
         """
-        config.check()
         announced, timeout = int(os.environ.get("WORLD_SIZE", 1)), timedelta(seconds=config.timeout_s)
         check_launch(config, announced)
         accelerator, engine = join(config, announced, timeout)
         groups = config.direction_groups
         if groups > 1 and engine.startswith("zero3"):
             raise RuntimeError(
-                "cluster.direction_groups: not under ZeRO-3, where ranks must evaluate the same candidates; take another engine"
+                "cluster.direction_groups: not possible under ZeRO-3, where all ranks must evaluate the same candidates; use another engine"
             )
         world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups, timeout)
         world.collectives = Collectives(world.rank, ["?"] * world.size, config.timeout_s)
-        world.collectives.hosts = world.gather_objects(socket.gethostname())
+        world.collectives.hosts = world.gather_objects(socket.gethostname(), "host names")
         return world
 
     @property
@@ -90,40 +79,35 @@ class World:
 
     @property
     def data_size(self) -> int:
-        """Return into how many parts a batch is cut."""
+        """Return the number of parts into which a batch is divided."""
         return self.size // self.direction_groups
 
     @property
     def data_rank(self) -> int:
-        """Return which part of a batch this rank has."""
+        """Return the number of this rank's part of a batch."""
         return self.rank % self.data_size
 
     @property
     def direction_group(self) -> int:
-        """Return which share of the candidates this rank evaluates."""
+        """Return the number of this rank's group, which decides the candidates that it evaluates."""
         return self.rank // self.data_size
 
     def take_peak_gib(self) -> float | None:
-        """Return the most memory that this rank's accelerator has held since the last call, in GiB; None on a CPU."""
+        """Return the peak GPU memory of this rank since the last call in GiB; None on a CPU."""
         if self.device.type != "cuda":
             return None
-        peak = torch.cuda.max_memory_reserved(self.device) / 2**30  # a CUDA graph's memory is not allocated anew
+        peak = torch.cuda.max_memory_reserved(self.device) / 2**30  # allocations of CUDA graphs are not counted as allocated
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
-    def gather(self, vector: Tensor, what: str = "numbers") -> Tensor:
-        """Return every rank's vector `[W, n]`, for a vector `[n]` of one shape and dtype on all ranks."""
+    def sum_exact(self, vector: Tensor, what: str = "numbers") -> Tensor:
+        """Return the sum over ranks of an int64 vector `[n]`. Integer sums are exact, so every rank gets the same result."""
         if self.size == 1:
-            return vector[None]
-        vector = vector.to(self.device)
-        rows = [torch.empty_like(vector) for _ in range(self.size)]
-        with self.collectives(f"all-gather of {what}"):
-            dist.all_gather(rows, vector)
-            return torch.stack(rows).cpu()
-
-    def sum(self, vector: Tensor, what: str = "numbers") -> Tensor:
-        """Return the sum over ranks `[n]`, added in rank order: the same bits on every rank, whatever the network does."""
-        return ordered_sum(self.gather(vector, what))
+            return vector
+        total = vector.to(self.device, copy=True)
+        with self.collectives(f"all-reduce of {what}"):
+            dist.all_reduce(total)
+            return total.cpu()  # a GPU has finished then
 
     def broadcast(self, tensor: Tensor, what: str = "a tensor") -> Tensor:
         """Overwrite a tensor with rank 0's, and return it."""
@@ -135,7 +119,7 @@ class World:
                 tensor.copy_(moved)
         return tensor
 
-    def share(self, value: Any, what: str = "rank 0's word") -> Any:
+    def share(self, value: Any, what: str = "rank 0's value") -> Any:
         """Return rank 0's value, a small picklable object."""
         if self.size == 1:
             return value
@@ -144,8 +128,8 @@ class World:
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def gather_objects(self, value: Any, what: str = "what must agree") -> list[Any]:
-        """Return every rank's value, in rank order."""
+    def gather_objects(self, value: Any, what: str = "objects") -> list[Any]:
+        """Return every rank's value, a small picklable object, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -159,26 +143,19 @@ class World:
                 dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group, so that an orderly end is not taken for a crash."""
+        """Leave the process group. Without this, the end of this process would look like a crash to the others."""
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-            self.collectives.let_them_read()
-
-
-def ordered_sum(rows_Wn: Tensor | Sequence[Tensor]) -> Tensor:
-    total = torch.zeros_like(rows_Wn[0])
-    for row in rows_Wn:
-        total = total + row
-    return total
+            self.collectives.wait_for_readers()
 
 
 def runs_on_cpu(config: ClusterConfig) -> bool:
-    """Whether ranks compute on the CPU: because they were told to, or for want of a GPU."""
+    """Return whether ranks compute on the CPU."""
     return config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
 
 
 def check_launch(config: ClusterConfig, announced: int) -> None:
-    """Refuse, before any rank waits for another, what the launcher's announcement shows to be wrong."""
+    """Raise RuntimeError if the launcher's number of ranks or the device is wrong, before any rank waits for another."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("cluster.device=cuda: torch sees no GPU on this machine; use cluster.device=cpu or auto")
     if config.num_processes is not None and config.num_processes != announced:
@@ -192,10 +169,10 @@ def check_launch(config: ClusterConfig, announced: int) -> None:
 
 
 def join(config: ClusterConfig, announced: int, timeout: timedelta) -> tuple["Accelerator", str]:
-    """Meet the other ranks; return accelerate's view of them and the engine's name: ddp, or a ZeRO stage. All ranks call this.
+    """Meet the other ranks; return the Accelerator and the engine's name: ddp, or a ZeRO stage. All ranks call this.
 
-    Sets torch's threads and turns TF32 off for the whole process. Raises RuntimeError when not all ranks come in time, or for a
-    launch whose gradients would not be synchronised.
+    Sets torch's number of threads and turns TF32 off for the whole process. Raises RuntimeError if a rank is missing after `timeout`, or
+    for a launch whose gradients would not be synchronised.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -207,34 +184,34 @@ def join(config: ClusterConfig, announced: int, timeout: timedelta) -> tuple["Ac
         local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
     else:
-        # Gradients have a communicator of their own (first_order.py); NCCL then launches both in one order on every rank.
+        # Gradients have their own communicator (first_order.py). With this, NCCL launches both in the same order on every rank.
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-    # Zeroth-order slopes drown in the rounding of bf16, fp16 and TF32 (METHOD 2.2), whatever the user's accelerate configuration says.
+    # The rounding of TF32, bf16 and fp16 would hide the finite differences (METHOD 2.2), so accelerate's own settings are overridden.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     process_group = InitProcessGroupKwargs(timeout=timeout)
     if on_deepspeed:
-        zero.make_ready(on_cpu)
+        zero.prepare_deepspeed(on_cpu)
         process_group.backend = "gloo" if on_cpu else "nccl"
-    # Broadcasting buffers would ship the ZO units at each forward, and hide a rank that went astray.
-    # Without find_unused_parameters DDP re-orders its buckets after the first backward: sums over three ranks and more
-    # then differ in their last bits between a resumed run and one never stopped.
-    # One bucket, of which gradients are views: it is exchanged while zeroth order goes on (dist/first_order.py).
+    # broadcast_buffers would send the zeroth-order units in every forward pass, and overwrite a replica that diverged.
+    # Without find_unused_parameters DDP reorders its buckets after the first backward pass. Sums over three or more ranks would then differ
+    # in the last bits between a resumed run and an uninterrupted one.
+    # One bucket, with gradients as views of it: its all-reduce runs while candidates are evaluated (first_order.py).
     data_parallel = DistributedDataParallelKwargs(
         broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=256
     )
     try:
-        # With cpu=True accelerate would put DDP in DeepSpeed's place.
+        # With cpu=True accelerate would use DDP instead of DeepSpeed.
         accelerator = Accelerator(cpu=on_cpu and not on_deepspeed, mixed_precision="no", kwargs_handlers=[data_parallel, process_group])
     except RuntimeError as error:
-        if not is_of_the_network(error):
+        if not is_network_error(error):
             raise
-        raise RuntimeError(f"not all {announced} ranks have met within cluster.timeout_s={config.timeout_s:g}: {error}") from error
+        raise RuntimeError(f"not all {announced} ranks joined within cluster.timeout_s={config.timeout_s:g}: {error}") from error
     check_joined(accelerator, announced, on_cpu, on_deepspeed)
-    return accelerator, zero.name_of(accelerator) if on_deepspeed else "ddp"
+    return accelerator, zero.engine_name(accelerator) if on_deepspeed else "ddp"
 
 
 def check_joined(accelerator: "Accelerator", announced: int, on_cpu: bool, on_deepspeed: bool) -> None:
-    """Refuse what accelerate made of the launch where gradients would not be synchronised, or not as announced."""
+    """Raise RuntimeError if gradients would not be synchronised, or accelerate is configured for another kind of training."""
     from accelerate.utils import DistributedType
 
     kind = accelerator.distributed_type
@@ -247,9 +224,9 @@ def check_joined(accelerator: "Accelerator", announced: int, on_cpu: bool, on_de
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if kind not in ((DistributedType.DEEPSPEED,) if on_deepspeed else plain) or compiler.lower() != "no":
         raise RuntimeError(
-            f"accelerate is configured for {kind} with dynamo backend {compiler}; there are plain data parallelism and DeepSpeed. "
+            f"accelerate is configured for {kind} with dynamo backend {compiler}; only plain data parallelism and DeepSpeed are supported. "
             "Start with accelerate launch --multi_gpu --dynamo_backend no, or with a file of launch/."
         )
     backend = "gloo" if on_cpu else "nccl"
     if announced > 1 and backend not in dist.get_backend():
-        raise RuntimeError(f"the process group runs on {dist.get_backend()!r}, not on {backend}: unset ACCELERATE_* backend settings")
+        raise RuntimeError(f"the process group uses {dist.get_backend()!r} instead of {backend!r}: unset ACCELERATE_* backend settings")

@@ -1,6 +1,7 @@
-"""First-order units under DeepSpeed's ZeRO, by accelerate: optimiser state, gradients and, at stage 3, parameters held in pieces.
+"""First-order units under DeepSpeed's ZeRO, by accelerate: optimiser state, gradients and, at stage 3, parameters are sharded.
 
-Zeroth-order units are buffers, which no stage touches. The model is wrapped once: DeepSpeed's hooks of a first engine outlive it.
+Zeroth-order units are buffers, which no stage changes. The model is wrapped once for all tasks, because an engine's hooks stay on the
+model when the engine is deleted.
 """
 
 import contextlib
@@ -18,12 +19,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def is_requested() -> bool:
-    """Whether the launcher was told to use DeepSpeed: `accelerate launch` with a file such as launch/accelerate_zero2.yaml."""
+    """Return whether the launcher uses DeepSpeed: `accelerate launch` with a file such as launch/accelerate_zero2.yaml."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
-def make_ready(on_cpu: bool) -> None:
-    """Let accelerate use DeepSpeed on this machine; call it before there is an Accelerator. Raises RuntimeError without DeepSpeed."""
+def prepare_deepspeed(on_cpu: bool) -> None:
+    """Make DeepSpeed usable on this machine. Call it before making an Accelerator. Raises RuntimeError if DeepSpeed is not installed."""
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -33,38 +34,38 @@ def make_ready(on_cpu: bool) -> None:
         raise RuntimeError("the launcher asks for DeepSpeed, which is not installed: pip install 'dist-vlcl[deepspeed]'") from error
     from accelerate.utils import DeepSpeedPlugin
 
-    if on_cpu:  # plain gloo; the op would be compiled at the first start, and a run killed in the middle of that locks out all later ones
+    # Use plain gloo. DeepSpeed would compile this op at the first start; a run killed during that leaves a lock that blocks later runs.
+    # There is no public switch.
+    if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It hands the configuration to transformers' from_pretrained, needs transformers for that, and we have no use for it.
+    # This method passes the configuration to transformers, and fails if that is not installed. There is no public switch.
     DeepSpeedPlugin.set_deepspeed_weakref = lambda self: None  # type: ignore[method-assign]
 
 
-def name_of(accelerator: Any) -> str:
-    """Return what World.engine says of an accelerator that uses DeepSpeed. Raises RuntimeError for a configuration that is not fp32."""
+def engine_name(accelerator: Any) -> str:
+    """Return World.engine for an accelerator that uses DeepSpeed. Raises RuntimeError for a configuration that is not fp32."""
     config = accelerator.deepspeed_plugin.deepspeed_config
     for precision in ("fp16", "bf16"):
         if config.get(precision, {}).get("enabled") is True:
-            raise RuntimeError(
-                f"the DeepSpeed configuration enables {precision}: zeroth-order slopes need fp32; take a file of launch/deepspeed/"
-            )
+            raise RuntimeError(f"the DeepSpeed configuration enables {precision}: zeroth order needs fp32; use a file of launch/deepspeed/")
     zero = config.get("zero_optimization", {})
     offloads = any(zero.get(what, {}).get("device", "none") != "none" for what in ("offload_optimizer", "offload_param"))
     return f"zero{zero.get('stage', 0)}{'_offload' if offloads else ''}"
 
 
 def first_order(world: World, config: FirstOrderConfig, model: Any) -> FirstOrder:
-    """Return the engine of the first-order units that the launcher has asked for."""
+    """Return the first-order engine that the launcher chose."""
     return ZeroFirstOrder(world, config, model) if world.engine.startswith("zero") else FirstOrder(world, config, model)
 
 
 class ZeroFirstOrder(FirstOrder):
-    """The model as wrapped by DeepSpeed. `model.zero3_modules()` names the modules that stage 3 makes whole, one at a time."""
+    """The model as wrapped by DeepSpeed. Stage 3 gathers the modules of `model.zero3_modules()` one at a time."""
 
     def __init__(self, world: World, config: FirstOrderConfig, model: Any):
         super().__init__(world, config, model)
-        self.pieces: list[nn.Module] = model.zero3_modules()
+        self.zero3_modules: list[nn.Module] = model.zero3_modules()
         self.towers = (model.vision, model.language)
-        self.updates = 0  # since the task began
+        self.updates = 0  # in this task
         self.has_gradients = False
 
     @property
@@ -73,11 +74,11 @@ class ZeroFirstOrder(FirstOrder):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a ZeRO optimiser holds the state; at stage 0 it is torch's own, on whole gradients."""
+        """Return whether a ZeRO optimiser holds the state. At stage 0 torch's own does, with unsharded gradients."""
         return self.optimizer is not None and self.engine.zero_optimization()
 
     def begin(self) -> None:
-        """Wrap the model if it is not, and forget the moments, as a new task does. All ranks call this."""
+        """Start a task: wrap the model if it is not wrapped, and set the moments to zero. All ranks call this."""
         self.updates = 0
         if not self.parameters:
             return
@@ -94,24 +95,24 @@ class ZeroFirstOrder(FirstOrder):
 
             for tower in self.towers:
                 tower.in_slices = False
-            # Not its "leaf modules": their gradient hook meets parameters that are in pieces again, and fails (0.19.8).
-            for piece in self.pieces:
-                for parameter in piece.parameters():
-                    deepspeed.zero.register_external_parameter(piece, parameter)
-        self.optimizer = self.engine.optimizer  # accelerate's own is a wrapper whose step does nothing
+            # DeepSpeed's "leaf modules" fail here: their gradient hook finds parameters that are sharded again (0.19.8).
+            for module in self.zero3_modules:
+                for parameter in module.parameters():
+                    deepspeed.zero.register_external_parameter(module, parameter)
+        self.optimizer = self.engine.optimizer  # the optimiser that accelerate returns is a wrapper whose step does nothing
 
     @property
     def _stage(self) -> int:
         return self.world.accelerator.deepspeed_plugin.zero_stage
 
     def end(self) -> None:
-        """Nothing: the model stays wrapped until the run ends."""
+        """Do nothing: the model stays wrapped until the run ends."""
 
     @contextlib.contextmanager
     def accumulate(self, is_last: bool) -> Iterator[None]:
         if self.optimizer is not None:
             self.engine.set_gradient_accumulation_boundary(is_last)
-        with self.world.collectives("exchanges of ZeRO in the forward and backward pass"):
+        with self.world.collectives("ZeRO's collectives in the forward and backward pass"):
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -137,7 +138,7 @@ class ZeroFirstOrder(FirstOrder):
             group["lr"] = lr
         if gradient_scale != 1.0:  # a loss scale of 1/s multiplies the gradients by s
             zero.override_loss_scale(1 / gradient_scale)
-        with self.world.collectives("exchanges of ZeRO in its step"):
+        with self.world.collectives("ZeRO's collectives in its step"):
             self.engine.step()
         self.has_gradients = False
         if gradient_scale != 1.0:
@@ -148,7 +149,11 @@ class ZeroFirstOrder(FirstOrder):
         return float(self.engine.get_global_grad_norm())
 
     def zero_grad(self) -> None:
-        """Drop the gradients: a step of the engine, which clears them wherever they are kept, in which AdamW does nothing."""
+        """Drop the gradients: take a step of the engine in which AdamW does nothing.
+
+        `ZeROOptimizer.zero_grad` leaves gradients in the partitions of stages 2 and 3, and nothing public clears those. So AdamW's step is
+        replaced for the time of this call.
+        """
         if not self.is_sharded:
             return super().zero_grad()
         if self.has_gradients:
@@ -157,12 +162,12 @@ class ZeroFirstOrder(FirstOrder):
             try:
                 self.engine.step()
             finally:
-                del zero.optimizer.step  # the class's own again
+                del zero.optimizer.step  # this uncovers the method of the class
             self.has_gradients = False
 
     @contextlib.contextmanager
     def gathered_parameters(self, writes: bool = False) -> Iterator[None]:
-        """Have the first-order parameters whole on every rank; with `writes`, what is written to them counts. All ranks call this."""
+        """Gather the first-order parameters on every rank. With `writes`, rank 0's changes to them are kept. All ranks call this."""
         if self.optimizer is None:
             yield
             return
@@ -173,7 +178,7 @@ class ZeroFirstOrder(FirstOrder):
             yield
             written = [p.detach().clone() for p in self.parameters] if writes and self.is_sharded else []
         for parameter, value in zip(self.parameters, written, strict=False):
-            safe_set_full_fp32_param(parameter, value)  # the copy that the next step starts from
+            safe_set_full_fp32_param(parameter, value)  # the fp32 copy that the next step starts from
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
         if not self.is_sharded:
@@ -195,7 +200,7 @@ class ZeroFirstOrder(FirstOrder):
             self._set_moments(self.updates, {key: [state[f"{name}/{key}"] for name in names] for key in MOMENTS})
 
     def _set_moments(self, updates: int, moments: dict[str, list[Tensor]]) -> None:
-        """Give AdamW its state: zeros, then the moments per parameter. It makes its own only in a first step."""
+        """Set AdamW's state: zeros, then the given moments per parameter. AdamW would make its state only in its first step."""
         zero: Any = self.optimizer
         if not self.is_sharded:
             zero.state.clear()
@@ -208,7 +213,7 @@ class ZeroFirstOrder(FirstOrder):
                 "step": torch.tensor(float(updates)),
                 **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
             }
-        if self._stage != 3:  # the views of the state that belong to each parameter
+        if self._stage != 3:  # make the views of the state that belong to each parameter; only DeepSpeed's first step does that
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
         for key, values in moments.items():

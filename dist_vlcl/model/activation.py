@@ -1,4 +1,4 @@
-"""CLIP's activation, which keeps its input for the backward pass and nothing else. x sigmoid(1.702 x) is silu(1.702 x) / 1.702."""
+"""CLIP's activation x sigmoid(1.702 x) = silu(1.702 x) / 1.702. It keeps only its input for the backward pass."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ class _QuickGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return (1.702 * x).sigmoid_().mul_(x)  # one temporary: it is four times as wide as the rest of a block
+        return (1.702 * x).sigmoid_().mul_(x)  # one temporary, because x is four times as wide as the rest of a block
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ class _QuickGELU(torch.autograd.Function):
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP; torch's own functions would keep the sigmoid, too."""
+    """x * sigmoid(1.702 x), the activation of OpenAI's CLIP. Written with torch's functions it would keep the sigmoid as well."""
 
     def forward(self, x: Tensor) -> Tensor:
         return quick_gelu(x)

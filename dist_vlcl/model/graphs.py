@@ -1,7 +1,7 @@
-"""CUDA graphs: a function of tensors is recorded once for the shapes it is called with, and from then on replayed in one launch.
+"""CUDA graphs: record a function once for each set of input shapes, then replay its kernels in one launch.
 
-A step is thousands of small kernels. A fast GPU is done with each before the next is launched, and waits; a replay has no such gaps, and
-the same kernels, so the same bits.
+A step has thousands of small kernels, and a fast GPU finishes each one before the next is launched. A replay has no such gaps. It runs the
+same kernels, so its results are bit-identical.
 """
 
 import functools
@@ -16,15 +16,18 @@ from dist_vlcl.model.perturbed import Perturbed
 
 Outputs = tuple[Tensor | None, ...]
 
-KEPT = {True: 2, False: 32}  # graphs with gradients, each with memory of its own, and without, which share theirs; the oldest is dropped
+# Graphs kept, with gradients (True) and without. A graph with gradients has its own memory, those without share theirs. The one that was
+# used longest ago is dropped.
+MAX_GRAPHS = {True: 2, False: 32}
 
 
 class Graphs:
-    """Graphs of one function, which returns a tensor that may have a gradient, and more that have none.
+    """The recorded graphs of one function.
 
-    It takes nested tensors, options, and weights that stand in for its own, by name. It depends on these and on the weights alone: what
-    Python computes in it is computed once, and it must not read anything back from the GPU. The first call with new shapes, options or
-    places of weights runs as it is, the second is recorded. With gradients, a call's backward pass has to run before the next call.
+    The function takes weights by name, which replace its own, and arguments: nested tensors and plain values. It returns a tensor that may
+    have a gradient, then tensors without one. It may depend on nothing else, because Python runs only while recording, and it must not
+    read anything back from the GPU. The first call with new shapes, plain values or addresses of weights runs directly; the second is
+    recorded. With gradients, the backward pass of a call must run before the next call.
     """
 
     def __init__(self) -> None:
@@ -33,57 +36,62 @@ class Graphs:
         self.pool: Any = None  # of graphs without gradients: such a call ends before another begins
 
     def __deepcopy__(self, memo: dict) -> None:
-        """Have none in a copy, whose weights are elsewhere."""
+        """Copy a model without its graphs: the weights of the copy have other addresses."""
         return None
 
-    def __call__(self, function: Callable[..., Outputs], arguments: Any, options: tuple, weights: Mapping[str, Tensor]) -> Outputs:
-        """Call the function. weights: what it reads besides its arguments, by name; those that require a gradient get one."""
+    def __call__(self, function: Callable[..., Outputs], arguments: tuple, weights: Mapping[str, Tensor]) -> Outputs:
+        """Return `function({}, *arguments)`, if possible by a replay.
+
+        weights: all that the function reads besides its arguments, by name. Those that require a gradient receive one.
+        """
         leaves, spec = tree_flatten(arguments)
         tensors = [tensor for leaf in leaves for tensor in _parts(leaf)]
         learning = {name: w for name, w in weights.items() if w.requires_grad} if torch.is_grad_enabled() else {}
-        key = (options, tuple(w.data_ptr() for w in weights.values()), str(spec), tuple(map(_kind, leaves)))
+        key = (tuple(w.data_ptr() for w in weights.values()), str(spec), tuple(map(_kind, leaves)))
 
-        def of_flat(inputs: Sequence[Tensor], standing_in: Mapping[str, Tensor]) -> Outputs:
+        def of_tensors(inputs: Sequence[Tensor], replacements: Mapping[str, Tensor]) -> Outputs:
             rest = iter(inputs)
-            return function(tree_unflatten([_whole(leaf, rest) for leaf in leaves], spec), options, standing_in)
+            return function(replacements, *tree_unflatten([_rebuilt(leaf, rest) for leaf in leaves], spec))
 
         graphs = self.graphs[bool(learning)]
         if (bool(learning), key) not in self.seen:
             self.seen.add((bool(learning), key))
-            return of_flat([t.clone() for t in tensors], {})  # aligned as those of the graph, for which libraries may have other kernels
+            return of_tensors(
+                [t.clone() for t in tensors], {}
+            )  # clones: their alignment, by which libraries choose kernels, is that of a graph's inputs
         if key not in graphs:
-            graphs[key] = self._recorded(of_flat, tensors, learning)
-            while len(graphs) > KEPT[bool(learning)]:
+            graphs[key] = self._record(of_tensors, tensors, learning)
+            while len(graphs) > MAX_GRAPHS[bool(learning)]:
                 del graphs[next(iter(graphs))]
         graphs[key] = graphs.pop(key)  # the newest
         return graphs[key](tensors)
 
-    def _recorded(self, function: Callable[..., Outputs], tensors: Sequence[Tensor], learning: Mapping[str, Tensor]) -> "Graph":
+    def _record(self, function: Callable[..., Outputs], tensors: Sequence[Tensor], learning: Mapping[str, Tensor]) -> "Graph":
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         try:
             return Graph(function, tensors, learning, torch.cuda.graph_pool_handle() if learning else self.pool)
         except RuntimeError as error:
             raise RuntimeError(
-                f"the model cannot be recorded as a CUDA graph ({error}). An adapter that reads values back from the GPU, or a GPU that is "
-                "short of memory, needs model.graphs=false"
+                f"could not record the model as a CUDA graph ({error}). Use model.graphs=false if the adapter reads values back from the "
+                "GPU, or if the GPU has too little memory"
             ) from error
 
 
 class Graph:
-    """A function of tensors of certain shapes, recorded. RuntimeError where it cannot be, or where its replay gives other numbers.
+    """One recording. Raises RuntimeError if the function cannot be recorded, or if the replay gives other numbers than the function.
 
-    Gradients are those of aliases of the weights that learn. A weight's own node may be there already (DDP holds it, as does a micro-batch
-    before this one), and belongs to the stream where it was made: autograd would have that stream wait for a recording, which is refused.
+    Gradients are taken of aliases of the learning weights. A weight's own autograd node may exist already (DDP and earlier micro-batches
+    hold it), and it belongs to the stream on which it was made. Autograd would make that stream wait for the recording, which CUDA refuses.
     """
 
     def __init__(self, function: Callable[..., Outputs], tensors: Sequence[Tensor], learning: Mapping[str, Tensor], pool: Any):
         self.inputs = [t.clone() for t in tensors]
-        torch.cuda.empty_cache()  # what the first call left is of no use to another stream
+        torch.cuda.empty_cache()  # another stream cannot use the memory that the first call freed
         device = tensors[0].device
         stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # libraries make what they need for a stream at its first use
+        with torch.cuda.stream(stream):  # a first run on this stream lets libraries make their workspaces
             aliases = {name: w.detach().requires_grad_() for name, w in learning.items()}
             outputs = list(function(self.inputs, aliases))
             result: Any = outputs[0]
@@ -96,7 +104,7 @@ class Graph:
             expected = [part.detach() for t in outputs for part in _parts(t)]
             del outputs, result
         torch.cuda.synchronize(device)
-        # The thread that pins batches goes on meanwhile, and so may NCCL's.
+        # thread_local: other threads (the one that pins batches, NCCL's) may use CUDA meanwhile.
         options: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, **options):
@@ -113,7 +121,7 @@ class Graph:
         self._verify(expected)
 
     def _verify(self, expected: list[Tensor]) -> None:
-        """Compare a replay with the function's own numbers: one that read from memory since reused would be wrong in silence."""
+        """Compare a replay with the function's own results. A recording that reads from reused memory would give wrong numbers silently."""
         self.forward.replay()
         if self.learning:
             self.backward.replay()
@@ -143,17 +151,17 @@ class _Replay(torch.autograd.Function):
         graph = ctx.graph
         graph.slope.copy_(slopes[0])
         graph.backward.replay()
-        return None, *torch._foreach_mul(graph.gradients, 1.0)  # copies: the next replay writes where these are
+        return None, *torch._foreach_mul(graph.gradients, 1.0)  # copies, because the next replay overwrites the gradients
 
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one stream of all recordings: freed memory serves its own stream only, and libraries keep a workspace for each."""
+    """Return the stream of all recordings. One is enough: freed memory and the workspaces of libraries belong to their stream."""
     return torch.cuda.Stream(device)
 
 
 def _is_near(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors differ by at most a hundredth of the largest finite number; what is not finite has to be in the same places."""
+    """Return whether two tensors differ by at most a hundredth of the largest finite number, and are not finite in the same places."""
     f, e = found.double(), expected.double()
     largest = float(e.nan_to_num(0, 0, 0).abs().max()) if e.numel() else 0.0
     return torch.allclose(f, e, rtol=0, atol=0.01 * largest, equal_nan=True)
@@ -171,8 +179,8 @@ def _parts(leaf: Any) -> tuple[Tensor, ...]:
     return (leaf,) if isinstance(leaf, Tensor) else ()
 
 
-def _whole(leaf: Any, tensors: Iterator[Tensor]) -> Any:
-    """Return the leaf with the next tensors in place of its own."""
+def _rebuilt(leaf: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return the leaf with the next tensors instead of its own."""
     if isinstance(leaf, Perturbed):
         return Perturbed(next(tensors), next(tensors), leaf.dtype)
     return next(tensors) if isinstance(leaf, Tensor) else leaf

@@ -1,6 +1,6 @@
 """Mixture-of-experts adapters, as in MoE-Adapters4CL's class-incremental code (METHOD 1.1 to 1.4)."""
 
-# K parameter sets, B samples, L tokens, D width, E experts, r bottleneck; an axis of size 1 stands for every K
+# K parameter sets, B samples, L tokens, D width, O outputs, E experts, k chosen experts, r bottleneck; an axis of size 1 serves every K
 
 import math
 from dataclasses import dataclass
@@ -11,41 +11,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dist_vlcl.model.perturbed import difference, perturbable, product
+from dist_vlcl.options import option
 
 
 @dataclass
 class MoEConfig:
-    """Experts per block, how many of them act on a sample, and the sizes of METHOD 1.1."""
+    """Number and size of the experts of a block (METHOD 1.1)."""
 
-    experts: int = 2
-    top_k: int = 2
-    bottleneck: int = 64
-    scale: float = 0.1
-    dropout: float = 0.1
-    router_noise: bool = True
-    noise_at_eval: bool = False  # the baseline's defect Q1, to reproduce it
+    experts: int = option(2, "Number of experts of a block.", min=1)
+    top_k: int = option(2, "Number of experts that act on a sample.", min=1)
+    bottleneck: int = option(64, "Width of an expert's hidden layer.", min=1)
+    scale: float = option(0.1, "Factor of the adapter's output.")
+    dropout: float = option(0.1, "Probability with which training drops a hidden activation.", min=0, below=1)
+    router_noise: bool = option(True, "Add noise to the router's logits in training.")
+    noise_at_eval: bool = option(
+        False,
+        "Reproduce the baseline's defect Q1: router noise at evaluation too. Text noise is drawn once per evaluation; the baseline draws "
+        "it again for each batch of 64 images.",
+    )
 
     label = "moe"  # in the names of runs
 
     def make(self, width: int, generator: torch.Generator) -> "MoEAdapter":
-        """Return a fresh adapter for a block of some width."""
+        """Return a new adapter for a block of width D."""
         return MoEAdapter(width, self, generator)
 
     def check(self) -> None:
-        if not 1 <= self.top_k <= self.experts:
+        if self.top_k > self.experts:
             raise ValueError(f"adapter.top_k={self.top_k}: choose from 1 to adapter.experts={self.experts}")
-        if self.bottleneck < 1:
-            raise ValueError(f"adapter.bottleneck={self.bottleneck}: give a positive number")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"adapter.dropout={self.dropout}: choose from [0, 1)")
 
 
 class MoEAdapter(nn.Module):
     """y = sum_e gate_e(u) * scale * (up_e dropout(relu(down_e u + b_e)) + c_e), with gates from the first token of u.
 
-    The experts that act are one fused bottleneck of width k*r: two matrix products whatever k is. Which of more than k experts act is
-    settled sample by sample: their weights are gathered by a product with the 0/1 matrix of choices, so that an expert that nobody chose
-    still has its place in the graph (left out, it gives wrong gradients under ZeRO) and gradients add up in one order on any device.
+    The k chosen experts form one bottleneck of width k*r, so there are two matrix products whatever k is. With more than k experts, each
+    sample's weights are selected by a product with a 0/1 matrix. An expert that no sample chose then still has a gradient, zero (without
+    one, ZeRO computes wrong gradients), and gradients are added in the same order on every device.
     """
 
     site = "mlp"
@@ -65,7 +66,7 @@ class MoEAdapter(nn.Module):
     def forward(self, u: Tensor, stacked_params: dict[str, Tensor], noise: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
         """Return the adapter's output `[K, B, L, D]` for u `[K, B, L, D]` and K parameter sets.
 
-        noise: N(0, 1) draws `[B, E]` for the router, or None; dropout_mask: dropout mask `[B, L, k*r]` over the chosen experts, or None.
+        noise: standard normals `[B, E]` for the router, or None. dropout_mask: `[B, L, k*r]` for the chosen experts, or None.
         """
         gates_KBk, chosen = self.gates(u[:, :, 0], stacked_params, noise)
         down, down_bias, up, up_bias = (_of(chosen, stacked_params[name]) for name in ("down_weight", "down_bias", "up_weight", "up_bias"))
@@ -81,13 +82,13 @@ class MoEAdapter(nn.Module):
         return linear(hidden, up.flatten(-3, -2).transpose(-1, -2)) + bias_KBD[:, :, None]
 
     def gates(self, first_KBD: Tensor, stacked_params: dict[str, Tensor], noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weights of the chosen experts `[K, B, k]`, a softmax over the top-k noisy logits, and which they are.
+        """Return the gates `[K, B, k]`, a softmax over the k largest noisy logits, and the choices, 0/1 `[K, B, k, E]`.
 
-        The choices are 0/1 `[K, B, k, E]`, experts in ascending order; None where all experts act.
+        Chosen experts are in ascending order. The choices are None if all experts act.
         """
         logits = torch.matmul(first_KBD, stacked_params["router"])
-        # Without noise the noise router still has its place in the graph, with gradient zero: DDP and ZeRO want every parameter used.
-        # In float64: the CPU's exp has other last bits in the tail of a tensor, so that a sample's gate would depend on its company.
+        # DDP and ZeRO need every parameter in the graph. Without noise, the factor 0.0 gives the noise weights a zero gradient.
+        # float64: the CPU's exp has other last bits at the end of a tensor, so a sample's gate would depend on its place in the batch.
         spread = F.softplus(torch.matmul(first_KBD, stacked_params["noise"]).double()).to(logits.dtype) + 0.01
         logits = logits + spread * (noise if noise is not None else 0.0)
         if self.config.top_k == self.config.experts:
@@ -96,7 +97,7 @@ class MoEAdapter(nn.Module):
         return torch.matmul(chosen, logits[..., None])[..., 0].softmax(-1), chosen
 
     def draw(self, noise: Any, branch: str, layer: int, tokens: int, training: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Return this block's (router noise, dropout mask) of a step; `noise` is the step's `StepNoise`, or None."""
+        """Return (router noise, dropout mask) of this block. noise: the step's `StepNoise`, or None for neither."""
         config = self.config
         if noise is None:
             return None, None
@@ -108,25 +109,22 @@ class MoEAdapter(nn.Module):
 
 @perturbable(difference)
 def choices(logits: Tensor, k: int) -> Tensor:
-    """Return the k largest of the logits `[..., E]`, in ascending order of place, as 0/1 `[..., k, E]`."""
+    """Return which k logits of `[..., E]` are largest, as 0/1 `[..., k, E]`, in ascending order of the expert."""
     best = logits.topk(k, dim=-1).indices.sort(-1).values
     return (best[..., None] == torch.arange(logits.shape[-1], device=best.device)).to(logits.dtype)
 
 
 def _of(chosen: Tensor | None, values: Tensor) -> Tensor:
-    """Return the values `[K, B, k, ...]` of the chosen experts, for values `[K, E, ...]` of all; these themselves if all are chosen."""
+    """Return the values `[K, B, k, ...]` of the chosen experts, from the values `[K, E, ...]` of all. None: return all values."""
     if chosen is None:
         return values
-    picked = torch.matmul(chosen.flatten(1, 2), values.flatten(2))  # exact: one factor 1, the others 0
+    picked = torch.matmul(chosen.flatten(1, 2), values.flatten(2))  # exact: each sum has one factor 1 and the others 0
     return picked.unflatten(1, chosen.shape[1:3]).unflatten(-1, values.shape[2:])
 
 
 @perturbable(product)
 def linear(x_KBLD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x W^T + b `[K, B, L, O]`, with a weight per parameter set `[K, O, D]`, or per set and sample `[K, B, O, D]`.
-
-    A K axis of size 1 in x or W serves every set.
-    """
+    """Return x W^T + b `[K, B, L, O]` for a weight `[K, O, D]` per parameter set, or `[K, B, O, D]` per set and sample."""
     if weight.ndim == 4:
         y = torch.matmul(x_KBLD, weight.transpose(-1, -2))
         return y if bias is None else y + bias[:, :, None]

@@ -1,11 +1,12 @@
-"""Finite differences without cancellation: a tensor with its change under a perturbation, for code that is written for tensors.
+"""Finite differences without cancellation: a tensor together with its change under a perturbation.
 
-A difference of two evaluations carries the rounding of both, relative to their values; of a change of a thousandth that leaves three digits
-less than the precision has. A `Perturbed` carries the change itself through the model, as a dual number carries a derivative, but exactly
-and for a perturbation of any size. Rounding is then relative to the change, and zeroth order can do with products in bfloat16.
+The difference of two evaluations has a rounding error relative to their values, which is large relative to a small change. A `Perturbed`
+carries the change itself through the model, as a dual number carries a derivative, but exactly and for a perturbation of any size. The
+rounding error is then relative to the change, so zeroth order works with matrix products in bfloat16. Code written for tensors works for
+Perturbed tensors too.
 """
 
-# K perturbations: the change has an axis K where the base has 1
+# K perturbations: the first axis of the change has size K, that of the base has size 1
 
 import contextlib
 import functools
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-SHAPES = {
+REARRANGING = {
     "cat",
     "chunk",
     "clone",
@@ -43,10 +44,10 @@ SHAPES = {
 
 
 class Perturbed:
-    """A base and its change; f of it has base f(base) and change f(base + change) - f(base), for any function f of torch.
+    """A base and its change. A torch function f returns the base f(base) and the change f(base + change) - f(base).
 
-    Which of the rules below finds the change hangs on f. Both are kept in float32 or wider; `dtype` is the one in which matrix products
-    take their factors.
+    One of the rules below computes the change; which one depends on f. Base and change are float32 or wider. `dtype` is the dtype of the
+    factors of matrix products.
     """
 
     def __init__(self, base: Tensor, change: Tensor, dtype: torch.dtype | None = None):
@@ -74,34 +75,34 @@ class Perturbed:
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Take torch's functions over, wherever an argument is a Perturbed."""
+        """Compute a torch function of which an argument is Perturbed."""
         name = function.__name__.strip("_")
         if function.__name__ == f"{name}_":
-            raise TypeError(f"{function.__name__}: a perturbed tensor cannot be changed in place; use {name}")
-        rule = each if name in SHAPES else RULES.get(name, difference)
+            raise TypeError(f"{function.__name__}: a Perturbed tensor cannot be changed in place; use {name}")
+        rule = rearrange if name in REARRANGING else RULES.get(name, difference)
         return rule(function, *args, **(kwargs or {}))
 
     def __getattr__(self, name: str) -> Callable:
-        """Offer the methods of a tensor."""
+        """Return a method of torch.Tensor that works on this pair."""
         method = getattr(Tensor, name)
         if not callable(method):
-            raise AttributeError(f"a perturbed tensor has no .{name}; use a function of torch")
+            raise AttributeError(f"a Perturbed tensor has no .{name}; use a function of torch")
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
 
     def __getitem__(self, index: Any) -> "Perturbed":
-        return each(Tensor.__getitem__, self, index)
+        return rearrange(Tensor.__getitem__, self, index)
 
     def __neg__(self) -> "Perturbed":
-        return each(torch.neg, self)
+        return rearrange(torch.neg, self)
 
     def __add__(self, other: Any) -> "Perturbed":
-        return total(torch.add, self, other)
+        return add_changes(torch.add, self, other)
 
     def __sub__(self, other: Any) -> "Perturbed":
-        return total(torch.add, self, -other)
+        return add_changes(torch.add, self, -other)
 
     def __rsub__(self, other: Any) -> "Perturbed":
-        return total(torch.add, other, -self)
+        return add_changes(torch.add, other, -self)
 
     def __mul__(self, other: Any) -> "Perturbed":
         return product(torch.mul, self, other)
@@ -118,8 +119,8 @@ class Perturbed:
     __radd__, __rmul__ = __add__, __mul__
 
 
-def each(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """The rule of functions that move numbers about: the same is done to base and change."""
+def rearrange(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Rule for functions that only rearrange numbers: apply the function to base and to change."""
     dtype = _dtype((args, kwargs))
     base, change = (function(*tree_map(part, args), **tree_map(part, kwargs)) for part in (_base, _change))
     if isinstance(base, Tensor):
@@ -127,8 +128,8 @@ def each(function: Callable, *args: Any, **kwargs: Any) -> Any:
     return tuple(Perturbed(b, c, dtype) for b, c in zip(base, change, strict=True))
 
 
-def total(function: Callable, a: Any, b: Any) -> Perturbed:
-    """The rule of sums: changes add up."""
+def add_changes(function: Callable, a: Any, b: Any) -> Perturbed:
+    """Rule for sums: add the changes."""
     changes = [a.change] if isinstance(a, Perturbed) else []
     if isinstance(b, Perturbed):
         changes.append(-b.change if function.__name__.strip("_") == "sub" else b.change)
@@ -137,7 +138,7 @@ def total(function: Callable, a: Any, b: Any) -> Perturbed:
 
 
 def product(function: Callable, a: Any, b: Any, *bias: Any) -> Perturbed:
-    """The rule of what is linear in a and in b (and adds a bias): (a + da)(b + db) + c + dc - (a b + c) = da b + (a + da) db + dc."""
+    """Rule for products, which are linear in a and in b: (a + da)(b + db) + c + dc - (a b + c) = da b + (a + da) db + dc, bias c."""
     if any(isinstance(c, Perturbed) for c in bias) and not isinstance(b, Perturbed):
         return difference(function, a, b, *bias)
     dtype = _dtype((a, b))
@@ -154,7 +155,7 @@ def product(function: Callable, a: Any, b: Any, *bias: Any) -> Perturbed:
 
 
 def difference(function: Callable, *args: Any, **kwargs: Any) -> Perturbed:
-    """The rule of all else: two evaluations, in float32 or wider."""
+    """Rule for all other functions: evaluate twice, in float32 or wider, and subtract."""
     dtype = _dtype((args, kwargs))
 
     def evaluated(part: Callable) -> Tensor:
@@ -165,11 +166,11 @@ def difference(function: Callable, *args: Any, **kwargs: Any) -> Perturbed:
     return Perturbed(before, after - before, dtype)
 
 
-RULES = {"add": total, "sub": total, "mul": product, "matmul": product, "linear": product}
+RULES = {"add": add_changes, "sub": add_changes, "mul": product, "matmul": product, "linear": product}
 
 
 class WideSums(TorchDispatchMode):
-    """Within it, matrix products of bfloat16 factors return the float32 sums that matrix units make, before these are rounded."""
+    """A context in which matrix products of bfloat16 factors return their float32 sums, without rounding them to bfloat16."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         aten = torch.ops.aten
@@ -180,13 +181,13 @@ class WideSums(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _product(self, operator: Any, a: Tensor, b: Tensor) -> Tensor:
-        if a.device.type == "cpu":  # which has no such operator
+        if a.device.type == "cpu":  # the CPU has no operator with another output type
             return operator(a.float(), b.float())
         return operator(a, b, torch.float32)
 
 
 def perturbable(rule: Callable) -> Callable[[Callable], Callable]:
-    """Make a function of tensors one of Perturbed tensors as well, which the rule answers: what torch's functions are from the start."""
+    """Let a function of tensors accept Perturbed tensors too; `rule` computes the result for them. Torch's functions do this already."""
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)

@@ -1,6 +1,6 @@
-"""Units: the adapters of both towers, each addressed by branch and layer, and the storage of those that learn by zeroth order."""
+"""Units: the adapters of both towers, addressed by branch and layer, and the flat buffers of the zeroth-order ones."""
 
-# n numbers in a flat buffer
+# K parameter sets, n parameters of a branch
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ BRANCHES = ("language", "vision")
 
 @dataclass(frozen=True, order=True)
 class UnitId:
-    """Address of a unit; layers count from 1. Prints as `vision.3`."""
+    """Address of a unit, printed as `vision.3`. Layers count from 1."""
 
     branch: str
     layer: int
@@ -29,14 +29,14 @@ class UnitId:
 
 
 class Unit:
-    """An adapter at its address; its tensors are parameters (first order) or buffers of the same names (zeroth order, frozen)."""
+    """An adapter and its address. Its tensors are parameters (first order) or buffers with the same names (zeroth order, frozen)."""
 
     def __init__(self, id: UnitId, adapter: nn.Module):
         self.id, self.adapter = id, adapter
         self.names = tuple(name for name, _ in adapter.named_parameters())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name, without the axis of parameter sets."""
+        """Return the tensors by name, without the K axis."""
         return {name: getattr(self.adapter, name) for name in self.names}
 
     @property
@@ -60,14 +60,16 @@ class Units(Mapping[UnitId, Unit]):
         return len(self._units)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return every tensor of every unit under `branch.layer/name`, whatever its order: a checkpoint moves between plans."""
+        """Return every tensor of every unit under `branch.layer/name`. The names do not depend on the order plan."""
         return {f"{id}/{name}": t.detach() for id, unit in self.items() for name, t in unit.tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the tensors in; raise ValueError on a missing, unknown or misshapen one, with nothing changed."""
+        """Copy the tensors in. Raises ValueError, with nothing changed, if a name is missing or unknown, or a shape differs."""
         own = self.state_dict()
         if set(own) != set(state):
-            raise ValueError(f"adapter tensors do not match: {sorted(set(own) ^ set(state))[:4]} are in one of model and checkpoint only")
+            raise ValueError(
+                f"adapter tensors do not match: {sorted(set(own) ^ set(state))[:4]} are only in the model or only in the checkpoint"
+            )
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
                 raise ValueError(
@@ -78,10 +80,10 @@ class Units(Mapping[UnitId, Unit]):
 
 
 class FlatUnits:
-    """Units of one branch as views of one flat fp32 buffer, outside of every optimiser.
+    """Zeroth-order units of one branch, as views of one flat fp32 buffer that no optimiser sees.
 
-    Their parameters become module buffers under the same names: DDP and every ZeRO stage leave buffers alone, while in-place writes to
-    engine-owned parameters are silently reverted (DeepSpeed #2424).
+    Their parameters become module buffers with the same names. DDP and every ZeRO stage ignore buffers, whereas DeepSpeed silently reverts
+    in-place writes to parameters that it owns (DeepSpeed #2424).
     """
 
     def __init__(self, units: list[Unit]):
@@ -105,9 +107,9 @@ class FlatUnits:
         self.rebind_views()
 
     def rebind_views(self) -> None:
-        """Make the module buffers views of the flat values, which are the truth.
+        """Make the module buffers views of the flat values again.
 
-        Call it after anything that may have replaced the buffers: accelerate's `prepare` does, and training would go on without effect.
+        Call it after anything that may replace buffers, such as accelerate's `prepare`. Otherwise updates would not reach the model.
         """
         for unit, name, shape, offset in self.layout:
             setattr(unit.adapter, name, self.values_n[offset : offset + shape.numel()].view(shape))
@@ -121,7 +123,7 @@ class FlatUnits:
         return [(f"{unit.id}/{name}", shape.numel()) for unit, name, shape, _ in self.layout]
 
     def stacked_params(self, values_Kn: Tensor) -> dict[UnitId, dict[str, Tensor]]:
-        """Return K candidate values `[K, n]` as tensors `[K, ...]` by unit and name; views, nothing is copied."""
+        """Return K sets of values `[K, n]` as tensors `[K, ...]` by unit and name. They are views."""
         result: dict[UnitId, dict[str, Tensor]] = {unit.id: {} for unit in self.units}
         for unit, name, shape, offset in self.layout:
             result[unit.id][name] = values_Kn[:, offset : offset + shape.numel()].view(-1, *shape)
@@ -129,7 +131,7 @@ class FlatUnits:
 
 
 def freeze(unit: Unit) -> None:
-    """Turn a unit's parameters into buffers of the same names: no gradient, no optimiser."""
+    """Turn a unit's parameters into buffers with the same names, without gradient or optimiser."""
     for name in unit.names:
         tensor = getattr(unit.adapter, name)
         if isinstance(tensor, nn.Parameter):

@@ -1,4 +1,4 @@
-"""Philox in one launch, for GPUs: torch's operations, of which `noise.philox4x32` takes more than a hundred, give the same words."""
+"""Philox in one kernel launch, for GPUs. `noise.philox4x32` gives the same words with more than a hundred of torch's operations."""
 
 # M counters
 
@@ -31,7 +31,7 @@ def _philox(out, c0, c1, c2, c3, r0, r1, r2, r3, s0, s1, s2, s3, seed, total, co
 
 
 def philox(counter: tuple[Tensor, ...], seed: int) -> Tensor:
-    """Return the words of each counter as int32 `[..., 4]`, for four int64 tensors of one shape, `[M]` or `[R, M]`; strides may be 0."""
+    """Return the words of each counter, int32 `[..., 4]`, for four int64 tensors of one shape `[M]` or `[R, M]`. Strides may be 0."""
     shape = counter[0].shape
     out = torch.empty(*shape, 4, dtype=torch.int32, device=counter[0].device)
     strides = [(0, *c.stride())[-2:] for c in counter]

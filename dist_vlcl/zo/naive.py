@@ -1,7 +1,7 @@
-"""The zeroth-order step as one would first write it: the slow, clear twin of `strategies`, for tests and benchmarks.
+"""The zeroth-order step in its plainest form: the slow, clear twin of `update`, for tests and benchmarks.
 
-Every parameter is a tensor of its own, drawn with its own noise and perturbed by its own addition; every loss is one call of the whole
-model; nothing is shared between evaluations.
+Every parameter is a tensor of its own, with its own noise and its own addition. Every loss is one call of the whole model. Nothing is
+shared between evaluations.
 """
 
 from collections.abc import Callable
@@ -9,45 +9,41 @@ from collections.abc import Callable
 from torch import Tensor
 
 from dist_vlcl.zo.noise import Key, normals
-from dist_vlcl.zo.strategies import ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrderConfig
 
-KNOWN: dict[str, tuple] = {
+SUPPORTED: dict[str, tuple] = {
     "estimator": ("finite_difference",),
     "granularity": ("branch", "unit"),
-    "transform": ("identity", "sign"),
     "directions": ("gaussian",),
     "optimizer": ("sgd",),
-    "steps_per_fo_step": (1,),
 }
 Values = dict[str, Tensor]  # "vision.3/down_weight" -> tensor
 
 
 def naive_step(loss: Callable[[Values], float], values: Values, config: ZerothOrderConfig, key: Key, lr: float) -> Values:
-    """Return the values after one simultaneous step of `config` (SGD, one step per FO step), branch by branch.
+    """Return the values after one step of `config`.
 
-    `loss` maps values to the loss of the whole batch, with the step's one realisation of router noise and dropout. Raises ValueError for
-    options that it does not know.
+    `loss` maps values to the loss of the whole batch, with the step's router noise and dropout. Raises ValueError for an option that is
+    not supported here.
     """
-    for option, allowed in KNOWN.items():
+    for option, allowed in SUPPORTED.items():
         if getattr(config, option) not in allowed:
-            raise ValueError(f"zo.{option}={getattr(config, option)!r}: the naive step knows {', '.join(map(str, allowed))} only")
+            raise ValueError(f"zo.{option}={getattr(config, option)!r}: the naive step supports {', '.join(map(str, allowed))} only")
     base = loss(values)
+    groups: dict[str, list[str]] = {}
+    for name in values:
+        groups.setdefault(name.split("." if config.granularity == "branch" else "/")[0], []).append(name)
     updated = dict(values)
-    for branch in sorted({name.split(".")[0] for name in values}):
-        names = [name for name in values if name.startswith(f"{branch}.")]
-        groups = (
-            [names]
-            if config.granularity == "branch"
-            else [[n for n in names if n.split("/")[0] == u] for u in {n.split("/")[0] for n in names}]
-        )
-        for group in groups:
-            coefficient, direction = _decide(loss, values, group, config, key, lr, config.epsilon[branch], base)
-            for name in group:
-                updated[name] = values[name] + direction[name] * coefficient
+    for group in groups.values():
+        coefficient, direction = _decide(loss, values, group, config, key, lr, base)
+        for name in group:
+            updated[name] = values[name] + direction[name] * coefficient
     return updated
 
 
-def _decide(loss, values: Values, names: list[str], config: ZerothOrderConfig, key: Key, lr: float, epsilon: float, base: float):
+def _decide(loss, values: Values, names: list[str], config: ZerothOrderConfig, key: Key, lr: float, base: float) -> tuple[float, Values]:
+    epsilon = config.epsilon[names[0].split(".")[0]]
+
     def moved(direction: Values, by: float) -> Values:
         return {**values, **{name: values[name] + direction[name] * by for name in names}}
 

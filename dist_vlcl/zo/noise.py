@@ -1,12 +1,12 @@
 """Counter-based noise: every number is a pure function of (seed, step, name, stream, row, element index).
 
-No state and no order: the noise of a parameter does not depend on which other parameters are drawn, on rank, on world size or on how
-the parameter is sharded. Bits are Philox4x32-10 (Salmon et al. 2011, the constants of Random123, cuRAND and Triton) with
+There is no state. The noise of a parameter does not depend on the order of draws, on other parameters, on the rank, on the number of ranks
+or on sharding. The bits are Philox4x32-10 (Salmon et al. 2011; the constants of Random123, cuRAND and Triton) with
 
     counter = (element block, blake2s32(name), step, stream + 256 * row),   key = 64-bit seed.
 
-One counter gives 4 normals (two Box-Muller pairs), 128 signs, or 8 uniforms of 16 bits. The integers are the same on every device;
-normals agree to the last bits of log, sin and cos, so ranks compare a first direction at start (`dist.agree`).
+One counter gives 4 normals (two Box-Muller pairs), 128 signs, or 8 uniform integers of 16 bits. The integers are the same on every device.
+Normals may differ in the last bits of log, sin and cos, so the ranks compare a first direction at the start (`dist.agree`).
 """
 
 # n elements, M counters, R rows
@@ -25,7 +25,7 @@ _MULTIPLIERS, _WEYL, _MASK = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85),
 
 
 def _chunk(device: torch.device) -> int:
-    """Return how many counters are drawn at a time: on a CPU the int64 temporaries stay in the cache, elsewhere a launch has much to do."""
+    """Return how many counters are drawn at a time: few on a CPU, so that temporaries stay in the cache; many per launch on a GPU."""
     return 1 << 15 if device.type == "cpu" else 1 << 22
 
 
@@ -34,7 +34,11 @@ NORMALS_PER_COUNTER, SIGNS_PER_COUNTER, UNIFORMS_PER_COUNTER = 4, 128, 8
 
 @dataclass(frozen=True)
 class Key:
-    """The seed (64 bits) and step (32 bits) that a draw belongs to."""
+    """The seed (64 bits) and the step (32 bits) of a draw.
+
+    The seed of a training step already depends on the step. Both remain, because both are in the counter of every journal so far: without
+    `step` all random numbers would change. Evaluation uses one seed and numbers its batches by `step`.
+    """
 
     seed: int
     step: int
@@ -42,7 +46,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Segment:
-    """Elements `[start, stop)` of the row-major, unsharded parameter `name`."""
+    """Elements `[start, stop)` of the parameter `name`, row-major and unsharded."""
 
     name: str
     start: int
@@ -50,14 +54,14 @@ class Segment:
 
 
 class Streams:
-    """Numbers of the independent streams under one name; probe q of a direction is stream q."""
+    """Numbers of the independent streams of a name. Direction number q is stream q."""
 
     ROUTER, DROPOUT = 254, 255
     MAX_PROBES = 254
 
 
 def name_id(name: str) -> int:
-    """Return the 32-bit identity of a name, stable across runs, machines and which other names exist."""
+    """Return a 32-bit hash of a name. It depends on nothing else."""
     return int.from_bytes(hashlib.blake2s(name.encode(), digest_size=4).digest(), "little")
 
 
@@ -67,7 +71,7 @@ def derive_seed(*parts: object) -> int:
 
 
 def philox4x32(counter: tuple[Tensor | int, ...], seed: int) -> Tensor:
-    """Return the four 32-bit words of each counter, as int32 `[..., 4]`; a counter is four int64 tensors or numbers that broadcast."""
+    """Return the four 32-bit words of each counter, int32 `[..., 4]`. A counter is four int64 tensors or numbers that broadcast."""
     device = next(c.device for c in counter if isinstance(c, Tensor))
     c0, c1, c2, c3 = torch.broadcast_tensors(*[c if isinstance(c, Tensor) else torch.full((), c, device=device) for c in counter])
     kernel = _kernel() if device.type == "cuda" else None
@@ -75,9 +79,9 @@ def philox4x32(counter: tuple[Tensor | int, ...], seed: int) -> Tensor:
         return kernel((c0, c1, c2, c3), seed)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # wraps in int64, yet all 64 bits of the product are right
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # int64 wraps around, but the 64 bits of the product are correct
         c0, c2 = (
-            (p >> 32).bitwise_xor_(c).bitwise_xor_(k).bitwise_and_(_MASK)  # of c the low half counts: it is masked here
+            (p >> 32).bitwise_xor_(c).bitwise_xor_(k).bitwise_and_(_MASK)  # only the low half of c counts, so mask it
             for p, c, k in ((p1, c1, k0), (p0, c3, k1))
         )
         c1, c3 = p1, p0
@@ -87,17 +91,17 @@ def philox4x32(counter: tuple[Tensor | int, ...], seed: int) -> Tensor:
 
 @functools.cache
 def _kernel() -> Callable[[tuple[Tensor, ...], int], Tensor] | None:
-    """Return the kernel for GPUs, if it can be built here (Triton needs a C compiler) and gives the first known answer of Random123."""
+    """Return the kernel for GPUs, or None if Triton cannot build it (it needs a C compiler) or it fails Random123's first known answer."""
     try:
         from dist_vlcl.zo.kernel import philox
 
         words = philox((torch.zeros(1, dtype=torch.int64, device="cuda"),) * 4, 0)[0].tolist()
         if [word & _MASK for word in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]:
             return philox
-        why = "it gives wrong words"
-    except Exception as error:  # whatever Triton or a compiler says
+        why = "it gives wrong numbers"
+    except Exception as error:  # any error of Triton or of the compiler
         why = repr(error)
-    warnings.warn(f"noise is drawn by torch's operations, which is slower: Triton's kernel cannot be used here ({why})", stacklevel=2)
+    warnings.warn(f"drawing noise with torch's operations, which is slower, because the Triton kernel cannot be used ({why})", stacklevel=2)
     return None
 
 
@@ -111,7 +115,7 @@ def _to_normals(words: Tensor) -> Tensor:
 
 
 def _to_signs(words: Tensor) -> Tensor:
-    """Words `[M, 4]` to signs +-1 `[M, 128]` in fp32, the lowest bit first: 8 at a time, from a table of all bytes."""
+    """Words `[M, 4]` to signs +-1 `[M, 128]` in fp32, the lowest bit first. A table of all bytes gives 8 at a time."""
     bytes_n = words.view(torch.uint8).flatten()
     return _sign_table(bytes_n.device).index_select(0, bytes_n.int()).view(-1, SIGNS_PER_COUNTER)
 
@@ -123,13 +127,13 @@ def _sign_table(device: torch.device) -> Tensor:
 
 
 def _at_least(words: Tensor, least: int) -> Tensor:
-    """Words `[R, M, 4]` to whether each of their halves, whole numbers below 2^16, is at least `least`: `[R, 8 M]`, low half first."""
+    """Words `[R, M, 4]` to whether each 16-bit half, as an unsigned integer, is at least `least`: bool `[R, 8 M]`, low half first."""
     halves = words.view(torch.int16).flatten(1)
-    return (halves ^ -(1 << 15)) >= least - (1 << 15)  # the sign flipped: in the order of numbers without one
+    return (halves ^ -(1 << 15)) >= least - (1 << 15)  # with the sign bit flipped, signed integers are ordered like unsigned ones
 
 
 class NoiseField:
-    """Flat noise over a list of segments; the tables of counters are built once, each draw is then a few large operations."""
+    """Flat noise over a list of segments. Tables of counters are built once; each draw is then a few large operations."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device | str = "cpu"):
         self.segments = tuple(segments)
@@ -137,7 +141,7 @@ class NoiseField:
         self.device = torch.device(device)
         ids = {s.name: name_id(s.name) for s in self.segments}
         if len(set(ids.values())) != len(ids):
-            raise ValueError("two parameter names share a 32-bit noise identity; rename one of them")
+            raise ValueError("two parameter names have the same 32-bit hash, so their noise would be equal; rename one of them")
         self._tables: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
     def normals(self, key: Key, stream: int) -> Tensor:
@@ -145,7 +149,7 @@ class NoiseField:
         return self._draw(key, stream, NORMALS_PER_COUNTER, _to_normals)
 
     def signs(self, key: Key, stream: int) -> Tensor:
-        """Return Rademacher noise +-1 `[n]`, fp32: the same bits on every device."""
+        """Return Rademacher noise +-1 `[n]`, fp32. It is the same on every device."""
         return self._draw(key, stream, SIGNS_PER_COUNTER, _to_signs)
 
     def _draw(self, key: Key, stream: int, width: int, convert) -> Tensor:
@@ -174,19 +178,19 @@ class NoiseField:
 
 
 def normals(name: str, numel: int, key: Key, stream: int) -> Tensor:
-    """Return the noise of one parameter `[n]`: the slow, clear way to what a `NoiseField` draws for many."""
+    """Return the noise of one parameter `[n]`: the slow, clear twin of `NoiseField.normals`."""
     counter = (torch.arange(-(-numel // NORMALS_PER_COUNTER)), name_id(name), key.step, stream)
     return _to_normals(philox4x32(counter, key.seed)).flatten()[:numel]
 
 
 def normals_by_row(names: Sequence[str], rows_R: Tensor, numel: int, key: Key, stream: int) -> Tensor:
-    """Return N(0, 1) noise `[names, R, numel]`; row r depends on `rows_R[r]` (below 2^24), not on its place among the rows."""
+    """Return N(0, 1) noise `[names, R, numel]`. Row r depends on `rows_R[r]` (below 2^24), not on its place among the rows."""
     words = _row_words(names, rows_R, -(-numel // NORMALS_PER_COUNTER), key, stream)
     return _to_normals(words).flatten(1)[:, :numel].unflatten(0, (len(names), len(rows_R)))
 
 
-def kept_by_row(name: str, rows_R: Tensor, numel: int, drop: float, key: Key, stream: int) -> Tensor:
-    """Return a dropout mask `[R, numel]`, True where kept; P(drop) is `drop` rounded to 2^-16, and below 1; a shorter numel is a prefix."""
+def dropout_mask_by_row(name: str, rows_R: Tensor, numel: int, drop: float, key: Key, stream: int) -> Tensor:
+    """Return a dropout mask `[R, numel]`, True where kept. P(drop) is `drop` rounded to 2^-16. A smaller numel gives a prefix."""
     parts = [
         _at_least(_row_words([name], rows, -(-numel // UNIFORMS_PER_COUNTER), key, stream), min(round(drop * 65536), 65535))[:, :numel]
         for rows in rows_R.split(max(1, _chunk(rows_R.device) * UNIFORMS_PER_COUNTER // max(numel, 1)))
@@ -209,10 +213,10 @@ def _ids(names: tuple[str, ...], device: torch.device) -> Tensor:
 
 
 class StepNoise:
-    """The one realisation of router noise and dropout that every forward of a step sees (METHOD 2.9).
+    """The router noise and dropout of a step. Every forward pass of the step sees the same (METHOD 2.9).
 
-    `rows` gives, per branch, the identity of each sample: its position in the global batch, or its class within the task; `depths` how
-    many layers there are, whose routers' noise is then drawn at once. Draws are kept, so that the K-th evaluation of a step costs nothing.
+    rows: the number of each sample, per branch: its position in the global batch, or its class within the task. depths: the number of
+    layers, per branch; the noise of all its routers is then drawn at once. Draws are kept for the other evaluations of the step.
     """
 
     def __init__(self, key: Key, rows: dict[str, Tensor], depths: Mapping[str, int] | None = None):
@@ -229,11 +233,11 @@ class StepNoise:
         return self._drawn["router", branch, layer, experts]
 
     def dropout_mask(self, branch: str, layer: int, tokens: int, width: int, drop: float) -> Tensor:
-        """Return a dropout mask `[B, L, width]`; the mask of a truncated prompt is the head of the whole prompt's."""
+        """Return a dropout mask `[B, L, width]`. The mask of a truncated prompt is a prefix of the full prompt's."""
         purpose, rows = ("dropout", branch, layer), self.rows[branch]
         if purpose not in self._drawn:
-            self._drawn[purpose] = kept_by_row(_name(*purpose), rows, tokens * width, drop, self.key, Streams.DROPOUT)
-        return self._drawn[purpose].view(len(rows), tokens, width)  # fails where a step asks for two lengths
+            self._drawn[purpose] = dropout_mask_by_row(_name(*purpose), rows, tokens * width, drop, self.key, Streams.DROPOUT)
+        return self._drawn[purpose].view(len(rows), tokens, width)  # fails if a step asks for two lengths
 
 
 def _name(purpose: str, branch: str, layer: int) -> str:

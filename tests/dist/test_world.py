@@ -4,16 +4,15 @@ import pytest
 import torch
 
 from dist_vlcl.dist.agree import DisagreementError, agree, digest
-from dist_vlcl.dist.world import ClusterConfig, World, ordered_sum
+from dist_vlcl.dist.world import ClusterConfig, World
+from dist_vlcl.options import validate
 from tests.helpers.ranks import run_ranks
 
 
 def exchange(world: World) -> dict:
-    mine = torch.tensor([0.1 * (world.rank + 1), 1e16 * (-1) ** world.rank, 1.0], dtype=torch.float64)
     tensor = torch.full((3,), float(world.rank))
     return {
-        "sum": world.sum(mine).tolist(),
-        "rows": world.gather(mine).tolist(),
+        "sum": world.sum_exact(torch.tensor([world.rank + 1, 2**60 + world.rank, -7])).tolist(),
         "broadcast": world.broadcast(tensor).tolist(),
         "share": world.share({"from": world.rank}),
         "objects": world.gather_objects(world.rank * 10),
@@ -21,11 +20,10 @@ def exchange(world: World) -> dict:
     }
 
 
-def test_exchanges_give_every_rank_the_same_bits():
+def test_exchanges_give_every_rank_the_same_and_sums_are_exact():
     results = run_ranks(exchange, 3)
-    first = results[0]
     for result in results:
-        assert result["sum"] == first["sum"] == ordered_sum(torch.tensor(first["rows"], dtype=torch.float64)).tolist()
+        assert result["sum"] == [6, 3 * 2**60 + 3, -21]
         assert result["broadcast"] == [0.0, 0.0, 0.0]
         assert result["share"] == {"from": 0}
         assert result["objects"] == [0, 10, 20]
@@ -33,29 +31,25 @@ def test_exchanges_give_every_rank_the_same_bits():
 
 
 def test_one_rank_is_not_a_special_case():
-    assert exchange(World.alone()) == {
-        "sum": [0.1, 1e16, 1.0],
-        "rows": [[0.1, 1e16, 1.0]],
-        "broadcast": [0.0, 0.0, 0.0],
-        "share": {"from": 0},
-        "objects": [0],
-        "main": True,
-    }
+    alone = {"sum": [1, 2**60, -7], "broadcast": [0.0, 0.0, 0.0], "share": {"from": 0}, "objects": [0], "main": True}
+    assert exchange(World.alone()) == alone
 
 
 def disagree(world: World) -> str:
+    facts = {"the code": "c0de", "the configuration": {"seed": 0, "train": {"batch_size": 8 if world.rank != 2 else 9}}}
     try:
-        agree(world, "the class order", "abc" if world.rank != 2 else "xyz", "Use one file.")
+        agree(world, facts if world.rank != 1 else {**facts, "the class order": "xyz"}, "Use one file.")
     except DisagreementError as error:
         return str(error)
     return ""
 
 
-def test_a_disagreement_names_the_field_and_the_ranks_on_every_rank():
+def test_a_disagreement_names_each_fact_and_the_ranks_on_every_rank():
     messages = run_ranks(disagree, 3)
     assert len(set(messages)) == 1
-    assert "the class order: ranks [2] differ from rank 0" in messages[0]
-    assert "xyz" in messages[0] and "Use one file." in messages[0]
+    assert "the configuration.train.batch_size: ranks [2] differ from rank 0 (rank 0: 8; rank 2: 9)" in messages[0]
+    assert "the class order: ranks [1] differ from rank 0 (rank 0: None; rank 1: xyz)" in messages[0]
+    assert messages[0].endswith("Use one file.") and "the code" not in messages[0] and "seed" not in messages[0]
 
 
 def test_digest_sees_a_flipped_bit_and_swapped_tensors():
@@ -75,7 +69,7 @@ def test_a_launch_of_another_size_is_refused_in_words(monkeypatch):
 
 def test_an_unknown_device_is_refused():
     with pytest.raises(ValueError, match=r"cluster.device='tpu': choose from auto, cpu, cuda"):
-        World.from_environment(ClusterConfig(device="tpu"))
+        validate(ClusterConfig(device="tpu"), "cluster")
 
 
 def too_many_groups(world: World) -> str:

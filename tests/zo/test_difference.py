@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, FiniteDifference, Group, groups_of
+from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, FiniteDifference
+from dist_vlcl.zo.flat import Group, groups_of
 from dist_vlcl.zo.noise import Key, normals
 from tests.zo.flats import SIZES, Problem, bowl, matrix, quadratic, smooth, two_branches
 
@@ -46,12 +47,9 @@ def test_the_error_falls_as_eps_one_sided_and_as_eps_squared_two_sided(branch, s
         assert math.log2(larger / smaller) == pytest.approx(order, abs=0.1)
 
 
-@pytest.mark.parametrize(("law", "expected"), [("gaussian", 1.0), ("rademacher", 1.0), ("unit", None)])
-def test_the_mean_estimate_is_the_gradient(law, expected):
-    """Over N directions the mean of s z has squared error at most (d + 1) |g|^2 / N: below 2 sigma of it.
-
-    Directions of length 1 per tensor have E[z z^T] = I / d on each.
-    """
+@pytest.mark.parametrize("law", DISTRIBUTIONS)
+def test_the_mean_estimate_is_the_gradient(law):
+    """Over N directions the mean of s z has squared error at most (d + 1) |g|^2 / N: below 2 sigma of it."""
     flats = two_branches()
     problem = Problem(flats, quadratic)
     probes, steps = 250, 6
@@ -62,22 +60,17 @@ def test_the_mean_estimate_is_the_gradient(law, expected):
             for branch, s in estimate.projected_gradient.items():
                 total[branch] += torch.stack([z[branch, q] for q in range(probes)]).double().T @ torch.tensor(s, dtype=torch.float64)
     for branch, g in problem.gradient().items():
-        scale = torch.cat([torch.full((n,), expected or 1 / n, dtype=torch.float64) for _, n in SIZES[branch]])
         mean = total[branch] / (probes * steps)
-        assert float((mean - scale * g).norm()) < 2 * math.sqrt((len(g) + 1) / (probes * steps)) * float(g.norm())
-        assert float(mean @ (scale * g)) > 0.9 * float(mean.norm() * (scale * g).norm())
+        assert float((mean - g).norm()) < 2 * math.sqrt((len(g) + 1) / (probes * steps)) * float(g.norm())
+        assert float(mean @ g) > 0.9 * float(mean.norm() * g.norm())
 
 
-def test_the_laws_are_normal_plus_or_minus_one_and_unit_per_tensor():
+def test_directions_are_normal_or_plus_or_minus_one():
     flats = two_branches()
     for branch, names in SIZES.items():
-        gaussian, rademacher, unit = (Directions(flats, law).draw(branch, KEY, 2) for law in DISTRIBUTIONS)
+        gaussian, rademacher = (Directions(flats, law).draw(branch, KEY, 2) for law in DISTRIBUTIONS)
         assert torch.equal(gaussian, torch.cat([normals(name, n, KEY, 2) for name, n in names]))
         assert set(rademacher.tolist()) == {-1.0, 1.0}
-        parts = zip(unit.split([n for _, n in names]), gaussian.split([n for _, n in names]), strict=True)
-        for part, normal in parts:
-            assert torch.allclose(part, normal / normal.norm())
-            assert float(part.norm()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("law", DISTRIBUTIONS)

@@ -15,7 +15,7 @@ from dist_vlcl.zo.noise import (
     StepNoise,
     Streams,
     derive_seed,
-    kept_by_row,
+    dropout_mask_by_row,
     name_id,
     normals,
     normals_by_row,
@@ -190,7 +190,7 @@ def test_two_names_with_one_identity_are_refused():
 
 @pytest.mark.parametrize("drop", [0.1, 0.5, 0.0])
 def test_dropout_drops_at_its_rate(drop):
-    dropout_mask = kept_by_row("dropout/vision/1", torch.arange(64), 4096, drop, KEY, Streams.DROPOUT)
+    dropout_mask = dropout_mask_by_row("dropout/vision/1", torch.arange(64), 4096, drop, KEY, Streams.DROPOUT)
     sigma = math.sqrt(drop * (1 - drop) / dropout_mask.numel())
     assert abs(float((~dropout_mask).double().mean()) - drop) <= 4 * sigma + 2**-17  # the rate is rounded to 2^-16
 
@@ -216,8 +216,8 @@ def test_a_sample_sees_the_same_noise_wherever_it_sits(place):
 
 def test_a_mask_too_large_for_one_chunk_is_the_same_row_by_row():
     rows, numel = torch.arange(7), 100_000
-    whole = kept_by_row("dropout/vision/1", rows, numel, 0.1, KEY, Streams.DROPOUT)
-    assert torch.equal(whole, torch.cat([kept_by_row("dropout/vision/1", row[None], numel, 0.1, KEY, Streams.DROPOUT) for row in rows]))
+    whole = dropout_mask_by_row("dropout/vision/1", rows, numel, 0.1, KEY, Streams.DROPOUT)
+    assert torch.equal(whole, torch.cat([dropout_mask_by_row("dropout/vision/1", row[None], numel, 0.1, KEY, Streams.DROPOUT) for row in rows]))
 
 
 def test_samples_blocks_branches_and_purposes_have_noise_of_their_own():

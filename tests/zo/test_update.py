@@ -10,11 +10,11 @@ import math
 import pytest
 import torch
 
-from dist_vlcl.zo.difference import groups_of
-from dist_vlcl.zo.journal import StoredUnits
+from dist_vlcl.options import validate
+from dist_vlcl.zo.flat import StoredUnits, groups_of
 from dist_vlcl.zo.naive import naive_step
 from dist_vlcl.zo.noise import Key, normals
-from dist_vlcl.zo.strategies import ZerothOrder, ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrder, ZerothOrderConfig
 from tests.zo.flats import SIZES, Problem, bowl, quadratic, smooth, two_branches
 
 EPSILON = {"language": 1e-3, "vision": 1e-3}
@@ -29,11 +29,9 @@ OPTIONS = {
     "two_sided": {"sides": 2},
     "probes": {"probes": 4},
     "rademacher": {"directions": "rademacher"},
-    "unit_law": {"directions": "unit"},
     "per_unit": {"granularity": "unit"},
     "joint": {"granularity": "joint"},
     "best_of": {"acceptance": "best_of_three"},
-    "sign_scalar": {"transform": "sign_scalar"},
     "adam": {"optimizer": "adam"},
 }
 KEY = Key(11, 4)
@@ -42,7 +40,7 @@ KEY = Key(11, 4)
 def step(problem, config, key=KEY, lr=1e-2, zeroth=None):
     """Take one step on a problem's own flats; return (base loss, moves)."""
     zeroth = zeroth or ZerothOrder(problem.flats, config)
-    base, moves = zeroth.decide(problem, groups_of(problem.flats, config.granularity), key, lr)
+    base, moves = zeroth.decide(problem, key, lr)
     zeroth.apply(moves)
     return base, moves
 
@@ -88,15 +86,6 @@ def test_sign_moves_every_coordinate_by_lr(strategy):
         z = torch.cat([normals(name, n, KEY, 0) for name, n in names]).double()
         expected = -(2**-6) * (g[branch] @ z).sign() * z.sign()  # one bit of information: the sign of the slope
         assert torch.equal(problem.flats[branch].values_n - before[branch], expected)
-
-
-def test_sign_scalar_keeps_the_lengths_of_the_direction():
-    problem = Problem(two_branches(), quadratic)
-    before, g = values(problem), problem.gradient()
-    step(problem, row("sign", transform="sign_scalar"), lr=2**-6)
-    for branch, names in SIZES.items():
-        z = torch.cat([normals(name, n, KEY, 0) for name, n in names]).double()
-        torch.testing.assert_close(problem.flats[branch].values_n - before[branch], -(2**-6) * (g[branch] @ z).sign() * z)
 
 
 def test_mozo_s_eps_do_not_change_the_size_of_a_step_but_the_probe():
@@ -152,7 +141,7 @@ def test_the_candidate_whose_loss_was_accepted_is_bit_for_bit_what_apply_gives(g
     problem = Problem(two_branches(seed), smooth)
     config = row("conservative", granularity=granularity, probes=2)
     groups = groups_of(problem.flats, granularity)
-    _, moves = ZerothOrder(problem.flats, config).decide(problem, groups, Key(seed, 0), 0.1)
+    _, moves = ZerothOrder(problem.flats, config).decide(problem, Key(seed, 0), 0.1)
     tried = problem.asked[1 + 2 * len(groups) :]
     for k, move in enumerate(moves):
         flats = two_branches(seed)
@@ -167,7 +156,7 @@ def test_decide_changes_no_value(strategy, optimizer):
     problem = Problem(two_branches(), smooth)
     before = values(problem)
     config = row(strategy, optimizer=optimizer)
-    ZerothOrder(problem.flats, config).decide(problem, groups_of(problem.flats, "branch"), KEY, 0.1)
+    ZerothOrder(problem.flats, config).decide(problem, KEY, 0.1)
     for branch, flat in problem.flats.items():
         assert torch.equal(flat.values_n, before[branch])
 
@@ -178,9 +167,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(strategy, bad, at):
     problem = Problem(two_branches(), smooth)
     problem.fail_at = {at: bad}
     before = values(problem)
-    zeroth = ZerothOrder(problem.flats, STRATEGIES[strategy])
-    for groups in zeroth.rounds():
-        assert zeroth.decide(problem, groups, KEY, 0.1)[1] is None
+    assert ZerothOrder(problem.flats, STRATEGIES[strategy]).decide(problem, KEY, 0.1)[1] is None
     for branch, flat in problem.flats.items():
         assert torch.equal(flat.values_n, before[branch])
 
@@ -204,27 +191,6 @@ def test_lr_scale_multiplies_the_rate():
     assert torch.equal(*moved)
 
 
-def test_each_repeat_of_a_step_draws_probes_of_its_own():
-    """Steps within one key use streams repeat * probes + q: no direction is used twice."""
-    problem = Problem(two_branches(), smooth)
-    zeroth = ZerothOrder(problem.flats, row("naive", probes=2, epsilon={"language": 1.0, "vision": 1.0}))
-    drawn = []
-    for repeat in range(3):
-        problem.asked.clear()
-        zeroth.decide(problem, groups_of(problem.flats, "branch"), KEY, 0.1, repeat)
-        drawn += [candidate["language"] for candidate in problem.asked[1:3]]
-    for stream, z in enumerate(drawn):
-        assert torch.equal(z, torch.cat([normals(name, n, KEY, stream) for name, n in SIZES["language"]]))
-
-
-def test_rounds_are_one_or_branch_after_branch():
-    flats = two_branches()
-    assert [[g.name for g in groups] for groups in ZerothOrder(flats, row("mozo")).rounds()] == [["language", "vision"]]
-    one_by_one = ZerothOrder(flats, row("mozo", update="sequential", granularity="unit")).rounds()
-    assert [[g.name for g in groups] for groups in one_by_one] == [["language.1", "language.3"], ["vision.1", "vision.2"]]
-    assert ZerothOrder({}, row("mozo")).rounds() == []
-
-
 @pytest.mark.parametrize("granularity", ["branch", "unit", "joint"])
 def test_adam_takes_the_steps_of_torch_on_the_same_estimates(granularity):
     config = row("naive", optimizer="adam", granularity=granularity)
@@ -245,27 +211,21 @@ def test_adam_takes_the_steps_of_torch_on_the_same_estimates(granularity):
         torch.testing.assert_close(problem.flats[branch].values_n, v.detach(), rtol=1e-5, atol=1e-7)
 
 
-def test_adam_corrects_the_bias_of_each_branch_by_that_branch_s_own_steps():
-    """Branch after branch as well: the first step of each has length lr, the sign of the estimate (METHOD 2.8)."""
-    config = row("naive", optimizer="adam", update="sequential")
-    problem = Problem(two_branches(), smooth)
-    before, zeroth = values(problem), ZerothOrder(problem.flats, config)
-    for groups in zeroth.rounds():
-        zeroth.apply(zeroth.decide(problem, groups, KEY, 0.1)[1])
-    for branch, flat in problem.flats.items():
-        torch.testing.assert_close((flat.values_n - before[branch]).abs(), torch.full_like(flat.values_n, 0.1), rtol=1e-4, atol=0)
-
-
 def test_a_decision_that_is_not_applied_leaves_no_moment_behind():
-    """Sequential steps apply no move before the first round: what a skipped step proposed must not slip in there."""
     problem = Problem(two_branches(), smooth)
-    zeroth = ZerothOrder(problem.flats, row("conservative", optimizer="adam", update="sequential"))
-    language, _ = zeroth.rounds()
-    problem.fail_at = {3: math.inf}  # the second candidate
-    _, moves = zeroth.decide(problem, language, KEY, 0.1)
+    zeroth = ZerothOrder(problem.flats, row("conservative", optimizer="adam"))
+    problem.fail_at = {3: math.inf}  # a candidate of the acceptance rule
+    _, moves = zeroth.decide(problem, KEY, 0.1)
     assert not moves
     zeroth.apply([])
-    assert zeroth.adam.moments == {}
+    assert zeroth.moments == {}
+
+
+def test_without_zeroth_order_units_only_the_base_is_evaluated():
+    for strategy in STRATEGIES.values():
+        asked = []
+        assert ZerothOrder({}, strategy).decide(lambda candidates: asked.append(candidates) or [2.5], KEY, 0.1) == (2.5, [])
+        assert asked == [[{}]]
 
 
 def test_begin_forgets_adam_s_moments():
@@ -310,19 +270,16 @@ def test_the_journal_replays_bit_for_bit(strategy, granularity, probes):
 
 
 def take(zeroth, problem, key, lr=0.1):
-    """Take every round of a key; return the records of its moves as a journal's line gives them back."""
-    records = []
-    for repeat, groups in zeroth.schedule():
-        _, moves = zeroth.decide(problem, groups, key, lr, repeat)
-        zeroth.apply(moves)
-        records += [move.record() for move in moves]
-    return json.loads(json.dumps(records))
+    """Take a step; return the records of its moves as they come back from a line of the journal."""
+    _, moves = zeroth.decide(problem, key, lr)
+    zeroth.apply(moves)
+    return json.loads(json.dumps([move.record() for move in moves]))
 
 
-@pytest.mark.parametrize("update", ["simultaneous", "sequential"])
+@pytest.mark.parametrize("granularity", ["branch", "unit"])
 @pytest.mark.parametrize("strategy", ["mozo", "conservative"])
-def test_records_rebuild_units_and_moments_however_these_lie_in_memory(strategy, update):
-    config = row(strategy, update=update, optimizer="adam", steps_per_fo_step=2, probes=2)
+def test_records_rebuild_units_and_moments_however_these_lie_in_memory(strategy, granularity):
+    config = row(strategy, granularity=granularity, optimizer="adam", probes=2)
     problem = Problem(two_branches(), smooth)
     zeroth = ZerothOrder(problem.flats, config)
     for k in range(2):
@@ -348,7 +305,7 @@ def test_records_of_another_configuration_are_refused():
     zeroth = ZerothOrder(two_branches(), row("mozo", granularity="unit"))
     with pytest.raises(ValueError, match=r"moves language, vision where the configuration has language\.1"):
         zeroth.replay(records, KEY)
-    with pytest.raises(ValueError, match="1 moves more than"):
+    with pytest.raises(ValueError, match="moves language, vision, language where the configuration has language, vision"):
         ZerothOrder(two_branches(), row("mozo")).replay([*records, records[0]], KEY)
     before = {branch: flat.values_n.clone() for branch, flat in problem.flats.items()}
     ZerothOrder(problem.flats, row("mozo")).replay([], KEY)  # a skipped step
@@ -378,27 +335,24 @@ def test_a_step_is_that_of_the_naive_twin(strategy, options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"transform": "square"}, "zo.transform='square': choose from identity, sign, sign_scalar"),
+        ({"transform": "square"}, "zo.transform='square': choose from identity, sign"),
         ({"acceptance": "sometimes"}, "zo.acceptance='sometimes': choose from always, best_of_three"),
         ({"sides": 3}, "zo.sides=3: choose from 1, 2"),
-        ({"directions": "cauchy"}, "zo.directions='cauchy': choose from gaussian, rademacher, unit"),
+        ({"directions": "cauchy"}, "zo.directions='cauchy': choose from gaussian, rademacher"),
         ({"granularity": "layer"}, "zo.granularity='layer': choose from branch, unit, joint"),
         ({"optimizer": "lion"}, "zo.optimizer='lion': choose from sgd, adam"),
-        ({"update": "random"}, "zo.update='random': choose from simultaneous, sequential"),
-        ({"epsilon": {"language": 1e-3}}, "zo.epsilon.vision=None: give a number of at least 1e-07"),
+        ({"epsilon": {"language": 1e-3}}, "zo.epsilon.vision is missing: give a number of at least 1e-07"),
         ({"epsilon": {"language": -1e-3, "vision": 1e-3}}, "zo.epsilon.language=-0.001: give a number of at least 1e-07"),
         ({"epsilon": {"language": math.nan, "vision": 1e-3}}, "zo.epsilon.language=nan: give a number of at least 1e-07"),
-        ({"clip": 0.0}, "zo.clip=0.0: give a positive number, or null"),
-        ({"probes": 0}, "zo.probes=0: give a positive number"),
-        ({"steps_per_fo_step": 0}, "zo.steps_per_fo_step=0: give a positive number"),
-        ({"probes": 128, "steps_per_fo_step": 2}, "at most 254"),
-        ({"granularity": "joint", "update": "sequential"}, "zo.update=sequential"),
+        ({"clip": 0.0}, "zo.clip=0.0: give a number of more than 0, or null"),
+        ({"probes": 0}, "zo.probes=0: give a number of at least 1 and at most 254"),
+        ({"probes": 255}, "at most 254"),
+        ({"lr_scale": math.inf}, "zo.lr_scale=inf: give a number of more than 0"),
+        ({"estimator": "nowhere:Estimator"}, "zo.estimator='nowhere:Estimator': give finite_difference, or module:Class"),
     ],
     ids=str,
 )
 def test_a_bad_option_is_refused_in_its_own_words(options, words):
-    config = row("mozo", **options)
-    for refuse in (config.check, lambda: ZerothOrder(two_branches(), config)):
-        with pytest.raises(ValueError) as caught:
-            refuse()
-        assert words in str(caught.value)
+    with pytest.raises(ValueError) as caught:
+        validate(row("mozo", **options), "zo")
+    assert words in str(caught.value)

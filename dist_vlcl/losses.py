@@ -1,0 +1,168 @@
+"""Losses of candidates on one global batch, from features, and the one all-reduce that adds them up over the ranks."""
+
+# K candidates, B samples of this rank, C classes, F features, n parameters of a branch
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_vlcl.dist.world import World
+from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.model.perturbed import Perturbed
+from dist_vlcl.model.units import BRANCHES, FlatUnits
+from dist_vlcl.zo.difference import Candidate
+from dist_vlcl.zo.noise import Key, StepNoise
+
+# Losses are rounded to 2^-32 and added as integers. The sum is then exact: it does not depend on how samples are grouped into ranks.
+RESOLUTION = 2.0**32
+MAX_SUM = 2.0**21  # of a micro-batch: below it, float64 holds every multiple of 2^-32 exactly
+
+
+# Matrix products with fewer rows use other CPU kernels, whose results differ in the last bits. A sample's loss would then depend on how
+# many samples its rank has. Padding also gives a rank without samples something to back-propagate, which DDP requires.
+MIN_SAMPLES = 8
+
+
+def padded(batch: Any, image_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return images, labels, positions `[max(B, MIN_SAMPLES), ...]`, and B, the number of samples that count."""
+    real = len(batch.labels)
+    blanks = max(0, MIN_SAMPLES - real)
+    if not blanks:
+        return batch.images, batch.labels, batch.positions, real
+    images = torch.cat([batch.images, batch.images.new_zeros(blanks, 3, image_size, image_size)])
+    labels, positions = (torch.cat([part, part.new_zeros(blanks)]) for part in (batch.labels, batch.positions))
+    return images, labels, positions, real
+
+
+def step_noise(towers: TwoTowers, tokens: Tensor, positions: Tensor, key: Key) -> StepNoise:
+    """Return the router noise and dropout of a step. The noise of a sample depends on its position in the global batch."""
+    rows = {"vision": positions, "language": torch.arange(len(tokens), device=tokens.device)}
+    return StepNoise(key, rows, {branch: towers.tower(branch).depth for branch in rows})
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """What the ranks know together after evaluating some candidates. It is the same on every rank."""
+
+    losses: list[float]  # of each candidate, the mean over the global batch; NaN if it is not usable on some rank
+    count: int  # samples in the global batch
+    stop: bool  # some rank was asked to stop
+    faulty_ranks: list[int]  # ranks with a loss that is not finite, or too large to be added exactly
+
+
+@dataclass
+class MicroBatch:
+    """A micro-batch of this rank and its base evaluation. Only the first `real` samples count; the others are padding."""
+
+    images: Tensor  # uint8 [B, 3, S, S]
+    labels: Tensor  # int64 [B]
+    real: int
+    noise: StepNoise
+    features: dict[str, Tensor]  # of each branch, [1, B, F] or [1, C, F]
+    cached_inputs: dict[str, Any]  # of each branch, where its candidates restart
+
+
+class BatchLosses:
+    """Losses of candidates on one global batch. It skips every computation that a candidate's perturbation cannot change.
+
+    delta_branches: branches whose candidates compute the change of the features instead of the features (`model.perturbed`). Their losses
+    are computed in float64. The result is the same number with less rounding.
+    """
+
+    def __init__(
+        self,
+        towers: TwoTowers,
+        flats: Mapping[str, FlatUnits],
+        tokens: Tensor,
+        world: World,
+        delta_branches: Collection[str] = (),
+        stop: bool = False,
+    ):
+        self.towers, self.flats, self.tokens, self.world = towers, flats, tokens, world
+        self.delta_branches, self.stop = delta_branches, stop
+        self.start = {branch: min(unit.layer for unit in flat.slices) for branch, flat in flats.items()}
+        self.micro_batches: list[MicroBatch] = []
+
+    def add(self, images: Tensor, labels: Tensor, noise: StepNoise, base: Mapping[str, tuple], real: int) -> None:
+        """Add a micro-batch with its base evaluation, as `TwoTowers.forward` returns it. Only the first `real` samples count."""
+        features = {branch: out[0].detach() for branch, out in base.items()}
+        cached_inputs = {branch: out[1] for branch, out in base.items()}
+        self.micro_batches.append(MicroBatch(images, labels, real, noise, features, cached_inputs))
+
+    @torch.no_grad()
+    def __call__(self, candidates: Sequence[Candidate]) -> LossReport:
+        """Return the mean loss of each candidate over the global batch. All ranks call this with the same candidates.
+
+        One all-reduce of int64 `[K + 3]`: the sums, then the number of samples, of ranks asked to stop, and of ranks with unusable losses.
+        """
+        sums_K = torch.zeros(len(candidates), dtype=torch.int64, device=self.world.device)
+        is_faulty_K = torch.zeros(len(candidates), dtype=torch.bool, device=self.world.device)
+        places: dict[int, dict[str, int]] = {}  # of each candidate that this rank evaluates: its row in the features of each branch
+        offsets: dict[str, list[Tensor]] = {branch: [] for branch in self.flats}
+        for k in self._own(candidates):
+            places[k] = dict.fromkeys(BRANCHES, 0)
+            for branch, offset in candidates[k].items():
+                offsets[branch].append(offset)
+                places[k][branch] = len(offsets[branch])
+        for part in self.micro_batches:
+            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in BRANCHES}
+            for k, place in places.items():
+                total = self._loss_sum(features["vision"][place["vision"]], features["language"][place["language"]], part)
+                is_usable = total < MAX_SUM  # False for NaN and infinity
+                is_faulty_K[k] |= ~is_usable
+                sums_K[k] += (torch.where(is_usable, total, 0.0) * RESOLUTION).long()
+        return self._report(sums_K, is_faulty_K)
+
+    def _own(self, candidates: Sequence[Candidate]) -> list[int]:
+        """Return the candidates of this rank's direction group: every G-th of those that perturb the same branches."""
+        turns: dict[tuple[str, ...], int] = {}
+        own = []
+        for k, candidate in enumerate(candidates):
+            turn = turns.get(tuple(candidate), k)  # the first of a kind goes to the group after the one before it
+            if turn % self.world.direction_groups == self.world.direction_group:
+                own.append(k)
+            turns[tuple(candidate)] = turn + 1
+        return own
+
+    def _features(self, branch: str, offsets: list[Tensor], part: MicroBatch) -> Tensor:
+        """Return features `[1 + K, B, F]`: those of the base, then those of each offset, from the first perturbed block on."""
+        base = part.features[branch].double() if self.delta_branches else part.features[branch]
+        if not offsets:
+            return base
+        flat, tower = self.flats[branch], self.towers.tower(branch)
+        inputs = part.images if branch == "vision" else self.tokens
+        dtype = torch.promote_types(flat.values_n.dtype, part.features[branch].dtype)
+        is_delta, offsets_Kn = branch in self.delta_branches, torch.stack(offsets).to(dtype)
+        values: Any = Perturbed(flat.values_n[None], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n)
+        moved: Any
+        moved, _ = tower.run(
+            part.cached_inputs[branch],
+            inputs,
+            start=self.start[branch],
+            stacked_params=flat.stacked_params(values),
+            noise=part.noise,
+        )
+        return torch.cat([base, base + moved.change if is_delta else moved])
+
+    def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: MicroBatch) -> Tensor:
+        """Return the sum of the samples' losses, each rounded to 2^-32, float64 ()."""
+        logits_BC = (self.towers.logit_scale * image_BF @ text_CF.T).double()
+        losses_B = F.cross_entropy(logits_BC, part.labels, reduction="none")[: part.real]
+        return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum()
+
+    def _report(self, sums_K: Tensor, is_faulty_K: Tensor) -> LossReport:
+        own = torch.tensor([sum(part.real for part in self.micro_batches), self.stop], device=sums_K.device)
+        vector = torch.cat([sums_K, own, is_faulty_K.any()[None].long()])
+        *sums, count, stops, faults = self.world.sum_exact(vector, "losses").tolist()
+        count //= self.world.direction_groups  # each group has the whole batch
+        losses, faulty_ranks = [total / (RESOLUTION * max(count, 1)) for total in sums], []
+        if faults:
+            by_rank = self.world.gather_objects(is_faulty_K.tolist(), "the ranks whose loss is not finite")
+            losses = [math.nan if any(faulty) else loss for loss, *faulty in zip(losses, *by_rank, strict=True)]
+            faulty_ranks = [rank for rank, faulty in enumerate(by_rank) if any(faulty)]
+        return LossReport(losses, count, stops > 0, faulty_ranks)

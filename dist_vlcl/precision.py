@@ -1,0 +1,90 @@
+"""Is the precision high enough for zeroth order? Measure the rounding error of the slopes, and refuse to train if it is too large."""
+
+# K candidates
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_vlcl.dist.world import World
+from dist_vlcl.losses import BatchLosses, padded, step_noise
+from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.model.units import FlatUnits
+from dist_vlcl.zo.noise import Key
+from dist_vlcl.zo.update import ZerothOrder
+
+MAX_SLOPE_NOISE = 0.1  # largest rounding error allowed, relative to the projected gradient
+NOISE_SAMPLES = 32  # samples of a rank on which it is measured
+# A smaller epsilon is measured in fp32 too. The error there is 0.018 of a slope at 1e-4 and 0.13 at 1e-5 (a tiny CLIP).
+FINE_EPSILON = 1e-4
+
+
+class SlopePrecision:
+    """Chooses how candidates are evaluated, and measures the rounding error of their slopes once, before the first step.
+
+    delta_branches: the branches whose candidates compute only the change of the features (`model.perturbed`). is_sharded: the model's
+    parameters are sharded over ranks, so it cannot be copied for the measurement; ValueError if one is needed.
+    """
+
+    def __init__(self, towers: TwoTowers, flats: Mapping[str, FlatUnits], zeroth: ZerothOrder, world: World, is_sharded: bool = False):
+        self.towers, self.flats, self.zeroth, self.world = towers, flats, zeroth, world
+        narrow = [branch for branch in flats if towers.tower(branch).dtype.itemsize < 4]
+        self.delta_branches = {"auto": narrow, "whole": [], "delta": list(flats)}[zeroth.config.evaluation]
+        self.is_fine = any(zeroth.config.epsilon[branch] < FINE_EPSILON for branch in flats)
+        self.is_checked = not flats or (towers.config.precision == "fp32" and not self.is_fine)
+        if is_sharded and not self.is_checked:
+            raise ValueError(
+                "the rounding error of slopes cannot be measured under ZeRO-3, because every rank holds only a part of the model. "
+                f"Use zero2, or model.precision=fp32 with every zo.epsilon at least {FINE_EPSILON:g}"
+            )
+
+    def check_once(self, tokens: Tensor, batch: Any, key: Key) -> None:
+        """Raise ValueError if the rounding error is too large for this precision. All ranks call this before each step."""
+        if self.is_checked:
+            return
+        self.is_checked = True
+        noise = self.slope_noise(tokens, batch, key)
+        if all(value <= MAX_SLOPE_NOISE for value in noise.values()):  # False for NaN
+            return
+        found = ", ".join(f"{value:.2g} of a {branch} slope" for branch, value in noise.items())
+        precision, evaluation = self.towers.config.precision, self.zeroth.config.evaluation
+        better = ["zo.evaluation=delta"] * (len(self.delta_branches) < len(self.flats))
+        better += ["model.precision=fp32"] * (precision != "fp32")
+        raise ValueError(
+            f"model.precision={precision} with zo.evaluation={evaluation}: the rounding error is {found}. At most {MAX_SLOPE_NOISE} is "
+            f"allowed, because zeroth order would follow rounding errors. Use {' or '.join([*better, 'a larger zo.epsilon'])}"
+        )
+
+    def slope_noise(self, tokens: Tensor, batch: Any, key: Key, directions: int = 16) -> dict[str, float]:
+        """Return the rounding error of the projected gradients per branch: root mean squares over directions, error over slope.
+
+        It is measured on the first samples of a batch, against the same weights in float32, or in float64 for a fine epsilon. All ranks
+        call this.
+        """
+        few = replace(batch, **{name: getattr(batch, name)[:NOISE_SAMPLES] for name in ("images", "labels", "positions")})
+        found = self.slopes(self.towers, tokens, few, key, directions, self.delta_branches)
+        exact = self.towers.copy()
+        exact.to(torch.float64 if self.is_fine else torch.float32)
+        true = self.slopes(exact, tokens, few, key, directions, ())
+        return {b: float((found[b] - true[b]).norm() / true[b].norm()) for b in true if float(true[b].norm()) != 0}
+
+    @torch.no_grad()
+    def slopes(
+        self, towers: TwoTowers, tokens: Tensor, batch: Any, key: Key, directions: int, delta_branches: Collection[str]
+    ) -> dict[str, Tensor]:
+        """Return one-sided projected gradients `[directions]`, float64, of every zeroth-order branch. All ranks call this.
+
+        towers: the model, or a copy of it in another precision.
+        """
+        losses = BatchLosses(towers, self.flats, tokens, self.world, delta_branches)
+        images, labels, positions, real = padded(batch, towers.image_size)
+        noise, result = step_noise(towers, tokens, positions, key), {}
+        losses.add(images, labels, noise, towers({"vision": images, "language": tokens}, noise, losses.start), real)
+        for branch in self.flats:
+            epsilon = self.zeroth.config.epsilon[branch]
+            pairs = [losses([{}, {branch: self.zeroth.directions.draw(branch, key, q) * epsilon}]).losses for q in range(directions)]
+            result[branch] = torch.tensor([(perturbed - base) / epsilon for base, perturbed in pairs], dtype=torch.float64)
+        return result

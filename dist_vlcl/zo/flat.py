@@ -1,0 +1,81 @@
+"""The zeroth-order parameters of a branch as one flat tensor, and the groups that are perturbed together."""
+
+# n parameters of a branch
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Flat(Protocol):
+    """The zeroth-order parameters of one branch. `model.units.FlatUnits` holds those of a model, `StoredUnits` those of a checkpoint."""
+
+    values_n: Tensor
+
+    @property
+    def slices(self) -> Mapping:
+        """Return the place of each unit in `values_n`."""
+
+    def names(self) -> list[tuple[str, int]]:
+        """Return (name, number of elements) of each tensor in flat order. The noise of a tensor depends on its name."""
+
+
+class StoredUnits:
+    """The units of one branch from named tensors such as `vision.3/router`, without a model: replay works on these."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.values_n = torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Return the place of each unit in `values_n`. The tensors of a unit must be neighbours."""
+        result: dict[str, slice] = {}
+        stop = 0
+        for name, numel in self.names():
+            unit = name.split("/")[0]
+            result[unit] = slice(result[unit].start if unit in result else stop, stop + numel)
+            stop += numel
+        return result
+
+    def names(self) -> list[tuple[str, int]]:
+        """Return (name, number of elements) of each tensor in flat order."""
+        return [(name, shape.numel()) for name, shape in self.shapes.items()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name, in their shapes; they are views of `values_n`."""
+        parts = self.values_n.split([shape.numel() for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that are perturbed together: a slice of the flat values of one branch, or of each branch."""
+
+    name: str
+    slices: Mapping[str, slice]
+
+
+def groups_of(flats: Mapping[str, Flat], granularity: str) -> list[Group]:
+    """Return one group per branch, one per unit, or one for all ("joint").
+
+    The default is per branch: with sign steps, one group for all would give both branches a single bit (METHOD 2.6).
+    """
+    whole = {branch: slice(0, flat.values_n.numel()) for branch, flat in flats.items()}
+    if granularity == "joint":
+        return [Group("+".join(whole), whole)] if whole else []
+    if granularity == "unit":
+        return [Group(str(unit), {branch: part}) for branch, flat in flats.items() for unit, part in flat.slices.items()]
+    return [Group(branch, {branch: part}) for branch, part in whole.items()]
+
+
+def restricted(offset_n: Tensor, part: slice) -> Tensor:
+    """Return the offset with zeros outside `part`."""
+    if part.stop - part.start == offset_n.numel():
+        return offset_n
+    result = torch.zeros_like(offset_n)
+    result[part] = offset_n[part]
+    return result

@@ -1,0 +1,240 @@
+"""The zeroth-order update: a finite difference, a transform and an acceptance rule combined (docs/METHOD.md, section 2)."""
+
+# n parameters of a branch
+
+import functools
+import math
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_vlcl.options import option
+from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, Estimate, Evaluate, FiniteDifference
+from dist_vlcl.zo.flat import Flat, Group, groups_of, restricted
+from dist_vlcl.zo.noise import Key, Streams
+
+EVALUATIONS = ("auto", "whole", "delta")
+# Losses are rounded to 2^-32. With a smaller epsilon the difference of two losses would be mostly that rounding.
+MIN_EPSILON = 1e-7
+BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass
+class ZerothOrderConfig:
+    """A row of the strategy table (configs/zo) and the options of METHOD 2."""
+
+    name: str = option("mozo", "Name of the strategy in tables and logs; it changes nothing else.")
+    estimator: str = option("finite_difference", "The gradient estimator: finite_difference, or module:Class of your own class.")
+    transform: str = option("sign", "Turn the estimate into a direction: take it as it is, or its sign.", choices=("identity", "sign"))
+    acceptance: str = option(
+        "always", "Always take the step, or take the best of: stay, step, mirrored step.", choices=("always", "best_of_three")
+    )
+    epsilon: dict[str, float] = option({"language": 1e-3, "vision": 5e-4}, "Size of the perturbation, per branch.", min=MIN_EPSILON)
+    sides: int = option(1, "1: compare with the base loss; 2: compare the two sides of the base.", choices=(1, 2))
+    probes: int = option(1, "Number of directions that are averaged in a step.", min=1, max=Streams.MAX_PROBES)
+    directions: str = option("gaussian", "Distribution of the directions.", choices=DISTRIBUTIONS)
+    granularity: str = option(
+        "branch", "What one loss difference moves: a branch, a unit, or both branches.", choices=("branch", "unit", "joint")
+    )
+    evaluation: str = option(
+        "auto", "Compute a candidate's whole features, or only their change; auto: the change where the tower is bf16.", choices=EVALUATIONS
+    )
+    clip: float | None = option(10.0, "Largest absolute value of a projected gradient; null: no limit.", above=0)
+    optimizer: str = option("sgd", "How directions become steps.", choices=("sgd", "adam"))
+    lr_scale: float = option(1.0, "Ratio of the zeroth-order to the first-order learning rate.", above=0, below=math.inf)
+
+    def check(self) -> None:
+        """Raise ValueError for a branch without epsilon or an estimator that Python cannot import."""
+        for branch in ("language", "vision"):
+            if branch not in self.epsilon:
+                raise ValueError(f"zo.epsilon.{branch} is missing: give a number of at least {MIN_EPSILON:g}, such as 1e-3")
+        self.make_estimator()
+
+    def make_estimator(self) -> FiniteDifference:
+        """Return the object that makes candidates and turns their losses into estimates.
+
+        Raises ValueError if `estimator` does not name a class that can be imported and built.
+        """
+        arguments = (self.epsilon, self.sides, self.probes, self.clip)
+        if self.estimator == "finite_difference":
+            return FiniteDifference(*arguments)
+        try:
+            return pkgutil.resolve_name(self.estimator)(*arguments)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"zo.estimator={self.estimator!r}: give finite_difference, or module:Class of a file that Python can import ({error})"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Move:
+    """A decided update: the values in each branch's slice change by coefficient * direction.
+
+    gradients: the gradient estimate `[n]` of each branch, before the transform. directions: the same after transform and optimiser.
+    losses: the losses of staying, of coefficient -step and of +step, if the acceptance rule compared them.
+    """
+
+    estimate: Estimate
+    gradients: Mapping[str, Tensor]
+    directions: Mapping[str, Tensor]
+    coefficient: float
+    losses: tuple[float, float, float] | None
+
+    @property
+    def group(self) -> Group:
+        return self.estimate.group
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Return the mean absolute projected gradient over the probes, per branch."""
+        return {branch: sum(map(abs, slopes)) / len(slopes) for branch, slopes in self.estimate.projected_gradient.items()}
+
+    def offsets(self, coefficient: float) -> dict[str, Tensor]:
+        """Return the candidate that moves by `coefficient`. `apply` adds exactly these numbers."""
+        return {branch: d * coefficient for branch, d in self.directions.items()}
+
+    def record(self) -> dict[str, Any]:
+        """Return the move as a journal entry. With the step's key it is enough to repeat the move."""
+        return {
+            "group": self.group.name,
+            "projected_gradient": {b: list(s) for b, s in self.estimate.projected_gradient.items()},
+            "coefficient": self.coefficient,
+            **({} if self.losses is None else {"losses": list(self.losses)}),
+        }
+
+
+def gradient(slopes: Sequence[float], directions: Sequence[Tensor]) -> Tensor:
+    """Return the gradient estimate `[n]`: the mean over probes q of s_q z_q."""
+    return functools.reduce(torch.add, (z * (s / len(slopes)) for s, z in zip(slopes, directions, strict=True)))
+
+
+def best_of_three(base: float, minus: float, plus: float, step: float) -> float:
+    """Return the coefficient with the lowest loss: 0 (stay), -step (the ordinary step) or +step (the mirrored step); METHOD 2.4.
+
+    For equal losses, staying comes before the ordinary step, and that before the mirrored one. ZO-LLM never stays for equal losses: if
+    staying and minus are equal and below plus, it takes the ordinary step; in the three other ties it takes the mirrored one.
+    """
+    losses = {0.0: base, -step: minus, step: plus}
+    return min(losses, key=losses.__getitem__)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Adam's running means of a branch's directions `[n]` and of their squares, after `steps` steps."""
+
+    first_n: Tensor
+    second_n: Tensor
+    steps: int
+
+    def advanced(self, g: Tensor) -> "Moments":
+        first_n, second_n = self.first_n.to(g.device), self.second_n.to(g.device)  # those of a checkpoint are on the CPU
+        return Moments(torch.lerp(first_n, g, 1 - BETAS[0]), torch.lerp(second_n, g * g, 1 - BETAS[1]), self.steps + 1)
+
+    def direction(self) -> Tensor:
+        first, second = (t / (1 - beta**self.steps) for t, beta in zip((self.first_n, self.second_n), BETAS, strict=True))
+        return first / (second.sqrt() + ADAM_EPS)
+
+
+class ZerothOrder:
+    """Decides and applies the updates of the zeroth-order units. Losses come from `evaluate`, randomness from the key."""
+
+    def __init__(self, flats: Mapping[str, Flat], config: ZerothOrderConfig):
+        self.flats, self.config = flats, config
+        self.groups = groups_of(flats, config.granularity)
+        self.difference = config.make_estimator()
+        self.directions = Directions(flats, config.directions)
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a task: forget Adam's moments."""
+        self.moments: dict[str, Moments] = {}
+        self._next_moments: dict[str, Moments] = {}  # of the moves that were decided and not yet applied
+
+    def decide(self, evaluate: Evaluate, key: Key, lr: float) -> tuple[float, list[Move] | None]:
+        """Return the base loss and one move per group, or None instead of the moves if a loss is not finite. Changes no value.
+
+        Ranks that get the same losses from `evaluate` decide the same.
+        """
+        directions = self._draw(key)
+        base, *perturbed = evaluate([{}, *self.difference.candidates(self.groups, directions)])
+        if not all(map(math.isfinite, (base, *perturbed))):
+            return base, None
+        moves = self._proposed(self.difference.estimates(self.groups, base, perturbed), directions)
+        step = lr * self.config.lr_scale
+        if self.config.acceptance == "always" or not moves:
+            return base, [replace(move, coefficient=-step) for move in moves]
+        losses = evaluate([move.offsets(c) for move in moves for c in (-step, step)])
+        if not all(map(math.isfinite, losses)):
+            return base, None
+        return base, [
+            replace(move, coefficient=best_of_three(base, minus, plus, step), losses=(base, minus, plus))
+            for move, minus, plus in zip(moves, losses[::2], losses[1::2], strict=True)
+        ]
+
+    def apply(self, moves: Sequence[Move]) -> None:
+        """Add each move to the values, in place, and keep the moments that it was made with."""
+        if moves:
+            self.moments |= self._next_moments
+        for move in moves:
+            for branch, offset in move.offsets(move.coefficient).items():
+                self.flats[branch].values_n.add_(offset)
+
+    def replay(self, records: Sequence[Mapping[str, Any]], key: Key) -> None:
+        """Apply the recorded moves of one step again: the same bits, without evaluating a loss. A skipped step has no records.
+
+        Raises ValueError if the records are not those of this configuration's groups; nothing is changed then.
+        """
+        if not records:
+            return
+        moved, expected = [record["group"] for record in records], [group.name for group in self.groups]
+        if moved != expected:
+            raise ValueError(f"the journal moves {', '.join(moved)} where the configuration has {', '.join(expected)}")
+        slopes = [{b: tuple(s) for b, s in record["projected_gradient"].items()} for record in records]
+        estimates = [Estimate(group, s) for group, s in zip(self.groups, slopes, strict=True)]
+        moves = self._proposed(estimates, self._draw(key))
+        self.apply([replace(move, coefficient=record["coefficient"]) for move, record in zip(moves, records, strict=True)])
+
+    def _draw(self, key: Key) -> dict[tuple[str, int], Tensor]:
+        """Return the directions of a step by branch and probe, `[n]` each."""
+        return {(branch, q): self.directions.draw(branch, key, q) for branch in self.flats for q in range(self.config.probes)}
+
+    def _proposed(self, estimates: Sequence[Estimate], drawn: Mapping[tuple[str, int], Tensor]) -> list[Move]:
+        """Return a move per estimate, with coefficient 0 for now. Its tensors `[n]` are zero outside the group's slice."""
+        moves = []
+        for e in estimates:
+            probes = {b: [restricted(drawn[b, q], part) for q in range(self.config.probes)] for b, part in e.group.slices.items()}
+            gradients = {b: gradient(e.projected_gradient[b], z) for b, z in probes.items()}
+            directions = {b: g.sign() for b, g in gradients.items()} if self.config.transform == "sign" else gradients
+            moves.append(Move(e, gradients, directions, 0.0, None))
+        return self._adapted(moves) if self.config.optimizer == "adam" else moves
+
+    def _adapted(self, moves: Sequence[Move]) -> list[Move]:
+        """Return the moves with Adam's directions. There is one set of moments per branch, whatever the granularity (METHOD 2.8)."""
+        for branch in self.flats:
+            total_n = functools.reduce(torch.add, (m.directions[branch] for m in moves if branch in m.directions))
+            old = self.moments.get(branch) or Moments(torch.zeros_like(total_n), torch.zeros_like(total_n), 0)
+            self._next_moments[branch] = old.advanced(total_n)
+        directions = {branch: moments.direction() for branch, moments in self._next_moments.items()}
+        return [replace(m, directions={b: restricted(directions[b], part) for b, part in m.group.slices.items()}) for m in moves]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return Adam's moments under the names of the parameters; empty without Adam."""
+        state: dict[str, Tensor] = {}
+        for branch, moments in self.moments.items():
+            names = self.flats[branch].names()
+            for kind, flat_n in (("first", moments.first_n), ("second", moments.second_n)):
+                parts = flat_n.split([numel for _, numel in names])
+                state |= {f"{name}/{kind}": part for (name, _), part in zip(names, parts, strict=True)}
+            state[f"{branch}/steps"] = torch.tensor(moments.steps)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` returned. The flat order of the parameters may be another one."""
+        for branch, flat in self.flats.items():
+            if f"{branch}/steps" in state:
+                first_n, second_n = (torch.cat([state[f"{name}/{kind}"] for name, _ in flat.names()]) for kind in ("first", "second"))
+                self.moments[branch] = Moments(first_n, second_n, int(state[f"{branch}/steps"]))
