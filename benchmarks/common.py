@@ -187,17 +187,17 @@ class Workload:
         step = HybridStep(
             towers, self.orders(towers), config.zo, lambda model: FirstOrder(world, config.first_order, model), world, max_skips=1 << 30
         )
-        step.noise_is_checked = True  # the check costs time, and the slope benchmark measures precisions that it would refuse
+        step.precision.is_checked = True  # the check costs time, and the slope benchmark measures precisions that it would refuse
         step.begin(self.class_names)
         return step
 
-    def batch(self, image_size: int, rank: int = 0, size: int = 1) -> Batch:
-        """Return a rank's part of a batch of random images."""
+    def batch(self, towers: TwoTowers, rank: int = 0, size: int = 1) -> Batch:
+        """Return a rank's part of a batch of random images, on the device of a model."""
         generator = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (self.images, 3, image_size, image_size), generator=generator, dtype=torch.uint8)
+        images = torch.randint(0, 256, (self.images, 3, towers.image_size, towers.image_size), generator=generator, dtype=torch.uint8)
         labels = torch.randint(0, self.classes, (self.images,), generator=generator)
         part = slice(self.images * rank // size, self.images * (rank + 1) // size)
-        return Batch(images[part], labels[part], torch.arange(self.images)[part], self.images, 0, [])
+        return Batch(images[part], labels[part], torch.arange(self.images)[part], self.images, 0, []).to(towers.logit_scale.device)
 
 
 def workloads_of(args: argparse.Namespace) -> list[tuple[str, Workload]]:

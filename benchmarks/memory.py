@@ -62,7 +62,7 @@ def saved_per_sample(branch: str, workload: Workload, naive: bool = False, sampl
                 return towers({branch: inputs}, noise)[branch][0]
 
         if branch == "vision":
-            inputs = few.batch(towers.image_size).images.to("meta")
+            inputs = few.batch(towers).images
         noise = StepNoise(Key(0, 0), {branch: torch.arange(samples, device="meta")})
         return saved_bytes(lambda: forward(branch, inputs, noise), besides=[*towers.parameters(), *towers.buffers()]) / samples
 
@@ -72,7 +72,7 @@ def peak_bytes(workload: Workload) -> int:
     workload.towers("meta")  # builds the model that the next call copies: only the copy is counted
     with without_numbers(), PeakBytes() as memory:
         step = workload.step(workload.towers("meta"), World.alone("meta"))
-        batch = workload.batch(step.towers.image_size).to("meta")
+        batch = workload.batch(step.towers)
         step([batch], Key(0, 0), 1e-3)
         memory.peak = memory.alive
         step([batch], Key(0, 1), 1e-3)
@@ -82,7 +82,7 @@ def peak_bytes(workload: Workload) -> int:
 def measured_bytes(workload: Workload) -> int:
     """Return the most bytes that torch had allocated on the GPU in the fourth step; CUDA graphs are recorded in the second."""
     step = workload.step(workload.towers("cuda"), World.alone("cuda"))
-    batch = workload.batch(step.towers.image_size)
+    batch = workload.batch(step.towers)
     for number in range(4):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.common import Row, Table, Workload, interleaved, make_parser, positive, ratio, run, workloads_of
 from dist_vlcl.dist.world import World
-from dist_vlcl.step import MAX_SLOPE_NOISE, HybridStep
+from dist_vlcl.precision import MAX_SLOPE_NOISE
+from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.difference import Directions
 from dist_vlcl.zo.noise import Key
 
@@ -46,7 +47,7 @@ def measure_draws(args: argparse.Namespace) -> Table:
     workload = workloads_of(args)[0][1].changed("orders=dual_all")
     device = workload.device
     step = workload.step(workload.towers(device), World.alone(device))
-    batch = workload.batch(step.towers.image_size)
+    batch = workload.batch(step.towers)
     seconds = interleaved(draws(step, device), args.repeats, device)
     of_step = statistics.median(interleaved({"step": lambda: step([batch], Key(0, 0), 1e-3)}, 1, device)["step"])
     total = sum(flat.values_n.numel() for flat in step.flats.values())
@@ -116,7 +117,8 @@ def slopes(workload: Workload, directions: int, arithmetic: str = "") -> torch.T
     if arithmetic == "fp64":
         towers.double()
     with computed_in(arithmetic, device):
-        found = step.slopes(towers, workload.batch(towers.image_size), Key(7, 0), directions, step.delta_branches)
+        batch, precision = workload.batch(towers), step.precision
+        found = precision.slopes(towers, step.tokens, batch, Key(7, 0), directions, precision.delta_branches)
     return next(iter(found.values()))
 
 

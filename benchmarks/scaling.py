@@ -50,11 +50,11 @@ def time_ranks(world: World, together: Workload, alone: Workload, steps: int) ->
     """Return throughput and efficiency. All ranks call this."""
     device, single = str(world.device), World.alone(str(world.device))
     step = together.step(together.towers(device), world)
-    batch = together.batch(step.towers.image_size, world.rank, world.size)
+    batch = together.batch(step.towers, world.rank, world.size)
     variants = {
         "together": (step, batch),
         "independent": (together.step(together.towers(device), single), batch),
-        "alone": (alone.step(alone.towers(device), single), alone.batch(step.towers.image_size)),
+        "alone": (alone.step(alone.towers(device), single), alone.batch(step.towers)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(3 + steps):

@@ -44,10 +44,10 @@ def count(workload: Workload) -> Row:
     """Return the TFLOPs of the naive model, of our model, and those that our step executes on the meta device."""
     with without_numbers():
         step = workload.step(workload.towers("meta"), World.alone("meta"))
-        batch = workload.batch(step.towers.image_size)
+        batch = workload.batch(step.towers)
         executed = flops(lambda: step([batch], Key(0, 0), 1e-3))
     size = tower_shapes(step.towers, step.tokens.shape[1]), step.orders, workload.config.zo, workload.images, workload.classes
-    naive, model = naive_cost(*size), step_cost(*size, step.delta_branches)
+    naive, model = naive_cost(*size), step_cost(*size, step.precision.delta_branches)
     tera = {"naive TFLOP": naive / 1e12, "model TFLOP": model / 1e12, "executed TFLOP": executed / 1e12}
     return {**tera, "executed / model": executed / model, "naive / model": naive / model}
 
@@ -56,7 +56,7 @@ def time_in_turn(workload: Workload, repeats: int) -> Row:
     """Return the seconds of our step, and of the naive one if it knows the adapter."""
     device, key = workload.device, Key(0, 1)
     ours = workload.step(workload.towers(device), World.alone(device))
-    batch = workload.batch(ours.towers.image_size)
+    batch = workload.batch(ours.towers)
     variants: dict[str, Callable[[], Any]] = {"ours": lambda: ours([batch], key, 1e-3)}
     if isinstance(workload.config.adapter, MoEConfig):
         naive = naive_step(workload, device)

@@ -43,7 +43,7 @@ def measure(args: argparse.Namespace) -> list[Table]:
 def sent(world: World, workload: Workload, interface: str | None, steps: int) -> Row:
     """Return what this rank sends in one step. All ranks call this."""
     step = workload.step(workload.towers(str(world.device)), world)
-    batch = workload.batch(step.towers.image_size, world.rank, world.size)
+    batch = workload.batch(step.towers, world.rank, world.size)
     for number in range(2):  # connections are opened, and DDP builds its buckets
         step([batch], Key(0, number), 1e-3)
     with Collectives() as counter:

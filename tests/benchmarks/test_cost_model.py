@@ -42,10 +42,10 @@ def model_flops(zo: str, orders: str, classes: int = 20) -> tuple[int, int]:
 def executed(workload: Workload, device: str = "cpu") -> tuple[int, int]:
     """FLOPs of a step that are executed, and those of the model."""
     step = workload.step(workload.towers(device), World.alone(device))
-    batch = workload.batch(step.towers.image_size)
+    batch = workload.batch(step.towers)
     count = flops(lambda: step([batch], Key(1, 0), 1e-3))
     size = tower_shapes(step.towers, step.tokens.shape[1]), step.orders, workload.config.zo, workload.images, workload.classes
-    return count, step_cost(*size, step.delta_branches)
+    return count, step_cost(*size, step.precision.delta_branches)
 
 
 def assert_within_limit(workload: Workload) -> None:
@@ -99,7 +99,7 @@ def test_products_that_accumulate_in_fp32_are_counted():
 def test_the_naive_step_executes_what_its_model_says(orders, zo):
     workload = small(f"orders={orders}", f"zo={zo}")
     step = naive_step(workload, "cpu")
-    count = flops(lambda: step(workload.batch(step.towers.image_size), Key(1, 0), 1e-3))
+    count = flops(lambda: step(workload.batch(step.towers), Key(1, 0), 1e-3))
     size = tower_shapes(step.towers, 11), workload.orders(step.towers), workload.config.zo, 8, 8
     assert count == pytest.approx(naive_cost(*size), rel=0.05)
 
@@ -107,7 +107,7 @@ def test_the_naive_step_executes_what_its_model_says(orders, zo):
 def test_the_naive_step_and_ours_start_from_the_same_loss():
     workload = small("zo=naive")
     naive, ours = naive_step(workload, "cpu"), workload.step(workload.towers("cpu"), World.alone())
-    batch = workload.batch(ours.towers.image_size)
+    batch = workload.batch(ours.towers)
     assert naive(batch, Key(1, 0), 1e-3) == pytest.approx(ours([batch], Key(1, 0), 1e-3).loss, abs=2e-5)
 
 
@@ -141,7 +141,7 @@ def test_a_step_with_22_experts_costs_at_most_15_percent_more_than_with_2():
 def test_a_step_costs_the_same_in_every_task():
     workload = small("orders=dual_hop_odd")
     step = workload.step(workload.towers("cpu"), World.alone())
-    batch, counts = workload.batch(step.towers.image_size), []
+    batch, counts = workload.batch(step.towers), []
     for letter in "abc":
         step.begin([f"{name} {letter}" for name in workload.class_names])
         counts.append(flops(lambda: step([batch], Key(0, 0), 1e-3)))

@@ -43,7 +43,7 @@ def test_checkpoints_change_no_bit():
         workload = Workload(("model=small", f"model.checkpoint={checkpoint}"), images=8, classes=3)
         step = workload.step(workload.towers("cpu"), World.alone())
         for number in range(2):
-            step([workload.batch(step.towers.image_size)], Key(1, number), 1e-3)
+            step([workload.batch(step.towers)], Key(1, number), 1e-3)
         states.append(step.state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
