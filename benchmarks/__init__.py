@@ -1,1 +1,1 @@
-"""Benchmarks of dist_vlcl. Each is a script of its own: `python -m benchmarks.step --help`, from the checkout."""
+"""Benchmarks of dist_vlcl. Each is a separate script: `python -m benchmarks.step --help`, from the checkout."""

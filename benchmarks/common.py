@@ -212,7 +212,7 @@ def workloads_of(args: argparse.Namespace) -> list[tuple[str, Workload]]:
 
 
 def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Return the seconds of each variant, which run in turn, so that other work on the machine slows all of them.
+    """Return the seconds of each variant, one after the other in each turn, so that other work on the machine slows all of them.
 
     Seconds are CPU seconds of all threads on a CPU, and elapsed time on a GPU. The first turn is not counted. On a GPU it is the
     first three: the second records CUDA graphs.

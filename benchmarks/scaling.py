@@ -3,9 +3,10 @@
     torchrun --nproc-per-node=2 -m benchmarks.scaling                                 weak scaling: 64 images a rank
     torchrun --nproc-per-node=8 -m benchmarks.scaling --strong model=vit_b16          strong scaling: 64 images in all
 
-In turn, in the same processes: a step of all ranks; a step of each rank by itself at the same time ("independent": no collectives); a step
-of rank 0 alone, while the others wait. Seconds are those of the slowest rank. Efficiency is the throughput of all ranks, divided by the
-number of ranks times the throughput of one alone. Against independent ranks leaves out what ranks on one machine take from each other.
+Three kinds of steps alternate in the same processes. In "together", all ranks take one step. In "independent", each rank takes a step by
+itself at the same time, without collectives. In "alone", rank 0 takes a step while the others wait. Seconds are those of the slowest rank.
+Efficiency is the throughput of all ranks, divided by the number of ranks times the throughput of one alone. The comparison with
+independent ranks leaves out what ranks on one machine take from each other.
 """
 
 import argparse

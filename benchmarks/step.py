@@ -1,4 +1,4 @@
-"""Time and FLOPs of a step: ours and a naive step in fp32, in turn in one process, beside the cost model.
+"""Time and FLOPs of a step: ours and a naive step in fp32, alternately in one process, beside the cost model.
 
     python -m benchmarks.step --images 8 --classes 8                          times on this machine, ViT-B/16
     python -m benchmarks.step --count --orders all zo=mozo                    FLOPs only, counted without computing
