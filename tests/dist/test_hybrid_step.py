@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.count import Collectives
+from benchmarks.common import Collectives
 from dist_vlcl.dist.agree import DisagreementError, agree, digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World

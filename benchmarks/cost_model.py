@@ -1,10 +1,10 @@
-"""The cost model: the FLOPs that a step cannot do without, and those of the naive step. docs/PERFORMANCE.md derives it.
+"""The cost model: the fewest FLOPs that a step needs, and those of the naive step. docs/performance.md explains it.
 
-One FLOP is an addition or a multiplication: a product of `[n, d]` and `[d, m]` is 2 n d m. Counted are matrix products and convolutions;
-what is linear in the activations (norms, GELU, softmax, noise) is not.
+One FLOP is an addition or a multiplication: a product of `[n, d]` and `[d, m]` has 2 n d m. The model counts matrix products and
+convolutions. It leaves out what is linear in the activations: norms, GELU, softmax, noise.
 """
 
-# n tokens, p positions read from the last block, d width, c columns of the adapter's bottleneck that act, B images, C classes
+# n tokens, p positions that are read, d width, c columns of the adapter's bottleneck, B images, C classes
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -17,25 +17,27 @@ from dist_vlcl.model.units import BRANCHES, UnitId
 from dist_vlcl.orders import Order
 from dist_vlcl.zo.update import ZerothOrderConfig
 
+CONTEXT = 77  # tokens of a prompt in the naive step
+
 
 @dataclass(frozen=True)
 class Block:
-    """A transformer block with an adapter: n keys and values, output read at p positions."""
+    """A transformer block with an adapter: keys and values at all tokens, output at the positions that are read."""
 
     tokens: int
     read: int
     width: int
     columns: int
-    site: str  # of the adapter: mlp (beside the MLP), attention (at the projections)
+    site: str  # of the adapter: mlp (beside the MLP) or attention (at the projections)
 
     @property
     def projections(self) -> int:
-        """Keys and values of all positions, queries of those that are read."""
+        """Keys and values of all tokens, queries of the positions that are read."""
         return 2 * (2 * self.tokens + self.read) * self.width**2
 
     @property
     def attention(self) -> int:
-        """Similarities, and the weighted sum of the values."""
+        """Similarities, and the weighted sum of values."""
         return 4 * self.read * self.tokens * self.width
 
     @property
@@ -54,22 +56,22 @@ class Block:
 
     @property
     def forward_from_adapter(self) -> int:
-        """What remains of the block when all that does not depend on its adapter is known."""
+        """The part of the block that depends on its adapter. The rest is cached."""
         return self.adapter + (self.attention + self.rest if self.site == "attention" else 0)
 
     def backward(self, learns: bool) -> int:
-        """Gradient of the input: each product once more, the two of attention twice; with that of the weights if the adapter learns."""
+        """Gradient of the input: each product once, those of attention twice; and of the adapter's weights if it learns."""
         return self.projections + 2 * self.attention + self.rest + self.adapter * (2 if learns else 1)
 
     @property
     def backward_to_adapter(self) -> int:
-        """The lowest block that learns: gradients of the adapter's two matrices, and of what lies between them."""
+        """The lowest block that learns: gradients of the adapter's two matrices and of its hidden units."""
         return self.adapter + self.adapter // 2 + (2 * self.attention + self.rest if self.site == "attention" else 0)
 
 
 @dataclass(frozen=True)
 class TowerShape:
-    """The sizes of a tower that its FLOPs depend on."""
+    """The sizes that a tower's FLOPs depend on."""
 
     width: int
     depth: int
@@ -94,38 +96,32 @@ class TowerShape:
         return self.embed + sum(block.forward for block in self.blocks) + self.project
 
     def forward_from(self, layer: int) -> int:
-        """One parameter set, restarted where the adapter of `layer` (from 1) begins to matter."""
+        """One evaluation that restarts at the adapter of `layer` (from 1)."""
         return self.blocks[layer - 1].forward_from_adapter + sum(block.forward for block in self.blocks[layer:]) + self.project
 
     def delta_from(self, layers: set[int]) -> int:
-        """What a change costs beyond a forward from the lowest of the perturbed `layers`: its products with what is perturbed itself.
-
-        These are the two of attention once more, where both factors change, and the adapters that are perturbed, once more.
-        """
+        """Delta-forward's additional FLOPs: products whose two factors both change, of attention and of perturbed adapters, twice."""
         above = sum(block.attention for block in self.blocks[min(layers) :])
         lowest = self.blocks[min(layers) - 1]
-        own = sum(self.blocks[layer - 1].adapter for layer in layers) - lowest.adapter // 2  # its input has no change
+        own = sum(self.blocks[layer - 1].adapter for layer in layers) - lowest.adapter // 2  # the lowest adapter's input does not change
         return above + own + (lowest.attention if self.site == "attention" else 0)
 
     def backward(self, learning: set[int]) -> int:
-        """From the features down to the lowest layer that learns by first order."""
+        """Back-propagate from the features to the lowest of the `learning` layers."""
         if not learning:
             return 0
         lowest = min(learning)
         above = sum(self.blocks[layer - 1].backward(layer in learning) for layer in range(lowest + 1, self.depth + 1))
         return self.project + above + self.blocks[lowest - 1].backward_to_adapter
 
-    def naive(self, tokens: int) -> "TowerShape":
-        """Return the tower as usual code runs it: every prompt at the whole context, every position through the last block."""
-        return replace(self, tokens=tokens, read=tokens)
 
-
-def shapes_of(towers: TwoTowers, prompt_tokens: int) -> dict[str, TowerShape]:
-    """Return the shapes of a model's towers; prompts have `prompt_tokens`."""
+def tower_shapes(towers: TwoTowers, prompt_tokens: int) -> dict[str, TowerShape]:
+    """Return the shapes of a model's towers, for prompts of `prompt_tokens`."""
     result = {}
     for branch in BRANCHES:
         tower = towers.tower(branch)
         adapter = tower.block(1).adapter
+        config: MoEConfig | LoRAConfig = adapter.config
         visual = towers.vision.ends.visual
         patches = len(visual.positional_embedding) - 1
         is_vision = branch == "vision"
@@ -135,7 +131,7 @@ def shapes_of(towers: TwoTowers, prompt_tokens: int) -> dict[str, TowerShape]:
             depth=tower.depth,
             tokens=patches + 1 if is_vision else prompt_tokens,
             read=1 if is_vision else 2,
-            columns=_columns(adapter.config),
+            columns=config.rank * len(config.targets) if isinstance(config, LoRAConfig) else config.top_k * config.bottleneck,
             site=adapter.site,
             embed=2 * patches * visual.conv1.weight.numel() if is_vision else 0,
             features=visual.proj.shape[1],
@@ -143,54 +139,30 @@ def shapes_of(towers: TwoTowers, prompt_tokens: int) -> dict[str, TowerShape]:
     return result
 
 
-def _columns(config: MoEConfig | LoRAConfig) -> int:
-    if isinstance(config, LoRAConfig):
-        return config.rank * len(config.targets)
-    return config.top_k * config.bottleneck
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs of a step by what they are for."""
-
-    forward: int
-    backward: int
-    perturbed: int
-
-    @property
-    def total(self) -> int:
-        return self.forward + self.backward + self.perturbed
+Shapes = Mapping[str, TowerShape]
+Orders = Mapping[UnitId, Order]
 
 
 def evaluations(config: ZerothOrderConfig) -> int:
-    """Return how many perturbed losses a branch needs beyond the base loss (simultaneous update, one step, granularity branch)."""
+    """Return how many perturbed losses a branch needs beside the base loss (granularity branch)."""
     return config.probes * config.sides + (2 if config.acceptance == "best_of_three" else 0)
 
 
-def phases(config: ZerothOrderConfig) -> int:
-    """Return how often losses are asked for: probes, and then the candidates of the best of three."""
-    return 2 if config.acceptance == "best_of_three" else 1
-
-
 def naive_evaluations(config: ZerothOrderConfig) -> int:
-    """Return the whole-model losses of the usual code: MeZO's two a probe; ZO-LLM's conservative step takes five, the base anew."""
+    """Return the losses of the naive step: two a probe as MeZO, five for a conservative step as ZO-LLM."""
     return 2 * config.probes + (3 if config.acceptance == "best_of_three" else 0)
 
 
 def step_cost(
-    shapes: Mapping[str, TowerShape],
-    orders: Mapping[UnitId, Order],
-    config: ZerothOrderConfig,
-    images: int,
-    classes: int,
-    delta_branches: Collection[str] = (),
-) -> Cost:
-    """Return the FLOPs that one step cannot do without: nothing is computed twice, nothing that is not read.
+    shapes: Shapes, orders: Orders, config: ZerothOrderConfig, images: int, classes: int, delta_branches: Collection[str] = ()
+) -> int:
+    """Return the fewest FLOPs that one step needs: nothing is computed twice, and nothing that is not read.
 
-    delta_branches: branches whose candidates are evaluated by delta-forward. It computes the base anew in each phase, beside the changes.
+    delta_branches: branches that are evaluated by delta-forward, which computes the base again in each phase.
     """
     samples = {"vision": images, "language": classes}
     zeroth, first = _layers(orders, Order.ZEROTH), _layers(orders, Order.FIRST)
+    phases = 2 if config.acceptance == "best_of_three" else 1  # probes, then the two candidates
     logits = 2 * images * classes * shapes["vision"].features
     forward = logits + sum(samples[b] * shape.forward for b, shape in shapes.items())
     backward = sum((samples[b] * shape.backward(first[b]) + logits) for b, shape in shapes.items() if first[b])
@@ -198,29 +170,23 @@ def step_cost(
     for b, shape in shapes.items():
         if zeroth[b]:
             again = shape.forward_from(min(zeroth[b]))
-            beside = phases(config) * again + evaluations(config) * shape.delta_from(zeroth[b]) if b in delta_branches else 0
+            beside = phases * again + evaluations(config) * shape.delta_from(zeroth[b]) if b in delta_branches else 0
             perturbed += samples[b] * (evaluations(config) * again + beside) + evaluations(config) * logits
-    return Cost(forward, backward, perturbed)
+    return forward + backward + perturbed
 
 
-def naive_cost(
-    shapes: Mapping[str, TowerShape],
-    orders: Mapping[UnitId, Order],
-    config: ZerothOrderConfig,
-    images: int,
-    classes: int,
-    context: int = 77,
-) -> Cost:
-    """Return the FLOPs of the usual step: a first-order pass over the whole CLIP, then whole-model losses for zeroth order."""
+def naive_cost(shapes: Shapes, orders: Orders, config: ZerothOrderConfig, images: int, classes: int) -> int:
+    """Return the FLOPs of the naive step: a first-order pass over the whole CLIP, then losses of the whole CLIP for zeroth order."""
     samples = {"vision": images, "language": classes}
     zeroth, first = _layers(orders, Order.ZEROTH), _layers(orders, Order.FIRST)
-    whole = {b: shape.naive(shape.tokens if b == "vision" else context) for b, shape in shapes.items()}
+    tokens = {"vision": shapes["vision"].tokens, "language": CONTEXT}
+    whole = {b: replace(shape, tokens=tokens[b], read=tokens[b]) for b, shape in shapes.items()}  # all positions of the last block
     logits = 2 * images * classes * shapes["vision"].features
     forward = logits + sum(samples[b] * shape.forward for b, shape in whole.items())
     backward = sum((samples[b] * shape.backward(first[b]) + logits) for b, shape in whole.items() if first[b])
     perturbed = naive_evaluations(config) * forward if any(zeroth.values()) else 0
-    return Cost(forward if any(first.values()) or not perturbed else 0, backward, perturbed)
+    return (forward if any(first.values()) or not perturbed else 0) + backward + perturbed
 
 
-def _layers(orders: Mapping[UnitId, Order], order: Order) -> dict[str, set[int]]:
+def _layers(orders: Orders, order: Order) -> dict[str, set[int]]:
     return {branch: {unit.layer for unit, o in orders.items() if unit.branch == branch and o is order} for branch in BRANCHES}
