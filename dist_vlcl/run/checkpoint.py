@@ -128,5 +128,5 @@ def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     h = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        h.update(tensor.flatten().view(torch.uint8).numpy())
+        h.update(tensor.flatten().view(torch.uint8).numpy().data)
     return h.hexdigest()

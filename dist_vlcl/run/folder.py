@@ -107,7 +107,8 @@ class RunFolder:
         the code; a change is reported. wait_s: how long a restart by a scheduler waits for a process that uses the folder.
         Raises RunRefused on all ranks if the folder cannot be used.
         """
-        lock, outcome = None, None
+        lock: TextIO | None = None
+        outcome: dict[str, Any] | RunRefused | None = None
         if world.is_main:
             try:
                 lock, outcome = _prepare(settings, _as_saved(config), {"data": data, "code_digest": code}, wait_s)
