@@ -101,9 +101,8 @@ def measure_slopes(args: argparse.Namespace) -> Table:
             row["same sign"] = f"{100 * float((found.sign() == exact.sign()).double().mean()):.0f} %"
             row[f"below {MAX_SLOPE_NOISE}"] = "yes" if noise < MAX_SLOPE_NOISE else "no"
             rows.append(row)
-    size = f"{args.images} images, {args.classes[0]} classes, {args.repeats} directions"
     epsilon = ", ".join(f"{branch} {value:g}" for branch, value in workload.config.zo.epsilon.items())
-    title = f"Rounding in slopes: {workload.config.model.name}, random weights, logit scale {LOGIT_SCALE}, {size}, epsilon {epsilon}"
+    title = f"Rounding in slopes: {workload.config.model.name}, {args.images} images, {args.repeats} directions, epsilon {epsilon}"
     return Table(title, rows, "Against float64. Training offers fp32 and bf16; the other precisions are shown for comparison.")
 
 

@@ -3,7 +3,8 @@
 torchrun --nproc-per-node=2 -m benchmarks.wire                            two ranks on this machine, the small CLIP
 torchrun --nproc-per-node=2 -m benchmarks.wire model=vit_b16 --images 16
 RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=host1 MASTER_PORT=29501 python -m benchmarks.wire --interface eth0
-    one rank on each of two hosts (RANK=1 on the second): also what this network interface sends. Nothing else may use it.
+    one rank on each of two hosts (RANK=1 on the second): also what this network interface sends, with headers and acknowledgements.
+    Nothing else may use it.
 """
 
 import argparse
@@ -36,8 +37,7 @@ def measure(args: argparse.Namespace) -> list[Table]:
     finally:
         world.close()
     config = pairs[0][1].config
-    note = "Bytes are what a rank contributes. The interface also counts Ethernet, IP and TCP headers and acknowledgements."
-    return [Table(f"What a rank sends in a step: {config.model.name}, {config.zo.name}, {world.size} ranks", rows, note)]
+    return [Table(f"What a rank sends in a step: {config.model.name}, {config.zo.name}, {world.size} ranks", rows)]
 
 
 def sent(world: World, workload: Workload, interface: str | None, steps: int) -> Row:

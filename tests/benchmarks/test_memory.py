@@ -27,7 +27,6 @@ def test_a_prompt_saves_a_tenth_of_what_the_naive_step_saves():
     ("options", "limit"),
     [
         (("orders=dual_all", "zo=mozo"), 1.2e9),
-        (("orders=vision_all", "zo=mozo"), 1.6e9),
         (("orders=first", "model.precision=bf16"), 4e9),
         (("orders=first", "model.precision=bf16", "model.checkpoint=true"), 1.2e9),
     ],
