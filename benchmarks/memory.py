@@ -1,101 +1,78 @@
-"""Memory of a step: what back-propagation keeps for an image and a prompt, and the peak per setting beside the paper's Table 5."""
+"""Memory of a step: what back-propagation saves for an image and for a prompt, and the peak of a step, weights included.
+
+    python -m benchmarks.memory                                               counted for ViT-B/16: no GPU, no time
+    python -m benchmarks.memory model.precision=bf16 model.checkpoint=true    with other options of the model
+    python -m benchmarks.memory cluster.device=cuda                           also the peak that the GPU reports
+    python -m benchmarks.memory adapter=lora
+
+Bytes are counted from the tensors that are alive, without what an operator uses inside itself and without the GPU's own context.
+"""
 
 import argparse
-import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.count import PeakBytes, saved_bytes, without_numbers
-from benchmarks.naive import NaiveStep
-from benchmarks.result import Result, Table
-from benchmarks.setup import Workload, add_orders, add_workload, device_of, settings_of, workload_of
+from benchmarks.common import PeakBytes, Row, Table, Workload, make_parser, run, saved_bytes, without_numbers, workloads_of
+from benchmarks.step import naive_step
 from dist_vlcl.dist.world import World
-from dist_vlcl.model.clip import PRECISIONS
-from dist_vlcl.paper import published
-from dist_vlcl.zo.noise import Key
-
-EXAMPLES = """examples:
-  python -m benchmarks memory                           counted for ViT-B/16, 64 images, 125 classes: no GPU, no time
-  python -m benchmarks memory --picture memory.png      and a picture, beside the paper's
-  python -m benchmarks memory --adapter lora            the other half of the paper's Table 5
-  python -m benchmarks memory --device cuda             with the peak that the GPU saw"""
-
-SETTINGS_OF_TABLE_5 = {"first": "fo", "language_all": "language", "vision_all": "vision", "dual_all": "dual"}
+from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.zo.noise import Key, StepNoise
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_workload(parser, images=64, classes=125)
-    add_orders(parser, ",".join(SETTINGS_OF_TABLE_5))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    run(make_parser(__doc__, images=64, classes=125, orders="first,language_all,vision_all,dual_all"), measure, arguments)
 
 
-def run(args: argparse.Namespace) -> Result:
-    device, records = device_of(args), []
-    published_gb = published()["table5_memory_gb"].get(args.adapter, {})
-    for orders in settings_of(args):
-        for precision, checkpoint in itertools.product(PRECISIONS, (False, True)):
-            workload = workload_of(args, orders=orders, precision=precision, checkpoint=checkpoint, graphs=False)
-            counted = peak_bytes(workload, args.count_on)
-            record: dict[str, Any] = {"orders": orders, "precision": precision, "checkpoint": checkpoint, "counted_bytes": counted}
-            if device == "cuda":
-                record["measured_bytes"] = measured_bytes(workload)
-            records.append(record)
-    kept: dict[str, dict[str, Any]] = {"naive": {"naive": True}} if args.adapter == "moe" else {}  # which is all the naive step knows
-    for precision in PRECISIONS:
-        kept |= {precision: {"precision": precision}, f"{precision}, checkpoints": {"precision": precision, "checkpoint": True}}
-    size = {"model": args.model, "adapter": args.adapter}
-    saved = [
-        [name, *[saved_per_sample(b, device=args.count_on, **options, **size) / 1e6 for b in ("vision", "language")]]
-        for name, options in kept.items()
+def measure(args: argparse.Namespace) -> list[Table]:
+    """Return the bytes saved a sample, and the peak of each order plan."""
+    peaks = []
+    for orders, workload in workloads_of(args):
+        row: Row = {"orders": orders, "classes": workload.classes, "counted GB": peak_bytes(workload) / 1e9}
+        if workload.device == "cuda":
+            row["GPU GB"] = measured_bytes(workload) / 1e9
+        peaks.append(row)
+    model = workload.config.model
+    title = f"{model.name}, {model.precision}{', checkpoints' if model.checkpoint else ''}"
+    steps = {"ours": False, "naive, fp32": True} if isinstance(workload.config.adapter, MoEConfig) else {"ours": False}
+    saved = []
+    for name, naive in steps.items():
+        image, prompt = (saved_per_sample(branch, workload, naive) / 1e6 for branch in ("vision", "language"))
+        saved.append({"step": name, "MB per image": image, "MB per prompt": prompt})
+    return [
+        Table(f"Saved for the backward pass, first order everywhere: {title}", saved),
+        Table(f"Peak of a step, weights included: {title}, {args.images} images", peaks),
     ]
-    peaks = [
-        [
-            r["orders"],
-            r["precision"],
-            "yes" if r["checkpoint"] else "no",
-            r["counted_bytes"] / 1e9,
-            r["measured_bytes"] / 1e9 if "measured_bytes" in r else "not measured",
-            published_gb.get(SETTINGS_OF_TABLE_5.get(r["orders"], ""), ""),
-        ]
-        for r in records
-    ]
-    columns = ["orders", "precision", "checkpoint", "counted GB", "GPU GB", "paper GB"]
-    return Result(
-        [
-            Table(f"Kept for the backward pass, first order everywhere: {args.model}", ["", "MB an image", "MB a prompt"], saved),
-            Table(f"Peak of a step, weights included: {args.images} images, {args.classes} classes", columns, peaks),
-        ],
-        records + [{"kept": name, "image_mb": image, "prompt_mb": prompt} for name, image, prompt in saved],
-    )
 
 
-def saved_per_sample(branch: str, naive: bool = False, samples: int = 2, device: str = "meta", **workload: Any) -> float:
-    """Return the bytes kept for the backward pass of an image (branch vision) or a prompt, by first order everywhere."""
-    setting = Workload(orders="first", images=samples, classes=samples, **workload)
-    towers = setting.towers(device, context="full" if naive else "truncated")
+def saved_per_sample(branch: str, workload: Workload, naive: bool = False, samples: int = 2) -> float:
+    """Return the bytes saved for the backward pass of an image (vision) or a prompt (language), with first order everywhere."""
+    few = workload.changed("orders=first", images=samples, classes=samples)
     with without_numbers():
         if naive:
-            step = NaiveStep(towers, setting.orders_of(towers), setting.zeroth, setting.class_names)
-            inputs, run = step.tokens, step.features
+            step = naive_step(few, "meta")
+            towers, inputs, forward = step.towers, step.tokens, step.features
         else:
-            inputs = towers.prompts(setting.class_names).to(device)
+            towers = few.towers("meta")
+            inputs = towers.prompts(few.class_names).to("meta")
 
-            def run(branch: str, inputs: torch.Tensor, noise: Any) -> torch.Tensor:
+            def forward(branch: str, inputs: torch.Tensor, noise: StepNoise) -> Any:
                 return towers({branch: inputs}, noise)[branch][0]
 
         if branch == "vision":
-            inputs = setting.batch(towers.image_size).images.to(device)
-        noise = setting.noise(Key(0, 0), device)
-        weights = [*towers.parameters(), *towers.buffers()]
-        return saved_bytes(lambda: run(branch, inputs, noise), besides=weights) / samples
+            inputs = few.batch(towers).images
+        noise = StepNoise(Key(0, 0), {branch: torch.arange(samples, device="meta")})
+        return saved_bytes(lambda: forward(branch, inputs, noise), besides=[*towers.parameters(), *towers.buffers()]) / samples
 
 
-def peak_bytes(workload: Workload, device: str = "meta") -> int:
-    """Return the most bytes alive in the second step, weights included, optimiser too; counted, on no device."""
+def peak_bytes(workload: Workload) -> int:
+    """Return the most bytes that are alive in the second step, weights and optimiser included; counted on the meta device."""
+    workload.towers("meta")  # builds the model that the next call copies: only the copy is counted
     with without_numbers(), PeakBytes() as memory:
-        towers = workload.towers(device)
-        step = workload.step(towers, World.alone(device))
-        batch = workload.batch(towers.image_size).to(device)
+        step = workload.step(workload.towers("meta"), World.alone("meta"))
+        batch = workload.batch(step.towers)
         step([batch], Key(0, 0), 1e-3)
         memory.peak = memory.alive
         step([batch], Key(0, 1), 1e-3)
@@ -103,12 +80,16 @@ def peak_bytes(workload: Workload, device: str = "meta") -> int:
 
 
 def measured_bytes(workload: Workload) -> int:
-    """Return the most that torch had allocated on the GPU in the second step."""
+    """Return the most bytes that torch had allocated on the GPU in the fourth step; CUDA graphs are recorded in the second."""
     step = workload.step(workload.towers("cuda"), World.alone("cuda"))
-    batch = workload.batch(step.towers.image_size)
-    step([batch], Key(0, 0), 1e-3)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    step([batch], Key(0, 1), 1e-3)
+    batch = workload.batch(step.towers)
+    for number in range(4):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        step([batch], Key(0, number), 1e-3)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,13 @@
-"""The step as usual code takes it, to measure against: every loss is a call of the whole CLIP.
+"""The step as one would first write it, to compare with: every loss is one call of the whole CLIP.
 
-First order as in MoE-Adapters4CL: 77 tokens a prompt, experts one by one, each on the samples that chose it. Zeroth order as in MeZO and
-ZO-LLM: parameters perturbed in place, tensor by tensor, noise drawn again for each pass; a conservative step takes five losses. One
-estimate serves both branches. The base loss is that of the fast step (tests hold it); the draws are torch's, so that updates differ.
+First order is as in MoE-Adapters4CL: 77 tokens a prompt, one expert after the other, each on the samples that chose it. Zeroth order is
+as in MeZO and ZO-LLM: parameters are perturbed in place, tensor by tensor, and noise is drawn again in each pass. A conservative step
+takes five losses. One estimate serves both branches. A test compares the base loss with ours. Updates differ: torch draws the noise here.
 """
 
-# B samples, L tokens, D width, F features
+# B samples, L tokens, D width, F features, k experts of a sample
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,10 @@ from dist_vlcl.zo.update import ZerothOrderConfig
 
 
 class NaiveStep:
-    """One hybrid step, with nothing shared between its losses. `towers` must be built with context=full."""
+    """One hybrid step whose losses share nothing. Build `towers` with model.context=full and adapter=moe."""
 
     def __init__(self, towers: TwoTowers, orders: Mapping[UnitId, Order], zeroth: ZerothOrderConfig, class_names: list[str]):
-        if not isinstance(towers.vision.block(1).adapter.config, MoEConfig):
-            raise ValueError("--adapter: the naive step knows experts only; choose --adapter moe")
+        assert isinstance(towers.vision.block(1).adapter.config, MoEConfig)
         self.towers, self.config = towers, zeroth
         self.device = towers.logit_scale.device
         self.tokens = towers.prompts(class_names).to(self.device)
@@ -60,7 +59,7 @@ class NaiveStep:
             self.adamw.zero_grad()
         return float(loss.detach())
 
-    def _zeroth_order(self, loss, key: Key, lr: float, base: float | None) -> None:
+    def _zeroth_order(self, loss: Callable[[], float], key: Key, lr: float, base: float | None) -> None:
         config, seed, step = self.config, key.seed, lr * self.config.lr_scale
         slopes = []
         for probe in range(config.probes):
@@ -96,28 +95,30 @@ class NaiveStep:
                 direction = z * (slope / self.config.epsilon[name.split(".")[0]])
                 tensor.data = tensor.data + (direction.sign() if self.config.transform == "sign" else direction) * coefficient
 
-    def _noise(self, seed: int):
-        """Yield every tensor with its noise, drawn anew from the seed."""
+    def _noise(self, seed: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield every tensor with its noise, drawn again from the seed."""
         torch.manual_seed(seed)
         for name, tensor in self.zeroth.items():
             yield name, tensor, torch.normal(0.0, 1.0, tensor.shape, device=tensor.device)
 
     def loss(self, images: Tensor, labels: Tensor, noise: StepNoise) -> Tensor:
-        """Return the mean loss of the batch: both towers, whole."""
+        """Return the mean loss of the batch, from both towers."""
         image_BF, text_CF = self.features("vision", images, noise), self.features("language", self.tokens, noise)
         return F.cross_entropy(self.towers.logit_scale * image_BF @ text_CF.T, labels)
 
     def features(self, branch: str, inputs: Tensor, noise: StepNoise) -> Tensor:
-        """Return the unit features of uint8 images or of tokens, `[B, F]`."""
+        """Return unit features `[B, F]` of uint8 images or of tokens."""
         tower = self.towers.tower(branch)
-        x = tower.ends.embed(inputs)
-        mask = None
+        x_BLD = tower.ends.embed(inputs)
+        mask_LL = None
         if branch == "language":
-            mask = torch.full((x.shape[1], x.shape[1]), float("-inf"), device=x.device, dtype=x.dtype).triu(1)
+            length = x_BLD.shape[1]
+            mask_LL = torch.full((length, length), float("-inf"), device=x_BLD.device, dtype=x_BLD.dtype).triu(1)
         for block in tower:
-            x = self._block(block, x, mask, *block.adapter.draw(noise, branch, block.unit.id.layer, x.shape[1], True))
+            random = block.adapter.draw(noise, branch, block.unit.id.layer, x_BLD.shape[1], True)
+            x_BLD = self._block(block, x_BLD, mask_LL, *random)
         rows = tower.ends.reads(inputs)
-        last = x[:, :1] if rows is None else x[torch.arange(len(x), device=x.device)[:, None], rows]
+        last = x_BLD[:, :1] if rows is None else x_BLD[torch.arange(len(x_BLD), device=x_BLD.device)[:, None], rows]
         return F.normalize(tower.ends.pool(last), dim=-1)
 
     def _block(self, block: AdaptedBlock, x: Tensor, mask: Tensor | None, router: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
@@ -130,26 +131,25 @@ class NaiveStep:
         return mlp.c_proj(hidden * torch.sigmoid(1.702 * hidden) if isinstance(mlp.gelu, QuickGELU) else mlp.gelu(hidden))
 
     def _experts(self, adapter, u: Tensor, noise: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
-        """Return the gated sum, expert by expert, each on the samples that chose it."""
+        """Return the gated sum `[B, L, D]`, one expert after the other, each on the samples that chose it."""
         config = adapter.config
-        values = {name: getattr(adapter, name) for name in ("down_weight", "down_bias", "up_weight", "up_bias", "router", "noise")}
-        logits = u[:, 0] @ values["router"]
-        logits = logits + (F.softplus(u[:, 0] @ values["noise"]) + 0.01) * (noise if noise is not None else 0.0)
+        logits = u[:, 0] @ adapter.router
+        logits = logits + (F.softplus(u[:, 0] @ adapter.noise) + 0.01) * (noise if noise is not None else 0.0)
         best_Bk = logits.topk(config.top_k, dim=-1).indices.sort(-1).values
         gates_Bk = logits.gather(-1, best_Bk).softmax(-1)
         y = torch.zeros_like(u)
         for e in range(config.experts):
             samples, place = self._who_chose(e, best_Bk)
-            hidden = F.relu(F.linear(u[samples], values["down_weight"][e], values["down_bias"][e]))
+            hidden = F.relu(F.linear(u[samples], adapter.down_weight[e], adapter.down_bias[e]))
             if dropout_mask is not None:
                 mask = dropout_mask.unflatten(-1, (config.top_k, -1))[samples, :, place]
                 hidden = hidden * mask / (1 - config.dropout)
-            out = F.linear(hidden, values["up_weight"][e].T, values["up_bias"][e]) * config.scale
+            out = F.linear(hidden, adapter.up_weight[e].T, adapter.up_bias[e]) * config.scale
             y = y.index_add(0, samples, out * gates_Bk[samples, place][:, None, None])
         return y
 
     def _who_chose(self, expert: int, best_Bk: Tensor) -> tuple[Tensor, Tensor]:
-        if best_Bk.device.type == "meta":  # which samples is unknown; on average B k / E of them
+        if best_Bk.device.type == "meta":  # without numbers: on average B k / E samples
             share = torch.zeros(best_Bk.numel() // self.towers.vision.block(1).adapter.config.experts, dtype=torch.long, device="meta")
             return share, share
         samples, place = torch.nonzero(best_Bk == expert, as_tuple=True)

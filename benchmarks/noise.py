@@ -1,62 +1,76 @@
-"""Random directions: numbers a second by several ways; what noise and its application take of a step, with everything else left out."""
+"""Random directions: how fast they are drawn, or (--slope) how much of a slope is rounding at each precision.
+
+python -m benchmarks.noise                                                time to draw and add one direction of every adapter
+python -m benchmarks.noise cluster.device=cuda
+python -m benchmarks.noise --slope --images 8 --classes 4 --repeats 4     slopes at several precisions against float64, ViT-B/16
+python -m benchmarks.noise --slope cluster.device=cuda --images 32        on a GPU also with TF32
+"""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
+import contextlib
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.naive import NaiveStep
-from benchmarks.result import Result, Table, interleaved, median, spread
-from benchmarks.setup import Workload, add_workload, device_of, positive, workload_of
+from benchmarks.common import Row, Table, Workload, interleaved, make_parser, positive, ratio, run, workloads_of
 from dist_vlcl.dist.world import World
+from dist_vlcl.precision import MAX_SLOPE_NOISE
 from dist_vlcl.step import HybridStep
-from dist_vlcl.zo.difference import Candidate, Directions
+from dist_vlcl.zo.difference import Directions
 from dist_vlcl.zo.noise import Key
-from dist_vlcl.zo.update import ZerothOrder
 
-EXAMPLES = """examples:
-  python -m benchmarks noise
-  python -m benchmarks noise --device cuda"""
+LOGIT_SCALE = 100  # of OpenAI's weights; a model with random weights has 14
+MODES = [  # model.precision, zo.evaluation, and arithmetic that dist_vlcl does not offer
+    ("fp32", "whole", ""),
+    ("fp32", "delta", ""),
+    ("bf16", "whole", ""),
+    ("bf16", "delta", ""),
+    ("fp32", "whole", "tf32"),
+    ("fp32", "whole", "bf16 autocast"),
+    ("fp32", "whole", "fp16 autocast"),
+]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_workload(parser, images=8, classes=4)
-    parser.add_argument("--repeats", type=positive, default=5, help="turns that are timed (default: %(default)s)")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = make_parser(__doc__, images=8, classes=4, orders="language_all,vision_all")
+    parser.add_argument("--slope", action="store_true", help="measure rounding in slopes instead of speed")
+    parser.add_argument("--repeats", type=positive, default=8, help="turns that are timed, or directions of a slope (default: %(default)s)")
+    run(parser, lambda args: [measure_slopes(args) if args.slope else measure_draws(args)], arguments)
 
 
-def run(args: argparse.Namespace) -> Result:
-    device, workload = device_of(args), workload_of(args, orders="dual_all")
+def measure_draws(args: argparse.Namespace) -> Table:
+    """Return the speed of several ways to draw and add a direction of all adapters."""
+    workload = workloads_of(args)[0][1].changed("orders=dual_all")
+    device = workload.device
     step = workload.step(workload.towers(device), World.alone(device))
-    batch = workload.batch(step.towers.image_size)
-    drawn = interleaved(draws(step, device), args.repeats, device)
-    parts = interleaved(noise_of_a_step(workload, step, device), args.repeats, device)
-    step_s = median(interleaved({"step": lambda: step([batch], Key(0, 0), 1e-3)}, 3 if device == "cuda" else 1, device)["step"])
-    total = sum(flat.numel for flat in step.flats.values())
-    naive, naive_step = next(iter(drawn.values())), next(iter(parts.values()))
-    rows = [[way, total / median(s) / 1e6, spread(naive, s)] for way, s in drawn.items()]
-    shares: list[Sequence[Any]] = [
-        [part, 1000 * median(s), "" if "dropout" in part else spread(naive_step, s), f"{100 * median(s) / step_s:.3f} %"]
-        for part, s in parts.items()
+    batch = workload.batch(step.towers)
+    seconds = interleaved(draws(step, device), args.repeats, device)
+    of_step = statistics.median(interleaved({"step": lambda: step([batch], Key(0, 0), 1e-3)}, 1, device)["step"])
+    total = sum(flat.values_n.numel() for flat in step.flats.values())
+    per_tensor = next(iter(seconds.values()))
+    rows = [
+        {
+            "way": way,
+            "million numbers/s": total / statistics.median(s) / 1e6,
+            "times faster": ratio(per_tensor, s),
+            f"% of our step of {args.images} images, {of_step:.3g} s": 100 * statistics.median(s) / of_step,
+        }
+        for way, s in seconds.items()
     ]
-    columns = ["what", "ms", "times faster", f"of our step of {args.images} images, {step_s:.3g} s"]
-    return Result(
-        [
-            Table(f"Draw and add {total:,} numbers", ["way", "million numbers/s", "times faster"], rows),
-            Table(f"Noise and apply in a step: {args.model}, dual_all, {args.zo}, losses given", columns, shares),
-        ],
-        [{"way": w, "s": s, "step_s": step_s} for w, s in (drawn | parts).items()],
-    )
+    return Table(f"Draw and add {total:,} numbers: {workload.config.model.name}", rows)
 
 
-def draws(step: HybridStep, device: str) -> dict[str, Any]:
+def draws(step: HybridStep, device: str) -> dict[str, Callable[[], Any]]:
     """Return ways to draw as many numbers as a direction has, and to add them."""
     tensors = [t.clone() for unit in step.towers.units.values() for t in unit.tensors().values()]
     values = {branch: flat.values_n.clone() for branch, flat in step.flats.items()}
-    flat = torch.zeros(sum(v.numel() for v in values.values()), device=device)
+    flat_n = torch.zeros(sum(v.numel() for v in values.values()), device=device)
 
-    def tensor_by_tensor() -> None:
+    def per_tensor() -> None:
         for t in tensors:
             t.data = t.data + torch.normal(0.0, 1.0, t.shape, device=device) * 1e-3
 
@@ -64,43 +78,61 @@ def draws(step: HybridStep, device: str) -> dict[str, Any]:
         for branch, v in values.items():
             v.add_(directions.draw(branch, Key(0, 0), 0), alpha=1e-3)
 
-    gaussian, rademacher = (Directions(step.flats, law) for law in ("gaussian", "rademacher"))
+    gaussian, rademacher = (Directions(step.flats, distribution) for distribution in ("gaussian", "rademacher"))
     return {
-        "tensor by tensor, torch.normal (MeZO)": tensor_by_tensor,
-        "one flat tensor, normal_": lambda: flat.add_(torch.empty_like(flat).normal_(), alpha=1e-3),
-        "counter-based, Gaussian": lambda: ours(gaussian),
-        "counter-based, Rademacher": lambda: ours(rademacher),
+        "per tensor, torch.normal (MeZO)": per_tensor,
+        "one flat tensor, normal_": lambda: flat_n.add_(torch.empty_like(flat_n).normal_(), alpha=1e-3),
+        "ours (counter-based), Gaussian": lambda: ours(gaussian),
+        "ours (counter-based), Rademacher": lambda: ours(rademacher),
     }
 
 
-def noise_of_a_step(workload: Workload, step: HybridStep, device: str) -> dict[str, Any]:
-    """Return what steps do besides evaluating losses: the naive one, ours by the law of its directions, and ours for the adapters."""
-    towers = workload.towers(device, context="full")
-    naive = NaiveStep(towers, workload.orders_of(towers), workload.zeroth, workload.class_names)
+def measure_slopes(args: argparse.Namespace) -> Table:
+    """Return the rounding in slopes, relative to the slopes in float64, of each order plan and precision."""
+    rows = []
+    for orders, workload in workloads_of(args):
+        exact = slopes(workload, args.repeats, "fp64")
+        for precision, evaluation, arithmetic in MODES:
+            if arithmetic == "tf32" and workload.device != "cuda":
+                continue
+            found = slopes(workload.changed(f"model.precision={precision}", f"zo.evaluation={evaluation}"), args.repeats, arithmetic)
+            noise = float((found - exact).norm() / exact.norm())
+            row: Row = {"orders": orders, "precision": arithmetic or precision, "zo.evaluation": evaluation, "noise / slope": noise}
+            row["same sign"] = f"{100 * float((found.sign() == exact.sign()).double().mean()):.0f} %"
+            row[f"below {MAX_SLOPE_NOISE}"] = "yes" if noise < MAX_SLOPE_NOISE else "no"
+            rows.append(row)
+    size = f"{args.images} images, {args.classes[0]} classes, {args.repeats} directions"
+    epsilon = ", ".join(f"{branch} {value:g}" for branch, value in workload.config.zo.epsilon.items())
+    title = f"Rounding in slopes: {workload.config.model.name}, random weights, logit scale {LOGIT_SCALE}, {size}, epsilon {epsilon}"
+    return Table(title, rows, "Against float64. Training offers fp32 and bf16; the other precisions are shown for comparison.")
 
-    def ours(zeroth: ZerothOrder) -> None:
-        def evaluate(candidates: Sequence[Candidate]) -> list[float]:
-            for branch, flat in zeroth.flats.items():  # as BatchLosses makes its parameter sets
-                offsets = [c[branch] for c in candidates if branch in c]
-                if offsets:
-                    torch.stack(offsets).add_(flat.values_n)
-            return [1.0 + 1e-3 * k for k in range(len(candidates))]
 
-        _, moves = zeroth.decide(evaluate, zeroth.rounds()[0], Key(0, 0), 1e-6)
-        zeroth.apply(moves or [])
+@torch.no_grad()
+def slopes(workload: Workload, directions: int, arithmetic: str = "") -> torch.Tensor:
+    """Return projected gradients `[directions]` of the first zeroth-order branch, at the same point along the same directions."""
+    device = workload.device
+    towers = workload.towers(device)
+    towers.language.ends.clip.logit_scale.fill_(math.log(LOGIT_SCALE))
+    step = workload.step(towers, World.alone(device))
+    if arithmetic == "fp64":
+        towers.double()
+    with computed_in(arithmetic, device):
+        batch, precision = workload.batch(towers), step.precision
+        found = precision.slopes(towers, step.tokens, batch, Key(7, 0), directions, precision.delta_branches)
+    return next(iter(found.values()))
 
-    def adapters() -> None:
-        noise = step._step_noise(Key(0, 0), torch.arange(workload.images, device=device))
-        inputs = {"vision": torch.empty(workload.images), "language": step.tokens}
-        for branch in inputs:
-            tower = step.towers.tower(branch)
-            for block in tower:
-                block.adapter.draw(noise, branch, block.unit.id.layer, tower.ends.length(inputs[branch]), True)
 
-    laws = {law: ZerothOrder(step.flats, replace(workload.zeroth, directions=law)) for law in ("gaussian", "rademacher")}
-    return {
-        "naive: drawn again for each pass, tensor by tensor": lambda: naive._zeroth_order(lambda: 1.0, Key(0, 0), 1e-6, 1.0),
-        "ours, Gaussian": lambda: ours(laws["gaussian"]),
-        "ours, Rademacher": lambda: ours(laws["rademacher"]),
-        "ours, router noise and dropout of all experts": adapters,
-    }
+@contextlib.contextmanager
+def computed_in(arithmetic: str, device: str) -> Iterator[None]:
+    """Compute matrix products in a precision that training does not offer."""
+    dtypes: dict[str, Any] = {"bf16 autocast": torch.bfloat16, "fp16 autocast": torch.float16}
+    torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"
+    try:
+        with torch.autocast(device, dtype=dtypes.get(arithmetic), enabled=arithmetic in dtypes):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+if __name__ == "__main__":
+    main()

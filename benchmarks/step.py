@@ -1,96 +1,80 @@
-"""The hybrid step against the naive one in fp32, in one process, turn by turn; with the FLOPs that both execute and those of a model."""
+"""Time and FLOPs of a step: ours and a naive step in fp32, alternately in one process, beside the cost model.
+
+    python -m benchmarks.step --images 8 --classes 8                          times on this machine, ViT-B/16
+    python -m benchmarks.step --count --orders all zo=mozo                    FLOPs only, counted without computing
+    python -m benchmarks.step --count --classes 10,50,100,200                 how the cost grows with the classes
+    python -m benchmarks.step --count adapter.experts=22                      or with the experts: once for each number
+    python -m benchmarks.step cluster.device=cuda model.precision=bf16        a GPU, our step in bf16
+
+Below 8 images a rank computes 8, so use at least 8. The naive step knows the adapter moe only and is left out with others.
+"""
 
 import argparse
-from dataclasses import replace
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.cost import naive_cost, shapes_of, step_cost
-from benchmarks.count import flops, without_numbers
+from benchmarks.common import Row, Table, Workload, flops, interleaved, make_parser, positive, ratio, run, without_numbers, workloads_of
+from benchmarks.cost_model import naive_cost, step_cost, tower_shapes
 from benchmarks.naive import NaiveStep
-from benchmarks.result import Result, Table, interleaved, median, spread
-from benchmarks.setup import Workload, add_orders, add_workload, device_of, positive, settings_of, workload_of
 from dist_vlcl.dist.world import World
-from dist_vlcl.step import HybridStep
+from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.zo.noise import Key
 
-EXAMPLES = """examples:
-  python -m benchmarks step --images 4 --classes 4                                a few settings at ViT-B/16, on a CPU
-  python -m benchmarks step --orders all --zo conservative --count                every setting, counted only: no time is taken
-  python -m benchmarks step --orders all --count --picture step.png               and a picture of them
-  python -m benchmarks step --device cuda --orders language_all,dual_hop_odd      on a GPU, 128 images
-  python -m benchmarks step --device cuda --precision bf16                        the fast step in bf16, the naive one in fp32"""
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_workload(parser)
-    add_orders(parser, "language_all,vision_suffix,dual_hop_odd")
-    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="launch kernels one by one on a GPU (model.graphs=false)")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = make_parser(__doc__, images=128, classes=20, orders="language_all,vision_suffix,dual_hop_odd")
     parser.add_argument("--repeats", type=positive, default=5, help="turns that are timed (default: %(default)s)")
-    parser.add_argument("--count", action="store_true", help="count the fast step's FLOPs and take no time; any size on any machine")
+    parser.add_argument("--count", action="store_true", help="only count FLOPs; any size on any machine")
+    run(parser, measure, arguments)
 
 
-def run(args: argparse.Namespace) -> Result:
-    rows, records = [], []
-    for orders in settings_of(args):
-        workload = workload_of(args, orders=orders)
-        record = counted(workload, args.count_on) if args.count else timed(workload, device_of(args), args.repeats)
-        records.append({"orders": orders, **record})
-        tera = [record[k] / 1e12 for k in ("naive_model", "model", "executed")]
-        row: list[Any] = [orders, *tera, record["executed"] / record["model"], record["naive_model"] / record["model"]]
-        if not args.count:
-            row += [
-                median(record["naive_s"]),
-                median(record["fast_s"]),
-                spread(record["naive_s"], record["fast_s"]),
-                record["images_per_s"],
-            ]
-        rows.append(row)
-    columns = ["orders", "naive TFLOP", "model TFLOP", "executed TFLOP", "executed / model", "naive / model"]
-    title = f"{args.model}, {args.zo}, {args.images} images, {args.classes} classes, {args.sides}-sided, {args.precision}"
-    if args.count:
-        return Result([Table(f"FLOPs of a step: {title}", columns, rows)], records)
-    columns += ["naive s, fp32", f"fast s, {args.precision}", "times faster", "images/s"]
-    return Result([Table(f"A step, naive and fast: {title}", columns, rows)], records)
+def measure(args: argparse.Namespace) -> list[Table]:
+    """Return one row per order plan and number of classes."""
+    rows = []
+    for orders, workload in workloads_of(args):
+        row = {"orders": orders, "classes": workload.classes, **count(workload)}
+        rows.append(row if args.count else row | time_in_turn(workload, args.repeats))
+    config = workload.config
+    return [Table(f"A step: {config.model.name}, {config.zo.name}, {config.model.precision}, {args.images} images", rows)]
 
 
-def counted(workload: Workload, device: str = "meta") -> dict[str, Any]:
-    """Return the FLOPs of a step: executed (`meta`: in shapes only), by the model, and by the naive model."""
+def count(workload: Workload) -> Row:
+    """Return the TFLOPs of the naive model, of our model, and those that our step executes on the meta device."""
     with without_numbers():
-        towers = workload.towers(device)
-        step = workload.step(towers, World.alone(device))
-        batch = workload.batch(towers.image_size)
+        step = workload.step(workload.towers("meta"), World.alone("meta"))
+        batch = workload.batch(step.towers)
         executed = flops(lambda: step([batch], Key(0, 0), 1e-3))
-    return {"executed": executed, **_modelled(workload, step)}
+    size = tower_shapes(step.towers, step.tokens.shape[1]), step.orders, workload.config.zo, workload.images, workload.classes
+    naive, model = naive_cost(*size), step_cost(*size, step.precision.delta_branches)
+    tera = {"naive TFLOP": naive / 1e12, "model TFLOP": model / 1e12, "executed TFLOP": executed / 1e12}
+    return {**tera, "executed / model": executed / model, "naive / model": naive / model}
 
 
-def timed(workload: Workload, device: str, repeats: int) -> dict[str, Any]:
-    """Return the same as `counted`, and the seconds of each turn of naive and fast."""
-    towers = replace(workload, graphs=False).towers(device)
-    fast, naive = workload.step(towers, World.alone(device)), naive_of(workload, device)
-    batch = workload.batch(towers.image_size)
-    executed = flops(lambda: fast([batch], Key(0, 0), 1e-3))
-    if workload.graphs and device == "cuda":  # what a replay executes is not seen
-        towers.record()
-    naive_executed = flops(lambda: naive(batch, Key(0, 0), 1e-3))
-    turns = {"naive": lambda: naive(batch, Key(0, 1), 1e-3), "fast": lambda: fast([batch], Key(0, 1), 1e-3)}
-    seconds = interleaved(turns, repeats, device)
-    modelled = _modelled(workload, fast)
-    return {
-        "executed": executed,
-        "naive_executed": naive_executed,
-        **modelled,
-        "naive_s": seconds["naive"],
-        "fast_s": seconds["fast"],
-        "images_per_s": workload.images / median(seconds["fast"]),
-    }
+def time_in_turn(workload: Workload, repeats: int) -> Row:
+    """Return the seconds of our step, and of the naive one if it knows the adapter."""
+    device, key = workload.device, Key(0, 1)
+    ours = workload.step(workload.towers(device), World.alone(device))
+    batch = workload.batch(ours.towers)
+    variants: dict[str, Callable[[], Any]] = {"ours": lambda: ours([batch], key, 1e-3)}
+    if isinstance(workload.config.adapter, MoEConfig):
+        naive = naive_step(workload, device)
+        variants["naive"] = lambda: naive(batch, key, 1e-3)
+    seconds = interleaved(variants, repeats, device)
+    median = statistics.median(seconds["ours"])
+    row: Row = {"s": median, "images/s": workload.images / median}
+    if "naive" in seconds:
+        row |= {"naive s": statistics.median(seconds["naive"]), "times faster": ratio(seconds["naive"], seconds["ours"])}
+    return row
 
 
-def naive_of(workload: Workload, device: str) -> NaiveStep:
-    """Return the naive step of a workload: in fp32 whatever the fast one's precision is, since two evaluations in bf16 are no slope."""
-    towers = replace(workload, precision="fp32", checkpoint=False).towers(device, context="full")
-    return NaiveStep(towers, workload.orders_of(towers), workload.zeroth, workload.class_names)
+def naive_step(workload: Workload, device: str) -> NaiveStep:
+    """Return the naive step of a workload, in fp32 whatever our precision: two evaluations in bf16 do not give a slope."""
+    naive = workload.changed("model.precision=fp32", "model.checkpoint=false", "model.graphs=false", "model.context=full")
+    towers = naive.towers(device)
+    return NaiveStep(towers, naive.orders(towers), naive.config.zo, naive.class_names)
 
 
-def _modelled(workload: Workload, step: HybridStep) -> dict[str, int]:
-    what = shapes_of(step.towers, step.tokens.shape[1]), step.orders, workload.zeroth, workload.images, workload.classes
-    return {"model": step_cost(*what, step.delta_branches).total, "naive_model": naive_cost(*what).total}
+if __name__ == "__main__":
+    main()

@@ -13,10 +13,8 @@ from dist_vlcl.config import Config
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
-from dist_vlcl.data.order import SampleId, held_out
-from dist_vlcl.data.shards import Index
-from dist_vlcl.data.store import open_index
-from dist_vlcl.data.tasks import Task, TaskStream
+from dist_vlcl.data.shards import Index, open_index
+from dist_vlcl.data.tasks import SampleId, Task, TaskStream, held_out
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
 from dist_vlcl.dist.agree import agree
 from dist_vlcl.dist.world import World

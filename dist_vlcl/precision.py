@@ -25,8 +25,8 @@ FINE_EPSILON = 1e-4
 class SlopePrecision:
     """Chooses how candidates are evaluated, and measures the rounding error of their slopes once, before the first step.
 
-    delta_branches: the branches whose candidates compute only the change of the features (`model.perturbed`). is_sharded: the model's
-    parameters are sharded over ranks, so it cannot be copied for the measurement; ValueError if one is needed.
+    The candidates of `delta_branches` compute only the change of the features (`model.perturbed`). Raises ValueError if the precision must
+    be measured and the parameters are sharded over ranks (`is_sharded`), because a sharded model cannot be copied.
     """
 
     def __init__(self, towers: TwoTowers, flats: Mapping[str, FlatUnits], zeroth: ZerothOrder, world: World, is_sharded: bool = False):

@@ -40,8 +40,8 @@ class StepReport:
 class HybridStep:
     """Forward both towers once, back-propagate for FIRST units, estimate for ZEROTH units from the same features, then update all.
 
-    first_order_of: makes the first-order engine for the model, after the other units have been turned into buffers. max_skips: stop the
-    run after this many skipped steps in a row. All ranks build this together; rank 0's adapters are sent to the others.
+    `first_order_of` makes the first-order engine, after the other units have become buffers. The run stops after `max_skips` skipped steps
+    in a row. All ranks build this together. They start with rank 0's adapters.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class HybridStep:
         self.zeroth.begin()
 
     def __call__(self, batches: Sequence[Any], key: Key, lr: float, stop: bool = False, observe: bool = False) -> StepReport:
-        """Update on one global batch. `batches` are the micro-batches of this rank's part (data.loader.Batch), on the device.
+        """Update on one global batch. Its part on this rank, on the device, comes as micro-batches (data.loader.Batch).
 
-        key: the step's seed, the same on every rank. stop: this rank was asked to stop; the report says whether any rank was. observe:
-        report statistics of every unit. All ranks call this, with the same number of micro-batches. Raises FloatingPointError after
-        `max_skips` skipped steps in a row.
+        The key must be the same on every rank. Set `stop` if this rank was asked to stop; the report says whether any rank was. With
+        `observe` the report has statistics of every unit. All ranks call this, with the same number of micro-batches. Raises
+        FloatingPointError after `max_skips` skipped steps in a row.
         """
         self.world.collectives.where = f"step {key.step + 1}"
         self.precision.check_once(self.tokens, batches[0], key)

@@ -15,7 +15,7 @@ LONG = (
     "test_faults.py",
     "launch/test_launch.py",
     "dist/test_network.py",
-    "benchmarks/test_commands.py",
+    "benchmarks/test_scripts.py",
     "test_train.py",
     "dist/test_zero.py",
 )

@@ -60,6 +60,7 @@ def test_every_branch_and_layer_plan_has_its_file():
 
 
 def test_the_strategy_files_are_the_rows_of_the_table():
+    """docs/concepts.md, 2."""
     table = {
         "naive": ("identity", "always", 1e-3, 1e-3),
         "sign": ("sign", "always", 1e-3, 1e-3),

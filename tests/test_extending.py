@@ -1,4 +1,4 @@
-"""docs/EXTENDING.md, followed to the letter in an empty folder: every file saved, every command run, in the order of the page."""
+"""docs/extending.md, followed literally in an empty folder: every file is saved and every command is run, in the order of the page."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.ranks import run_module
 
-PAGE = (Path(__file__).parents[1] / "docs" / "EXTENDING.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 BLOCK = re.compile(r"```(python|yaml|sh)\n(.*?)```", re.DOTALL)
 NAMED = re.compile(r"\bas\s+`([\w/.]+\.(?:py|yaml))`:\s*\Z")
 
@@ -38,7 +38,7 @@ def files_and_commands() -> tuple[dict[str, str], list[str]]:
     for match in BLOCK.finditer(PAGE):
         kind, content = match.groups()
         if kind == "sh":
-            commands += content.splitlines()
+            commands += content.replace("\\\n", " ").splitlines()
             continue
         named = NAMED.search(PAGE[: match.start()])
         assert named, f"the page does not say where to save {content[:60]!r}"

@@ -1,4 +1,4 @@
-"""Claims about faults of whole runs (docs/RELIABILITY.md): found and named, survived without a trace, or refused in words."""
+"""Claims about faults of whole runs (docs/reliability.md): found and named, survived without a trace, or refused in words."""
 
 import ctypes
 import json
@@ -17,7 +17,7 @@ import yaml
 
 from dist_vlcl.commands import evaluate
 from dist_vlcl.config import Config
-from dist_vlcl.data.store import open_index
+from dist_vlcl.data.shards import open_index
 from dist_vlcl.dist.agree import ReplicaDivergedError
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World

@@ -148,6 +148,7 @@ def test_what_only_some_runs_need_is_imported_late():
 def test_the_rule_sees_what_it_should_refuse():
     assert violation("zo.noise", "model.units") and violation("dist.world", "data.loader") and violation("model.clip", "dist.world")
     assert violation("run.folder", "train") and violation("run.folder", "report.tables") and violation("data.loader", "step")
+    assert violation("losses", "continual.evaluator") and not violation("step", "losses")
     assert violation("continual.metrics", "continual.evaluator") and violation("data.tasks", "data.loader")
     assert not violation("step", "dist.world") and not violation("train", "config") and not violation("data.loader", "data.tasks")
     assert imports(ast.parse("def f():\n    import torch.distributed as d\n    from a import b")) == {"torch.distributed", "a", "a.b"}

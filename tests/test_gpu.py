@@ -2,18 +2,16 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
 from dist_vlcl.commands.replay import rebuild
-from dist_vlcl.data.order import generator
-from dist_vlcl.data.transforms import TestTransform, TrainTransform, resize_batch
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan, assign
-from dist_vlcl.step import MAX_SLOPE_NOISE, HybridStep
+from dist_vlcl.precision import MAX_SLOPE_NOISE
+from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key, NoiseField, Segment, dropout_mask_by_row, normals_by_row, philox4x32
 from tests.helpers.tiny_clip import LORA, MOE, NAMES, batch_of, pictures, tiny_clip
 from tests.test_step import STRATEGIES, in_float64
@@ -93,7 +91,7 @@ def test_graphs_replay_the_bits_of_kernels_that_are_launched_one_by_one(plan, pr
     zeroth = dataclasses.replace(STRATEGIES["conservative"], probes=2)
     steps = [step_on("cuda", plan, zeroth, precision=precision, double=False, graphs=graphs, **options) for graphs in (True, False)]
     for step in steps:
-        step.noise_is_checked = True  # here the bits count
+        step.precision.is_checked = True  # here the bits count
     held = [p.expand_as(p).grad_fn.next_functions[0][0] for p in steps[0].first.parameters]
     batches = [[batch_of(10, 3, seed=k)] * 2 for k in range(2)] + [[batch_of(n, 3, seed=k)] for k, n in enumerate([12, 12, 12, 9, 9, 9])]
     for task, names in enumerate([CLASSES, [NAMES[k] for k in (0, 2, 4)]]):
@@ -114,16 +112,8 @@ def test_graphs_replay_the_bits_of_kernels_that_are_launched_one_by_one(plan, pr
 @pytest.mark.parametrize("branch", ["vision", "language", "dual"])
 def test_slopes_in_bf16_by_delta_forward_are_fit(branch):
     step = step_on("cuda", OrderPlan(branch, "all"), STRATEGIES["naive"], precision="bf16", double=False)
-    noise = step.slope_noise(batch_of(16, len(CLASSES)), KEY)
+    noise = step.precision.slope_noise(step.tokens, batch_of(16, len(CLASSES)), KEY)
     assert noise and all(0 <= value < MAX_SLOPE_NOISE for value in noise.values())
-
-
-@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 224), (100, 61, 32), (256, 256, 224)])
-def test_the_batched_resize_has_the_bits_of_the_cpu(height, width, size):
-    images = torch.from_numpy(np.random.default_rng(height).integers(0, 256, (70, height, width, 3), dtype=np.uint8))
-    for transform in (TrainTransform(size, scale=(0.3, 1.0)), TestTransform(size)):
-        plans = [transform.plan(height, width, generator(number)) for number in range(len(images))]
-        assert torch.equal(resize_batch(images.cuda(), plans, size).cpu(), resize_batch(images, plans, size))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -1,6 +1,7 @@
 import pytest
 
 from dist_vlcl.model.units import UnitId
+from dist_vlcl.options import validate
 from dist_vlcl.orders import PLAN_BRANCHES, Order, OrderPlan, assign, describe
 
 
@@ -89,15 +90,15 @@ def test_branch_none_leaves_every_unit_to_the_rest():
         (OrderPlan(layers="odd"), "orders.layers='odd': choose from all, hop_odd, hop_even, prefix, suffix"),
         (OrderPlan(layers=[1, 13]), "the language tower has no block 13; choose from 1 to 12"),
         (OrderPlan("vision", [0]), "the vision tower has no block 0; choose from 1 to 12"),
-        (OrderPlan(layers=[]), "names no layer"),
-        (OrderPlan(layers={}), "names no layer"),
+        (OrderPlan(layers=[]), "no layer of the dual branch is chosen"),
+        (OrderPlan(layers={}), "no layer of the dual branch is chosen"),
         (OrderPlan(order="second"), "orders.order='second': choose from first, zeroth, frozen"),
         (OrderPlan(rest="none"), "orders.rest='none': choose from first, zeroth, frozen"),
-        (OrderPlan(layers="prefix", span=0), "orders.span=0: give a positive number"),
+        (OrderPlan(layers="prefix", span=0), "orders.span=0: give a number of at least 1, or null"),
         (OrderPlan(layers="suffix", span=13), "orders.span=13: the language tower has 12 blocks; choose from 1 to 12"),
         (OrderPlan(layers={"vison": [1], "language": [1]}), "orders.layers"),
         (OrderPlan(layers={"vision": "odd"}), "orders.layers"),
-        (OrderPlan("vision", {"vision": [1], "language": [1]}), "orders.layers.language: orders.branch=vision plans vision only"),
+        (OrderPlan("vision", {"vision": [1], "language": [1]}), "orders.layers.language: orders.branch=vision chooses from vision only"),
         (OrderPlan(layers=7), "orders.layers"),
         (OrderPlan(layers=["a", 1, 99]), "orders.layers"),
     ],
@@ -105,6 +106,7 @@ def test_branch_none_leaves_every_unit_to_the_rest():
 )
 def test_a_plan_that_cannot_be_is_refused_in_words(plan, words):
     with pytest.raises(ValueError) as caught:
+        validate(plan, "orders")
         assign(units(), plan)
     assert words in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Claims of the README and the top-level files: what they name exists, and their commands are commands."""
+"""Claims of the README and docs/: their commands are accepted, what they name exists, and their size is bounded."""
 
 import importlib
 import os
@@ -12,113 +12,147 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-import benchmarks.__main__ as bench
 from dist_vlcl.commands import tune
 from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
-from dist_vlcl.run.submit import check_options
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "LOG.md")]
+WITH_COMMANDS = [page for page in PAGES if page.name not in ("extending.md", "performance.md")]  # which have tests of their own
+COMMAND = re.compile(r"(accelerate launch .* -m|python -m|make|torchrun .* -m|sbatch|launch/\w+\.sh) ")
 
 
-def commands() -> list[list[str]]:
-    """Those on lines of their own and those in the text."""
-    lines = [line.strip().split("#")[0] for line in README.splitlines() if line.startswith("    ")] + re.findall(r"`(.+?)`", README)
-    found = [
-        shlex.split(line) for line in lines if re.match(r"(accelerate launch .* -m|python|make|torchrun|sbatch|launch/\w+\.sh) ", line)
-    ]
-    return [[word for word in words if word != "..."] for words in found]
+def commands_of(page: Path) -> list[list[str]]:
+    """Return the commands that stand on lines of their own, and those in the text that have no placeholder such as OPTIONS."""
+    text = page.read_text().replace("\\\n", " ")
+    lines = [re.sub(r"\s# .*", "", line.strip()) for line in text.splitlines() if line.startswith("    ")]
+    inline = [words for words in re.findall(r"`([^`\n]+)`", text) if not re.search(r"\b[A-Z]{2,}\b", words)]
+    return [shlex.split(line) for line in lines + inline if COMMAND.match(line) and "..." not in line]
 
 
-def module_of(command: list[str]) -> str:
-    return next((word for word in command if word.startswith("dist_vlcl.")), "")
+def commands(*kinds: str) -> list:
+    """Return the distinct commands of all pages whose kind (see `kind_of`) is one of these, as parameters of a test."""
+    found = {shlex.join(command): command for page in WITH_COMMANDS for command in commands_of(page) if kind_of(command) in kinds}
+    return [pytest.param(command, id=name) for name, command in found.items()]
 
 
-COMPOSED = {"dist_vlcl.train", "dist_vlcl.commands.build_data", "dist_vlcl.commands.verify"}
-TOLD = {  # module -> what is added so that it does no work, and what it then says: a word that it does not know is told before
+def kind_of(command: list[str]) -> str:
+    """Return the module that a command runs, or the name of its program."""
+    modules = [word for word in command if word.startswith(("dist_vlcl.", "benchmarks."))]
+    return modules[0] if modules and command[0] in ("python", "accelerate", "torchrun") else Path(command[0]).name
+
+
+COMPOSED = ("dist_vlcl.train", "dist_vlcl.commands.build_data", "dist_vlcl.commands.verify")
+PARSED = {  # module -> words added so that the command does no work, and what it then prints
     "dist_vlcl.commands.sweep": (["--count"], r"^\d+$"),
     "dist_vlcl.commands.evaluate": ([], "config.yaml is missing"),
     "dist_vlcl.commands.replay": ([], "config.yaml is missing"),
-    "dist_vlcl.report.build": ([], r"no such folder: runs/\*"),
-    "dist_vlcl.run.submit": (["--dry-run", "--repository", str(ROOT)], "# DIST_VLCL_HOME="),
+    "dist_vlcl.commands.report": ([], r"runs/\*"),
 }
+SCRIPTS = ("local.sh", "multinode.sh", "sbatch", "make")
 
 
-def test_there_are_commands():
-    assert len(commands()) >= 25
-    modules = {module_of(command) for command in commands()} - {""}
-    assert modules == COMPOSED | set(TOLD) | {"dist_vlcl.commands.tune", "benchmarks"}  # whose tests follow
-    assert {Path(command[0]).name for command in commands()} >= {"make", "sbatch", "local.sh", "multinode.sh", "accelerate", "torchrun"}
+def test_every_kind_of_command_is_tested_below():
+    kinds = {kind_of(command) for page in WITH_COMMANDS for command in commands_of(page)}
+    assert kinds == {*COMPOSED, *PARSED, *SCRIPTS, "dist_vlcl.commands.tune"}
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if module_of(c) in TOLD], ids=" ".join)
-def test_every_command_is_taken_by_its_parser(command, tmp_path, monkeypatch, capsys):
-    module = module_of(command)
-    more, said = TOLD[module]
+@pytest.mark.parametrize("command", commands(*COMPOSED))
+def test_every_training_or_data_command_composes(command):
+    words = command[command.index(kind_of(command)) + 1 :]
+    if "zo=mozoo" not in words:  # the tutorial's wrong option
+        check_options(words)
+
+
+@pytest.mark.parametrize("command", commands(*PARSED))
+def test_every_command_is_accepted_by_its_parser(command, tmp_path, monkeypatch, capsys):
+    module = kind_of(command)
+    added, expected = PARSED[module]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [*command[command.index(module) :], *more])
+    monkeypatch.setattr(sys, "argv", [*command[command.index(module) :], *added])
     try:
         importlib.import_module(module).main()
     except SystemExit as ended:
         print(ended.code if isinstance(ended.code, str) else "")
     captured = capsys.readouterr()
-    assert re.search(said, captured.out + captured.err, re.M), captured
+    assert re.search(expected, captured.out + captured.err, re.M), captured
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if module_of(c) in ("dist_vlcl.commands.tune", "benchmarks")], ids=" ".join)
-def test_every_tuning_and_benchmark_is_taken(command):
-    words = command[command.index(module_of(command)) + 1 :]
-    if module_of(command) == "dist_vlcl.commands.tune":
-        fixed, several, _ = tune.read_words(words)
-        with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            assert tune.grid(from_hydra(compose("config", expand_paper(fixed))), several, fixed)
-    elif "--help" not in words:
-        bench.build_parser().parse_args(words)
+@pytest.mark.parametrize("command", commands("dist_vlcl.commands.tune"))
+def test_every_tuning_is_accepted(command):
+    fixed, several, _ = tune.read_words(command[command.index("dist_vlcl.commands.tune") + 1 :])
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+        assert tune.grid(from_hydra(compose("config", expand_paper(fixed))), several, fixed)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c[0].endswith(".sh") or c[0] == "sbatch"], ids=" ".join)
-def test_every_launch_and_job_is_taken(command):
-    if command[0] == "sbatch":
-        (script,) = (word for word in command if word.endswith(".sbatch"))
-        assert (ROOT / script).exists()
-        return check_options(Path(script).stem, command[command.index(script) + 1 :])
+@pytest.mark.parametrize("command", commands("local.sh", "multinode.sh"))
+def test_every_launch_script_accepts_its_options(command):
     words = [word.replace("node1", "localhost") for word in command[1:]]
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run([ROOT / command[0], "--dry-run", *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "-m dist_vlcl.train" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if module_of(c) in COMPOSED], ids=" ".join)
-def test_every_command_line_composes(command):
-    module = next(k for k, word in enumerate(command) if word.startswith("dist_vlcl."))
-    overrides = [word for word in command[module + 1 :] if not word.startswith("--")]
+@pytest.mark.parametrize("command", commands("sbatch"))
+def test_every_job_script_exists_and_its_options_compose(command):
+    (script,) = (word for word in command if word.endswith(".sbatch"))
+    assert (ROOT / script).exists()
+    if script != "slurm/sweep.sbatch":
+        check_options(command[command.index(script) + 1 :])
+
+
+@pytest.mark.parametrize("command", commands("make"))
+def test_every_make_target_exists(command):
+    assert re.search(rf"^{command[1]}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def check_options(words: list[str]) -> None:
     with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        from_hydra(compose("config", expand_paper(overrides)))
+        from_hydra(compose("config", expand_paper([word for word in words if not word.startswith("--")])))
 
 
-def test_every_make_target_and_linked_file_exists():
-    makefile = (ROOT / "Makefile").read_text()
-    for command in commands():
-        if command[0] == "make":
-            assert re.search(rf"^{command[1]}:", makefile, re.M)
-    told = subprocess.run(["make", "--dry-run", "train", "PROCESSES=2"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert "--multi_gpu --main_process_port 0 --num_processes 2" in told  # accelerate's own port serves one run of a machine
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_make_train_starts_two_processes_on_a_free_port():
+    printed = subprocess.run(["make", "--dry-run", "train", "PROCESSES=2"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "--multi_gpu --main_process_port 0 --num_processes 2" in printed  # accelerate's own port serves one run of a machine
 
 
-def test_every_picture_is_explained_and_that_of_the_claims_leads_to_the_page_with_all():
-    below = {name: text for name, text in re.findall(r"^!\[[^\]]*\]\(docs/images/(.+)\.png\)\n\n(.+)", README, re.M)}
-    assert len(below) == README.count("![")
-    assert "`make train`" in below["digits_accuracy_matrix"]
-    assert "(docs/REPRODUCTION.md#" in below["small-clip-shipped-claims-cifar100"]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_picture_leads_to_a_file_and_a_heading(page):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in headings_of(file), target
 
 
-def test_the_tree_in_the_readme_is_the_tree():
-    for name in ("train.py", "evaluate.py", "config.py", "step.py", "orders.py", "schedule.py", "sweep.py", "tune.py", "paper.py"):
-        assert name in README and (ROOT / "dist_vlcl" / name).exists()
-    folders = {p.name for p in (ROOT / "dist_vlcl").iterdir() if p.is_dir() and (p / "__init__.py").exists()}
-    assert all(f"{folder}/" in README for folder in folders)
+def headings_of(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_of_the_repository_that_a_page_names_exists(page):
+    for name in re.findall(r"`((?:tests|tools|launch|slurm|configs|dist_vlcl|benchmarks)/[\w./-]+)`", page.read_text()):
+        if page.name != "extending.md" or not name.startswith("configs/"):  # there the reader makes them
+            assert (ROOT / name).exists(), name
+
+
+def test_every_picture_is_shown_on_a_page():
+    shown = {name for page in PAGES for name in re.findall(r"images/([\w-]+\.png)", page.read_text())}
+    assert shown == {path.name for path in (ROOT / "docs/images").iterdir()}
+
+
+def test_the_readme_is_at_most_120_lines_of_120_characters():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 120 and max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_each_page_is_at_most_250_lines_and_its_text_at_most_160_characters_wide(page):
+    lines = page.read_text().splitlines()
+    assert len(lines) <= 250
+    assert max(len(line) for line in lines if not line.startswith(("|", "!["))) <= 160
 
 
 def test_versions_are_pinned_by_name_and_number_only():

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from dist_vlcl.commands import tune
 from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, load_config
 from dist_vlcl.data.loader import Loader
-from dist_vlcl.data.order import held_out, plain_order
+from dist_vlcl.data.tasks import held_out, plain_order
 from dist_vlcl.data.transforms import TestTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import held_out_samples, open_tasks, steps_per_epoch

@@ -1,30 +1,23 @@
-"""Read every shard of a data set again and compare it with the index:  python -m dist_vlcl.commands.verify data=cifar100 [data.url=...]
+"""Verify the checksums of all shards of a data set:  python -m dist_vlcl.commands.verify data=cifar100 [data.url=ADDRESS]
 
-Duration: that of reading the shards once. Exit status 1 and the names of the shards, if any is damaged.
+Duration: the time to read the shards once. Exit status 1 and the names of the shards if any is damaged.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
 from dist_vlcl.config import Config, hydra_main
-from dist_vlcl.data.shards import ShardError
-from dist_vlcl.data.store import open_index
+from dist_vlcl.data.shards import ShardError, open_index
 from dist_vlcl.masking import masked
 
 
-def verify(config: Config) -> None:
-    """Verify with a progress bar; damage is told on stderr, with exit status 1, and what the user can mend with status 2."""
-
-    def with_bar(work: Sequence[Any]) -> Iterable[Any]:
-        return track(work, description=f"{config.data.name}: shards")
-
+def run(config: Config) -> None:
+    """Verify with a progress bar. Damaged shards give exit status 1; an error of the user gives 2."""
     try:
         index = open_index(config.data)
-        index.verify(with_bar)
+        index.verify(lambda shards: track(shards, description=f"{config.data.name}: shards"))
     except (ValueError, OSError, ShardError) as error:
         print(masked(f"error: {error}"), file=sys.stderr)
         sys.exit(1 if isinstance(error, ShardError) else 2)
@@ -35,7 +28,7 @@ def verify(config: Config) -> None:
 
 def main() -> None:
     """Run the command line."""
-    hydra_main(verify)
+    hydra_main(run, __doc__)
 
 
 if __name__ == "__main__":

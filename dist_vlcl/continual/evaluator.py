@@ -17,11 +17,11 @@ from dist_vlcl.zo.noise import Key, StepNoise
 def count_correct(
     towers: TwoTowers, batches: Iterable[Any], class_names: Sequence[str], prefixes: Sequence[int], world: World, noise: Key | None = None
 ) -> Tensor:
-    """Return counts `[P, C, 2]`, int64: (correct, total) per true class, if only the first `prefixes[p]` classes can be predicted.
+    """Return (correct, total) per true class, int64 `[P, C, 2]`, if only the first `prefixes[p]` classes can be predicted.
 
-    batches: this rank's part of the test samples, on the device; over all ranks each sample occurs once. noise: a key if router noise is
-    to be drawn, as the baseline does (METHOD Q1): once for the text features, and for each image. The prompts are encoded once. The
-    counts are integers and are summed over ranks. All ranks call this.
+    The `batches` are this rank's part of the test samples, on the device. Over all ranks each sample occurs once. The prompts are encoded
+    once. With a key as `noise`, router noise is drawn as the baseline does (METHOD Q1), but only once for the text. The counts are
+    integers and are summed over ranks. All ranks call this.
     """
     tokens = towers.prompts(class_names).to(world.device)
     rows = {"language": torch.arange(len(tokens), device=world.device)}

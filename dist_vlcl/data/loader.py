@@ -1,118 +1,99 @@
-"""The batches of a run: the same global batches for every number of ranks, each rank reading its own part of each."""
+"""The batches of a run. The global batches are the same for every number of ranks; each rank reads its own part of each."""
 
-# B images of this rank in a batch, S side in pixels, H W sides as stored
+# B images of this rank in a batch, S side of an image in pixels
 
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dist_vlcl.data.order import SampleId, generator, plain_order, rank_slice, train_order
-from dist_vlcl.data.settings import ON_ERROR
-from dist_vlcl.data.shards import Index, ShardError, StoredSample, Unread, UnreadShard, decode, is_ppm, log, ppm, read_shard
-from dist_vlcl.data.tasks import Task
-from dist_vlcl.data.transforms import Plan, Transform, resize_batch, resize_image
+from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, is_ppm, log, ppm, read_shard
+from dist_vlcl.data.tasks import SampleId, Task, generator, plain_order, rank_slice, train_order
+from dist_vlcl.data.transforms import Transform
 
-WORKERS_OF_A_GPU = 4
-LARGEST = 4  # stored images with more than this many times the model's pixels are resized before they travel to the device
+MAX_GPU_WORKERS = 4
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's part of a global batch; it may be empty, so that every rank has the same number of batches."""
+    """One rank's part of a global batch. It may be empty, so that every rank has the same number of batches."""
 
-    images: Tensor  # uint8 [B, 3, S, S]; as stored [B, H, W, 3] while it has plans
-    labels: Tensor  # int64 [B], the place of the class in the stream's order
+    images: Tensor  # uint8 [B, 3, S, S]
+    labels: Tensor  # int64 [B], the place of the class among the classes asked for
     positions: Tensor  # int64 [B], the place of each sample in the global batch
-    count: int  # samples of the global batch, those skipped included
+    count: int  # samples of the global batch, including damaged ones that were skipped
     index: int  # of the batch in the epoch
-    samples: list[str]  # keys
-    skipped: list[str] = field(default_factory=list)  # this rank's damaged samples, in words; they are not in the tensors
-    plans: list[Plan] | None = None  # how the device is to crop and resize
-    waited_s: float = 0.0  # how long the trainer waited for it
+    samples: list[str]  # keys of the B samples
+    waited_s: float = 0.0  # how long the trainer waited for the batch
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("images", "labels", "positions")}
-        return replace(self, **moved)
+        """Return the batch with all its tensors on a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        """The DataLoader's pinning thread calls this."""
-        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), positions=self.positions.pin_memory())
+        """Return the batch in pinned memory. The DataLoader's pinning thread calls this."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(self, images=function(self.images), labels=function(self.labels), positions=function(self.positions))
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one rank loads of a global batch, in full: any process can load it."""
+class Request:
+    """All that a process needs to load one rank's part of a global batch."""
 
     split: str
-    members: Sequence[SampleId]
-    positions: Sequence[int]
+    samples: Sequence[SampleId]
     labels: Sequence[int]
+    positions: range
     count: int
     index: int
     transform: Transform
-    seeds: tuple[int, ...]
-    shards: int  # that may have to be at hand at a time
-    turn: int = 0  # the number of the epoch or evaluation in the run
+    seeds: tuple[int, ...]  # of the random crops
+    min_shards: int  # that stay in memory whatever their size
+    pass_index: int = 0  # number of the epoch or evaluation in the run
 
 
-def parts_of(
-    split: str,
-    order: Sequence[SampleId],
-    labels: Mapping[int, int],
-    *,
-    batch_size: int,
-    rank: int,
-    size: int,
-    transform: Transform,
-    seeds: tuple[int, ...] = (),
-    shards: int = 8,
-) -> list[Part]:
-    """A rank's part of order[i * batch_size : (i + 1) * batch_size], for every i, the last one short; nothing dropped or repeated."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: 1 or more")
-    if not 0 <= rank < size:
-        raise ValueError(f"rank={rank}: choose from 0 to {size - 1}, with {size} ranks")
-    parts = []
+def _requests(order: Sequence[SampleId], labels: Mapping[int, int], batch_size: int, rank: int, size: int, **shared: Any) -> list[Request]:
+    """Return a rank's part of order[i * batch_size : (i + 1) * batch_size] for every i. The last global batch may be smaller."""
+    requests = []
     for index, first in enumerate(range(0, len(order), batch_size)):
-        whole = order[first : first + batch_size]
-        positions = rank_slice(len(whole), rank, size)
-        members = [whole[position] for position in positions]
-        own = [labels[member.class_id] for member in members]
-        parts.append(Part(split, members, positions, own, len(whole), index, transform, seeds, shards))
-    return parts
+        batch = order[first : first + batch_size]
+        positions = rank_slice(len(batch), rank, size)
+        samples = [batch[position] for position in positions]
+        own_labels = [labels[sample.class_id] for sample in samples]
+        requests.append(Request(samples=samples, labels=own_labels, positions=positions, count=len(batch), index=index, **shared))
+    return requests
 
 
-class Held(NamedTuple):
+class CachedShard(NamedTuple):
     samples: list[StoredSample]
-    problem: str  # "" for a sound shard
-    turn: int  # in which it was read
+    problem: ShardError | None
+    pass_index: int  # in which it was read
 
 
-class ImageStore:
-    """Images by their place in the shards; what was read and decoded stays in memory, as pixels, while there is room."""
+class ImageCache:
+    """Reads images by their place in the shards. Shards and decoded pixels stay in memory up to `limit_bytes`."""
 
-    def __init__(self, index: Index, limit_bytes: float, on_error: str = "stop") -> None:
-        if on_error not in ON_ERROR:
-            raise ValueError(f"data.on_error={on_error!r}: choose from {', '.join(ON_ERROR)}")
-        self.index, self.limit, self.on_error, self.bytes = index, limit_bytes, on_error, 0
-        self._held: OrderedDict[tuple[str, int, int], Held] = OrderedDict()
+    def __init__(self, index: Index, limit_bytes: float) -> None:
+        self.index, self.limit, self.bytes = index, limit_bytes, 0
+        self._shards: OrderedDict[tuple[str, int, int], CachedShard] = OrderedDict()
 
-    def image(self, split: str, sample: SampleId, shards: int, turn: int = 0) -> tuple[str, np.ndarray]:
-        """Key and pixels, uint8 [H, W, 3]. The newest `shards` shards are kept whatever they take, for an order that mixes so many.
+    def image(self, request: Request, sample: SampleId, is_strict: bool) -> tuple[str, np.ndarray]:
+        """Return key and pixels, uint8 [H, W, 3].
 
-        A shard with a problem is read again in another `turn`: it may have been the network's.
+        Raises ShardError if the sample cannot be read, and with `is_strict` also if anything else is wrong with its shard.
         """
-        stored, problem, _ = self._shard((split, sample.class_id, sample.shard), shards, turn)
-        if problem and (self.on_error == "stop" or sample.position >= len(stored)):
-            raise (UnreadShard if isinstance(problem, Unread) else ShardError)(f"{problem}; needed: sample {sample.position}")
+        stored, problem, _ = self._shard(request, sample)
+        if problem and (is_strict or sample.position >= len(stored)):
+            raise type(problem)(f"{problem}; needed: sample {sample.position}")
         key, data = stored[sample.position]
         pixels = decode(data, key)
         if not is_ppm(data) and self.bytes + pixels.nbytes <= self.limit:
@@ -120,75 +101,63 @@ class ImageStore:
             self.bytes += len(stored[sample.position].image) - len(data)
         return key, pixels
 
-    def _shard(self, name: tuple[str, int, int], shards: int, turn: int) -> Held:
-        held = self._held.get(name)
-        if held and held.problem and held.turn != turn:
-            self._drop(name)
-        if name not in self._held:
-            split, class_id, number = name
-            self._held[name] = held = Held(*read_shard(self.index, self.index.shards[split][class_id][number]), turn)
-            if held.problem:
-                log.warning("%s", held.problem)
-            self.bytes += _bytes_of(held.samples)
-            while self.bytes > self.limit and len(self._held) > shards:
-                self._drop(next(iter(self._held)))
-        self._held.move_to_end(name)
-        return self._held[name]
+    def _shard(self, request: Request, sample: SampleId) -> CachedShard:
+        name = (request.split, sample.class_id, sample.shard)
+        cached = self._shards.get(name)
+        if cached and cached.problem and cached.pass_index != request.pass_index:
+            self._drop(name)  # try again: the network may have been down
+            cached = None
+        if cached is None:
+            shard = self.index.shards[request.split][sample.class_id][sample.shard]
+            cached = self._shards[name] = CachedShard(*read_shard(self.index, shard), request.pass_index)
+            if cached.problem:
+                log.warning("%s", cached.problem)
+            self.bytes += _num_bytes(cached.samples)
+            while self.bytes > self.limit and len(self._shards) > request.min_shards:
+                self._drop(next(iter(self._shards)))
+        self._shards.move_to_end(name)
+        return cached
 
     def _drop(self, name: tuple[str, int, int]) -> None:
-        self.bytes -= _bytes_of(self._held.pop(name).samples)
+        self.bytes -= _num_bytes(self._shards.pop(name).samples)
 
 
-def _bytes_of(samples: Sequence[StoredSample]) -> int:
+def _num_bytes(samples: Sequence[StoredSample]) -> int:
     return sum(len(sample.image) for sample in samples)
 
 
 class Reader(Dataset[Batch]):
-    """What a process that loads does: a part in, a batch out. `as_stored`: leave cropping and resizing to the device, where it can."""
+    """Turns requests into batches, in the trainer or in loading processes."""
 
-    def __init__(self, store: ImageStore, as_stored: bool) -> None:
-        self.store, self.as_stored = store, as_stored
+    def __init__(self, cache: ImageCache, on_error: str) -> None:
+        self.cache, self.on_error = cache, on_error
 
-    def __getitem__(self, part: Part) -> Batch:
-        images, plans, labels, positions, keys, skipped = [], [], [], [], [], []
-        for member, position, label in zip(part.members, part.positions, part.labels, strict=True):
+    def __getitem__(self, request: Request) -> Batch:
+        images, labels, positions, keys = [], [], [], []
+        for sample, position, label in zip(request.samples, request.positions, request.labels, strict=True):
             try:
-                key, pixels = self.store.image(part.split, member, part.shards, part.turn)
+                key, pixels = self.cache.image(request, sample, is_strict=self.on_error == "stop")
             except ShardError as error:
-                skipped.append(self._skip(error))
+                if self.on_error == "stop":
+                    raise
+                log.warning("skipped: %s", error)
                 continue
-            images.append(pixels)
-            # a crop is a function of the sample, not of who loads it
-            plans.append(part.transform.plan(pixels.shape[0], pixels.shape[1], generator(*part.seeds, "crop", key)))
+            # the crop depends on the sample, not on the process that loads it
+            images.append(request.transform(pixels, generator(*request.seeds, "crop", key)))
             labels.append(label)
             positions.append(position)
             keys.append(key)
-        where = torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
-        size = part.transform.size
-        if self.as_stored and can_be_stacked(images, size):
-            return Batch(torch.from_numpy(np.stack(images)), *where, part.count, part.index, keys, skipped, plans)
-        resized = [resize_image(pixels, plan, size) for pixels, plan in zip(images, plans, strict=True)]
-        stacked = torch.stack(resized) if resized else torch.empty((0, 3, size, size), dtype=torch.uint8)
-        return Batch(stacked, *where, part.count, part.index, keys, skipped)
-
-    def _skip(self, error: ShardError) -> str:
-        if self.store.on_error == "stop":
-            raise error
-        log.warning("skipped: %s", error)
-        return str(error)
-
-
-def can_be_stacked(images: Sequence[np.ndarray], size: int) -> bool:
-    """Whether images are of one size, and not so large that resizing them first is the shorter way."""
-    shapes = {image.shape for image in images}
-    return len(shapes) == 1 and images[0].size <= LARGEST * 3 * size * size
+        size = request.transform.size
+        stacked = torch.stack(images) if images else torch.empty((0, 3, size, size), dtype=torch.uint8)
+        places = torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+        return Batch(stacked, *places, request.count, request.index, keys)
 
 
 class Loader:
-    """Loads all batches of a run: one set of workers and one store of images, over epochs, tasks and evaluations.
+    """Loads all batches of a run, with one set of loading processes and one cache for all epochs, tasks and evaluations.
 
-    On a GPU, images travel as they are stored, and are cropped and resized there, with the same bits. Iterators follow one another: a
-    new one ends the one before.
+    `num_workers=None` means up to 4 loading processes for a GPU and none for a CPU. `cache_gib` is the memory of this rank for images.
+    `on_error` is `stop` or `skip`. Only one iterator is active: a new one ends the one before.
     """
 
     def __init__(
@@ -199,24 +168,22 @@ class Loader:
         num_workers: int | None = None,
         cache_gib: float = 1.0,
         on_error: str = "stop",
-        resize_on_device: bool | None = None,
     ) -> None:
         self.index, self.device = index, torch.device(device)
-        on_gpu = self.device.type == "cuda"
-        workers = _default_workers(on_gpu) if num_workers is None else num_workers
-        store = ImageStore(index, cache_gib * 2**30 / max(1, workers), on_error)
-        self._asked: list[Part] = []  # what the workers are to load now
-        self._turn = 0
+        is_on_gpu = self.device.type == "cuda"
+        workers = _default_workers(is_on_gpu) if num_workers is None else num_workers
+        self._requests: list[Request] = []  # of the current pass
+        self._passes = 0
         self._loader = DataLoader(
-            Reader(store, as_stored=on_gpu if resize_on_device is None else resize_on_device),
+            Reader(ImageCache(index, cache_gib * 2**30 / max(1, workers)), on_error),
             batch_size=None,
-            sampler=self._asked,
+            sampler=self._requests,
             num_workers=workers,
             persistent_workers=workers > 0,
-            # other ways to start (the default of Python 3.14) import torch and all of this again: 9 s on two busy cores
+            # The other start methods (the default of Python 3.14) import torch again: 9 s on two busy cores.
             multiprocessing_context="fork" if workers else None,
-            pin_memory=on_gpu,
-            # without its own generator a DataLoader draws from the global one, and a resumed run would leave the path of an unbroken one
+            pin_memory=is_on_gpu,
+            # Without its own generator a DataLoader draws from the global one, and a resumed run would differ from an unbroken one.
             generator=torch.Generator(),
             worker_init_fn=_leave_process_group,
         )
@@ -234,21 +201,12 @@ class Loader:
         start: int = 0,
         without: Sequence[SampleId] = (),
     ) -> "Batches":
-        """One epoch of a task; `batch_size` counts the samples of all ranks. A resume starts at batch `start`. `without` is held out."""
+        """Return one epoch of a task from batch `start` on. `batch_size` counts the samples of all ranks. `without` is left out."""
         left_out = set(without)
         order = [s for s in train_order(self.index.sizes("train", task.classes), seed, task.index, epoch) if s not in left_out]
-        parts = parts_of(
-            "train",
-            order,
-            task.labels,
-            batch_size=batch_size,
-            rank=rank,
-            size=size,
-            transform=transform,
-            seeds=(seed, task.index, epoch),
-            shards=2 * len(task.classes),  # a batch may straddle two windows
-        )
-        return Batches(self, parts, start)
+        min_shards = 2 * len(task.classes)  # a batch may span two windows, each with about one shard of every class
+        shared = {"split": "train", "transform": transform, "seeds": (seed, task.index, epoch), "min_shards": min_shards}
+        return Batches(self, _requests(order, task.labels, batch_size, rank, size, **shared), start)
 
     def test(
         self,
@@ -260,64 +218,58 @@ class Loader:
         size: int = 1,
         held_out: Sequence[SampleId] = (),
     ) -> "Batches":
-        """Every test sample of the classes, given in the stream's order, exactly once over all ranks; or in their place `held_out`."""
-        parts = parts_of(
-            "train" if held_out else "test",
-            held_out or plain_order(self.index.sizes("test", classes)),
-            {class_id: label for label, class_id in enumerate(classes)},
-            batch_size=batch_size,
-            rank=rank,
-            size=size,
-            transform=transform,
-        )
-        return Batches(self, parts)
+        """Return every test sample of the classes exactly once over all ranks, or instead the training samples `held_out`.
 
-    def load(self, parts: Sequence[Part]) -> Iterator[Batch]:
-        """The batches of some parts, on the device, ready for the model."""
-        self._turn += 1
-        self._asked[:] = [replace(part, turn=self._turn) for part in parts]
+        The label of a class is its place in `classes`.
+        """
+        order = held_out or plain_order(self.index.sizes("test", classes))
+        labels = {class_id: label for label, class_id in enumerate(classes)}
+        shared = {"split": "train" if held_out else "test", "transform": transform, "seeds": (), "min_shards": 8}
+        return Batches(self, _requests(order, labels, batch_size, rank, size, **shared))
+
+    def load(self, requests: Sequence[Request]) -> Iterator[Batch]:
+        """Yield the batches of some requests, with all tensors on the device."""
+        self._passes += 1
+        self._requests[:] = [replace(request, pass_index=self._passes) for request in requests]
         batches = iter(self._loader)
         while True:
-            asked = time.perf_counter()
+            started = time.perf_counter()
             try:
                 batch = next(batches, None)
             except ShardError as error:
-                # torch's frames hold the error, which holds them: as garbage, workers are given up only after 5 s each
+                # The error's frames keep the workers alive until garbage collection, which then waits 5 s for each.
                 raise error.with_traceback(None) from None
             if batch is None:
                 return
-            batch = batch.to(self.device, non_blocking=True)
-            images = batch.images if batch.plans is None else resize_batch(batch.images, batch.plans, parts[0].transform.size)
-            yield replace(batch, images=images, plans=None, waited_s=time.perf_counter() - asked)
+            yield replace(batch.to(self.device, non_blocking=True), waited_s=time.perf_counter() - started)
 
 
 class Batches:
-    """Iterate over the batches from `start` on."""
+    """One rank's batches of an epoch or evaluation, from batch `start` on."""
 
-    def __init__(self, loader: Loader, parts: Sequence[Part], start: int = 0) -> None:
-        if not 0 <= start <= len(parts):
-            raise ValueError(f"start={start}: choose from 0 to {len(parts)}, the number of batches")
-        self._loader, self._parts, self._start = loader, parts, start
+    def __init__(self, loader: Loader, requests: Sequence[Request], start: int = 0) -> None:
+        assert 0 <= start <= len(requests)
+        self._loader, self._requests, self._start = loader, requests, start
 
     @property
     def num_batches(self) -> int:
-        """Of the whole epoch."""
-        return len(self._parts)
+        """Batches of the whole epoch."""
+        return len(self._requests)
 
     def __len__(self) -> int:
         """Batches from `start` on."""
-        return len(self._parts) - self._start
+        return self.num_batches - self._start
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._loader.load(self._parts[self._start :])
+        return self._loader.load(self._requests[self._start :])
 
 
-def _default_workers(on_gpu: bool) -> int:
-    """A CPU's cores are busy with the step; a GPU wants its batches made meanwhile, by its share of the cores."""
+def _default_workers(is_on_gpu: bool) -> int:
+    """Return this rank's share of the cores for a GPU, at most 4. On a CPU the cores are busy with the step."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(WORKERS_OF_A_GPU, max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)) if on_gpu else 0
+    return min(MAX_GPU_WORKERS, max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)) if is_on_gpu else 0
 
 
 def _leave_process_group(_worker: int) -> None:
-    # A launcher signals the whole process group; a worker that dies of it takes the trainer down before it has saved.
+    # A launcher signals the whole process group. A worker that dies of the signal would end the trainer before it has saved.
     os.setpgid(0, 0)

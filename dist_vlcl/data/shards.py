@@ -1,89 +1,59 @@
-"""Class-pure webdataset shards and their index: writing, reading, checking.
+"""Class-pure shards in webdataset's format and their index: write, open, read, verify.
 
-    index.json              names, and for every shard its samples, bytes and SHA-256
-    train/0003-000.tar      samples of class 3 only: `<key>.cls` (text) and `<key>.png` or `.jpg` (original bytes) or `.ppm` (its pixels)
+    index.json              names, and for every shard its number of samples, bytes and SHA-256
+    train/0003-000.tar      samples of class 3 only
 
-A task is a choice of classes, so the same shards serve every class order and increment. The index is what makes a truncated shard
-visible: webdataset itself reads 9 of 13 samples without a word.
+A sample is a label `<key>.cls` (text) and an image: `<key>.png` or `.jpg` (the original file) or `<key>.ppm` (pixels).
+A task is a choice of classes, so the same shards serve every class order and task size.
+
+webdataset writes the shards and can read them. We read them ourselves, because webdataset does not notice a truncated shard: it returned
+9 of 13 samples without an error.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import logging
-import math
-import os
 import re
 import shutil
-import signal
-import ssl
-import subprocess
 import tarfile
 import tempfile
-import time
-import urllib.error
-import urllib.request
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from http.client import HTTPException, IncompleteRead, InvalidURL
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import numpy as np
 import webdataset
 from PIL import Image
-from webdataset.tariterators import group_by_keys
 
-from dist_vlcl.data.order import rank_slice
+from dist_vlcl.data.download import read_bytes
+from dist_vlcl.data.sets import IMAGE_SUFFIXES, RawSample, RawSet, read_raw
+from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.data.tasks import rank_slice
 from dist_vlcl.masking import masked
 
 FORMAT = 1
 SPLITS = ("train", "test")
-MAX_PIXELS = 1 << 26  # a bomb has a few bytes and billions of pixels
-COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-INDEX_BYTES = 1 << 28  # an index.json is not larger
-ATTEMPTS = 3  # that each have a part of the time, where a server or command stalls; one that refuses is asked again until the time is over
-ASK_LATER = (408, 429)  # a server's words for: it took too long, too many ask
-LONGEST_PAUSE_S = 5  # between two attempts
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")  # of raw images
-PIXELS = "ppm"  # of images stored as pixels: binary PPM, a short header and H x W x 3 bytes, which any viewer opens
+MAX_PIXELS = 1 << 26  # a decompression bomb has few bytes and billions of pixels
+MAX_INDEX_BYTES = 1 << 28
+PIXELS = "ppm"  # images stored as pixels: binary PPM, a short header and H x W x 3 bytes, which any viewer opens
 PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
 SHARD_PATH = re.compile(r"(train|test)/\d{4,}-\d{3,}\.tar")
+MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # key and suffix: the suffix begins at the first dot of the file's name
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]  # wraps a list of pieces of work, to show progress
 
 log = logging.getLogger(__name__)
 
 
 class ShardError(RuntimeError):
-    """A shard that is damaged, or that holds what no shard of ours holds."""
+    """A shard is damaged or holds something that our shards never hold."""
 
 
-class UnreadShard(ShardError):
-    """A shard that could not be read: another time it may be."""
-
-
-class Unread(str):
-    """Words about a shard that could not be read, and so may be sound."""
-
-    __slots__ = ()
-
-
-class RawSample(NamedTuple):
-    """One image of a raw set; its bytes are read late, class by class."""
-
-    split: str
-    class_id: int
-    key: str
-    suffix: str
-    read: Callable[[], bytes]
-
-
-class RawSet(NamedTuple):
-    class_names: list[str]
-    samples: list[RawSample]
+class ShardUnavailableError(ShardError):
+    """A shard could not be read now. Another attempt may succeed."""
 
 
 class StoredSample(NamedTuple):
@@ -91,23 +61,26 @@ class StoredSample(NamedTuple):
     image: bytes
 
 
+# Images
+
+
 def is_ppm(data: bytes) -> bool:
     return data.startswith(b"P6")
 
 
 def decode(data: bytes, key: str) -> np.ndarray:
-    """PNG, JPEG, WebP or our PPM -> RGB pixels, uint8 [H, W, 3]; raises ShardError for anything else."""
+    """PNG, JPEG, WebP or our PPM -> RGB pixels, uint8 [H, W, 3]. Raises ShardError for anything else."""
     if header := PPM_HEADER.match(data):
-        width, height = int(header[1]), int(header[2])
-        if len(data) - header.end() != width * height * 3:
-            raise ShardError(f"{key}: no image: {width} x {height} pixels need {width * height * 3} bytes, not {len(data) - header.end()}")
+        width, height, found = int(header[1]), int(header[2]), len(data) - header.end()
+        if found != width * height * 3:
+            raise ShardError(f"{key}: no image: {width} x {height} pixels need {width * height * 3} bytes, found {found}")
         return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3)
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
         return np.asarray(image.convert("RGB"))
-    except Exception as error:  # PIL raises what it likes on damaged bytes
+    except Exception as error:  # Pillow raises many types of errors for damaged bytes
         raise ShardError(f"{key}: no image: {error}") from error
 
 
@@ -116,10 +89,13 @@ def ppm(pixels: np.ndarray) -> bytes:
     return b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
 
 
+# The index
+
+
 @dataclass(frozen=True)
 class Shard:
     path: str  # relative to the index
-    count: int
+    count: int  # samples
     bytes: int
     sha256: str
 
@@ -130,7 +106,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """What there is to read: the classes, and for each split and class its shards."""
+    """The classes of a data set, and the shards of each split and class."""
 
     name: str
     reader: str
@@ -139,7 +115,7 @@ class Index:
     shards: dict[str, tuple[tuple[Shard, ...], ...]]  # split -> class id -> shards
     location: str
     allow_pipe: bool = False
-    timeout_s: float = 120  # for reading one shard from http(s) or a pipe:, all attempts together
+    timeout_s: float = 120  # to read one shard from http(s) or a pipe:, all attempts together
 
     @property
     def num_classes(self) -> int:
@@ -147,25 +123,25 @@ class Index:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the content, shard hashes included: equal only if the data are equal."""
+        """SHA-256 of the content, including the shards' hashes: equal only if the data are equal."""
         return hashlib.sha256(self._text().encode()).hexdigest()
 
     def sizes(self, split: str, classes: Iterable[int]) -> dict[int, list[int]]:
-        """Class id -> samples in each of its shards."""
+        """Return class id -> number of samples in each of its shards."""
         return {class_id: [shard.count for shard in self.shards[split][class_id]] for class_id in classes}
 
     def count(self, split: str, classes: Iterable[int] | None = None) -> int:
-        """Samples of some classes, or of all."""
+        """Return the number of samples of some classes, or of all."""
         classes = range(self.num_classes) if classes is None else classes
         return sum(sum(sizes) for sizes in self.sizes(split, classes).values())
 
     def url(self, path: str) -> str:
         return self.location.replace("{}", path) if "{}" in self.location else f"{self.location.rstrip('/')}/{path}"
 
-    def verify(self, track: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> None:
-        """Read every shard again; raises ShardError that names those whose bytes are not what the index says."""
+    def verify(self, track: Track = iter) -> None:
+        """Read every shard. Raises ShardError that names the shards whose samples or bytes differ from the index."""
         shards = [shard for split in SPLITS for of_class in self.shards[split] for shard in of_class]
-        problems = [problem for _, problem in (read_shard(self, shard) for shard in track(shards)) if problem]
+        problems = [str(problem) for _, problem in (read_shard(self, shard) for shard in track(shards)) if problem]
         if problems:
             raise ShardError(f"{len(problems)} of {len(shards)} shards are damaged:\n" + "\n".join(problems))
 
@@ -174,50 +150,78 @@ class Index:
         del content["location"], content["allow_pipe"], content["timeout_s"]
         return json.dumps(content, indent=1, sort_keys=True)
 
-    def save(self, folder: Path) -> None:
-        (folder / "index.json").write_text(self._text() + "\n", encoding="utf-8")
-
     @classmethod
     def load(cls, location: str, allow_pipe: bool = False, timeout_s: float = 120) -> "Index":
-        """Read index.json below a folder or address; raises OSError, or ValueError if it is not an index of this format."""
+        """Read index.json below a folder or address. Raises OSError, or ValueError if it is not an index of this format."""
         empty = cls("", "", (), (), {}, location, allow_pipe, timeout_s)
         url = empty.url("index.json")
         try:
-            text = read_bytes(url, allow_pipe, INDEX_BYTES, timeout_s)
+            text = read_bytes(url, allow_pipe, MAX_INDEX_BYTES, timeout_s)
         except OSError as error:
             raise OSError(masked(f"{url}: cannot be read: {error}")) from error
         try:
             content = json.loads(text)
-            version = content["format"]
-            fields = _fields(content) if version == FORMAT else {}
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
+            names = tuple(content["class_names"])
+            shards = {split: tuple(tuple(map(_checked, of_class)) for of_class in content["shards"][split]) for split in SPLITS}
+            if any(len(shards[split]) != len(names) for split in SPLITS):
+                raise ValueError(f"{len(names)} names, but shards for {[len(shards[split]) for split in SPLITS]} classes")
+            encodings = tuple(content["encodings"])
+            return replace(empty, name=content["name"], reader=content["reader"], class_names=names, encodings=encodings, shards=shards)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(masked(f"{url}: damaged ({type(error).__name__}: {error}); copy it, or build the shards, again")) from error
-        if version != FORMAT:
-            raise ValueError(masked(f"{url}: format {version}, this version reads {FORMAT}; build the shards again"))
-        return replace(empty, **fields)
 
 
-def _fields(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the Index's fields of a json index; raises ValueError, KeyError, TypeError or AttributeError for a damaged one."""
-    names = tuple(content["class_names"])
-    shards = {split: tuple(tuple(_shard(entry) for entry in of_class) for of_class in content["shards"][split]) for split in SPLITS}
-    if wrong := [split for split in SPLITS if len(shards[split]) != len(names)]:
-        raise ValueError(f"{len(names)} classes, {len(shards[wrong[0]])} of them in {wrong[0]}")
-    encodings = tuple(content["encodings"])
-    return {"name": content["name"], "reader": content["reader"], "class_names": names, "encodings": encodings, "shards": shards}
-
-
-def _shard(entry: dict[str, Any]) -> Shard:
+def _checked(entry: dict[str, Any]) -> Shard:
     shard = Shard(**entry)
-    # an index from elsewhere must not lead out of its folder, nor into the shell of a `pipe:`
+    # an index from elsewhere must not name a file outside its folder or a command for the shell of a `pipe:`
     if not SHARD_PATH.fullmatch(shard.path):
-        raise ShardError(f"index.json names {shard.path!r}: a shard is called train/0003-000.tar")
+        raise ShardError(f"index.json names {shard.path!r}: the path of a shard has the form train/0003-000.tar")
     if not type(shard.count) is type(shard.bytes) is int:
-        raise TypeError(f"{shard.path}: samples and bytes are whole numbers")
+        raise TypeError(f"{shard.path}: count and bytes must be whole numbers")
     return shard
 
 
-# writing
+def open_index(data: DataConfig) -> Index:
+    """Return the index of the data set that the options name. The shards of `digits` are built here if they are missing.
+
+    Raises FileNotFoundError with the command that builds the shards of another data set.
+    """
+    if data.url:
+        return Index.load(data.url, data.allow_pipe, data.timeout_s)
+    folder = Path(data.root) / data.name
+    if not (folder / "index.json").exists():
+        if data.reader_name != "digits":
+            raise FileNotFoundError(f"{folder}/index.json is missing; build the shards first:\n  {build_command(data)}")
+        make_shards(data)
+    return Index.load(str(folder))
+
+
+def build_command(data: DataConfig) -> str:
+    """Return the command that builds these shards."""
+    defaults, named = DataConfig(), ("name", "reader")
+    options = {f.name: getattr(data, f.name) for f in fields(data) if f.name not in named}
+    changed = [f"data.{name}={value}" for name, value in options.items() if value != getattr(defaults, name)]
+    name = [] if data.name == data.reader_name else [f"data.name={data.name}"]
+    source = ["data.source=FOLDER_OR_TAR"] if data.reader_name == "folder" and data.source is None else []
+    return " ".join(["python -m dist_vlcl.commands.build_data", f"data={data.reader_name}", *name, *changed, *source])
+
+
+# Writing
+
+
+def make_shards(data: DataConfig, track: Track = iter) -> Path:
+    """Write the shards of the data set that the options name, and return their folder.
+
+    Raises FileExistsError if there are shards already, since they are not compared with the source.
+    """
+    folder = Path(data.root) / data.name
+    if (folder / "index.json").exists():
+        raise FileExistsError(f"{folder} has shards already: remove it to build them again, or choose another data.root")
+    options: dict[str, Any] = {"samples_per_shard": data.samples_per_shard, "pixels": data.stores_pixels, "track": track}
+    write_shards(read_raw(data), folder, name=data.name, reader=data.reader_name, **options)
+    return folder
 
 
 def write_shards(
@@ -228,66 +232,58 @@ def write_shards(
     reader: str,
     samples_per_shard: int = 64,
     pixels: bool = False,
-    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    track: Track = iter,
 ) -> Index:
-    """Write a raw set's shards and index into `folder`, which appears complete or not at all.
+    """Write the shards and index of a raw data set into `folder`, which appears complete or not at all.
 
-    Equal images give equal bytes. `pixels` stores them decoded. `track` wraps the list of pieces of work, for a progress bar. If another
-    process finishes first, its folder stays.
+    Equal images give equal bytes. `pixels` stores decoded images. If another process finishes first, its folder stays.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    by_class: dict[tuple[str, int], list[RawSample]] = defaultdict(list)
+    for sample in raw.samples:
+        by_class[sample.split, sample.class_id].append(sample)
+    classes = range(len(raw.class_names))
+    work = [(split, class_id) for split in SPLITS for class_id in classes]
+    encodings = (PIXELS,) if pixels else tuple(sorted({sample.suffix for sample in raw.samples}))
     try:
-        index = _write(_as_pixels(raw) if pixels else raw, aside, name, reader, samples_per_shard, track)
-        aside.chmod(0o755)  # mkdtemp's folders are for their owner alone
-        _move_into_place(aside, folder)
+        written = {key: _write_class(aside, key, by_class[key], samples_per_shard, pixels) for key in track(work)}
+        shards = {split: tuple(written[split, class_id] for class_id in classes) for split in SPLITS}
+        index = Index(name, reader, tuple(raw.class_names), encodings, shards, str(folder))
+        (aside / "index.json").write_text(index._text() + "\n", encoding="utf-8")
+        aside.chmod(0o755)  # mkdtemp allows only the owner
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / "index.json").exists():
+                raise FileExistsError(f"{folder} exists and holds no index.json: remove it, or choose another data.root") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return replace(index, location=str(folder))
-
-
-def _as_pixels(raw: RawSet) -> RawSet:
-    def pixels_of(sample: RawSample) -> bytes:
-        return ppm(decode(sample.read(), sample.key))
-
-    return raw._replace(samples=[sample._replace(suffix=PIXELS, read=partial(pixels_of, sample)) for sample in raw.samples])
-
-
-def _write(raw: RawSet, folder: Path, name: str, reader: str, samples_per_shard: int, track: Callable[..., Iterable[Any]]) -> Index:
-    groups: dict[tuple[str, int], list[RawSample]] = {(split, c): [] for split in SPLITS for c in range(len(raw.class_names))}
-    for sample in raw.samples:
-        groups[sample.split, sample.class_id].append(sample)
-    for split in SPLITS:
-        (folder / split).mkdir()
-    written = {}
-    for (split, class_id), samples in track(list(groups.items())):
-        # shards of equal size, so that the windows of train_order mix the classes in equal parts
-        num_shards = -(-len(samples) // samples_per_shard)
-        chunks = [[samples[place] for place in rank_slice(len(samples), number, num_shards)] for number in range(num_shards)]
-        keys = unique_keys(samples)
-        written[split, class_id] = tuple(
-            _write_shard(folder, f"{split}/{class_id:04d}-{number:03d}.tar", chunk, keys) for number, chunk in enumerate(chunks)
-        )
-    shards = {split: tuple(written[split, class_id] for class_id in range(len(raw.class_names))) for split in SPLITS}
-    encodings = tuple(sorted({sample.suffix for sample in raw.samples}))
-    index = Index(name, reader, tuple(raw.class_names), encodings, shards, str(folder))
-    index.save(folder)
     return index
 
 
-def _write_shard(folder: Path, path: str, samples: Sequence[RawSample], keys: Iterator[str]) -> Shard:
-    with (
-        (folder / path).open("wb") as stream,
-        webdataset.TarWriter(stream, encoder=False, user="", group="", mtime=0) as tar,
-    ):
-        for sample in samples:
-            tar.write({"__key__": next(keys), "cls": str(sample.class_id).encode(), sample.suffix: sample.read()})
-    content = (folder / path).read_bytes()
-    return Shard(path, len(samples), len(content), hashlib.sha256(content).hexdigest())
+def _write_class(
+    folder: Path, split_and_class: tuple[str, int], samples: Sequence[RawSample], samples_per_shard: int, pixels: bool
+) -> tuple[Shard, ...]:
+    """Write the shards of one class. They have equal sizes, so that each window of train_order mixes the classes in equal parts."""
+    split, class_id = split_and_class
+    (folder / split).mkdir(exist_ok=True)
+    num_shards, keys, written = -(-len(samples) // samples_per_shard), unique_keys(samples), []
+    for number in range(num_shards):
+        path, members = f"{split}/{class_id:04d}-{number:03d}.tar", rank_slice(len(samples), number, num_shards)
+        stream = io.BytesIO()
+        with webdataset.TarWriter(stream, encoder=False, user="", group="", mtime=0) as tar:
+            for sample in (samples[place] for place in members):
+                image = ppm(decode(sample.read(), sample.key)) if pixels else sample.read()
+                tar.write({"__key__": next(keys), "cls": str(class_id).encode(), PIXELS if pixels else sample.suffix: image})
+        content = stream.getvalue()
+        (folder / path).write_bytes(content)
+        written.append(Shard(path, len(members), len(content), hashlib.sha256(content).hexdigest()))
+    return tuple(written)
 
 
 def unique_keys(samples: Sequence[RawSample]) -> Iterator[str]:
-    """Each sample's key without what tar or webdataset would trip over: dots, odd characters, length, repetition."""
+    """Yield each sample's key without what tar or webdataset cannot hold: dots, special characters, great length, repetition."""
     seen: dict[str, int] = {}
     for sample in samples:
         key = re.sub(r"[^A-Za-z0-9_/-]+", "_", sample.key)[-80:].strip("_/") or "sample"
@@ -295,57 +291,52 @@ def unique_keys(samples: Sequence[RawSample]) -> Iterator[str]:
         yield key if seen[key] == 1 else f"{key}--{seen[key]}"
 
 
-def _move_into_place(aside: Path, folder: Path) -> None:
-    try:
-        aside.rename(folder)
-    except OSError:
-        if not (folder / "index.json").exists():
-            raise FileExistsError(f"{folder} exists and holds no index.json: remove it, or choose another data.root") from None
+# Reading
 
 
-# reading
+def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], ShardError | None]:
+    """Return the samples of a shard that can be read, and what is wrong with it (None for a sound shard).
 
-
-def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], str]:
-    """The shard's samples, as many as can be read, and in words what is wrong with it ("" for a sound one; Unread where a try may help).
-
-    Raises ShardError for members that a shard of ours never has: nothing but text labels and images is ever opened.
+    Raises ShardError for members that our shards never hold: only text labels and images are ever opened.
     """
+    url = index.url(shard.path)
     try:
-        content = read_bytes(index.url(shard.path), index.allow_pipe, shard.bytes + 1, index.timeout_s)
+        content = read_bytes(url, index.allow_pipe, shard.bytes + 1, index.timeout_s)
     except OSError as error:
-        return [], Unread(masked(f"{index.url(shard.path)}: cannot be read: {error}"))
-    samples, error_text = _parse(content, shard)
-    sound = hashlib.sha256(content).hexdigest() == shard.sha256 and len(samples) == shard.count
-    if sound:
-        return samples, ""
-    problem = (
-        f"{masked(index.url(shard.path))}: the index says {shard.count} samples in {shard.bytes} bytes, "
-        f"found {len(samples)} in {len(content)}, {'the bytes differ' if len(content) == shard.bytes else 'another length'}{error_text}"
+        return [], ShardUnavailableError(masked(f"{url}: cannot be read: {error}"))
+    samples, damage = _parse(content, shard)
+    if hashlib.sha256(content).hexdigest() == shard.sha256 and len(samples) == shard.count:
+        return samples, None
+    return samples, ShardError(
+        f"{masked(url)}: the index says {shard.count} samples in {shard.bytes} bytes, found {len(samples)} in {len(content)}, "
+        f"{'the bytes differ' if len(content) == shard.bytes else 'another length'}{damage}"
     )
-    return samples, problem
 
 
 def _parse(content: bytes, shard: Shard) -> tuple[list[StoredSample], str]:
-    for magic, name in COMPRESSED.items():
-        if content.startswith(magic):
-            raise ShardError(f"{shard.path}: refused, it is compressed ({name}); a shard is a plain tar")
-    samples: list[StoredSample] = []
+    """Return the complete samples before the first damage, and a description of the damage."""
+    found: dict[str, dict[str, bytes]] = {}  # key -> suffix -> content
+    damage = ""
     try:
-        for sample in group_by_keys(_members(content, shard)):
-            if stored := _stored(sample, shard):
-                samples.append(stored)
+        for name, data in _members(content, shard):
+            match = MEMBER.fullmatch(name)
+            if not match:
+                continue  # like webdataset, which ignores names without a suffix
+            key, suffix = match[1], match[2].lower()
+            if suffix in found.setdefault(key, {}):
+                raise ValueError(f"{name}: duplicate file name")
+            found[key][suffix] = data
     except ShardError:
         raise
-    except Exception as error:  # tarfile raises what it likes on damaged bytes
-        return samples, f" ({type(error).__name__}: {error.args[0] if error.args else ''})"  # webdataset adds arguments
-    return samples, ""
+    except Exception as error:  # tarfile raises many types of errors for damaged bytes
+        damage = f" ({type(error).__name__}: {error})"
+    return [StoredSample(key, image) for key, files in found.items() for image in _images(key, files, shard)], damage
 
 
-def _members(content: bytes, shard: Shard) -> Iterator[dict[str, Any]]:
-    """What webdataset's tar_file_expander gives for an uncompressed tar, in half the time: no pipe, no guess at compression.
+def _members(content: bytes, shard: Shard) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of the files in a tar. A compressed tar is damage: mode `r:` never decompresses.
 
-    Raises ShardError for a member that would be larger in memory than the shard's bytes.
+    Raises ShardError for a member that would need more memory than the shard has bytes.
     """
     for member in tarfile.open(fileobj=io.BytesIO(content), mode="r:"):  # noqa: SIM115 - a buffer
         if member.size > max(len(content), shard.bytes) or member.sparse is not None:
@@ -354,95 +345,19 @@ def _members(content: bytes, shard: Shard) -> Iterator[dict[str, Any]]:
             end = member.offset_data + member.size
             if end > len(content):
                 raise tarfile.ReadError("unexpected end of data")
-            yield {"fname": member.name, "data": content[member.offset_data : end], "__url__": ""}
+            yield member.name, content[member.offset_data : end]
 
 
-def _stored(sample: dict[str, Any], shard: Shard) -> StoredSample | None:
-    key = sample["__key__"]
+def _images(key: str, files: dict[str, bytes], shard: Shard) -> list[bytes]:
+    """Return the image of a sample; nothing if damage has cut the sample in two, which the count shows."""
     if key.startswith("/") or ".." in key.split("/"):
         raise ShardError(f"{shard.path}: refused, the name {key!r} leads out of the shard")
-    suffixes = [suffix for suffix in sample if not suffix.startswith("__")]
-    if foreign := [suffix for suffix in suffixes if suffix not in ("cls", PIXELS, *IMAGE_SUFFIXES)]:
-        allowed = ", ".join((PIXELS, *IMAGE_SUFFIXES))
-        raise ShardError(f"{shard.path}: refused, the member {key}.{foreign[0]} is neither a label (.cls) nor an image ({allowed})")
-    images = [sample[suffix] for suffix in suffixes if suffix != "cls"]
-    if len(images) != 1 or "cls" not in suffixes:
-        return None  # cut in two by damage: the count tells
-    if sample["cls"].strip() != str(shard.class_id).encode():
-        raise ShardError(f"{shard.path}: refused, {key} is labelled {sample['cls'][:20]!r}")
-    return StoredSample(key, images[0])
-
-
-def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, timeout_s: float = 120) -> bytes:
-    """The whole of a local file, an http(s) address, or, if allowed, the output of a command or a tool (pipe:, gs:, ...).
-
-    Never more than `limit` bytes. From an http(s) address or a `pipe:` within `timeout_s`, or OSError.
-    """
-    parts = urlparse(url)
-    if parts.scheme in ("http", "https"):
-        return _patiently(lambda patience_s: _download(url, limit, patience_s), url, timeout_s)
-    if parts.scheme in ("", "file"):
-        with open(url2pathname(parts.path) if parts.scheme else url, "rb") as file:
-            return file.read(-1 if limit is None else limit)
-    if not allow_pipe:
-        raise ValueError(f"data.url={masked(url)!r}: reading this runs a command; allow it with data.allow_pipe=true")
-    if parts.scheme == "pipe":
-        return _patiently(lambda patience_s: _output(url.removeprefix("pipe:"), limit, patience_s), url, timeout_s, refusals=ATTEMPTS)
-    with webdataset.gopen(url) as stream:
-        return stream.read(-1 if limit is None else limit)
-
-
-def _patiently(read: Callable[[float], bytes], url: str, timeout_s: float, refusals: float = math.inf) -> bytes:
-    """Return what `read(seconds that this attempt may take)` returns, trying again with pauses until the time is over; or OSError."""
-    deadline, attempt, pause_s = time.monotonic() + timeout_s, 0, 0.25
-    while True:
-        attempt += 1
-        try:
-            return read(max(0.1, min(timeout_s / ATTEMPTS, deadline - time.monotonic())))
-        except (OSError, HTTPException) as error:
-            left_s = deadline - time.monotonic()
-            is_final = isinstance(error, InvalidURL)
-            is_final |= isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in ASK_LATER
-            is_final |= isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)  # which no waiting mends
-            if is_final or attempt >= refusals or left_s <= 0:
-                if isinstance(error, OSError):
-                    raise
-                raise OSError(str(error)) from error
-            log.warning("%s: attempt %d failed: %s", masked(url), attempt, error)
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-        time.sleep(min(pause_s, left_s))
-
-
-def _download(url: str, limit: int | None, patience_s: float) -> bytes:
-    """urllib rather than webdataset's `curl --retry 30`: a cut transfer is an error here, and one that trickles has a time limit."""
-    deadline, pieces, size = time.monotonic() + patience_s, [], 0
-    with urllib.request.urlopen(url, timeout=patience_s) as response, contextlib.suppress(TimeoutError):
-        socket = response.fp.raw._sock  # urllib has no other way to it, whose time-out starts anew with every read
-        while (left_s := deadline - time.monotonic()) > 0:
-            socket.settimeout(left_s)
-            piece = response.read1(1 << 16)
-            pieces.append(piece)
-            size += len(piece)
-            if limit is not None and size >= limit:
-                return b"".join(pieces)[:limit]
-            if not piece and response.length:
-                raise IncompleteRead(b"", response.length)
-            if not piece:
-                return b"".join(pieces)
-    raise TimeoutError(f"only {size:,} bytes in {patience_s:.0f} s")
-
-
-def _output(command: str, limit: int | None, patience_s: float) -> bytes:
-    """The output of a shell command, which data.allow_pipe=true has allowed; OSError if it fails or takes longer."""
-    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
-    try:
-        output, _ = process.communicate(timeout=patience_s)
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(f"the command took longer than {patience_s:.0f} s") from None
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # with what it has started, which holds the pipe open
-            process.wait()
-    if process.returncode:
-        raise OSError(f"the command ended with status {process.returncode}")
-    return output[:limit]
+    allowed = (PIXELS, *IMAGE_SUFFIXES)
+    if foreign := [suffix for suffix in files if suffix not in ("cls", *allowed)]:
+        raise ShardError(f"{shard.path}: refused, {key}.{foreign[0]} is neither a label (.cls) nor an image ({', '.join(allowed)})")
+    images = [data for suffix, data in files.items() if suffix != "cls"]
+    if len(images) != 1 or "cls" not in files:
+        return []
+    if files["cls"].strip() != str(shard.class_id).encode():
+        raise ShardError(f"{shard.path}: refused, {key} is labelled {files['cls'][:20]!r}")
+    return images

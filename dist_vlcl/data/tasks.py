@@ -1,16 +1,24 @@
-"""A sequence of tasks: disjoint sets of classes, learned one after another."""
+"""Which classes and which samples come when.
 
-from collections.abc import Sequence
+A task is a set of classes. The order of its samples is a pure function of the shards' sizes, the seed, the task and the epoch. It does not
+depend on the number of ranks or of loading processes.
+"""
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
+
+ShardSizes = Mapping[int, Sequence[int]]  # class id -> number of samples in each of its shards
 
 
 @dataclass(frozen=True)
 class Task:
-    """Some classes of a data set; the label of a class is its place among them."""
+    """Some classes of a data set. The label of a class is its place among them."""
 
     index: int
-    classes: tuple[int, ...]  # the data set's class ids, in the stream's order
+    classes: tuple[int, ...]  # class ids of the data set, in the stream's order
     names: tuple[str, ...]  # for prompts, in the same order
 
     @property
@@ -20,9 +28,10 @@ class Task:
 
 
 class TaskStream(Sequence[Task]):
-    """Cut an order of classes into tasks of `base` (0: the same as the others) and then `increment` classes; the last may be smaller.
+    """Cut an order of classes into tasks of `increment` classes; the last task may be smaller.
 
-    `num_tasks` keeps only the first ones. Raises ValueError, naming the option, for values that do not fit the classes.
+    The first task has `base` classes, or `increment` if `base` is 0. `num_tasks` keeps only the first tasks.
+    Raises ValueError, naming the option, if a value does not fit the classes.
     """
 
     def __init__(
@@ -39,11 +48,12 @@ class TaskStream(Sequence[Task]):
         _require_between("increment", increment, 1, num_classes, "the number of classes")
         _require_between("base", base, 0, num_classes, "the number of classes")
         starts = [0, *range(base or increment, num_classes, increment)]
-        stops = [*starts[1:], num_classes]
         if num_tasks is not None:
             _require_between("num_tasks", num_tasks, 1, len(starts), "the number of tasks in the stream")
+        parts = [order[start:stop] for start, stop in zip(starts, [*starts[1:], num_classes], strict=True)]
         self._tasks = [
-            _task(index, order[start:stop], class_names) for index, (start, stop) in enumerate(zip(starts[:num_tasks], stops, strict=False))
+            Task(index, tuple(classes), tuple(class_names[class_id] for class_id in classes))
+            for index, classes in enumerate(parts[:num_tasks])
         ]
 
     def __len__(self) -> int:
@@ -57,20 +67,16 @@ class TaskStream(Sequence[Task]):
         return self._tasks[index]
 
     def seen(self, index: int) -> Task:
-        """All classes up to and including task `index`, as one task."""
+        """Return all classes up to and including task `index` as one task."""
         tasks = self._tasks[: self._tasks[index].index + 1]
         classes = tuple(class_id for task in tasks for class_id in task.classes)
         names = tuple(name for task in tasks for name in task.names)
         return Task(tasks[-1].index, classes, names)
 
 
-def _task(index: int, classes: Sequence[int], class_names: Sequence[str]) -> Task:
-    return Task(index, tuple(classes), tuple(class_names[class_id] for class_id in classes))
-
-
-def _require_between(option: str, value: int, low: int, high: int, what: str) -> None:
+def _require_between(option: str, value: int, low: int, high: int, meaning: str) -> None:
     if not low <= value <= high:
-        raise ValueError(f"tasks.{option}={value}: choose from {low} to {high}, {what}")
+        raise ValueError(f"tasks.{option}={value}: choose from {low} to {high}, {meaning}")
 
 
 def _require_permutation(order: Sequence[int], num_classes: int) -> None:
@@ -80,6 +86,75 @@ def _require_permutation(order: Sequence[int], num_classes: int) -> None:
     unknown = sorted(set(order) - set(range(num_classes)))
     repeated = sorted({class_id for class_id in order if order.count(class_id) > 1})
     raise ValueError(
-        f"tasks.order: must hold each class id from 0 to {num_classes - 1} once; "
+        f"tasks.order: list each class id from 0 to {num_classes - 1} once; "
         f"missing {missing[:5]}, unknown {unknown[:5]}, repeated {repeated[:5]}"
     )
+
+
+class SampleId(NamedTuple):
+    """Where a sample is stored."""
+
+    class_id: int
+    shard: int
+    position: int  # in the shard
+
+
+def generator(*parts: object) -> random.Random:
+    """Return a random generator that depends on `parts` alone, on every machine and in every process; `hash()` would not do."""
+    text = "\x1f".join(map(str, parts))
+    return random.Random(int.from_bytes(hashlib.blake2s(text.encode(), digest_size=16).digest(), "big"))
+
+
+def train_order(sizes: ShardSizes, seed: int, task: int, epoch: int) -> list[SampleId]:
+    """Return every sample once, shuffled within windows of about one shard of every class.
+
+    A window mixes all classes and fits in memory, so that each shard is read once.
+    """
+    order: list[SampleId] = []
+    for number, window in enumerate(_windows(sizes, seed, task, epoch)):
+        samples = [SampleId(class_id, shard, position) for class_id, shard in window for position in range(sizes[class_id][shard])]
+        generator(seed, task, epoch, "window", number).shuffle(samples)
+        order += samples
+    return order
+
+
+def _windows(sizes: ShardSizes, seed: int, task: int, epoch: int) -> list[list[tuple[int, int]]]:
+    """Return lists of (class id, shard). With classes of equal size, window j holds the j-th shard of each class's own permutation."""
+    windows: list[list[tuple[int, int]]] = [[] for _ in range(max((len(shards) for shards in sizes.values()), default=0))]
+    for class_id, shards in sizes.items():
+        draw = generator(seed, task, epoch, "class", class_id)
+        shuffled = draw.sample(range(len(shards)), len(shards))
+        # Spread small classes over the epoch. If they all began in window 0, the last windows would hold the large classes alone.
+        offset = draw.random()
+        for place, shard in enumerate(shuffled):
+            windows[int((place + offset) * len(windows) / len(shards))].append((class_id, shard))
+    return windows
+
+
+def plain_order(sizes: ShardSizes) -> list[SampleId]:
+    """Return every sample once, class by class."""
+    return [
+        SampleId(class_id, shard, position)
+        for class_id, shards in sizes.items()
+        for shard, size in enumerate(shards)
+        for position in range(size)
+    ]
+
+
+def held_out(sizes: ShardSizes, fraction: float, seed: int) -> list[SampleId]:
+    """Return a random part of every class, at least one sample, in `plain_order`; nothing for fraction 0.
+
+    The part of a class does not depend on the other classes.
+    """
+    chosen: set[SampleId] = set()
+    for class_id in sizes if fraction > 0 else ():
+        samples = plain_order({class_id: sizes[class_id]})
+        chosen |= set(generator(seed, "held out", class_id).sample(samples, max(1, round(len(samples) * fraction))))
+    return [sample for sample in plain_order(sizes) if sample in chosen]
+
+
+def rank_slice(length: int, rank: int, size: int) -> range:
+    """Return the contiguous positions of `range(length)` that rank `rank` of `size` takes. The parts differ by at most one."""
+    part, extra = divmod(length, size)
+    start = rank * part + min(rank, extra)
+    return range(start, start + part + (rank < extra))

@@ -31,8 +31,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def agree(world: World, facts: Mapping[str, Any], hint: str = "") -> None:
     """Raise DisagreementError on all ranks if a fact differs between ranks. All ranks call this, with small picklable facts.
 
-    A fact that is a dictionary is compared entry by entry, so that the message can name the entry, such as
-    `configuration.train.batch_size`. hint: what the user can do about a difference.
+    Dictionaries are compared entry by entry, so the message can name `configuration.train.batch_size`. The `hint` says what the user can do
+    about a difference.
     """
     values = world.gather_objects(dict(_flattened(facts)), " and ".join(facts))
     problems = []

@@ -1,8 +1,9 @@
 """The name of a failed collective, the step, and the rank that did not answer. torch's own messages contain none of these.
 
-Nothing is sent while all goes well. A rank whose collective failed, or that stops because of its own error, leaves a note in the process
-group's store, waits a few seconds for the notes of the others, and names the ranks without one. torch's `monitored_barrier` would not do:
-it names missing ranks on rank 0 only, and it cannot say anything if rank 0 is the one that died.
+Nothing is sent while all goes well. A rank whose collective failed leaves a note in the process group's store. It waits a few seconds for
+the notes of the others, then names the ranks without one. A rank that stops because of an error leaves a note with the reason.
+
+torch's `monitored_barrier` is not enough: it names missing ranks on rank 0 only, so it says nothing if rank 0 died.
 """
 
 import json

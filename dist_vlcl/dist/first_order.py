@@ -33,9 +33,9 @@ class FirstOrderConfig:
 class FirstOrder:
     """The model as wrapped for training. Without first-order parameters it is not wrapped, because DDP refuses such a model.
 
-    The all-reduce of gradients runs while zeroth order evaluates its candidates, which use the values from before the update: the backward
-    pass starts it, `wait_for_gradients` ends it. overlap=False ends it in the backward pass, as DDP does, with bit-identical results; tests
-    compare the two.
+    The all-reduce of gradients runs while zeroth order evaluates its candidates, which use the values from before the update. The backward
+    pass starts it, and `wait_for_gradients` ends it. With `overlap=False` the backward pass ends it too, as in plain DDP. The results are
+    bit-identical; tests compare the two.
     """
 
     def __init__(self, world: World, config: FirstOrderConfig, model: nn.Module, overlap: bool = True):

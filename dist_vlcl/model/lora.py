@@ -62,5 +62,5 @@ class LoRAAdapter(nn.Module):
         return self.delta(u, stacked_params, "mlp")
 
     def draw(self, noise: Any, branch: str, layer: int, tokens: int, training: bool) -> tuple[None, None]:
-        """Return (None, None): LoRA has neither router noise nor dropout."""
+        """Return (None, None): LoRA has no router noise and no dropout."""
         return None, None

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from dist_vlcl.data.shards import ShardError, UnreadShard
+from dist_vlcl.data.shards import ShardError, ShardUnavailableError
 from dist_vlcl.run.environment import is_restart
 from dist_vlcl.run.folder import RunBusy
 
@@ -73,6 +73,6 @@ def report_failure(error: Exception, is_main: bool) -> None:
     A damaged shard is reported by the rank that met it, everything else by rank 0. If Slurm has restarted the job while ranks on a lost
     node still hold the folder, the job is queued once more.
     """
-    is_damage = isinstance(error, ShardError) and not isinstance(error, UnreadShard)
+    is_damage = isinstance(error, ShardError) and not isinstance(error, ShardUnavailableError)
     if is_damage or (is_main and isinstance(error, FloatingPointError | ValueError)):
         report_status("requeue" if isinstance(error, RunBusy) and is_restart() else "failed")

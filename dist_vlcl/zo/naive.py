@@ -1,6 +1,6 @@
 """The zeroth-order step in its plainest form: the slow, clear twin of `update`, for tests and benchmarks.
 
-Every parameter is a tensor of its own, with its own noise and its own addition. Every loss is one call of the whole model. Nothing is
+Every parameter is a separate tensor, with its own noise and its own addition. Every loss is one call of the whole model. Nothing is
 shared between evaluations.
 """
 

@@ -1,7 +1,7 @@
 """Counter-based noise: every number is a pure function of (seed, step, name, stream, row, element index).
 
 There is no state. The noise of a parameter does not depend on the order of draws, on other parameters, on the rank, on the number of ranks
-or on sharding. The bits are Philox4x32-10 (Salmon et al. 2011; the constants of Random123, cuRAND and Triton) with
+or on sharding. The generator is Philox4x32-10 (Salmon et al. 2011), with the constants that Random123, cuRAND and Triton use:
 
     counter = (element block, blake2s32(name), step, stream + 256 * row),   key = 64-bit seed.
 
@@ -215,8 +215,8 @@ def _ids(names: tuple[str, ...], device: torch.device) -> Tensor:
 class StepNoise:
     """The router noise and dropout of a step. Every forward pass of the step sees the same (METHOD 2.9).
 
-    rows: the number of each sample, per branch: its position in the global batch, or its class within the task. depths: the number of
-    layers, per branch; the noise of all its routers is then drawn at once. Draws are kept for the other evaluations of the step.
+    `rows` has the number of each sample, per branch: its position in the global batch, or its class within the task. If `depths` has the
+    number of a branch's layers, the noise of all its routers is drawn at once. Draws are kept for the other evaluations of the step.
     """
 
     def __init__(self, key: Key, rows: dict[str, Tensor], depths: Mapping[str, int] | None = None):

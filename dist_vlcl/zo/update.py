@@ -74,15 +74,14 @@ class ZerothOrderConfig:
 class Move:
     """A decided update: the values in each branch's slice change by coefficient * direction.
 
-    gradients: the gradient estimate `[n]` of each branch, before the transform. directions: the same after transform and optimiser.
-    losses: the losses of staying, of coefficient -step and of +step, if the acceptance rule compared them.
+    Tensors `[n]` are per branch and zero outside the group's slice.
     """
 
     estimate: Estimate
-    gradients: Mapping[str, Tensor]
-    directions: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]  # the gradient estimate, before the transform
+    directions: Mapping[str, Tensor]  # the same after transform and optimiser
     coefficient: float
-    losses: tuple[float, float, float] | None
+    losses: tuple[float, float, float] | None  # of staying, of -step and of +step, if the acceptance rule compared them
 
     @property
     def group(self) -> Group:

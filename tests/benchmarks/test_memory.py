@@ -1,62 +1,60 @@
-"""What back-propagation keeps, counted at ViT-B/16's size, and what a step has alive at its peak."""
+"""Bytes that back-propagation saves and bytes that are alive at the peak, counted at ViT-B/16's size without numbers."""
 
 import pytest
 import torch
 
-from benchmarks.count import PeakBytes, saved_bytes, without_numbers
+from benchmarks.common import PeakBytes, Workload, saved_bytes, without_numbers
 from benchmarks.memory import peak_bytes, saved_per_sample
-from benchmarks.setup import Workload
 from dist_vlcl.dist.world import World
 from dist_vlcl.zo.noise import Key
 
 
-def test_an_image_keeps_at_most_70_mb_and_with_checkpoints_a_tenth():
-    options = ({}, {"precision": "bf16"}, {"naive": True}, {"checkpoint": True})
-    kept, in_bf16, naive, recomputed = (saved_per_sample("vision", **option) for option in options)
-    assert 50e6 < kept <= 70e6
-    assert 25e6 < in_bf16 <= 36e6
+def test_an_image_saves_at_most_70_mb_and_with_checkpoints_a_fifth():
+    options = ((), ("model.precision=bf16",), ("model.checkpoint=true",))
+    fp32, bf16, checkpoints = (saved_per_sample("vision", Workload(option)) for option in options)
+    naive = saved_per_sample("vision", Workload(), naive=True)
+    assert 50e6 < fp32 <= 70e6
+    assert 25e6 < bf16 <= 36e6
     assert 120e6 < naive < 170e6
-    assert recomputed < 0.2 * kept
+    assert checkpoints < 0.2 * fp32
 
 
-def test_a_prompt_keeps_a_tenth_of_what_77_tokens_do():
-    assert saved_per_sample("language") * 10 < saved_per_sample("language", naive=True)
+def test_a_prompt_saves_a_tenth_of_what_the_naive_step_saves():
+    assert saved_per_sample("language", Workload()) * 10 < saved_per_sample("language", Workload(), naive=True)
 
 
 @pytest.mark.parametrize(
-    ("orders", "precision", "checkpoint", "limit"),
+    ("options", "limit"),
     [
-        ("dual_all", "fp32", False, 1.2e9),
-        ("vision_all", "fp32", False, 1.6e9),
-        ("first", "bf16", False, 4e9),
-        ("first", "bf16", True, 1.2e9),
-        ("language_all", "bf16", False, 4e9),
-        ("language_all", "bf16", True, 1.2e9),
+        (("orders=dual_all", "zo=mozo"), 1.2e9),
+        (("orders=vision_all", "zo=mozo"), 1.6e9),
+        (("orders=first", "model.precision=bf16"), 4e9),
+        (("orders=first", "model.precision=bf16", "model.checkpoint=true"), 1.2e9),
     ],
 )
-def test_a_step_s_peak(orders, precision, checkpoint, limit):
-    """At 64 images and 125 classes, with the weights."""
-    assert peak_bytes(Workload(orders=orders, precision=precision, checkpoint=checkpoint, images=64, classes=125)) < limit
+def test_the_peak_of_a_step_is_below_its_goal(options, limit):
+    """At 64 images and 125 classes, weights included."""
+    assert peak_bytes(Workload(options, images=64, classes=125)) < limit
 
 
 def test_checkpoints_change_no_bit():
-    results = []
-    for checkpoint in (False, True):
-        workload = Workload(model="small", images=8, classes=3, checkpoint=checkpoint)
+    states = []
+    for checkpoint in ("false", "true"):
+        workload = Workload(("model=small", f"model.checkpoint={checkpoint}"), images=8, classes=3)
         step = workload.step(workload.towers("cpu"), World.alone())
-        for k in range(2):
-            step([workload.batch(step.towers.image_size)], Key(1, k), 1e-3)
-        results.append(step.state_dict())
-    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+        for number in range(2):
+            step([workload.batch(step.towers)], Key(1, number), 1e-3)
+        states.append(step.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-def test_saved_bytes_counts_a_storage_once_and_weights_not():
+def test_saved_bytes_counts_a_storage_once_and_leaves_out_weights():
     weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
     assert saved_bytes(lambda: (x @ weight) * (x @ weight)) == 4 * 64
     assert saved_bytes(lambda: x @ weight, besides=[weight]) == 64
 
 
-def test_peak_bytes_sees_what_is_alive_together():
+def test_peak_bytes_is_what_is_alive_at_the_same_time():
     with PeakBytes() as memory:
         a = torch.zeros(1000)
         b = a + 1

@@ -41,9 +41,9 @@ def test_other_orders():
         ("papr", None, "choose from natural, paper, seed:N"),
         ("seed:x", None, "choose from natural, paper, seed:N"),
         ("paper", None, "no published order"),
-        ("paper", [1, 0], "has 2 classes, this data set 3"),
+        ("paper", [1, 0], "a published order of 2 classes for these 3 classes"),
     ],
 )
-def test_impossible_orders_are_refused_in_words(spec, paper, words):
+def test_impossible_orders_are_refused(spec, paper, words):
     with pytest.raises(ValueError, match=words):
         class_order(spec, 3, paper)

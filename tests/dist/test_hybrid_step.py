@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.count import Collectives
+from benchmarks.common import Collectives
 from dist_vlcl.dist.agree import DisagreementError, agree, digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
-from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.losses import BatchLosses
+from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrderConfig

@@ -13,7 +13,7 @@ import torch
 
 from dist_vlcl.config import Config
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.store import open_index
+from dist_vlcl.data.shards import open_index
 from dist_vlcl.dist.collectives import CollectiveError, Collectives
 from dist_vlcl.dist.world import World
 from dist_vlcl.run import checkpoint
@@ -82,7 +82,9 @@ def test_a_network_that_drops_is_named_on_both_sides_and_a_restart_ends_with_the
         errors = [line for line in said.splitlines() if "error on rank" in line]
         assert len(errors) == 2, said[-3000:]
         for line, (rank, other, host) in zip(sorted(errors), [(0, 1, "h2"), (1, 0, "h1")], strict=True):
-            assert f"error on rank {rank} of 2: all-reduce of" in line and f"rank {other} ({host}) did not answer within {TIMEOUT_S} s" in line
+            assert (
+                f"error on rank {rank} of 2: all-reduce of" in line and f"rank {other} ({host}) did not answer within {TIMEOUT_S} s" in line
+            )
             assert "all-reduce of losses at step" in line or "all-reduce of gradients at step" in line
         pair.tool("link", "h2", "up")
         again = start()

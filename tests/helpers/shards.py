@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dist_vlcl.data.order import generator
-from dist_vlcl.data.shards import Index, RawSample, RawSet, write_shards
+from dist_vlcl.data.sets import RawSample, RawSet
+from dist_vlcl.data.shards import Index, write_shards
+from dist_vlcl.data.tasks import generator
 
 
 def png(size: int, *seeds: object) -> bytes:

@@ -3,7 +3,7 @@
 import torch
 from open_clip.transformer import QuickGELU as OpenClipQuickGELU
 
-from benchmarks.count import saved_bytes
+from benchmarks.common import saved_bytes
 from dist_vlcl.model.activation import QuickGELU
 
 

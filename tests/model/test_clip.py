@@ -12,6 +12,7 @@ from dist_vlcl.model import clip
 from dist_vlcl.model.clip import ModelConfig, build_clip
 from dist_vlcl.model.lora import LoRAAdapter, LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.options import validate
 from tests.helpers.tiny_clip import LORA, MLP_LORA, MOE, NAMES, WholeCLIP, pictures, tiny_clip
 
 
@@ -60,7 +61,7 @@ def without_memory(model: ModelConfig) -> tuple[nn.Module, None]:
     ("title", "name"), [("ViT-B/16", "ViT-B-16-quickgelu"), ("ViT-L/14", "ViT-L-14-quickgelu"), ("ViT-bigG/14", "ViT-bigG-14")]
 )
 def test_what_a_zero_stage_saves_is_counted_right(title, name, monkeypatch):
-    """The table of docs/ENGINES.md, of N = 8 ranks."""
+    """The table of docs/clusters.md, of N = 8 ranks."""
     monkeypatch.setattr(clip, "_load", without_memory)
     towers = build_clip(ModelConfig(name=name, pretrained="random"), MoEConfig())
     adapters = sum(unit.numel for unit in towers.units.values())
@@ -79,7 +80,7 @@ def test_what_a_zero_stage_saves_is_counted_right(title, name, monkeypatch):
         f"{weights / 1e6:,.0f} + {gradients / 1e6:.0f} + {moments / 1e6:.0f} MB",
     ]
     cells += [f"{value / 1e6:,.0f} MB" for value in (*stages, stages[-1] / 7, piece)]
-    assert f"| {' | '.join(cells)} |" in (Path(__file__).parents[2] / "docs/ENGINES.md").read_text()
+    assert f"| {' | '.join(cells)} |" in (Path(__file__).parents[2] / "docs/clusters.md").read_text()
 
 
 @pytest.mark.parametrize("adapter", [MOE, LORA, MLP_LORA], ids=["moe", "lora", "mlp_lora"])
@@ -145,8 +146,8 @@ def test_weights_that_open_clip_knows_come_with_the_command_that_fetches_them(mo
         ({"name": "ViT-B-61", "pretrained": "random"}, ValueError, "did you mean ViT-B-16"),
         ({"name": "tiny-4-3", "pretrained": "/no/such/file.pt"}, RuntimeError, "open_clip has no weights of it; or give"),
         ({"name": "ViT-B-32", "pretrained": "laion"}, RuntimeError, "open_clip has weights of it as openai, laion400m_e31"),
-        ({"name": "tiny-4-3", "pretrained": "shipped"}, ValueError, "only model.name=small_clip ships"),
-        ({"name": "tiny-4-3", "pretrained": "random", "prompt": "a photo"}, ValueError, "model.prompt='a photo': needs {}"),
+        ({"name": "tiny-4-3", "pretrained": "shipped"}, ValueError, "has weights for model.name=small_clip only"),
+        ({"name": "tiny-4-3", "pretrained": "random", "prompt": "a photo"}, ValueError, "model.prompt='a photo': must contain {}"),
         ({"name": "tiny-4-3", "pretrained": "random", "context": "half"}, ValueError, "model.context='half': choose from truncated, full"),
     ],
     ids=lambda value: value["name"] + "-" + value["pretrained"] if isinstance(value, dict) else "",
@@ -154,5 +155,6 @@ def test_weights_that_open_clip_knows_come_with_the_command_that_fetches_them(mo
 def test_a_model_that_cannot_be_adapted_is_refused_in_words(options, error, words):
     tiny_clip()
     with pytest.raises(error) as caught:
+        validate(ModelConfig(**options), "model")
         build_clip(ModelConfig(**options), MOE)
     assert words in str(caught.value)

@@ -24,7 +24,7 @@ RECORDING = graphs.Graph
 
 
 class StandIn:
-    """A graph's inputs, and the function with what it closed over when it was recorded."""
+    """The function as it was recorded."""
 
     recorded = 0
 
@@ -42,41 +42,40 @@ def _on_a_cpu(monkeypatch):
     StandIn.recorded = 0
 
 
-def doubled(arguments, options, weights):
-    (x, factor), (shift,) = arguments, options
+def scaled(weights, x, factor, shift):
     return (x * factor + shift,)
 
 
 def test_the_second_call_records_and_later_ones_replay_for_new_numbers():
-    call = functools.partial(Graphs(), doubled)
+    call = functools.partial(Graphs(), scaled)
     for k in range(4):
         x = torch.full((2,), float(k))
-        assert torch.equal(call((x, 2.0), (1,), {})[0], 2 * x + 1)
+        assert torch.equal(call((x, 2.0, 1), {})[0], 2 * x + 1)
         assert StandIn.recorded == min(k, 1)
 
 
 @pytest.mark.parametrize(
     "others",
     [
-        lambda x: ((torch.ones(3), 2.0), (1,), {}),
-        lambda x: ((x.double(), 2.0), (1,), {}),
-        lambda x: ((x, 3.0), (1,), {}),
-        lambda x: ((x, 2.0), (2,), {}),
-        lambda x: ((x, torch.tensor(2.0)), (1,), {}),
-        lambda x: ((x, 2.0), (1,), {"w": WEIGHT}),
-        lambda x: ((x, 2.0), (1,), {"w": LEARNING}),
-        lambda x: ((Perturbed(x, x), 2.0), (1,), {}),
-        lambda x: ((Perturbed(x, x, torch.bfloat16), 2.0), (1,), {}),
+        lambda x: ((torch.ones(3), 2.0, 1), {}),
+        lambda x: ((x.double(), 2.0, 1), {}),
+        lambda x: ((x, 3.0, 1), {}),
+        lambda x: ((x, 2.0, 2), {}),
+        lambda x: ((x, torch.tensor(2.0), 1), {}),
+        lambda x: ((x, 2.0, 1), {"w": WEIGHT}),
+        lambda x: ((x, 2.0, 1), {"w": LEARNING}),
+        lambda x: ((Perturbed(x, x), 2.0, 1), {}),
+        lambda x: ((Perturbed(x, x, torch.bfloat16), 2.0, 1), {}),
     ],
-    ids=["shape", "dtype", "value", "option", "kind", "weights", "learning weights", "perturbed", "its precision"],
+    ids=["shape", "dtype", "value", "another value", "kind", "weights", "learning weights", "perturbed", "its precision"],
 )
 def test_what_differs_in_anything_but_numbers_is_another_recording(others):
-    call, x = functools.partial(Graphs(), doubled), torch.ones(2)
+    call, x = functools.partial(Graphs(), scaled), torch.ones(2)
     for _ in range(3):
-        call((x, 2.0), (1,), {})
-        arguments, options, weights = others(x)
-        found = call(arguments, options, weights)[0]
-        expected = doubled(arguments, options, {})[0]
+        call((x, 2.0, 1), {})
+        arguments, weights = others(x)
+        found = call(arguments, weights)[0]
+        expected = scaled({}, *arguments)[0]
         same = [
             torch.equal(getattr(found, part), getattr(expected, part)) for part in ("base", "change") if isinstance(expected, Perturbed)
         ]
@@ -103,20 +102,20 @@ def test_sets_of_one_block_are_not_replayed_for_another_s():
 
 def test_rare_shapes_do_not_drive_out_recordings_and_few_with_gradients_are_kept():
     graphs_, weight = Graphs(), torch.ones(1, requires_grad=True)
-    call = functools.partial(graphs_, lambda arguments, options, weights: (arguments[0] * 2,))
+    call = functools.partial(graphs_, lambda weights, x: (x * 2,))
     for size in range(1, 200):  # once each: seen, not recorded
-        call((torch.ones(size),), (), {})
+        call((torch.ones(size),), {})
     assert StandIn.recorded == 0
     for _ in range(3):
         for size in range(1, 21):
-            call((torch.ones(size),), (), {})
+            call((torch.ones(size),), {})
     assert StandIn.recorded == 20
     for _ in range(3):
         for size in (300, 301):
-            call((torch.ones(size),), (), {"w": weight})
+            call((torch.ones(size),), {"w": weight})
     assert StandIn.recorded == 22
     for _ in range(2):
-        call((torch.ones(302),), (), {"w": weight})
+        call((torch.ones(302),), {"w": weight})
     assert list(map(len, graphs_.graphs.values())) == [2, 20]
 
 
@@ -132,10 +131,10 @@ def test_what_cannot_be_recorded_is_said_in_words(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "Graph", fails)
-    call = functools.partial(Graphs(), doubled)
-    call((torch.ones(2), 2.0), (1,), {})
+    call = functools.partial(Graphs(), scaled)
+    call((torch.ones(2), 2.0, 1), {})
     with pytest.raises(RuntimeError, match=r"not permitted.*model\.graphs=false"):
-        call((torch.ones(2), 2.0), (1,), {})
+        call((torch.ones(2), 2.0, 1), {})
 
 
 LEARNS, PROBE = (3.0, True), (3.0, False)

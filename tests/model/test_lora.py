@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dist_vlcl.model.lora import LoRAAdapter, LoRAConfig
+from dist_vlcl.options import validate
 from tests.helpers.tiny_clip import MLP_LORA, NAMES, WholeCLIP, adapter_values, merged_lora, pictures, tiny_clip
 
 
@@ -47,7 +48,7 @@ def test_down_starts_kaiming_uniform_and_up_at_zero():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"rank": 0}, "adapter.rank=0: give a positive number"),
+        ({"rank": 0}, "adapter.rank=0: give a number of at least 1"),
         ({"targets": []}, "adapter.targets=[]: choose from q, k, v, or [mlp] alone"),
         ({"targets": ["o"]}, "adapter.targets=['o']"),
         ({"targets": ["mlp", "k"]}, "adapter.targets=['mlp', 'k']"),
@@ -55,5 +56,5 @@ def test_down_starts_kaiming_uniform_and_up_at_zero():
 )
 def test_impossible_targets_are_refused_in_words(options, words):
     with pytest.raises(ValueError) as caught:
-        LoRAConfig(**options).check()
+        validate(LoRAConfig(**options), "adapter")
     assert words in str(caught.value)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dist_vlcl.model.moe import MoEAdapter, MoEConfig, linear
+from dist_vlcl.options import validate
 from tests.helpers.tiny_clip import moe_by_loop
 
 B, L, D = 5, 7, 12
@@ -109,13 +110,13 @@ def test_linear_is_a_matrix_product_per_set(copies):
     [
         ({"top_k": 3}, "adapter.top_k=3: choose from 1 to adapter.experts=2"),
         ({"top_k": 0}, "adapter.top_k=0"),
-        ({"bottleneck": 0}, "adapter.bottleneck=0: give a positive number"),
-        ({"dropout": 1.0}, "adapter.dropout=1.0: choose from"),
+        ({"bottleneck": 0}, "adapter.bottleneck=0: give a number of at least 1"),
+        ({"dropout": 1.0}, "adapter.dropout=1.0: give a number of at least 0 and less than 1"),
     ],
 )
 def test_impossible_experts_are_refused_in_words(options, words):
     with pytest.raises(ValueError) as caught:
-        MoEConfig(**options).check()
+        validate(MoEConfig(**options), "adapter")
     assert words in str(caught.value)
 
 

@@ -74,5 +74,5 @@ def test_in_bf16_the_rounding_of_a_product_is_relative_to_the_change_and_in_two_
 
 
 def test_a_perturbed_tensor_is_not_changed_in_place():
-    with pytest.raises(TypeError, match=r"mul_: a perturbed tensor cannot be changed in place; use mul"):
+    with pytest.raises(TypeError, match=r"mul_: a Perturbed tensor cannot be changed in place; use mul"):
         perturbed(K, B).mul_(2)

@@ -12,8 +12,10 @@ def test_figures_are_those_of_plain_formulas():
     towers = tiny_clip(vision_layers=3, language_layers=2)
     units, before, draw = towers.units, adapter_values(towers), torch.Generator().manual_seed(0)
     statistics = UnitStatistics(units)
+    statistics.begin()
     statistics.observe([id for id in units if id.branch == "language"], [torch.ones(2 * units[UnitId("language", 1)].numel)])
-    statistics.compute()  # of an earlier step nothing is left
+    statistics.compute()
+    statistics.begin()  # nothing of the earlier step is left
     vision = [id for id in units if id.branch == "vision"]
     gradients = {id: 1e-6 + 1e-3 * torch.randn(units[id].numel, generator=draw) for id in vision}
     statistics.observe(vision, [gradients[id] * 3 for id in vision], 3.0)

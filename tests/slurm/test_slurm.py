@@ -72,7 +72,7 @@ def steps(folder: Path) -> int:
 
 
 def took(what: str, seconds: float) -> None:
-    """Say a figure of docs/ENGINES.md: `pytest tests/slurm -s -k everything`."""
+    """Say a figure of docs/clusters.md: `pytest tests/slurm -s -k everything`."""
     print(f"{seconds:6.1f} s  {what}", flush=True)
 
 

@@ -217,7 +217,9 @@ def test_a_sample_sees_the_same_noise_wherever_it_sits(place):
 def test_a_mask_too_large_for_one_chunk_is_the_same_row_by_row():
     rows, numel = torch.arange(7), 100_000
     whole = dropout_mask_by_row("dropout/vision/1", rows, numel, 0.1, KEY, Streams.DROPOUT)
-    assert torch.equal(whole, torch.cat([dropout_mask_by_row("dropout/vision/1", row[None], numel, 0.1, KEY, Streams.DROPOUT) for row in rows]))
+    assert torch.equal(
+        whole, torch.cat([dropout_mask_by_row("dropout/vision/1", row[None], numel, 0.1, KEY, Streams.DROPOUT) for row in rows])
+    )
 
 
 def test_samples_blocks_branches_and_purposes_have_noise_of_their_own():

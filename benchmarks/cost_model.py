@@ -1,0 +1,192 @@
+"""The cost model: the fewest FLOPs that a step needs, and those of the naive step. docs/performance.md explains it.
+
+One FLOP is an addition or a multiplication: a product of `[n, d]` and `[d, m]` has 2 n d m. The model counts matrix products and
+convolutions. It leaves out what is linear in the activations: norms, GELU, softmax, noise.
+"""
+
+# n tokens, p positions that are read, d width, c columns of the adapter's bottleneck, B images, C classes
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.model.lora import LoRAConfig
+from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.model.units import BRANCHES, UnitId
+from dist_vlcl.orders import Order
+from dist_vlcl.zo.update import ZerothOrderConfig
+
+CONTEXT = 77  # tokens of a prompt in the naive step
+
+
+@dataclass(frozen=True)
+class Block:
+    """A transformer block with an adapter: keys and values at all tokens, output at the positions that are read."""
+
+    tokens: int
+    read: int
+    width: int
+    columns: int
+    site: str  # of the adapter: mlp (beside the MLP) or attention (at the projections)
+
+    @property
+    def projections(self) -> int:
+        """Keys and values of all tokens, queries of the positions that are read."""
+        return 2 * (2 * self.tokens + self.read) * self.width**2
+
+    @property
+    def attention(self) -> int:
+        """Similarities, and the weighted sum of values."""
+        return 4 * self.read * self.tokens * self.width
+
+    @property
+    def rest(self) -> int:
+        """Output projection and MLP, of hidden width 4 d."""
+        return 2 * (1 + 8) * self.read * self.width**2
+
+    @property
+    def adapter(self) -> int:
+        """Down and up."""
+        return 4 * (self.read if self.site == "mlp" else self.tokens) * self.width * self.columns
+
+    @property
+    def forward(self) -> int:
+        return self.projections + self.attention + self.rest + self.adapter
+
+    @property
+    def forward_from_adapter(self) -> int:
+        """The part of the block that depends on its adapter. The rest is cached."""
+        return self.adapter + (self.attention + self.rest if self.site == "attention" else 0)
+
+    def backward(self, learns: bool) -> int:
+        """Gradient of the input: each product once, those of attention twice; and of the adapter's weights if it learns."""
+        return self.projections + 2 * self.attention + self.rest + self.adapter * (2 if learns else 1)
+
+    @property
+    def backward_to_adapter(self) -> int:
+        """The lowest block that learns: gradients of the adapter's two matrices and of its hidden units."""
+        return self.adapter + self.adapter // 2 + (2 * self.attention + self.rest if self.site == "attention" else 0)
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """The sizes that a tower's FLOPs depend on."""
+
+    width: int
+    depth: int
+    tokens: int
+    read: int
+    columns: int
+    site: str
+    embed: int  # FLOPs of the patch embedding of a sample
+    features: int
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        inner = Block(self.tokens, self.tokens, self.width, self.columns, self.site)
+        return [inner] * (self.depth - 1) + [replace(inner, read=self.read)]
+
+    @property
+    def project(self) -> int:
+        return 2 * self.width * self.features
+
+    @property
+    def forward(self) -> int:
+        return self.embed + sum(block.forward for block in self.blocks) + self.project
+
+    def forward_from(self, layer: int) -> int:
+        """One evaluation that restarts at the adapter of `layer` (from 1)."""
+        return self.blocks[layer - 1].forward_from_adapter + sum(block.forward for block in self.blocks[layer:]) + self.project
+
+    def delta_from(self, layers: set[int]) -> int:
+        """Delta-forward's additional FLOPs: products whose two factors both change, of attention and of perturbed adapters, twice."""
+        above = sum(block.attention for block in self.blocks[min(layers) :])
+        lowest = self.blocks[min(layers) - 1]
+        own = sum(self.blocks[layer - 1].adapter for layer in layers) - lowest.adapter // 2  # the lowest adapter's input does not change
+        return above + own + (lowest.attention if self.site == "attention" else 0)
+
+    def backward(self, learning: set[int]) -> int:
+        """Back-propagate from the features to the lowest of the `learning` layers."""
+        if not learning:
+            return 0
+        lowest = min(learning)
+        above = sum(self.blocks[layer - 1].backward(layer in learning) for layer in range(lowest + 1, self.depth + 1))
+        return self.project + above + self.blocks[lowest - 1].backward_to_adapter
+
+
+def tower_shapes(towers: TwoTowers, prompt_tokens: int) -> dict[str, TowerShape]:
+    """Return the shapes of a model's towers, for prompts of `prompt_tokens`."""
+    result = {}
+    for branch in BRANCHES:
+        tower = towers.tower(branch)
+        adapter = tower.block(1).adapter
+        config: MoEConfig | LoRAConfig = adapter.config
+        visual = towers.vision.ends.visual
+        patches = len(visual.positional_embedding) - 1
+        is_vision = branch == "vision"
+        width = tower.block(1).block.attn.embed_dim
+        result[branch] = TowerShape(
+            width=width,
+            depth=tower.depth,
+            tokens=patches + 1 if is_vision else prompt_tokens,
+            read=1 if is_vision else 2,
+            columns=config.rank * len(config.targets) if isinstance(config, LoRAConfig) else config.top_k * config.bottleneck,
+            site=adapter.site,
+            embed=2 * patches * visual.conv1.weight.numel() if is_vision else 0,
+            features=visual.proj.shape[1],
+        )
+    return result
+
+
+Shapes = Mapping[str, TowerShape]
+Orders = Mapping[UnitId, Order]
+
+
+def evaluations(config: ZerothOrderConfig) -> int:
+    """Return how many perturbed losses a branch needs beside the base loss (granularity branch)."""
+    return config.probes * config.sides + (2 if config.acceptance == "best_of_three" else 0)
+
+
+def naive_evaluations(config: ZerothOrderConfig) -> int:
+    """Return the losses of the naive step: two a probe as MeZO, five for a conservative step as ZO-LLM."""
+    return 2 * config.probes + (3 if config.acceptance == "best_of_three" else 0)
+
+
+def step_cost(
+    shapes: Shapes, orders: Orders, config: ZerothOrderConfig, images: int, classes: int, delta_branches: Collection[str] = ()
+) -> int:
+    """Return the fewest FLOPs that one step needs: nothing is computed twice, and nothing that is not read.
+
+    delta_branches: branches that are evaluated by delta-forward, which computes the base again in each phase.
+    """
+    samples = {"vision": images, "language": classes}
+    zeroth, first = _layers(orders, Order.ZEROTH), _layers(orders, Order.FIRST)
+    phases = 2 if config.acceptance == "best_of_three" else 1  # probes, then the two candidates
+    logits = 2 * images * classes * shapes["vision"].features
+    forward = logits + sum(samples[b] * shape.forward for b, shape in shapes.items())
+    backward = sum((samples[b] * shape.backward(first[b]) + logits) for b, shape in shapes.items() if first[b])
+    perturbed = 0
+    for b, shape in shapes.items():
+        if zeroth[b]:
+            again = shape.forward_from(min(zeroth[b]))
+            beside = phases * again + evaluations(config) * shape.delta_from(zeroth[b]) if b in delta_branches else 0
+            perturbed += samples[b] * (evaluations(config) * again + beside) + evaluations(config) * logits
+    return forward + backward + perturbed
+
+
+def naive_cost(shapes: Shapes, orders: Orders, config: ZerothOrderConfig, images: int, classes: int) -> int:
+    """Return the FLOPs of the naive step: a first-order pass over the whole CLIP, then losses of the whole CLIP for zeroth order."""
+    samples = {"vision": images, "language": classes}
+    zeroth, first = _layers(orders, Order.ZEROTH), _layers(orders, Order.FIRST)
+    tokens = {"vision": shapes["vision"].tokens, "language": CONTEXT}
+    whole = {b: replace(shape, tokens=tokens[b], read=tokens[b]) for b, shape in shapes.items()}  # all positions of the last block
+    logits = 2 * images * classes * shapes["vision"].features
+    forward = logits + sum(samples[b] * shape.forward for b, shape in whole.items())
+    backward = sum((samples[b] * shape.backward(first[b]) + logits) for b, shape in whole.items() if first[b])
+    perturbed = naive_evaluations(config) * forward if any(zeroth.values()) else 0
+    return (forward if any(first.values()) or not perturbed else 0) + backward + perturbed
+
+
+def _layers(orders: Orders, order: Order) -> dict[str, set[int]]:
+    return {branch: {unit.layer for unit, o in orders.items() if unit.branch == branch and o is order} for branch in BRANCHES}

@@ -1,0 +1,113 @@
+"""Read a whole file from a folder, a web server or, if allowed, a command. Network reads end within a given time."""
+
+import logging
+import os
+import signal
+import ssl
+import subprocess
+import time
+from collections.abc import Callable
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from dist_vlcl.masking import masked
+
+ATTEMPTS = 3  # of a command; each has a third of the time
+SILENCE = 1 / 10  # part of the time after which a server that sends nothing is asked again
+TRY_AGAIN = (408, 429, *range(500, 600))  # HTTP statuses: too slow, too many requests, an error of the server
+
+log = logging.getLogger(__name__)
+
+
+def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, timeout_s: float = 120) -> bytes:
+    """Return the content of a local file, an http(s) address, or the output of a command or tool (pipe:, gs:, ...).
+
+    Returns at most `limit` bytes. Raises OSError if it cannot be read; from http(s) or a `pipe:` within `timeout_s` seconds. Raises
+    ValueError for a command that `allow_pipe` does not allow.
+    """
+    parts = urlparse(url)
+    if parts.scheme in ("http", "https"):
+        return _with_retries(lambda deadline: _get(url, limit, timeout_s * SILENCE, deadline), url, timeout_s)
+    if parts.scheme in ("", "file"):
+        with open(url2pathname(parts.path) if parts.scheme else url, "rb") as file:
+            return file.read(-1 if limit is None else limit)
+    if not allow_pipe:
+        raise ValueError(f"data.url={masked(url)!r}: reading this runs a command; set data.allow_pipe=true to allow it")
+    if parts.scheme == "pipe":
+        return _with_retries(lambda _: _run(url.removeprefix("pipe:"), limit, timeout_s / ATTEMPTS), url, timeout_s, ATTEMPTS)
+    import webdataset
+
+    with webdataset.gopen(url) as stream:
+        return stream.read(-1 if limit is None else limit)
+
+
+def _with_retries(read: Callable[[float], bytes], url: str, timeout_s: float, attempts: int | None = None) -> bytes:
+    """Return `read(deadline)`, tried again with growing pauses while there is time. Raises the last OSError."""
+    from urllib3.util import Retry
+
+    deadline = time.monotonic() + timeout_s
+    # Only its counts and pauses are used. Inside requests, it would know no deadline, and log addresses with the secrets in them.
+    retry = Retry(total=attempts, backoff_factor=0.25, backoff_max=5)
+    while True:
+        try:
+            return read(deadline)
+        except OSError as error:
+            retry = retry.increment("GET", url, error=error)
+            pause_s = retry.get_backoff_time()
+            is_late = time.monotonic() + pause_s > deadline - timeout_s * SILENCE
+            if is_late or _is_final(error) or retry.total == 0:
+                raise
+            log.warning("%s: attempt %d failed: %s", masked(url), len(retry.history), masked(str(error)))
+            time.sleep(pause_s)
+
+
+def _is_final(error: OSError) -> bool:
+    """Return whether another attempt would end the same way."""
+    response = getattr(error, "response", None)
+    is_refused = response is not None and response.status_code not in TRY_AGAIN
+    # requests' errors about the address itself are ValueErrors too
+    return is_refused or isinstance(error, ValueError) or "CERTIFICATE_VERIFY_FAILED" in str(error)
+
+
+def _get(url: str, limit: int | None, silence_s: float, deadline: float) -> bytes:
+    """Return what a web server sends, in one attempt. Raises OSError, before the deadline."""
+    import requests  # late: only remote shards need it
+    from urllib3.exceptions import HTTPError
+
+    # One attempt waits for a connection, for the headers, then for each part of the content.
+    wait_s = min(silence_s, (deadline - time.monotonic()) / 3)
+    pieces, size = [], 0
+    with requests.Session() as session:
+        certificates = ssl.get_default_verify_paths()
+        session.verify = certificates.cafile or certificates.capath or True  # the system's or SSL_CERT_FILE, not only those of requests
+        with session.get(url, stream=True, timeout=wait_s, headers={"Accept-Encoding": "identity"}) as response:
+            response.raise_for_status()
+            while limit is None or size < limit:
+                if time.monotonic() + wait_s > deadline:
+                    raise TimeoutError(f"only {size:,} bytes arrived in time")
+                try:
+                    # `iter_content` would wait for a whole chunk, however slowly it arrives. `read1` returns what is there.
+                    piece = response.raw.read1(1 << 16)
+                except HTTPError as error:
+                    raise OSError(str(error.args[0])) from error
+                if not piece:
+                    break
+                pieces.append(piece)
+                size += len(piece)
+    return b"".join(pieces)[:limit]
+
+
+def _run(command: str, limit: int | None, timeout_s: float) -> bytes:
+    """Return the output of a shell command. Raises OSError if it fails or takes longer than `timeout_s` seconds."""
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"the command took longer than {timeout_s:.0f} s") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # also its children, which hold the pipe open
+            process.wait()
+    if process.returncode:
+        raise OSError(f"the command ended with exit status {process.returncode}")
+    return output[:limit]
