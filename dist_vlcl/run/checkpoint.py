@@ -45,7 +45,7 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     """
     checkpoints = Path(folder) / "checkpoints"
     make_folder(checkpoints)
-    path = checkpoints / f"step-{step:08d}.safetensors"
+    path = _path(folder, step)
     aside = path.with_name(path.name + ".tmp")
     # Cloned, since safetensors refuses strided and overlapping tensors, and units may be views of one buffer.
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -128,5 +128,5 @@ def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
     h = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        h.update(tensor.flatten().view(torch.uint8).numpy())
+        h.update(tensor.flatten().view(torch.uint8).numpy().data)
     return h.hexdigest()
