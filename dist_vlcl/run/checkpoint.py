@@ -45,7 +45,7 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     """
     checkpoints = Path(folder) / "checkpoints"
     make_folder(checkpoints)
-    path = checkpoints / f"step-{step:08d}.safetensors"
+    path = _path(folder, step)
     aside = path.with_name(path.name + ".tmp")
     # Cloned, since safetensors refuses strided and overlapping tensors, and units may be views of one buffer.
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}

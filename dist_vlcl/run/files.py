@@ -2,19 +2,17 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write `data` to a new file and wait until the disk has it. An OSError names the file."""
-    with open(path, "wb", buffering=0) as file:
-        try:
-            _write_all(file, data)
-            os.fsync(file.fileno())
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+    with open(path, "wb", buffering=0) as file, _naming(path):
+        _write_all(file, data)
+        os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
@@ -56,21 +54,25 @@ class JsonLines:
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line. Raises OSError on a full disk."""
-        self._named(lambda: _write_all(self._file, to_line(record).encode()))
+        with _naming(self._file.name):
+            _write_all(self._file, to_line(record).encode())
 
     def sync(self) -> None:
         """Wait until the disk has every line. Raises OSError if it cannot take them."""
-        self._named(lambda: os.fsync(self._file.fileno()))
+        with _naming(self._file.name):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file. A second call does nothing."""
         self._file.close()
 
-    def _named(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._file.name) from error
+
+def read_json(path: Path, default: Any) -> Any:
+    """Return the content of a JSON file, or the default if there is no file that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return default
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -91,6 +93,15 @@ def _parse(line: str) -> Any:
         return json.loads(line)
     except ValueError:
         return None
+
+
+@contextmanager
+def _naming(path: object) -> Iterator[None]:
+    """Add the file's name to an OSError of a write, which has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _write_all(file: Any, data: bytes) -> None:

@@ -30,7 +30,7 @@ from dist_vlcl.masking import masked_values
 from dist_vlcl.options import option
 from dist_vlcl.run.checkpoint import is_of_version_1
 from dist_vlcl.run.environment import describe_environment, is_restart
-from dist_vlcl.run.files import make_folder, replace_file
+from dist_vlcl.run.files import make_folder, read_json, replace_file
 
 MAY_CHANGE = (  # patterns of the options that a resume may change, because they do not affect the result
     *("run.*", "cluster.*", "eval.batch_size", "model.graphs", "train.check_every_steps", "train.max_skips"),
@@ -108,7 +108,7 @@ class RunFolder:
         Raises RunRefused on all ranks if the folder cannot be used.
         """
         lock: TextIO | None = None
-        outcome: dict[str, Any] | RunRefused | None = None
+        outcome: Any = None
         if world.is_main:
             try:
                 lock, outcome = _prepare(settings, _as_saved(config), {"data": data, "code_digest": code}, wait_s)
@@ -175,11 +175,12 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     if not is_new:
         notes += [*_check_configuration(path, settings, config), *_check_facts(path, facts)]
     replace_file(path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    replace_file(path / "env.json", json.dumps([*_starts(path), {**describe_environment(), **facts}], indent=1) + "\n")
+    starts = read_json(path / "env.json", [])
+    replace_file(path / "env.json", json.dumps([*starts, {**describe_environment(), **facts}], indent=1) + "\n")
     (path / "REQUEUE").unlink(missing_ok=True)
     for name in ("checkpoints", "plots"):
         make_folder(path / name)
-    is_complete = _is_complete(path)
+    is_complete = read_json(path / "accuracy.json", {}).get("complete") is True
     begin = f"{'starting' if is_new else 'continuing'} {path}"
     if is_complete:
         begin = f"{path} is complete: see summary.md, accuracy.json and plots/ in it; run.overwrite=true starts anew"
@@ -238,7 +239,7 @@ def _check_configuration(path: Path, settings: RunConfig, config: dict[str, Any]
 
 def _check_facts(path: Path, facts: dict[str, str | None]) -> list[str]:
     """Return a text if the code has changed since the last start; raise RunRefused if the data set has."""
-    last: dict[str, Any] = next(reversed(_starts(path)), {})
+    last: dict[str, Any] = [{}, *read_json(path / "env.json", [])][-1]
     changed = [name for name, value in facts.items() if last.get(name) and value and last[name] != value]
     if "data" in changed:
         raise RunRefused(
@@ -246,22 +247,6 @@ def _check_facts(path: Path, facts: dict[str, str | None]) -> list[str]:
             f"again from other images or names; {ADVICE}"
         )
     return [f"the code has changed since the last start ({last[name]} -> {facts[name]})" for name in changed]
-
-
-def _starts(path: Path) -> list[dict[str, Any]]:
-    try:
-        return list(json.loads((path / "env.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        return []
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        return json.loads((path / "accuracy.json").read_text()).get("complete") is True
-    except FileNotFoundError:
-        return False
-    except ValueError:
-        raise RunRefused(f"{path / 'accuracy.json'} cannot be read; delete it, and the run writes it again") from None
 
 
 def _as_saved(config: dict[str, Any]) -> dict[str, Any]:

@@ -63,8 +63,6 @@ class RunLog:
         self._journal = JsonLines(self._folder / JOURNAL, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
         self._trackers = Trackers(self._folder, settings, masked_values(config))
-        for url in self._trackers.urls:
-            self.say(f"wandb: {url}")
         if not self._metrics.kept:
             self._write("run", {"step": 0, "task": 0, "name": settings.name, "world_size": world.size})
 

@@ -8,25 +8,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_vlcl.run.files import replace_file
+from dist_vlcl.run.files import read_json, replace_file
 from dist_vlcl.run.folder import RunConfig, flatten
-
-IDS = "trackers.json"
 
 
 class Trackers:
     """Repeats records to the chosen trackers. If one fails, it is dropped after one warning, and the run goes on.
 
-    trackers.json in the run folder keeps the ids, so that a resume continues the same wandb and MLflow run.
+    trackers.json in the run folder keeps their ids. A resume continues the same wandb and MLflow run.
     """
 
     def __init__(self, folder: Path, settings: RunConfig, config: dict[str, Any]) -> None:
-        self.urls: list[str] = []
         self._trackers: dict[str, Any] = {}
-        self._ids = json.loads((folder / IDS).read_text()) if (folder / IDS).exists() else {}
+        ids = read_json(folder / "trackers.json", {})
         for name in settings.trackers:
             with self._dropped_if_it_fails(name):
-                self._start(name, folder, settings, config)
+                self._trackers[name], id = START[name](folder, settings, ids.get(name))
+                if name not in ids:
+                    self._trackers[name].store_init_configuration({key: str(value) for key, value in flatten(config).items()})
+                    replace_file(folder / "trackers.json", json.dumps(ids := {**ids, name: id}) + "\n")
 
     def log(self, record: dict[str, Any]) -> None:
         """Send the numbers of a record; nested keys are joined by '/'. Lists and texts are left out."""
@@ -45,24 +45,6 @@ class Trackers:
                 tracker.finish()
         self._trackers.clear()
 
-    def _start(self, name: str, folder: Path, settings: RunConfig, config: dict[str, Any]) -> None:
-        known = self._ids.get(name)
-        if name == "wandb":
-            tracker = _wandb(settings, dir=str(folder), name=settings.name, id=known, resume="allow")
-            tracker.tracker.define_metric("global_step")
-            tracker.tracker.define_metric("*", step_metric="global_step")
-            self._ids[name] = tracker.tracker.id
-            self.urls += [] if tracker.tracker.offline else [tracker.tracker.url]
-        elif name == "mlflow":
-            tracker = _mlflow(settings, known)
-            self._ids[name] = tracker.tracker.info.run_id
-        else:
-            tracker = _tensorboard(folder)
-        if not known:
-            tracker.store_init_configuration({key: str(value) for key, value in flatten(config).items()})
-        self._trackers[name] = tracker
-        replace_file(folder / IDS, json.dumps(self._ids) + "\n")
-
     @contextmanager
     def _dropped_if_it_fails(self, name: str) -> Iterator[None]:
         try:
@@ -78,38 +60,49 @@ def numbers_of(record: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in flatten({record["kind"]: own}, "/").items() if isinstance(value, int | float)}
 
 
-def _wandb(settings: RunConfig, **options: Any) -> Any:
-    import wandb  # here, since it takes a second and is optional
+# Each returns the tracker, started, and the id that continues its run. They import late: a tracker is optional, and slow to import.
+
+
+def _start_wandb(folder: Path, settings: RunConfig, id: str | None) -> tuple[Any, str]:
+    import wandb
     from accelerate.tracking import WandBTracker
 
-    # wandb itself waits 90 s, which is long on a compute node without a network.
-    options["settings"] = wandb.Settings(console="off", silent=True, init_timeout=30)
-    if os.environ.get("WANDB_MODE"):  # wandb reads it
-        tracker = WandBTracker(settings.project, **options)
+    def start(**mode: str) -> Any:
+        # wandb itself waits 90 s for a network, which is long on a compute node that has none.
+        own = wandb.Settings(console="off", silent=True, init_timeout=30)
+        tracker = WandBTracker(settings.project, dir=str(folder), name=settings.name, id=id, resume="allow", settings=own, **mode)
         tracker.start()
         return tracker
-    try:
-        mode = "online" if wandb.login(prompt=False) else "offline"
-        tracker = WandBTracker(settings.project, mode=mode, **options)
-        tracker.start()
-    except Exception as error:
-        warnings.warn(f"wandb continues offline: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
-        tracker = WandBTracker(settings.project, mode="offline", **options)
-        tracker.start()
-    return tracker
+
+    if os.environ.get("WANDB_MODE"):  # wandb reads it
+        tracker = start()
+    elif not wandb.login(prompt=False):
+        tracker = start(mode="offline")
+    else:
+        try:
+            tracker = start(mode="online")
+        except Exception as error:
+            warnings.warn(f"wandb continues offline: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+            tracker = start(mode="offline")
+    tracker.tracker.define_metric("global_step")
+    tracker.tracker.define_metric("*", step_metric="global_step")
+    return tracker, tracker.tracker.id
 
 
-def _mlflow(settings: RunConfig, known: str | None) -> Any:
+def _start_mlflow(_: Path, settings: RunConfig, id: str | None) -> tuple[Any, str]:
     from accelerate.tracking import MLflowTracker
 
-    tracker = MLflowTracker(settings.project, run_id=known, run_name=settings.name)
+    tracker = MLflowTracker(settings.project, run_id=id, run_name=settings.name)
     tracker.start()
-    return tracker
+    return tracker, tracker.tracker.info.run_id
 
 
-def _tensorboard(folder: Path) -> Any:
+def _start_tensorboard(folder: Path, _: RunConfig, id: str | None) -> tuple[Any, str]:
     from accelerate.tracking import TensorBoardTracker
 
     tracker = TensorBoardTracker("tensorboard", logging_dir=str(folder))
     tracker.start()
-    return tracker
+    return tracker, "tensorboard"  # it has no id; its files are in the folder of this name
+
+
+START = {"wandb": _start_wandb, "mlflow": _start_mlflow, "tensorboard": _start_tensorboard}
