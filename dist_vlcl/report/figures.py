@@ -1,6 +1,6 @@
-"""Pictures of one run, drawn without a display; colours that colour-blind readers and grey printers can tell apart."""
+"""Pictures of one run, drawn without a display, and the style of all pictures: readable for colour-blind readers and in grey print."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +9,11 @@ import numpy as np
 
 from dist_vlcl.report.records import Records, read_records
 
-if TYPE_CHECKING:  # matplotlib takes half a second to import, and a run may do without it
+if TYPE_CHECKING:  # matplotlib takes half a second to import, and not every run draws
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, but for its purple, which is too pale for a thin line: Tol's wine. Line styles repeat the distinction in grey.
+# Okabe and Ito's palette, with Tol's wine as purple, since theirs is too pale for a thin line. Line styles repeat the distinction.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#882255", "#595959"
 LOOKS = {"vision": (BLUE, "-"), "language": (ORANGE, "--")}
 OTHER_LOOKS = ((GREEN, "-."), (PURPLE, ":"))
@@ -29,14 +29,14 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
 }
-MAX_NUMBERED = 20  # tasks; beyond, a cell has no room for its number
-MAX_LABELLED = 12  # points of a curve; beyond, their labels touch
+MAX_NUMBERED = 20  # tasks; with more, a cell has no room for its number
+MAX_LABELLED = 12  # points of a curve; with more, their labels touch
 
 
 def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
-    """Draw what metrics.jsonl of a run folder has data for into plots/; return the pictures' paths.
+    """Draw every picture for which a run's metrics.jsonl has data into its folder plots/, and return the paths.
 
-    `zero_shot` is the accuracy without training on all classes; without it, the task records' own `zero_shot` is drawn.
+    `zero_shot` is the accuracy without training on all classes, a fraction. Without it, the task records' own `zero_shot` is drawn.
     """
     import matplotlib
 
@@ -57,7 +57,7 @@ def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
 
 
 def plot_matrix(records: Records) -> "Figure | None":
-    """The accuracy on task j after task i as a heat map with numbers, and A_t beside it; None without a matrix."""
+    """Draw the accuracy on task j after task i as a heat map with numbers, and A_t beside it; None without data."""
     num_rows = len(records.matrix)
     num_tasks = max(map(len, records.matrix), default=0)
     if not num_tasks:
@@ -83,7 +83,7 @@ def plot_matrix(records: Records) -> "Figure | None":
 
 
 def plot_accuracy(records: Records, zero_shot: float | None = None) -> "Figure | None":
-    """A_t after every task, with the zero-shot accuracy as a dashed line where it is known; None without an A_t."""
+    """Draw A_t after every task, with the zero-shot accuracy as a dashed line if it is known; None without data."""
     seen = percents(records.seen)
     if not np.isfinite(seen).any():
         return None
@@ -107,7 +107,7 @@ def plot_accuracy(records: Records, zero_shot: float | None = None) -> "Figure |
 
 
 def plot_loss(records: Records) -> "Figure | None":
-    """The base loss of every step, raw and smoothed, with the tasks' borders; None without a loss."""
+    """Draw the base loss of every step, raw and smoothed, with the tasks' borders; None without data."""
     steps, losses = _series((record["step"], record.get("loss")) for record in records.steps)
     if not len(steps):
         return None
@@ -118,12 +118,12 @@ def plot_loss(records: Records) -> "Figure | None":
         axes.plot(steps[part], smoothed(losses[part]), color=BLUE, linewidth=1.8, label="" if index else "smoothed within a task")
     axes.set(xlabel="step", ylabel="loss")
     put_legend(figure, axes)
-    draw_borders(axes, records)
+    draw_borders(axes, _first_steps(records))
     return figure
 
 
 def plot_projected_gradients(records: Records) -> "Figure | None":
-    """The size of each branch's projected gradient, and the share of its moves that were made; None without ZO steps."""
+    """Draw the size of each branch's projected gradient, and the share of its moves that were accepted; None without zeroth-order steps."""
     branches = sorted({branch for record in records.steps for branch in record.get("zo") or {}}, reverse=True)
     gradients = {branch: _zo_series(records, branch, "projected_gradient") for branch in branches}
     gradients = {branch: series for branch, series in gradients.items() if (series[1] > 0).any()}
@@ -144,55 +144,56 @@ def plot_projected_gradients(records: Records) -> "Figure | None":
                 share = smoothed((coefficients[part] > 0).astype(float), at_least=20)
                 axes.plot(steps[part], 100 * share, color=color, linestyle=line)
         axes.set(ylim=(-4, 104), ylabel="moves accepted (%)")
-    draw_borders(top, records)
+    draw_borders(top, _first_steps(records))
     for axes in below:
-        draw_borders(axes, records, labels=False)
+        draw_borders(axes, _first_steps(records), labels=False)
     (below or [top])[-1].set_xlabel("step")
     return figure
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches."""
+    """Return an empty figure of a size in inches."""
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
     return Figure(figsize=(width, height))
 
 
 def write_picture(figure: "Figure", path: Path) -> None:
-    """Write a figure as a PNG of few colours, a third of the size: documentation keeps such files."""
+    """Write a figure as a PNG of 96 colours. It has a third of the size, and documentation keeps such files."""
     from PIL import Image
 
     drawn = BytesIO()
-    figure.savefig(drawn, pil_kwargs={"compress_level": 1})  # read again at once
+    figure.savefig(drawn, pil_kwargs={"compress_level": 1})  # it is only read again below
     Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path)
 
 
 def percents(fractions: Sequence[float | None]) -> np.ndarray:
+    """Return fractions in percent, NaN for None."""
     return np.array([np.nan if fraction is None else 100 * fraction for fraction in fractions], dtype=float)
 
 
 def _series(points: Iterable[tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values, without those that are missing or not finite."""
+    """Return steps and values, without those that are missing or not finite."""
     known = [(step, value) for step, value in points if value is not None and np.isfinite(value)]
     array = np.array(known, dtype=float).reshape(-1, 2)
     return array[:, 0], array[:, 1]
 
 
 def _zo_series(records: Records, branch: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and sizes of one ZO number; of several probes, their mean size."""
+    """Return steps and sizes of one zeroth-order number; for several probes their mean size."""
     values = ((record["step"], ((record.get("zo") or {}).get(branch) or {}).get(name)) for record in records.steps)
     return _series((step, None if value is None or value == [] else np.mean(np.abs(value))) for step, value in values)
 
 
 def _by_task(records: Records, steps: np.ndarray) -> list[np.ndarray]:
-    """Which of the steps belong to each task: a loss jumps where a task begins, and a mean across it would say otherwise."""
+    """Return the positions of each task's steps. A loss jumps where a task begins, so it is smoothed within a task only."""
     of_step = {record["step"]: record.get("task", 0) for record in records.steps}
     tasks = np.array([of_step[step] for step in steps])
     return [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
 
 
 def smoothed(values: np.ndarray, at_least: int = 1) -> np.ndarray:
-    """The mean of each value and its neighbours, a tenth of all, fewer at the ends."""
+    """Return the mean of each value and its neighbours: a tenth of all values, fewer at the ends."""
     reach = max(at_least, min(len(values) // 10, 200)) // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     positions = np.arange(len(values))
@@ -215,23 +216,30 @@ def _look(branch: str, branches: Sequence[str]) -> tuple[str, str]:
 
 
 def put_legend(figure: "Figure", axes: "Axes", columns: int | None = None) -> None:
-    """The legend of `axes`, above all axes of the figure, in one line or in so many columns."""
+    """Put the legend of `axes` above all axes of the figure, in one line or in so many columns."""
     handles, labels = axes.get_legend_handles_labels()
-    # Outside, since data may be anywhere inside.
+    # Outside the axes, because data may be anywhere inside.
     figure.legend(handles, labels, loc="outside upper right", ncols=columns or len(labels), fontsize=9)
 
 
-def draw_borders(axes: "Axes", records: Records, labels: bool = True) -> None:
-    """A line where each task after the first begins, with the tasks' numbers above, as many as there is room for."""
+def _first_steps(records: Records) -> dict[int, int]:
+    """Return the first step of every task."""
+    begins: dict[int, int] = {}
+    for record in records.steps:
+        begins.setdefault(record.get("task", 0), record["step"])
+    return begins
+
+
+def draw_borders(axes: "Axes", begins: Mapping[int, int], labels: bool = True) -> None:
+    """Draw a line where each task but the first begins, given the first step of every task, with as many numbers as there is room for."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     above: dict[str, Any] = {"xytext": (2, 3), "textcoords": "offset points", "fontsize": 8, "color": GREY}
-    begins: dict[int, int] = {}
-    for record in records.steps:
-        begins.setdefault(record.get("task", 0), record["step"])
-    for task, begin in list(begins.items())[:: _stride(len(begins))]:
-        if task != records.steps[0].get("task", 0):
+    for index, (task, begin) in enumerate(begins.items()):
+        if index % _stride(len(begins)):
+            continue
+        if index:
             axes.axvline(begin, color=GREY, linewidth=0.7, linestyle=":")
         if labels and len(begins) > 1:
             axes.annotate(f"{task + 1}", (begin, 1), xycoords=("data", "axes fraction"), **above)
@@ -240,7 +248,7 @@ def draw_borders(axes: "Axes", records: Records, labels: bool = True) -> None:
 
 
 def _stride(number: int) -> int:
-    """Every how many of a number of tasks there is room to write one down."""
+    """Return n such that there is room for the number of every n-th task."""
     return -(-number // MAX_NUMBERED)
 
 
