@@ -33,7 +33,7 @@ PROBE_STEPS = 5
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the catalogue: what is trained, how, on which tasks. `last` and `avg` are the paper's numbers in percent, if it has any."""
+    """One row of the catalogue: what is trained, how, on which tasks. `last` and `avg` are the paper's accuracies in percent, or None."""
 
     id: str
     dataset: str
@@ -74,8 +74,7 @@ class Cell:
 
         A data set, adapter, plan or strategy that has no file in configs/ (the user's own) gets the nearest that has one.
         """
-        is_known = _has_config("data", self.dataset)
-        found = [f"data={self.dataset}"] if is_known else ["data=folder", f"data.name={self.dataset}"]
+        found = [f"data={self.dataset}"] if _has_config("data", self.dataset) else ["data=folder", f"data.name={self.dataset}"]
         found += [f"tasks.increment={self.increment}", "model=vit_b16"]
         found += [f"adapter={self.adapter if _has_config('adapter', self.adapter) else 'moe'}"]
         if self.dataset in DATASET_IDS:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # matplotlib takes half a second to import, and not every run
 # Okabe and Ito's palette, with Tol's wine as purple, since theirs is too pale for a thin line. Line styles repeat the distinction.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#882255", "#595959"
 LOOKS = {"vision": (BLUE, "-"), "language": (ORANGE, "--")}
-OTHER_LOOKS = ((GREEN, "-."), (PURPLE, ":"))
+OTHER_LOOK = (GREEN, "-.")  # both branches moved as one
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -30,7 +30,6 @@ STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
 }
 MAX_NUMBERED = 20  # tasks; with more, a cell has no room for its number
-MAX_LABELLED = 12  # points of a curve; with more, their labels touch
 
 
 def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
@@ -96,8 +95,6 @@ def plot_accuracy(records: Records, zero_shot: float | None = None) -> "Figure |
         axes.axhline(100 * zero_shot, color=GREY, linestyle="--", label="zero-shot, all classes")
     elif np.isfinite(own).any():
         axes.plot(after, own, color=GREY, linestyle="--", marker="s", markersize=3, label="zero-shot, same classes")
-    if len(seen) <= MAX_LABELLED:
-        _label_points(axes, after, seen)
     axes.margins(y=0.15)
     axes.set(xlabel="task", ylabel="accuracy on all classes seen (%)", xlim=(0.5, after.max() + 0.5))
     axes.set_xticks(range(1, after.max() + 1, _stride(after.max())))
@@ -126,28 +123,26 @@ def plot_projected_gradients(records: Records) -> "Figure | None":
     """Draw the size of each branch's projected gradient, and the share of its moves that were accepted; None without zeroth-order steps."""
     branches = sorted({branch for record in records.steps for branch in record.get("zo") or {}}, reverse=True)
     gradients = {branch: _zo_series(records, branch, "projected_gradient") for branch in branches}
-    gradients = {branch: series for branch, series in gradients.items() if (series[1] > 0).any()}
+    gradients = {branch: (steps[sizes > 0], sizes[sizes > 0]) for branch, (steps, sizes) in gradients.items() if (sizes > 0).any()}
     if not gradients:
         return None
-    moves = {branch: _zo_series(records, branch, "coefficient") for branch in branches}
-    moves = {branch: series for branch, series in moves.items() if len(series[0])}
-    figure = new_figure(7.2, 5.4 if moves else 3.8)
-    top, *below = figure.subplots(2 if moves else 1, 1, sharex=True, height_ratios=[2, 1][: 2 if moves else 1], squeeze=False)[:, 0]
+    figure = new_figure(7.2, 5.4)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     for branch, (steps, sizes) in gradients.items():
-        _plot_sizes(top, records, steps[sizes > 0], sizes[sizes > 0], _look(branch, branches), branch)
+        color, line = LOOKS.get(branch, OTHER_LOOK)
+        top.plot(steps, sizes, color=color, alpha=0.2, linewidth=0, marker=".", markersize=3)
+        for index, part in enumerate(_by_task(records, steps)):
+            mean = np.exp(smoothed(np.log(sizes[part]), at_least=20))
+            top.plot(steps[part], mean, color=color, linestyle=line, linewidth=1.8, label="" if index else branch)
+        steps, coefficients = _zo_series(records, branch, "coefficient")
+        for part in _by_task(records, steps):
+            share = smoothed((coefficients[part] > 0).astype(float), at_least=20)
+            below.plot(steps[part], 100 * share, color=color, linestyle=line)
     top.set(yscale="log", ylabel="|projected gradient|")
     put_legend(figure, top)
-    for axes in below:
-        for branch, (steps, coefficients) in moves.items():
-            color, line = _look(branch, branches)
-            for part in _by_task(records, steps):
-                share = smoothed((coefficients[part] > 0).astype(float), at_least=20)
-                axes.plot(steps[part], 100 * share, color=color, linestyle=line)
-        axes.set(ylim=(-4, 104), ylabel="moves accepted (%)")
+    below.set(ylim=(-4, 104), xlabel="step", ylabel="moves accepted (%)")
     draw_borders(top, _first_steps(records))
-    for axes in below:
-        draw_borders(axes, _first_steps(records), labels=False)
-    (below or [top])[-1].set_xlabel("step")
+    draw_borders(below, _first_steps(records), labels=False)
     return figure
 
 
@@ -202,19 +197,6 @@ def smoothed(values: np.ndarray, at_least: int = 1) -> np.ndarray:
     return (sums[ends] - sums[begins]) / (ends - begins)
 
 
-def _plot_sizes(axes: "Axes", records: Records, steps: np.ndarray, sizes: np.ndarray, look: tuple[str, str], label: str) -> None:
-    color, line = look
-    axes.plot(steps, sizes, color=color, alpha=0.2, linewidth=0, marker=".", markersize=3)
-    for index, part in enumerate(_by_task(records, steps)):
-        mean = np.exp(smoothed(np.log(sizes[part]), at_least=20))
-        axes.plot(steps[part], mean, color=color, linestyle=line, linewidth=1.8, label="" if index else label)
-
-
-def _look(branch: str, branches: Sequence[str]) -> tuple[str, str]:
-    others = [name for name in branches if name not in LOOKS]
-    return LOOKS[branch] if branch in LOOKS else OTHER_LOOKS[others.index(branch) % len(OTHER_LOOKS)]
-
-
 def put_legend(figure: "Figure", axes: "Axes", columns: int | None = None) -> None:
     """Put the legend of `axes` above all axes of the figure, in one line or in so many columns."""
     handles, labels = axes.get_legend_handles_labels()
@@ -266,9 +248,3 @@ def _number_ticks(axes: "Axes", num_columns: int, num_rows: int) -> None:
     for axis, number in ((axes.xaxis, num_columns), (axes.yaxis, num_rows)):
         shown = range(0, number, _stride(number))
         axis.set_ticks(shown, [str(index + 1) for index in shown])
-
-
-def _label_points(axes: "Axes", x: np.ndarray, y: np.ndarray) -> None:
-    for position, value in zip(x, y, strict=True):
-        if np.isfinite(value):
-            axes.annotate(f"{value:.1f}", (position, value), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)

@@ -1,4 +1,4 @@
-"""The page of a report, as Markdown and as one HTML file: what was run, comparisons and claims, the paper's tables, figures, what is missing."""
+"""The page of a report as Markdown and as one HTML file: what was run, claims, figures, the paper's tables, and what is missing."""
 
 import base64
 from collections.abc import Iterable, Iterator, Mapping

@@ -3,7 +3,7 @@
 import itertools
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +25,11 @@ Methods = Sequence[tuple[str, str, str]]  # branch, layers, variant
 LOOKS: tuple[tuple[str, Any, str], ...] = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, (0, (1, 1)), "D"))
 LABEL_WIDTH = 40  # characters of a line beside a row
 TOWERS = ("vision", "language")
-# Statistic of a unit -> its column, how it is reduced over steps, the axis' label, and the words of the caption.
+# Statistic of a unit -> its column, how it is reduced over steps, the label of its axis. The caption explains the labels.
 UNIT_STATISTICS = {
-    "coordinate_variance": (
-        ("gradient_variance", "mean"),
-        "variance over\ncoordinates",
-        "variance over the coordinates of a unit's gradient, mean over steps",
-    ),
-    "norm_variance": (("gradient_norm", "var"), "variance over\nsteps of the norm", "variance over steps of its norm"),
-    "mean_update": (("update_norm", "mean"), "norm of\nthe update", "norm of the update that was applied, mean over steps"),
+    "coordinate_variance": ("gradient_variance", "mean", "variance over\ncoordinates"),
+    "norm_variance": ("gradient_norm", "var", "variance over\nsteps of the norm"),
+    "mean_update": ("update_norm", "mean", "norm of\nthe update"),
 }
 CLAIM_MARKS = {"last": (-0.17, BLUE, "o", BLUE, "x"), "avg": (0.17, ORANGE, "s", "white", "+")}  # offset, colour, ours, face, theirs
 
@@ -86,7 +82,7 @@ def draw_units(runs: pd.DataFrame, methods: Methods, names: Sequence[str] = ("co
                 # Side by side, because first-order units have similar values in all plans.
                 _draw_unit_curve(axes, units[units.tower == tower], name, index, 0.13 * (index - (len(methods) - 1) / 2))
             axes.set_yscale("log")
-        row[0].set_ylabel(UNIT_STATISTICS[name][1])
+        row[0].set_ylabel(UNIT_STATISTICS[name][2])
     depth = int(data.layer.max())
     for axes, tower in zip(grid[0], TOWERS, strict=True):
         axes.set_title(f"{tower} tower", fontsize=10)
@@ -94,8 +90,9 @@ def draw_units(runs: pd.DataFrame, methods: Methods, names: Sequence[str] = ("co
         axes.set(xlabel="layer", xticks=range(1, depth + 1, -(-depth // 12)))
     _put_unit_legend(figure, grid[0, 0], {index: method for index, method in enumerate(methods) if len(_only(data, method))})
     caption = (
-        f"By row: {'; '.join(UNIT_STATISTICS[name][2] for name in names)}. Filled marks: first order, the gradient. "
-        "Open marks: zeroth order, the estimate before any sign. Lines join layers of one order; marks: mean over seeds; bars: range. By construction an estimate's "
+        "By row: the variance over the coordinates of a unit's gradient, mean over steps; the variance over steps of its norm; for MoZO "
+        "also the norm of the applied update, mean over steps. Filled marks: first order, the gradient. Open marks: zeroth order, the "
+        "estimate before any sign. Lines join layers of one order; marks: mean over seeds; bars: range. By construction an estimate's "
         "variance (s²) is far larger than a gradient's (|g|²/n), and nearly equal for all units that share an estimate."
     )
     return figure, data, caption
@@ -106,30 +103,31 @@ def draw_mozo(runs: pd.DataFrame, methods: Methods) -> "Drawn | None":
     return draw_units(runs, methods, tuple(UNIT_STATISTICS))
 
 
-FIGURES = {  # number -> title, function, methods
-    2: (
-        "Loss by the branch that learns by zeroth order",
-        draw_losses,
-        (("none", "none", "none"), *((branch, "all", "conservative") for branch in ("dual", "vision", "language"))),
-    ),
-    3: ("Loss with hop_odd", draw_losses, (("dual", "hop_odd", "conservative"), ("language", "hop_odd", "conservative"))),
+def _in_branches(layers: str, *branches: str) -> Methods:
+    return [(branch, layers, "conservative") for branch in branches]
+
+
+FIRST_ORDER = ("none", "none", "none")
+FIGURES: dict[int, tuple[str, Callable[[pd.DataFrame, Methods], "Drawn | None"], Methods]] = {
+    2: ("Loss by the branch that learns by zeroth order", draw_losses, [FIRST_ORDER, *_in_branches("all", "dual", "vision", "language")]),
+    3: ("Loss with hop_odd", draw_losses, _in_branches("hop_odd", "dual", "language")),
     4: (
         "Gradient variance by layer, four layer plans of the language branch",
         draw_units,
-        tuple(("language", plan, "conservative") for plan in ("hop_odd", "hop_even", "prefix", "suffix")),
+        [("language", plan, "conservative") for plan in ("hop_odd", "hop_even", "prefix", "suffix")],
     ),
     **{
         number: (
             f"Gradient variance by layer and branch, {plan}",
             draw_units,
-            (("none", "none", "none"), *((branch, plan, "conservative") for branch in ("dual", "vision", "language"))),
+            [FIRST_ORDER, *_in_branches(plan, "dual", "vision", "language")],
         )
         for number, plan in ((5, "hop_odd"), (6, "hop_even"))
     },
     7: (
         "Gradient variance by layer with and without MoZO",
         draw_mozo,
-        tuple(("dual", plan, variant) for plan in ("hop_odd", "hop_even") for variant in ("conservative", "mozo")),
+        [("dual", plan, variant) for plan in ("hop_odd", "hop_even") for variant in ("conservative", "mozo")],
     ),
 }
 
@@ -148,7 +146,7 @@ def unit_statistics(folder: Any) -> pd.DataFrame:
     units = read_units(folder).to_pandas()
     known = units[(units.order != "frozen") & np.isfinite(units.gradient_variance)]
     by_unit = known.groupby([known.branch.astype(str).rename("tower"), "layer", known.order.astype(str).rename("order")])
-    return by_unit.agg(steps=("step", "size"), **{name: reduced for name, (reduced, _, _) in UNIT_STATISTICS.items()}).reset_index()
+    return by_unit.agg(steps=("step", "size"), **{name: reduced[:2] for name, reduced in UNIT_STATISTICS.items()}).reset_index()
 
 
 def _draw_unit_curve(axes: "Axes", units: pd.DataFrame, name: str, index: int, offset: float) -> None:
@@ -171,53 +169,27 @@ def _put_unit_legend(figure: "Figure", axes: "Axes", methods: dict[int, tuple[st
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8.5, columnspacing=1.2)
 
 
-def draw_seeds(results: pd.DataFrame, comparisons: pd.DataFrame) -> "Drawn | None":
-    """Draw Last of every seed with a 95 % interval of the mean, and the paired differences to first order and to the control."""
+def draw_seeds(results: pd.DataFrame) -> "Drawn | None":
+    """Draw Last of every seed of every method, with the mean and its 95 % interval."""
     trained = in_paper_order(results[results.variant != "zero_shot"], METHOD)
-    cells = list(trained.groupby(METHOD, sort=False))
-    if max((len(seeds) for _, seeds in cells), default=0) < 2:
+    methods = list(trained.groupby(METHOD, sort=False))
+    if max((len(seeds) for _, seeds in methods), default=0) < 2:
         return None
-    labels = [_row_label(method_label(*key[:4]), key[4]) for key, _ in cells]
-    places = _places(labels)
-    tests = comparisons[(comparisons.metric == "last") & (comparisons.variant != "frozen")]
-    figure = new_figure(6.9, 1.1 + 0.27 * _height(labels))
-    left, *others = figure.subplots(1, 2 if len(tests) else 1, sharey=True, squeeze=False)[0]
-    left.plot([], [], color=GREY, marker="|", linewidth=0, markersize=9, label="a seed")
-    for index, (place, (_, seeds)) in enumerate(zip(places, cells, strict=True)):
-        left.plot(seeds["last"], [place] * len(seeds), color=GREY, marker="|", linewidth=0, markersize=9)
-        mean = pd.Series(paired_test(seeds["last"].to_numpy()))
-        _draw_interval(left, place, mean, BLUE, "o", BLUE, "" if index else "mean")
+    labels = [_row_label(method_label(*key[:4]), key[4]) for key, _ in methods]
+    figure = new_figure(6.9, 1.1 + len(labels) * _row_height(labels))
+    axes = figure.subplots()
+    for row, (_, seeds) in enumerate(methods):
+        first = row == 0
+        axes.plot(seeds["last"], [row] * len(seeds), color=GREY, marker="|", linewidth=0, markersize=9, label="a seed" if first else "")
+        test = pd.Series(paired_test(seeds["last"].to_numpy()))
+        _draw_interval(axes, row, test, BLUE, "o", BLUE, "mean, 95 % interval" if first else "")
     if len(zero_shot := results[results.variant == "zero_shot"]):
-        left.axvline(zero_shot["last"].mean(), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
-    left.set_yticks(places, labels, fontsize=9)
-    left.set_ylim(_height(labels) - 0.4, -0.6)
-    left.set_xlabel("Last (%)")
-    looks: dict[str, Any] = {"ncols": 3, "fontsize": 8, "handletextpad": 0.4, "columnspacing": 1}
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper left", **looks)
-    for right in others:
-        place_of = dict(zip([key for key, _ in cells], places, strict=True))
-        _draw_differences(right, tests, [place_of[tuple(key)] for key in tests[METHOD].to_numpy()])
-        right.set_xlabel("difference in Last (points)")
-        figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", **looks)
-    caption = (
-        "Last of every seed, with the mean and its 95 % interval. On the right: mean paired differences with their 95 % intervals, not "
-        "corrected for their number. Control: the same units frozen, or zero-shot CLIP if nothing else learns. "
-        "Marks without a bar are single seeds. The paper's figure shows only whole branches."
-    )
+        axes.axvline(zero_shot["last"].mean(), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel="Last (%)")
+    put_legend(figure, axes)
+    caption = "Last of every seed, with the mean and its 95 % interval. The paper's figure shows only whole branches."
     return figure, trained[[*CELL, "other_settings", "run", "seed", "last"]], caption
-
-
-def _draw_differences(axes: "Axes", tests: pd.DataFrame, places: Sequence[float]) -> None:
-    axes.axvline(0, color=GREY, linewidth=0.8)
-    to_control, to_first = tests.claim == "differs_from_control", tests.against.str.startswith("first order")
-    for is_shown, offset, color, marker, face, label in (
-        (to_first, -0.14, ORANGE, "s", ORANGE, "minus first order"),
-        (to_control, 0.14, GREEN, "^", "white", "minus the control"),
-    ):
-        axes.plot([], [], color=color, marker=marker, markerfacecolor=face, label=label)
-        for place, shown, (_, test) in zip(places, is_shown, tests.iterrows(), strict=True):
-            if shown:
-                _draw_interval(axes, place + offset, test, color, marker, face)
 
 
 def _draw_interval(axes: "Axes", place: float, test: pd.Series, color: str, marker: str, face: str, label: str = "") -> None:
@@ -231,14 +203,9 @@ def _row_label(name: str, settings: str) -> str:
     return "\n".join(line for text in (name, *settings.split("; ")) for line in textwrap.wrap(text, LABEL_WIDTH))
 
 
-def _height(labels: Iterable[str]) -> float:
-    """Return the height of rows with these labels, in rows of one line. A further line needs less than a row with its marks."""
-    return sum(1 + 0.65 * label.count("\n") for label in labels)
-
-
-def _places(labels: Sequence[str]) -> list[float]:
-    """Return the middles of rows below each other, each as high as its own label."""
-    return [_height(labels[:row]) + (_height([label]) - 1) / 2 for row, label in enumerate(labels)]
+def _row_height(labels: Sequence[str]) -> float:
+    """Return how high a row must be for the longest of these labels, in inches."""
+    return 0.27 + 0.17 * max(label.count("\n") for label in labels)
 
 
 def draw_claims(comparisons: pd.DataFrame) -> "Figure":
@@ -248,16 +215,14 @@ def draw_claims(comparisons: pd.DataFrame) -> "Figure":
     columns = list(comparisons.groupby(TASKS, sort=False))
     claims = [name for name in CLAIMS if name in set(comparisons.claim)]
     labels = {name: list(comparisons[comparisons.claim == name].label.unique()) for name in claims}
-    heights = [_height(labels[name]) for name in claims]
-    figure = new_figure(max(6.9, 2.3 + 2.6 * len(columns)), 0.7 + sum(0.5 + 0.24 * height for height in heights))
-    ratios = [height + 0.4 for height in heights]
-    grid = figure.subplots(len(claims), len(columns), sharex="row", sharey="row", squeeze=False, height_ratios=ratios)
+    heights = [0.5 + _row_height(labels[name]) * len(labels[name]) for name in claims]
+    figure = new_figure(max(6.9, 2.3 + 2.6 * len(columns)), 0.7 + sum(heights))
+    grid = figure.subplots(len(claims), len(columns), sharex="row", sharey="row", squeeze=False, height_ratios=heights)
     for name, row in zip(claims, grid, strict=True):
-        places = dict(zip(labels[name], _places(labels[name]), strict=True))
         for axes, (_, of_column) in zip(row, columns, strict=True):
-            _draw_claim(axes, of_column[of_column.claim == name], places, CLAIMS[name].bound or 0.0)
-        row[0].set_yticks(list(places.values()), labels[name], fontsize=8)
-        row[0].set_ylim(_height(labels[name]) - 0.3, -0.7)
+            _draw_claim(axes, of_column[of_column.claim == name], labels[name], CLAIMS[name].bound or 0.0)
+        row[0].set_yticks(range(len(labels[name])), labels[name], fontsize=8)
+        row[0].set_ylim(len(labels[name]) - 0.3, -0.7)
         row[0].set_title(CLAIMS[name].statement, fontsize=9, loc="left", fontweight="bold")
     for axes, (tasks, _) in zip(grid[-1], columns, strict=True):
         axes.set_xlabel(f"{tasks_label(*tasks)}: difference (points)", fontsize=9)
@@ -266,7 +231,7 @@ def draw_claims(comparisons: pd.DataFrame) -> "Figure":
     return figure
 
 
-def _draw_claim(axes: "Axes", comparisons: pd.DataFrame, places: dict[str, float], bound: float) -> None:
+def _draw_claim(axes: "Axes", comparisons: pd.DataFrame, labels: list[str], bound: float) -> None:
     axes.axvline(bound, color=GREY, linewidth=1, linestyle="--" if bound else "-")
     axes.tick_params(labelsize=8)
     for metric, (offset, color, marker, face, theirs) in CLAIM_MARKS.items():
@@ -274,13 +239,14 @@ def _draw_claim(axes: "Axes", comparisons: pd.DataFrame, places: dict[str, float
         axes.plot([], [], color=color, marker=marker, markerfacecolor=face, markersize=5, label=f"{name}, with 95 % interval")
         axes.plot([], [], color=GREY, marker=theirs, linewidth=0, markersize=5, label=f"{name} in the paper")
         for _, test in comparisons[comparisons.metric == metric].iterrows():
-            _draw_interval(axes, places[test.label] + offset, test, color, marker, face)
-            axes.plot([test.paper], [places[test.label] + offset], color=GREY, marker=theirs, markersize=5, linewidth=0)
+            place = labels.index(test.label) + offset
+            _draw_interval(axes, place, test, color, marker, face)
+            axes.plot([test.paper], [place], color=GREY, marker=theirs, markersize=5, linewidth=0)
 
 
 def pictures_of(complete: pd.DataFrame, results: pd.DataFrame, comparisons: pd.DataFrame) -> list[Picture]:
     """Return every picture that has data: the claims and Figures 2 to 8, each per data set and group of settings."""
-    drawn = [*_claims(comparisons), *_figures(complete[complete.variant != "zero_shot"]), *_figure8(results, comparisons)]
+    drawn = [*_claims(comparisons), *_figures(complete[complete.variant != "zero_shot"]), *_figure8(results)]
     found: dict[str, Picture] = {}
     for name, title, settings, (figure, data, caption) in drawn:
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
@@ -316,10 +282,9 @@ def _figures(trained: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":
             yield name, f"Figure {number}. {title}; {where}", settings, (figure, data, caption)
 
 
-def _figure8(results: pd.DataFrame, comparisons: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":
+def _figure8(results: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":
     for (dataset, increment, settings), group in in_paper_order(results, CELL).groupby(GROUP, sort=False):
-        same = (comparisons[GROUP] == [dataset, increment, settings]).all(axis=1)
-        if drawn := draw_seeds(group, comparisons[same]):
+        if drawn := draw_seeds(group):
             title = f"Figure 8. Results over seeds; {tasks_label(dataset, increment)}"
             yield f"figure8-{dataset}-inc{increment}", title, settings, drawn
 

@@ -39,17 +39,16 @@ def percent(fraction: float | None) -> str:
     return UNKNOWN if fraction is None else f"{100 * fraction:.2f}"
 
 
-def accuracy_table(matrix_rows: Sequence[Row], names: Sequence[str] | None = None, seen: Row | None = None) -> str:
+def accuracy_table(matrix_rows: Sequence[Row], seen: Row, names: Sequence[str] | None = None) -> str:
     """Return a table with one row per finished task: the accuracy on each task, and A_t over all classes seen.
 
-    `matrix_rows[i][j]` is the accuracy on task j after task i, a fraction or None. Rows may end at the newest task. Without `seen`, A_t is
-    the plain mean of the tasks seen, which is right for tasks of equal size.
+    `matrix_rows[i][j]` is the accuracy on task j after task i, and `seen[i]` is A_t after task i: fractions, or None. Rows may end at the
+    newest task.
     """
     num_tasks = max([len(matrix_rows), *map(len, matrix_rows)])
     names = names or [f"task {task + 1}" for task in range(num_tasks)]
-    means = [_mean(row[: task + 1]) for task, row in enumerate(matrix_rows)] if seen is None else seen
     rows = []
-    for after, (row, mean) in enumerate(zip(matrix_rows, means, strict=True)):
+    for after, (row, mean) in enumerate(zip(matrix_rows, seen, strict=True)):
         cells = [row[task] if task < len(row) else None for task in range(num_tasks)]
         # A task that is still to come is blank; a task that was seen and not measured is unknown.
         texts = ["" if cell is None and task > after else percent(cell) for task, cell in enumerate(cells)]
@@ -66,7 +65,7 @@ def summarize_run(folder: Path | str, names: Sequence[str] | None = None) -> str
     numbers |= {name: value for name, value in more.items() if value is not None}
     head = markdown_table(list(numbers), [[percent(value) for value in numbers.values()]])
     note = "Accuracy in %. A_t: over all classes seen after task t; Last: the final A_t; Avg: the mean of A_t over the tasks."
-    table = accuracy_table(records.matrix, names, records.seen) if records.tasks else "No task is finished yet.\n"
+    table = accuracy_table(records.matrix, records.seen, names) if records.tasks else "No task is finished yet.\n"
     return f"# {escape(Path(folder).resolve().name)}\n\n{head}\n{table}\n{note}\n{_waiting_time(records.steps)}"
 
 
@@ -78,11 +77,6 @@ def _waiting_time(steps: Sequence[dict[str, Any]]) -> str:
         return ""
     advice = " More `data.num_workers`, or shards built with `data.encoding=pixels`, would help." if waited > 0.05 * total else ""
     return f"\nWaiting for images took {percent(waited / total)} % of the time of the steps.{advice}\n"
-
-
-def _mean(row: Row) -> float | None:
-    known = [cell for cell in row if cell is not None]
-    return sum(known) / len(known) if known else None
 
 
 def tasks_label(dataset: str, increment: int) -> str:
