@@ -29,14 +29,11 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
 }
-MAX_NUMBERED = 20  # tasks; with more, a cell has no room for its number
+MAX_NUMBERED = 22  # columns of a matrix; with more, a cell has no room for its number
 
 
-def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
-    """Draw every picture for which a run's metrics.jsonl has data into its folder plots/, and return the paths.
-
-    `zero_shot` is the accuracy without training on all classes, a fraction. Without it, the task records' own `zero_shot` is drawn.
-    """
+def plot_run(folder: Path | str) -> list[Path]:
+    """Draw every picture for which a run's metrics.jsonl has data into its folder plots/, and return the paths."""
     import matplotlib
 
     records = read_records(folder)
@@ -45,7 +42,7 @@ def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         figures = {
             "accuracy_matrix": plot_matrix(records),
-            "accuracy": plot_accuracy(records, zero_shot),
+            "accuracy": plot_accuracy(records),
             "loss": plot_loss(records),
             "projected_gradient": plot_projected_gradients(records),
         }
@@ -56,50 +53,48 @@ def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
 
 
 def plot_matrix(records: Records) -> "Figure | None":
-    """Draw the accuracy on task j after task i as a heat map with numbers, and A_t beside it; None without data."""
-    num_rows = len(records.matrix)
-    num_tasks = max(map(len, records.matrix), default=0)
+    """Draw the accuracy on task j after task i as a heat map with numbers, and A_t in a column beside it; None without data."""
+    num_rows, num_tasks = len(records.matrix), max(map(len, records.matrix), default=0)
     if not num_tasks:
         return None
-    cells = np.full((num_rows, num_tasks), np.nan)
+    cells = np.full((num_rows, num_tasks + 2), np.nan)  # an empty column, and A_t
     for after, row in enumerate(records.matrix):
-        cells[after, : len(row)] = [np.nan if cell is None else 100 * cell for cell in row]
-    seen = percents(records.seen)[:, None]
+        cells[after, : len(row)] = percents(row)
+    cells[:, -1] = percents(records.seen)
+    low = np.floor(np.nanmin(cells) / 10) * 10
     figure = new_figure(min(0.5 * num_tasks + 2.7, 12), np.clip(0.5 * num_rows + 1.4, 2.6, 11))
-    matrix, beside = figure.subplots(1, 2, width_ratios=[num_tasks, 1], sharey=True)
-    low = np.floor(np.nanmin([np.nanmin(cells), np.nanmin(seen) if np.isfinite(seen).any() else 100.0]) / 10) * 10
-    for axes, values in ((matrix, cells), (beside, seen)):
-        image = axes.imshow(values, cmap="cividis", vmin=low, vmax=100, aspect="auto")
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        _write_numbers(axes, values, middle=(low + 100) / 2)
-    _number_ticks(matrix, num_tasks, num_rows)
-    matrix.set(xlabel="accuracy on task", ylabel="after task")
-    beside.set_xticks([0], ["$A_t$"])
-    figure.colorbar(image, ax=[matrix, beside], label="accuracy (%)", shrink=0.9, pad=0.02)
+    axes = figure.subplots()
+    image = axes.imshow(cells, cmap="cividis", vmin=low, vmax=100, aspect="auto")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    for (row, column), value in np.ndenumerate(cells):
+        if np.isfinite(value) and max(cells.shape) <= MAX_NUMBERED:
+            color = "black" if value > (low + 100) / 2 else "white"
+            axes.text(column, row, f"{value:.{1 if num_tasks <= 12 else 0}f}", ha="center", va="center", fontsize=8, color=color)
+    shown = range(0, num_tasks, _stride(num_tasks))
+    axes.set_xticks([*shown, num_tasks + 1], [*(str(task + 1) for task in shown), "$A_t$"])
+    axes.set_yticks(shown[:num_rows], [str(task + 1) for task in shown[:num_rows]])
+    axes.set(xlabel="accuracy on task", ylabel="after task")
+    figure.colorbar(image, ax=axes, label="accuracy (%)", shrink=0.9, pad=0.02)
     return figure
 
 
-def plot_accuracy(records: Records, zero_shot: float | None = None) -> "Figure | None":
-    """Draw A_t after every task, with the zero-shot accuracy as a dashed line if it is known; None without data."""
-    seen = percents(records.seen)
+def plot_accuracy(records: Records) -> "Figure | None":
+    """Draw A_t after every task, and the zero-shot accuracy on the same classes if it is known; None without data."""
+    seen, zero_shot = percents(records.seen), percents(records.zero_shot)
     if not np.isfinite(seen).any():
         return None
     figure = new_figure(6.4, 3.8)
     axes = figure.subplots()
     after = np.array([record["task"] + 1 for record in records.tasks])
     axes.plot(after, seen, color=BLUE, marker="o", label="after training")
-    own = percents(records.zero_shot)
-    if zero_shot is not None:
-        axes.axhline(100 * zero_shot, color=GREY, linestyle="--", label="zero-shot, all classes")
-    elif np.isfinite(own).any():
-        axes.plot(after, own, color=GREY, linestyle="--", marker="s", markersize=3, label="zero-shot, same classes")
+    if np.isfinite(zero_shot).any():
+        axes.plot(after, zero_shot, color=GREY, linestyle="--", marker="s", markersize=3, label="zero-shot, same classes")
+        put_legend(figure, axes)
     axes.margins(y=0.15)
     axes.set(xlabel="task", ylabel="accuracy on all classes seen (%)", xlim=(0.5, after.max() + 0.5))
     axes.set_xticks(range(1, after.max() + 1, _stride(after.max())))
-    if len(axes.get_lines()) > 1:
-        put_legend(figure, axes)
     return figure
 
 
@@ -232,19 +227,3 @@ def draw_borders(axes: "Axes", begins: Mapping[int, int], labels: bool = True) -
 def _stride(number: int) -> int:
     """Return n such that there is room for the number of every n-th task."""
     return -(-number // MAX_NUMBERED)
-
-
-def _write_numbers(axes: "Axes", values: np.ndarray, middle: float) -> None:
-    if max(values.shape) > MAX_NUMBERED:
-        return
-    digits = 1 if max(values.shape) <= 12 else 0
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            color = "black" if value > middle else "white"
-            axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=color)
-
-
-def _number_ticks(axes: "Axes", num_columns: int, num_rows: int) -> None:
-    for axis, number in ((axes.xaxis, num_columns), (axes.yaxis, num_rows)):
-        shown = range(0, number, _stride(number))
-        axis.set_ticks(shown, [str(index + 1) for index in shown])

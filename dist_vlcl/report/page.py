@@ -6,22 +6,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from dist_vlcl.report import tables
 from dist_vlcl.report.figures import write_picture
 from dist_vlcl.report.paper_figures import pictures_of
 from dist_vlcl.report.records import TASKS, gather, step_frame
 from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, missing_of, results_of
-from dist_vlcl.report.tables import (
-    METRICS,
-    PAPER_TABLES,
-    UNKNOWN,
-    comparison_table,
-    escape,
-    memory_of,
-    memory_table,
-    paper_table,
-    result_table,
-    tasks_label,
-)
+from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape, tasks_label
 
 TERMS = (
     "Accuracy in % over all classes seen so far. Last: after the final task; Avg: mean over tasks. Results are mean ± standard deviation "
@@ -44,7 +34,7 @@ class Report:
         cells = cells_of(results, comparisons, published)
         # Reading the steps takes time: only of runs that can be in Table 5.
         whole = runs[(runs.variant == "none") | ((runs.layers == "all") & (runs.variant == "conservative"))]
-        memory = memory_of(whole, gather(whole[whole.is_complete], step_frame), memory_gb)
+        memory = tables.memory_of(whole, gather(whole[whole.is_complete], step_frame), memory_gb)
         missing = missing_of(cells, comparisons)
         shown = complete.drop(columns=["path", "shared_settings", "method_settings", "model_settings"])
         self.pictures = pictures_of(complete, results, comparisons)
@@ -86,9 +76,9 @@ def _results(results: pd.DataFrame, comparisons: pd.DataFrame) -> Iterator[str]:
     yield "## What was run"
     for tasks, of_tasks in results.groupby(TASKS, sort=False):
         yield f"### {escape(tasks_label(*tasks))}"
-        if len(of_tasks.other_settings.unique()) == 1 and of_tasks.other_settings.any():
-            yield f"Other settings than the paper's, in all of these runs: {escape(of_tasks.other_settings.iloc[0])}."
-        yield result_table(of_tasks, comparisons)
+        if settings := tables.common_settings(of_tasks):
+            yield f"Other settings than the paper's, in all of these runs: {escape(settings)}."
+        yield tables.result_table(of_tasks, comparisons)
 
 
 def _claims(comparisons: pd.DataFrame) -> Iterator[str]:
@@ -99,26 +89,27 @@ def _claims(comparisons: pd.DataFrame) -> Iterator[str]:
     for name, claim in CLAIMS.items():
         found = comparisons[comparisons.claim == name]
         counted = found[found.variant != "frozen"]  # the controls are in the table, and are no evidence for a claim
-        counts = counted.groupby(["metric", "verdict"]).size()
-        texts = [", ".join(f"{'no interval' if v == UNKNOWN else v} {n}" for v, n in counts.get(m, pd.Series()).items()) for m in METRICS]
-        tally = "; ".join(f"{METRICS[metric]}: {text or 'not run'}" for metric, text in zip(METRICS, texts, strict=True))
-        yield f"**{claim.statement}** ({claim.condition}) {tally if len(found) else 'Not run'}."
+        counts = (
+            counted.assign(verdict=counted.verdict.replace(UNKNOWN, "no interval")).groupby("metric", sort=False).verdict.value_counts()
+        )
+        texts = [f"{METRICS[metric]} {verdict}: {count}" for (metric, verdict), count in counts.sort_index(ascending=False).items()]
+        yield f"**{claim.statement}** ({claim.condition}) {'; '.join(texts) or 'Not run'}."
         if len(found):
-            yield comparison_table(found)
+            yield tables.comparison_table(found)
     if len(others := comparisons[comparisons.claim == ""]):
         yield "**Other differences.** 95 % interval and p of a paired t-test, not corrected for their number."
-        yield comparison_table(others)
+        yield tables.comparison_table(others)
 
 
 def _tables(cells: pd.DataFrame, memory: pd.DataFrame) -> Iterator[str]:
-    tables = {f"### Table {number}. {title}": paper_table(cells, number) for number, (title, _) in PAPER_TABLES.items()}
-    tables = {title: table for title, table in tables.items() if table}
+    found = {f"### Table {number}. {title}": tables.paper_table(cells, number) for number, (title, _) in PAPER_TABLES.items()}
+    found = {title: table for title, table in found.items() if table}
     if memory.runs.any():
-        tables["### Table 5. Peak memory of a step"] = memory_table(memory)
-    if tables:
+        found["### Table 5. Peak memory of a step"] = tables.memory_table(memory)
+    if found:
         yield "## The paper's tables"
         yield "The paper's numbers are single runs. With another model than the paper's, compare differences and not accuracies."
-    for title, table in tables.items():
+    for title, table in found.items():
         yield title
         yield table
 

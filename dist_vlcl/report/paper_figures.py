@@ -5,6 +5,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,20 +76,16 @@ def draw_units(runs: pd.DataFrame, methods: Methods, names: Sequence[str] = ("co
         return None
     figure = new_figure(6.9, 0.9 + 2.0 * len(names))
     grid = figure.subplots(len(names), len(TOWERS), sharex="col", sharey="row", squeeze=False)
-    for row, name in zip(grid, names, strict=True):
-        for axes, tower in zip(row, TOWERS, strict=True):
-            for index, method in enumerate(methods):
-                units = _only(data, method)
-                # Side by side, because first-order units have similar values in all plans.
-                _draw_unit_curve(axes, units[units.tower == tower], name, index, 0.13 * (index - (len(methods) - 1) / 2))
-            axes.set_yscale("log")
-        row[0].set_ylabel(UNIT_STATISTICS[name][2])
-    depth = int(data.layer.max())
-    for axes, tower in zip(grid[0], TOWERS, strict=True):
-        axes.set_title(f"{tower} tower", fontsize=10)
-    for axes in grid[-1]:
-        axes.set(xlabel="layer", xticks=range(1, depth + 1, -(-depth // 12)))
-    _put_unit_legend(figure, grid[0, 0], {index: method for index, method in enumerate(methods) if len(_only(data, method))})
+    every = -(-int(data.layer.max()) // 12)
+    for (name, tower), axes in zip(itertools.product(names, TOWERS), grid.flat, strict=True):
+        for index, method in enumerate(methods):
+            units = _only(data, method)
+            # Side by side, because first-order units have similar values in all plans.
+            _draw_unit_curve(axes, units[units.tower == tower], name, index, method, offset=0.13 * (index - (len(methods) - 1) / 2))
+        axes.set(yscale="log", xlabel="layer", ylabel=UNIT_STATISTICS[name][2], xticks=range(1, int(data.layer.max()) + 1, every))
+        axes.set_title(f"{tower} tower" if name == names[0] else "", fontsize=10)
+        axes.label_outer()
+    put_legend(figure, grid[0, 0], columns=2)
     caption = (
         "By row: the variance over the coordinates of a unit's gradient, mean over steps; the variance over steps of its norm; for MoZO "
         "also the norm of the applied update, mean over steps. Filled marks: first order, the gradient. Open marks: zeroth order, the "
@@ -96,11 +93,6 @@ def draw_units(runs: pd.DataFrame, methods: Methods, names: Sequence[str] = ("co
         "variance (s²) is far larger than a gradient's (|g|²/n), and nearly equal for all units that share an estimate."
     )
     return figure, data, caption
-
-
-def draw_mozo(runs: pd.DataFrame, methods: Methods) -> "Drawn | None":
-    """Draw the same with the applied update, on which MoZO's sign acts."""
-    return draw_units(runs, methods, tuple(UNIT_STATISTICS))
 
 
 def _in_branches(layers: str, *branches: str) -> Methods:
@@ -126,7 +118,7 @@ FIGURES: dict[int, tuple[str, Callable[[pd.DataFrame, Methods], "Drawn | None"],
     },
     7: (
         "Gradient variance by layer with and without MoZO",
-        draw_mozo,
+        partial(draw_units, names=tuple(UNIT_STATISTICS)),
         [("dual", plan, variant) for plan in ("hop_odd", "hop_even") for variant in ("conservative", "mozo")],
     ),
 }
@@ -149,24 +141,20 @@ def unit_statistics(folder: Any) -> pd.DataFrame:
     return by_unit.agg(steps=("step", "size"), **{name: reduced[:2] for name, reduced in UNIT_STATISTICS.items()}).reset_index()
 
 
-def _draw_unit_curve(axes: "Axes", units: pd.DataFrame, name: str, index: int, offset: float) -> None:
+def _draw_unit_curve(axes: "Axes", units: pd.DataFrame, name: str, index: int, method: tuple[str, str, str], offset: float) -> None:
     color, line, marker = LOOKS[index]
     over_seeds = units.groupby(["layer", "order"])[name].agg(["mean", "min", "max"]).reset_index()
-    for order, part in over_seeds.groupby("order"):
+    for number, (order, part) in enumerate(over_seeds.groupby("order")):
         bars = np.maximum([part["mean"] - part["min"], part["max"] - part["mean"]], 0)
-        face = color if order == "first" else "white"
-        looks = {"color": color, "linestyle": line, "marker": marker, "markerfacecolor": face, "markersize": 4}
-        axes.errorbar(part.layer + offset, part["mean"], bars, linewidth=0.9, elinewidth=0.8, **looks)
-
-
-def _put_unit_legend(figure: "Figure", axes: "Axes", methods: dict[int, tuple[str, str, str]]) -> None:
-    for index, method in methods.items():
-        color, line, marker = LOOKS[index]
-        axes.plot([], [], color=color, linestyle=line, marker=marker, markersize=4, label=_label(method))
-    for face, label in (("black", "first-order layer"), ("white", "zeroth-order layer")):
-        axes.plot([], [], color="black", marker="o", linewidth=0, markerfacecolor=face, markersize=4, label=label)
-    columns = 2 if len(methods) <= 2 else 3
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=columns, fontsize=8.5, columnspacing=1.2)
+        looks = {
+            "color": color,
+            "linestyle": line,
+            "marker": marker,
+            "markersize": 4,
+            "markerfacecolor": color if order == "first" else "white",
+        }
+        label = "" if number else _label(method)
+        axes.errorbar(part.layer + offset, part["mean"], bars, linewidth=0.9, elinewidth=0.8, label=label, **looks)
 
 
 def draw_seeds(results: pd.DataFrame) -> "Drawn | None":

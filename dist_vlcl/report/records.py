@@ -34,8 +34,6 @@ NOT_COMPARED = (
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")
 OF_TRAINING = ("train.*", "first_order.*", PART_OF_TRAINING)
 OF_PROBES = ("train.max_steps", "tasks.num_tasks", PART_OF_TRAINING, PART_OF_TEST)  # these do not change the memory of a step
-# Of version 0.1, without a counterpart today.
-REMOVED = ("zo.update", "zo.steps_per_fo_step", "train.on_disagreement", "run.wandb", "run.wandb_project")
 
 Realise = Callable[[dict[str, Any]], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
@@ -165,8 +163,8 @@ def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant:
     unread: tuple[str, ...] = ("zo.*",) if variant in WITHOUT_ZEROTH else ()
     unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
     ours, cell = flatten(config), flatten(reference)
-    # An option that only one of the two has belongs to another version, or to an adapter of the user's own.
-    keys = [key for key in ours if key in cell and not _matches(key, (*NOT_COMPARED, *REMOVED, *unread))]
+    # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to an adapter of the user's own.
+    keys = [key for key in ours if key in cell and not _matches(key, (*NOT_COMPARED, *unread))]
     return {key: f"{key}={_text(ours, key)}" for key in sorted(keys) if _text(ours, key) != _text(cell, key)}
 
 
@@ -205,6 +203,5 @@ def gather(runs: "pd.DataFrame", read: Callable[[Path], "pd.DataFrame"]) -> "pd.
     import pandas as pd
 
     columns = [*CELL, "other_settings", "run", "seed"]
-    parts = [read(path).assign(**dict(zip(columns, values, strict=True))) for path, *values in runs[["path", *columns]].to_numpy()]
-    parts = [part[[*columns, *part.columns.difference(columns, sort=False)]] for part in parts if len(part)]
+    parts = [runs[columns][k : k + 1].merge(read(path), how="cross") for k, path in enumerate(runs.path)]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)

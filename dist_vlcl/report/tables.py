@@ -111,6 +111,12 @@ def _interval(test: Any) -> str:
     return UNKNOWN if test.low != test.low else f"[{signed(test.low)}, {signed(test.high)}]"
 
 
+def common_settings(results: "pd.DataFrame") -> str | None:
+    """Return the other settings that all trained runs share; None where they differ."""
+    settings = results[results.variant != "zero_shot"].other_settings.unique()
+    return settings[0] if len(settings) == results.model_settings.nunique() == 1 else None
+
+
 def result_table(results: "pd.DataFrame", comparisons: "pd.DataFrame") -> str:
     """Return the results of one data set, the best Last first, each with its paired differences to its control.
 
@@ -128,7 +134,7 @@ def result_table(results: "pd.DataFrame", comparisons: "pd.DataFrame") -> str:
         rows.append((-seeds["last"].mean(), texts))
     heads = [head for name in METRICS.values() for head in (f"Δ {name}", "95 % interval")]
     columns = ["method", *METRICS.values(), "control", *heads, "other settings"]
-    shown = len(columns) if results.other_settings.nunique() > 1 else -1
+    shown = len(columns) if common_settings(results) is None else -1
     return markdown_table(columns[:shown], [texts[:shown] for _, texts in sorted(rows, key=lambda row: row[0])])
 
 
