@@ -18,9 +18,8 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
-from hydra import compose, initialize_config_dir
 
-from dist_vlcl.config import CONFIG_FOLDER, from_hydra
+from dist_vlcl.commands.sweep import resolve
 from dist_vlcl.paper import Cell, cell_of, paper_runs, published
 from dist_vlcl.report.figures import STYLE
 from dist_vlcl.report.page import Report
@@ -39,8 +38,7 @@ def realise(config: dict[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any
 @cache
 def configuration_of(cell: Cell) -> dict[str, Any]:
     """Return the resolved configuration of a cell: the paper's, and for data that the paper does not use our defaults."""
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        return from_hydra(compose("config", cell.overrides())).as_dict()
+    return resolve(cell.overrides()).as_dict()
 
 
 def text_around_marks(page: Path) -> tuple[str, str]:

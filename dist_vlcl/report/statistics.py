@@ -51,11 +51,11 @@ class Claim:
 
 
 CLAIMS = {
-    "dual_behind_first_order": Claim("Zeroth order in both branches is less accurate than first order.", "Δ < 0", is_below=True),
-    "language_above_vision": Claim("Zeroth order in the language branch is more accurate than in the vision branch.", "Δ > 0"),
+    "dual_behind_first_order": Claim("Zeroth order in both branches is behind first order.", "Δ < 0", is_below=True),
+    "language_above_vision": Claim("Zeroth order in the language branch beats zeroth order in vision.", "Δ > 0"),
     "hop_reaches_first_order": Claim("Zeroth order in every other layer reaches first order.", f"Δ > −{MARGIN:g} point", bound=-MARGIN),
-    "mozo_above_its_plan": Claim("MoZO is more accurate than the same plan without it.", "Δ > 0"),
-    "differs_from_control": Claim("Zeroth order changes the accuracy, compared with freezing the same units.", "Δ ≠ 0", bound=None),
+    "mozo_above_its_plan": Claim("MoZO beats the same plan without it.", "Δ > 0"),
+    "differs_from_control": Claim("Zeroth order differs from freezing the same units.", "Δ ≠ 0", bound=None),
 }
 
 
