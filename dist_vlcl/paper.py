@@ -47,6 +47,11 @@ class Cell:
     avg: float | None = None
 
     @property
+    def fields(self) -> tuple[str, int, str, str, str, str]:
+        """What identifies a cell, whatever its id: data set, increment, adapter, branch, layers, variant."""
+        return self.dataset, self.increment, self.adapter, self.branch, self.layers, self.variant
+
+    @property
     def is_zeroth(self) -> bool:
         """Whether any unit learns by zeroth order."""
         return self.variant not in ("none", "zero_shot", "frozen")

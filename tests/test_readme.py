@@ -39,7 +39,7 @@ TOLD = {  # module -> what is added so that it does no work, and what it then sa
     "dist_vlcl.commands.sweep": (["--count"], r"^\d+$"),
     "dist_vlcl.commands.evaluate": ([], "config.yaml is missing"),
     "dist_vlcl.commands.replay": ([], "config.yaml is missing"),
-    "dist_vlcl.report.build": ([], r"no such folder: runs/\*"),
+    "dist_vlcl.commands.report": ([], r"no such folder: runs/\*"),
     "dist_vlcl.run.submit": (["--dry-run", "--repository", str(ROOT)], "# DIST_VLCL_HOME="),
 }
 

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -213,7 +214,7 @@ def runner_of(arguments: argparse.Namespace) -> Runner:
     return Runner(shlex.split(arguments.launcher) if arguments.launcher else default_launcher(arguments.processes))
 
 
-def refuse(error: ValueError) -> None:
+def refuse(error: ValueError) -> NoReturn:
     """End the command with the message of a user's error and exit status 2."""
     print(masked(f"error: {error}"), file=sys.stderr)
     sys.exit(2)

@@ -118,7 +118,7 @@ def _missing(missing: pd.DataFrame, num_published: int, left_out: Mapping[str, s
     """Return one paragraph on what a complete reproduction would still need, and on the folders that were not used."""
     counts = missing.missing.value_counts()
     text = f"{counts.get('run', 0)} of the paper's {num_published} cells have no run here with the paper's model and settings; "
-    text += f"{counts.get('control', 0)} results have no control. `data/missing.csv` lists both."
+    text += f"of our results, {counts.get('control', 0)} have no control. `data/missing.csv` lists both."
     reasons = "; ".join(f"{escape(name)} ({escape(reason)})" for name, reason in sorted(left_out.items()))
     return text + (f" Folders that were left out: {reasons}." if reasons else "")
 

@@ -14,7 +14,7 @@ import pandas as pd
 from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, new_figure, put_legend, smoothed
 from dist_vlcl.report.records import CELL, TASKS, gather, read_units, step_frame
 from dist_vlcl.report.statistics import CLAIMS, GROUP, METHOD, in_paper_order, paired_test
-from dist_vlcl.report.tables import METRICS, label_of, method_label, tasks_label
+from dist_vlcl.report.tables import DATASETS, METRICS, label_of, method_label, tasks_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -146,7 +146,7 @@ def _draw_unit_curve(axes: "Axes", units: pd.DataFrame, name: str, index: int, m
     over_seeds = units.groupby(["layer", "order"])[name].agg(["mean", "min", "max"]).reset_index()
     for number, (order, part) in enumerate(over_seeds.groupby("order")):
         bars = np.maximum([part["mean"] - part["min"], part["max"] - part["mean"]], 0)
-        looks = {
+        looks: dict[str, Any] = {
             "color": color,
             "linestyle": line,
             "marker": marker,
@@ -182,7 +182,7 @@ def draw_seeds(results: pd.DataFrame) -> "Drawn | None":
 
 def _draw_interval(axes: "Axes", place: float, test: pd.Series, color: str, marker: str, face: str, label: str = "") -> None:
     reach = None if np.isnan(test.low) else [[test["mean"] - test.low], [test.high - test["mean"]]]
-    looks = {"color": color, "fmt": marker, "markerfacecolor": face, "markersize": 5, "capsize": 2.5}
+    looks: dict[str, Any] = {"color": color, "fmt": marker, "markerfacecolor": face, "markersize": 5, "capsize": 2.5}
     axes.errorbar([test["mean"]], [place], xerr=reach, label=label, **looks)
 
 
@@ -251,7 +251,7 @@ def _claims(comparisons: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]
             "Mean paired difference of each method to the one that the claim names, with its 95 % interval. Grey: the same difference of "
             "the published numbers. Line: the bound of the claim. Rows without a mark were not run, or have no seed in common."
         )
-        yield f"claims-{dataset}", f"The paper's claims on {dataset}", settings, (draw_claims(tests), tests, caption)
+        yield f"claims-{dataset}", f"The paper's claims on {DATASETS.get(dataset, dataset)}", settings, (draw_claims(tests), tests, caption)
 
 
 def _figures(trained: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":

@@ -156,10 +156,10 @@ def comparison_table(comparisons: "pd.DataFrame") -> str:
 
 
 def paper_table(cells: "pd.DataFrame", number: int) -> str:
-    """Return Table 1, 2, 3 or 4 of the paper with our runs below its numbers; "" without a run. Only data sets with a run are shown."""
+    """Return Table 1, 2, 3 or 4 of the paper with our runs below its numbers; "" without a run. Only data sets and adapters with a run are shown."""
     published = cells[cells.paper_id != ""].query(PAPER_TABLES[number][1])
     run = published[(published.table == number) & (published.seeds > 0)]
-    shown = published.merge(run[TASKS].drop_duplicates())
+    shown = published.merge(run[[*TASKS, "adapter"]].drop_duplicates())
     if shown.empty:
         return ""
     lines: dict[tuple[str, str, str], dict[str, str]] = {}
@@ -191,7 +191,13 @@ def memory_of(runs: "pd.DataFrame", steps: "pd.DataFrame", published_gb: Mapping
     is_whole = (runs.layers == "all") & (runs.variant == "conservative")
     ours = runs.assign(setting=runs.branch.where(is_whole).mask(runs.variant == "none", "fo"))[["run", "setting"]].merge(steps, on="run")
     keys = ["adapter", "setting", "other_settings"]
-    peaks = ours.groupby(keys).agg(peak_gib=("peak_gib", "max"), runs=("run", "nunique")).dropna().reset_index()
+    peaks = (
+        ours.assign(peak_gib=ours.get("peak_gib"))
+        .groupby(keys)
+        .agg(peak_gib=("peak_gib", "max"), runs=("run", "nunique"))
+        .dropna()
+        .reset_index()
+    )
     return paper.merge(peaks, on=["adapter", "setting"], how="left").fillna({"other_settings": "", "runs": 0}).astype({"runs": int})
 
 

@@ -12,7 +12,7 @@ from benchmarks.setup import Workload
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.orders import PLAN_LAYERS, OrderPlan, assign
-from dist_vlcl.paper import paper_runs
+from dist_vlcl.paper import published
 from dist_vlcl.zo.noise import Key
 
 SMALL = {"model": "small", "images": 8, "classes": 8}  # executed for real; the product of experts and widths is that of the real CLIP's
@@ -46,7 +46,7 @@ def test_products_whose_sums_stay_wide_are_counted_as_others():
 def of_the_paper() -> list[tuple[str, str, str]]:
     """Every setting that the paper trains, as (orders, zo, adapter)."""
     settings = set()
-    for run in paper_runs().values():
+    for run in published()["runs"]:
         layers = run["zo_layers"].rstrip("6")
         orders = "first" if run["zo_branch"] == "none" else f"{run['zo_branch']}_{layers}"
         settings.add((orders, "conservative" if orders == "first" else run["zo_variant"], run["adapter"]))
