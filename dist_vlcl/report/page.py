@@ -9,9 +9,9 @@ import pandas as pd
 from dist_vlcl.report import tables
 from dist_vlcl.report.figures import write_picture
 from dist_vlcl.report.paper_figures import pictures_of
-from dist_vlcl.report.records import TASKS, gather, step_frame
+from dist_vlcl.report.records import gather, step_frame
 from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, missing_of, results_of
-from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape, tasks_label
+from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape
 
 TERMS = (
     "Accuracy in % over all classes seen so far. Last: after the final task; Avg: mean over tasks. Results are mean ± standard deviation "
@@ -40,7 +40,7 @@ class Report:
         self.pictures = pictures_of(complete, results, comparisons)
         self.data = {"runs": shown, "cells": cells, "comparisons": comparisons, "memory": memory, "missing": missing}
         self.data |= {picture.name: picture.data for picture in self.pictures}
-        self.digest = _joined([TERMS, *_results(results, comparisons), *_claims(comparisons), *self._figures()])
+        self.digest = _joined([TERMS, *_results(cells[cells.seeds > 0]), *_claims(comparisons), *self._figures()])
         repeated = runs[runs.is_complete & ~runs.is_probe & ~runs.path.isin(complete.path)].run
         left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
         left_out |= {row.run: f"not complete, {row.tasks_done} tasks done" for row in runs[~runs.is_complete].itertuples()}
@@ -72,13 +72,13 @@ def _joined(blocks: Iterable[str]) -> str:
     return "\n\n".join(block.rstrip() for block in blocks) + "\n"
 
 
-def _results(results: pd.DataFrame, comparisons: pd.DataFrame) -> Iterator[str]:
+def _results(ours: pd.DataFrame) -> Iterator[str]:
     yield "## What was run"
-    for tasks, of_tasks in results.groupby(TASKS, sort=False):
-        yield f"### {escape(tasks_label(*tasks))}"
-        if settings := tables.common_settings(of_tasks):
-            yield f"Other settings than the paper's, in all of these runs: {escape(settings)}."
-        yield tables.result_table(of_tasks, comparisons)
+    by_kind = ours.groupby(ours.variant == "zero_shot").other_settings  # the untrained model has no settings of training
+    if by_kind.nunique().max() == 1 and ours.other_settings.any():
+        yield f"Other settings than the paper's, in all runs: {escape(max(by_kind.first(), key=len))}."
+        ours = ours.assign(other_settings="")
+    yield tables.result_table(ours)
 
 
 def _claims(comparisons: pd.DataFrame) -> Iterator[str]:

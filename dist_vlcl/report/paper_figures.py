@@ -14,7 +14,7 @@ import pandas as pd
 from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, new_figure, put_legend, smoothed
 from dist_vlcl.report.records import CELL, TASKS, gather, read_units, step_frame
 from dist_vlcl.report.statistics import CLAIMS, GROUP, METHOD, in_paper_order, paired_test
-from dist_vlcl.report.tables import DATASETS, METRICS, label_of, method_label, tasks_label
+from dist_vlcl.report.tables import DATASETS, METRICS, method_label, tasks_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -198,7 +198,9 @@ def _row_height(labels: Sequence[str]) -> float:
 
 def draw_claims(comparisons: pd.DataFrame) -> "Figure":
     """Draw the differences that bear on each claim of the paper: one row of axes per claim, one column per data set."""
-    rows = [_row_label(label_of(row), row.method_settings) for row in comparisons.itertuples()]
+    rows = [
+        _row_label(method_label(row.adapter, row.branch, row.layers, row.variant), row.method_settings) for row in comparisons.itertuples()
+    ]
     comparisons = comparisons.assign(label=rows)
     columns = list(comparisons.groupby(TASKS, sort=False))
     claims = [name for name in CLAIMS if name in set(comparisons.claim)]
@@ -263,7 +265,7 @@ def _figures(trained: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":
         if is_run and (drawn := draw(pd.concat(chosen), methods)):
             figure, data, caption = drawn
             absent = [_label(method) for method in methods if _only(data, method).empty]
-            caption += f" From {_sources(data)}." + (f" Without a run or its records: {'; '.join(absent)}." if absent else "")
+            caption += f" From {data.run.nunique()} runs." + (f" Without a run or its records: {'; '.join(absent)}." if absent else "")
             suffix = "" if adapter == "moe" else f"-{adapter}"
             where = tasks_label(dataset, increment) + suffix.replace("-", ", ")
             name = f"figure{number}-{dataset}-inc{increment}{suffix}"
@@ -280,10 +282,3 @@ def _figure8(results: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":
 def _plainest(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs of a cell with the fewest settings of their own."""
     return runs[runs.method_settings == min(runs.method_settings, key=lambda text: (len(text), text), default="")]
-
-
-def _sources(data: pd.DataFrame) -> str:
-    """Return the methods and seeds that a figure shows, such as "seeds 0, 1 of dual hop_odd, mozo"."""
-    by_method = data.groupby(["adapter", "branch", "layers", "variant"], sort=False).seed.unique()
-    texts = [f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of {method_label(*key)}" for key, seeds in by_method.items()]
-    return "; ".join(texts)

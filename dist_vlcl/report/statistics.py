@@ -162,7 +162,7 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     """Return one row per cell, setting and metric: the paper's accuracy and ours (mean, standard deviation with n - 1, number of seeds).
 
     `seeds` is 0 for a published cell without a run. `difference`: ours less the paper's. `gain`: ours less the control's, over the
-    `gain_seeds` that both have; `to_first`: ours less first order's; `paper_to_first`: the paper's less its first order's.
+    `gain_seeds` that both have, with its 95 % interval. `to_first`: ours less first order's. `paper_to_first`: the same in the paper.
     """
     keys = [*CELL, "other_settings", "metric"]
     once = results.drop_duplicates([*CELL, "other_settings", "seed"])  # the untrained model stands in every group
@@ -171,10 +171,11 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     paper = published.melt([*CELL, "id", "table"], list(METRICS), "metric", "paper").rename(columns={"id": "paper_id"})
     first = paper[paper.variant == "none"].rename(columns={"paper": "paper_first"})[[*TASKS, "adapter", "metric", "paper_first"]]
     cells = summary.merge(paper, on=[*CELL, "metric"], how="outer").merge(first, on=[*TASKS, "adapter", "metric"], how="left")
-    control = comparisons[comparisons.claim == "differs_from_control"].rename(columns={"mean": "gain", "seeds": "gain_seeds"})
+    control = comparisons[comparisons.claim == "differs_from_control"]
+    control = control.rename(columns={"mean": "gain", "low": "gain_low", "high": "gain_high", "seeds": "gain_seeds"})
     to_first = comparisons[comparisons.against.str.startswith("first order")].rename(columns={"mean": "to_first"})
     cells = cells.fillna({"other_settings": "", "paper_id": "", "seeds": 0})
-    cells = cells.merge(control[[*keys, "gain", "gain_seeds"]], on=keys, how="left").merge(
+    cells = cells.merge(control[[*keys, "gain", "gain_low", "gain_high", "gain_seeds"]], on=keys, how="left").merge(
         to_first[[*keys, "to_first"]], on=keys, how="left"
     )
     is_zeroth = ~cells.variant.isin(WITHOUT_ZEROTH)

@@ -1,7 +1,7 @@
 """Tables as Markdown, accuracies in percent with two digits: the summary of a run, and the tables of a report."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,95 +91,68 @@ def method_label(adapter: str, branch: str, layers: str, variant: str) -> str:
     return name if adapter in ("moe", "") else f"{name} ({adapter})"
 
 
-def label_of(row: Any) -> str:
-    """Return the label of the method in a row of a data frame."""
-    return method_label(row.adapter, row.branch, row.layers, row.variant)
-
-
 def signed(value: float) -> str:
     """Return a difference with its sign, or a dash if it is NaN."""
     return UNKNOWN if value != value else f"{value:+.2f}".replace("-", "−")
 
 
-def spread(values: "pd.Series") -> str:
-    """Return mean ± standard deviation (number of values)."""
-    deviation = f" ± {values.std():.2f}" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{deviation} ({len(values)})" if len(values) else UNKNOWN
+def _interval(low: float, high: float) -> str:
+    return UNKNOWN if low != low else f"[{signed(low)}, {signed(high)}]"
 
 
-def _interval(test: Any) -> str:
-    return UNKNOWN if test.low != test.low else f"[{signed(test.low)}, {signed(test.high)}]"
+def _ours(cell: Any) -> str:
+    """Return mean ± standard deviation (number of seeds)."""
+    deviation = "" if cell.std != cell.std else f" ± {cell.std:.2f}"
+    return f"{cell.mean:.2f}{deviation} ({cell.seeds})" if cell.seeds else UNKNOWN
 
 
-def common_settings(results: "pd.DataFrame") -> str | None:
-    """Return the other settings that all trained runs share; None where they differ."""
-    settings = results[results.variant != "zero_shot"].other_settings.unique()
-    return settings[0] if len(settings) == results.model_settings.nunique() == 1 else None
-
-
-def result_table(results: "pd.DataFrame", comparisons: "pd.DataFrame") -> str:
-    """Return the results of one data set, the best Last first, each with its paired differences to its control.
-
-    Settings that all results share are not in the table: the caller names them once.
-    """
-    control = comparisons[comparisons.claim == "differs_from_control"].set_index([*CELL, "other_settings", "metric"])
-    results = results.drop_duplicates([*CELL, "other_settings", "seed"])
+def _by_metric(frame: "pd.DataFrame", more: Sequence[str], heads: Sequence[str], texts_of: Callable[[Any], list[str]]) -> str:
+    """Return a table with one row per method and settings (and columns `more`), with the texts of Last and of Avg side by side."""
     rows = []
-    for keys, seeds in results.groupby([*CELL, "other_settings"], sort=False):
-        variant, settings = keys[-2:]
-        tests = [control.loc[(*keys, metric)] for metric in METRICS if (*keys, metric) in control.index]
-        name = "" if variant in WITHOUT_ZEROTH else "zero-shot" if keys[3:5] == ("dual", "all") else "frozen"
-        differences = [text for test in tests for text in (signed(test["mean"]), _interval(test))] or [UNKNOWN if name else ""] * 4
-        texts = [method_label(*keys[2:6]), spread(seeds["last"]), spread(seeds.avg), name, *differences, settings]
-        rows.append((-seeds["last"].mean(), texts))
-    heads = [head for name in METRICS.values() for head in (f"Δ {name}", "95 % interval")]
-    columns = ["method", *METRICS.values(), "control", *heads, "other settings"]
-    shown = len(columns) if common_settings(results) is None else -1
-    return markdown_table(columns[:shown], [texts[:shown] for _, texts in sorted(rows, key=lambda row: row[0])])
+    for keys, both in frame.groupby([*CELL, "other_settings", *more], sort=False):
+        texts = [text for row in both.itertuples() for text in texts_of(row)]
+        rows.append([tasks_label(*keys[:2]), method_label(*keys[2:6]), *keys[7:], *texts, keys[6]])
+    columns = ["data", "method", *more, *(head.format(name) for name in METRICS.values() for head in heads), "other settings"]
+    shown = len(columns) if frame.other_settings.any() else -1
+    return markdown_table(columns[:shown], [row[:shown] for row in rows], num_left=2)
+
+
+def result_table(ours: "pd.DataFrame") -> str:
+    """Return our results, of each data set the best Last first, each with its paired differences to its control."""
+    is_zeroth, is_whole = ~ours.variant.isin(WITHOUT_ZEROTH), (ours.branch == "dual") & (ours.layers == "all")
+    ours = ours.assign(control=is_whole.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
+    ours["tasks"] = ours.groupby(TASKS, sort=False).ngroup()
+    ours["best"] = ours.groupby([*CELL, "other_settings"])["mean"].transform("first")
+    ours = ours.sort_values(["tasks", "best"], ascending=[True, False], kind="stable")
+    heads = ["{}", "Δ {}", "95 % interval"]
+    return _by_metric(ours, ["control"], heads, lambda c: [_ours(c), signed(c.gain), _interval(c.gain_low, c.gain_high)])
 
 
 def comparison_table(comparisons: "pd.DataFrame") -> str:
-    """Return one row per comparison, Last and Avg side by side: mean difference, interval, and the verdict (of a claim) or p."""
+    """Return one row per comparison: mean difference, interval, and the verdict with the paper's difference (of a claim) or p."""
+    comparisons = comparisons.rename(columns={"against": "compared with"})
     is_claim = bool(comparisons.claim.iloc[0])
-    rows = []
-    for keys, both in comparisons.groupby([*CELL, "other_settings", "against"], sort=False):
-        texts = [tasks_label(*keys[:2]), method_label(*keys[2:6]), keys[-1], both.seeds.iloc[0]]
-        for test in both.itertuples():
-            p = UNKNOWN if test.p != test.p else "< 0.001" if test.p < 1e-3 else f"{test.p:.3f}"
-            texts += [signed(test.mean), _interval(test), *([test.verdict, signed(test.paper)] if is_claim else [p])]
-        rows.append([*texts, keys[-2]])
-    more = ["verdict", "paper's Δ"] if is_claim else ["p"]
-    heads = [head for name in METRICS.values() for head in (f"Δ {name}", "95 % interval", *more)]
-    columns = ["data", "method", "compared with", "seeds", *heads, "other settings"]
-    shown = len(columns) if comparisons.other_settings.any() else -1
-    return markdown_table(columns[:shown], [row[:shown] for row in rows], num_left=3)
+
+    def texts(test: Any) -> list[str]:
+        more = [test.verdict, signed(test.paper)] if is_claim else [UNKNOWN if test.p != test.p else f"{test.p:.3f}"]
+        return [signed(test.mean), _interval(test.low, test.high), *more]
+
+    more = ["verdict", "paper's Δ {}"] if is_claim else ["p"]
+    return _by_metric(comparisons, ["compared with", "seeds"], ["Δ {}", "95 % interval", *more], texts)
 
 
 def paper_table(cells: "pd.DataFrame", number: int) -> str:
-    """Return Table 1, 2, 3 or 4 of the paper with our runs below its numbers; "" without a run. Only data sets and adapters with a run are shown."""
+    """Return Table 1, 2, 3 or 4 of the paper with our results; "" without a run. Only data sets and adapters with a run are shown."""
     published = cells[cells.paper_id != ""].query(PAPER_TABLES[number][1])
     run = published[(published.table == number) & (published.seeds > 0)]
     shown = published.merge(run[[*TASKS, "adapter"]].drop_duplicates())
-    if shown.empty:
-        return ""
-    lines: dict[tuple[str, str, str], dict[str, str]] = {}
-    for cell in shown.itertuples():
-        texts = {("", "paper"): f"{cell.paper:.2f}", ("", "paper − its first order"): signed(cell.paper_to_first)}
-        if cell.seeds:
-            deviation = "" if cell.std != cell.std else f" ± {cell.std:.2f}"
-            ours = {"ours": f"{cell.mean:.2f}{deviation} ({cell.seeds})"}
-            # With another model only differences are comparable.
-            ours["ours − paper"] = UNKNOWN if "model." in cell.other_settings else signed(cell.difference)
-            ours |= {"ours − our first order": signed(cell.to_first), "ours − our control": signed(cell.gain)}
-            texts |= {(cell.other_settings, line): text for line, text in ours.items()}
-        for line, text in texts.items():
-            if text != UNKNOWN:
-                lines.setdefault((label_of(cell), *line), {})[f"{tasks_label(cell.dataset, cell.increment)} {METRICS[cell.metric]}"] = text
-    columns = list(dict.fromkeys(column for texts in lines.values() for column in texts))
-    methods = list(dict.fromkeys(method for method, *_ in lines))
-    ordered = sorted(lines.items(), key=lambda item: methods.index(item[0][0]))
-    rows = [[*names, *(texts.get(column, UNKNOWN) for column in columns)] for names, texts in ordered]
-    return markdown_table(["method", "other settings", "", *columns], rows, num_left=3)
+
+    def texts(cell: Any) -> list[str]:
+        difference = UNKNOWN if "model." in cell.other_settings else signed(cell.difference)  # of two models it means nothing
+        return [f"{cell.paper:.2f}", _ours(cell), difference, signed(cell.paper_to_first), signed(cell.to_first)]
+
+    heads = ["paper's {}", "our {}", "ours − paper's", "paper's Δ to first order", "our Δ to first order"]
+    return _by_metric(shown, [], heads, texts) if len(shown) else ""
 
 
 def memory_of(runs: "pd.DataFrame", steps: "pd.DataFrame", published_gb: Mapping[str, Mapping[str, float]]) -> "pd.DataFrame":
