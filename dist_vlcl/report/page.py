@@ -1,4 +1,4 @@
-"""The page of a report as Markdown and as one HTML file: what was run, claims, figures, the paper's tables, and what is missing."""
+"""The page of a report as Markdown and as one HTML file: runs, claims, figures, the paper's tables, and missing runs."""
 
 import base64
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,9 +32,10 @@ class Report:
         results = results_of(complete)
         comparisons = compare(results, published)
         cells = cells_of(results, comparisons, published)
-        # Reading the steps takes time: only of runs that can be in Table 5.
-        whole = runs[(runs.variant == "none") | ((runs.layers == "all") & (runs.variant == "conservative"))]
-        memory = tables.memory_of(whole, gather(whole[whole.is_complete], step_frame), memory_gb)
+        # Reading the steps takes time: only of runs that are in Table 5.
+        in_table = (runs.variant == "none") | ((runs.layers == "all") & (runs.variant == "conservative"))
+        whole = runs.loc[runs.is_complete & in_table, ["adapter", "branch", "other_settings", "run", "path"]]
+        memory = tables.memory_of(gather(whole, step_frame), memory_gb)
         missing = missing_of(cells, comparisons)
         shown = complete.drop(columns=["path", "shared_settings", "method_settings", "model_settings"])
         self.pictures = pictures_of(complete, results, comparisons)

@@ -21,11 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     Drawn = tuple[Figure, pd.DataFrame, str]  # the data that the figure shows, and its caption
-Methods = Sequence[tuple[str, str, str]]  # branch, layers, variant
 # Colour, line and marker each distinguish the curves: for colour-blind readers, in grey print, and where curves cross.
 LOOKS: tuple[tuple[str, Any, str], ...] = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, (0, (1, 1)), "D"))
 LABEL_WIDTH = 40  # characters of a line beside a row
-TOWERS = ("vision", "language")
+BRANCHES, TOWERS = ("dual", "vision", "language"), ("vision", "language")
 # Statistic of a unit -> its column, how it is reduced over steps, the label of its axis. The caption explains the labels.
 UNIT_STATISTICS = {
     "coordinate_variance": ("gradient_variance", "mean", "variance over\ncoordinates"),
@@ -46,7 +45,7 @@ class Picture:
     data: pd.DataFrame
 
 
-def draw_losses(runs: pd.DataFrame, methods: Methods) -> "Drawn | None":
+def draw_losses(runs: pd.DataFrame, methods: Sequence[str]) -> "Drawn | None":
     """Draw the base loss of every step, smoothed within a task: the mean over seeds, and the range of the seeds as a band."""
     data = gather(runs, step_frame).drop(columns="peak_gib", errors="ignore").dropna()
     if data.empty:
@@ -54,22 +53,21 @@ def draw_losses(runs: pd.DataFrame, methods: Methods) -> "Drawn | None":
     figure = new_figure(6.9, 3.9)
     axes = figure.subplots()
     for (color, line, _), method in zip(LOOKS, methods, strict=False):
-        for index, (_, curves) in enumerate(_only(data, method).groupby("task")):
+        for index, (_, curves) in enumerate(data[data.method == method].groupby("task")):
             by_seed = curves.pivot_table(index="step", columns="run", values="loss").dropna()
             smooth = np.apply_along_axis(smoothed, 0, by_seed.to_numpy())
-            axes.plot(by_seed.index, smooth.mean(1), color=color, linestyle=line, linewidth=1.6, label="" if index else _label(method))
+            axes.plot(by_seed.index, smooth.mean(1), color=color, linestyle=line, linewidth=1.6, label="" if index else method)
             axes.fill_between(by_seed.index, smooth.min(1), smooth.max(1), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="step", ylabel="loss")
     put_legend(figure, axes, columns=2)
     draw_borders(axes, data.groupby("task").step.min().to_dict())
-    return (
-        figure,
-        data,
-        "The loss of the global batch, smoothed over neighbouring steps within a task. Lines: mean over seeds; bands: range.",
-    )
+    caption = "The loss of the global batch, smoothed over neighbouring steps within a task. Lines: mean over seeds; bands: range."
+    return figure, data, caption
 
 
-def draw_units(runs: pd.DataFrame, methods: Methods, names: Sequence[str] = ("coordinate_variance", "norm_variance")) -> "Drawn | None":
+def draw_units(
+    runs: pd.DataFrame, methods: Sequence[str], names: Sequence[str] = ("coordinate_variance", "norm_variance")
+) -> "Drawn | None":
     """Draw statistics of every unit's gradient or estimate by layer, one column per tower."""
     data = gather(runs, unit_statistics)
     if data.empty:
@@ -79,9 +77,9 @@ def draw_units(runs: pd.DataFrame, methods: Methods, names: Sequence[str] = ("co
     every = -(-int(data.layer.max()) // 12)
     for (name, tower), axes in zip(itertools.product(names, TOWERS), grid.flat, strict=True):
         for index, method in enumerate(methods):
-            units = _only(data, method)
+            units = data[(data.method == method) & (data.tower == tower)]
             # Side by side, because first-order units have similar values in all plans.
-            _draw_unit_curve(axes, units[units.tower == tower], name, index, method, offset=0.13 * (index - (len(methods) - 1) / 2))
+            _draw_unit_curve(axes, units, name, LOOKS[index], offset=0.13 * (index - (len(methods) - 1) / 2))
         axes.set(yscale="log", xlabel="layer", ylabel=UNIT_STATISTICS[name][2], xticks=range(1, int(data.layer.max()) + 1, every))
         axes.set_title(f"{tower} tower" if name == names[0] else "", fontsize=10)
         axes.label_outer()
@@ -95,42 +93,34 @@ def draw_units(runs: pd.DataFrame, methods: Methods, names: Sequence[str] = ("co
     return figure, data, caption
 
 
-def _in_branches(layers: str, *branches: str) -> Methods:
-    return [(branch, layers, "conservative") for branch in branches]
-
-
-FIRST_ORDER = ("none", "none", "none")
-FIGURES: dict[int, tuple[str, Callable[[pd.DataFrame, Methods], "Drawn | None"], Methods]] = {
-    2: ("Loss by the branch that learns by zeroth order", draw_losses, [FIRST_ORDER, *_in_branches("all", "dual", "vision", "language")]),
-    3: ("Loss with hop_odd", draw_losses, _in_branches("hop_odd", "dual", "language")),
+FIGURES: dict[int, tuple[str, Callable[[pd.DataFrame, Sequence[str]], "Drawn | None"], Sequence[str]]] = {  # title, function, methods
+    2: (
+        "Loss by the branch that learns by zeroth order",
+        draw_losses,
+        ["first order", *(f"{branch} all, conservative" for branch in BRANCHES)],
+    ),
+    3: ("Loss with hop_odd", draw_losses, ["dual hop_odd, conservative", "language hop_odd, conservative"]),
     4: (
         "Gradient variance by layer, four layer plans of the language branch",
         draw_units,
-        [("language", plan, "conservative") for plan in ("hop_odd", "hop_even", "prefix", "suffix")],
+        [f"language {plan}, conservative" for plan in ("hop_odd", "hop_even", "prefix", "suffix")],
     ),
-    **{
-        number: (
-            f"Gradient variance by layer and branch, {plan}",
-            draw_units,
-            [FIRST_ORDER, *_in_branches(plan, "dual", "vision", "language")],
-        )
-        for number, plan in ((5, "hop_odd"), (6, "hop_even"))
-    },
+    5: (
+        "Gradient variance by layer and branch, hop_odd",
+        draw_units,
+        ["first order", *(f"{branch} hop_odd, conservative" for branch in BRANCHES)],
+    ),
+    6: (
+        "Gradient variance by layer and branch, hop_even",
+        draw_units,
+        ["first order", *(f"{branch} hop_even, conservative" for branch in BRANCHES)],
+    ),
     7: (
         "Gradient variance by layer with and without MoZO",
         partial(draw_units, names=tuple(UNIT_STATISTICS)),
-        [("dual", plan, variant) for plan in ("hop_odd", "hop_even") for variant in ("conservative", "mozo")],
+        [f"dual {plan}, {variant}" for plan in ("hop_odd", "hop_even") for variant in ("conservative", "mozo")],
     ),
 }
-
-
-def _label(method: tuple[str, str, str]) -> str:
-    return method_label("", *method)
-
-
-def _only(data: pd.DataFrame, method: tuple[str, str, str]) -> pd.DataFrame:
-    branch, layers, variant = method
-    return data[(data.branch == branch) & (data.layers == layers) & (data.variant == variant)]
 
 
 def unit_statistics(folder: Any) -> pd.DataFrame:
@@ -141,19 +131,14 @@ def unit_statistics(folder: Any) -> pd.DataFrame:
     return by_unit.agg(steps=("step", "size"), **{name: reduced[:2] for name, reduced in UNIT_STATISTICS.items()}).reset_index()
 
 
-def _draw_unit_curve(axes: "Axes", units: pd.DataFrame, name: str, index: int, method: tuple[str, str, str], offset: float) -> None:
-    color, line, marker = LOOKS[index]
-    over_seeds = units.groupby(["layer", "order"])[name].agg(["mean", "min", "max"]).reset_index()
-    for number, (order, part) in enumerate(over_seeds.groupby("order")):
+def _draw_unit_curve(axes: "Axes", units: pd.DataFrame, name: str, look: tuple[str, Any, str], offset: float) -> None:
+    color, line, marker = look
+    over_seeds = units.groupby(["method", "layer", "order"])[name].agg(["mean", "min", "max"]).reset_index()
+    for number, ((method, order), part) in enumerate(over_seeds.groupby(["method", "order"])):
         bars = np.maximum([part["mean"] - part["min"], part["max"] - part["mean"]], 0)
-        looks: dict[str, Any] = {
-            "color": color,
-            "linestyle": line,
-            "marker": marker,
-            "markersize": 4,
-            "markerfacecolor": color if order == "first" else "white",
-        }
-        label = "" if number else _label(method)
+        face = color if order == "first" else "white"
+        looks: dict[str, Any] = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "markerfacecolor": face}
+        label = "" if number else method
         axes.errorbar(part.layer + offset, part["mean"], bars, linewidth=0.9, elinewidth=0.8, label=label, **looks)
 
 
@@ -257,14 +242,16 @@ def _claims(comparisons: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]
 
 
 def _figures(trained: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":
+    trained = trained.assign(method=[method_label("", *fields) for fields in trained[CELL[3:]].to_numpy()])
     groups = list(in_paper_order(trained, CELL).groupby([*GROUP, "adapter"], sort=False))
     for (number, (title, draw, methods)), ((dataset, increment, settings, adapter), runs) in itertools.product(FIGURES.items(), groups):
-        chosen = [_plainest(_only(runs, method)) for method in methods]
-        # A figure is about the variant of its last method; the other methods are for comparison.
-        is_run = any(len(part) for part, method in zip(chosen, methods, strict=True) if method[2] == methods[-1][2])
-        if is_run and (drawn := draw(pd.concat(chosen), methods)):
+        # Of several settings of a method the figure shows the fewest. It is about the variant of its last method.
+        runs = runs[runs.method.isin(methods) & (runs.method_settings == runs.groupby("method").method_settings.transform(_fewest))]
+        is_subject = runs.variant == methods[-1].split(", ")[-1]
+        columns = [*CELL, "method", "other_settings", "run", "seed", "path"]
+        if is_subject.any() and (drawn := draw(runs[columns], methods)):
             figure, data, caption = drawn
-            absent = [_label(method) for method in methods if _only(data, method).empty]
+            absent = [method for method in methods if method not in set(data.method)]
             caption += f" From {data.run.nunique()} runs." + (f" Without a run or its records: {'; '.join(absent)}." if absent else "")
             suffix = "" if adapter == "moe" else f"-{adapter}"
             where = tasks_label(dataset, increment) + suffix.replace("-", ", ")
@@ -279,6 +266,5 @@ def _figure8(results: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":
             yield f"figure8-{dataset}-inc{increment}", title, settings, drawn
 
 
-def _plainest(runs: pd.DataFrame) -> pd.DataFrame:
-    """Return the runs of a cell with the fewest settings of their own."""
-    return runs[runs.method_settings == min(runs.method_settings, key=lambda text: (len(text), text), default="")]
+def _fewest(settings: pd.Series) -> str:
+    return min(settings, key=lambda text: (len(text), text))

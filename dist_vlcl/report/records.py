@@ -199,9 +199,9 @@ def step_frame(folder: Path) -> "pd.DataFrame":
 
 
 def gather(runs: "pd.DataFrame", read: Callable[[Path], "pd.DataFrame"]) -> "pd.DataFrame":
-    """Return the rows that `read` finds in the folders of all runs, each with the columns that say which run it is from."""
+    """Return the rows that `read` finds in the folder (column `path`) of every run, each with the other columns of `runs`."""
     import pandas as pd
 
-    columns = [*CELL, "other_settings", "run", "seed"]
-    parts = [runs[columns][k : k + 1].merge(read(path), how="cross") for k, path in enumerate(runs.path)]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+    about = runs.drop(columns="path")
+    parts = [about[index : index + 1].merge(read(path), how="cross") for index, path in enumerate(runs.path)]
+    return pd.concat(parts, ignore_index=True) if parts else about

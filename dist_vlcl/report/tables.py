@@ -155,22 +155,15 @@ def paper_table(cells: "pd.DataFrame", number: int) -> str:
     return _by_metric(shown, [], heads, texts) if len(shown) else ""
 
 
-def memory_of(runs: "pd.DataFrame", steps: "pd.DataFrame", published_gb: Mapping[str, Mapping[str, float]]) -> "pd.DataFrame":
+def memory_of(steps: "pd.DataFrame", published_gb: Mapping[str, Mapping[str, float]]) -> "pd.DataFrame":
     """Return Table 5, one row per adapter and setting: the paper's GB, and the most GiB that a step of ours has held, by other settings."""
     import pandas as pd
 
     rows = [(adapter, setting, gb) for adapter, settings in published_gb.items() for setting, gb in settings.items()]
     paper = pd.DataFrame(rows, columns=["adapter", "setting", "paper_gb"])
-    is_whole = (runs.layers == "all") & (runs.variant == "conservative")
-    ours = runs.assign(setting=runs.branch.where(is_whole).mask(runs.variant == "none", "fo"))[["run", "setting"]].merge(steps, on="run")
-    keys = ["adapter", "setting", "other_settings"]
-    peaks = (
-        ours.assign(peak_gib=ours.get("peak_gib"))
-        .groupby(keys)
-        .agg(peak_gib=("peak_gib", "max"), runs=("run", "nunique"))
-        .dropna()
-        .reset_index()
-    )
+    ours = steps.assign(setting=steps.branch.mask(steps.branch == "none", "fo"), peak_gib=steps.get("peak_gib"))
+    by_setting = ours.groupby(["adapter", "setting", "other_settings"])
+    peaks = by_setting.agg(peak_gib=("peak_gib", "max"), runs=("run", "nunique")).dropna().reset_index()
     return paper.merge(peaks, on=["adapter", "setting"], how="left").fillna({"other_settings": "", "runs": 0}).astype({"runs": int})
 
 
