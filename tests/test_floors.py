@@ -19,6 +19,7 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("data.build", 4),  # old names of commands
     ("data.verify", 4),
     ("run.replay", 4),
+    ("report.build", 4),
     ("run.submit", 4),
     ("model.clip", 1),
     ("continual.evaluator", 2),
