@@ -1,6 +1,6 @@
 """Options declared once: default, allowed values and meaning stand beside the field, and one function checks them all."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
 from typing import Any
 
@@ -24,6 +24,14 @@ def option(
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return every leaf of a nested mapping under its dotted key, such as `train.epochs`. An empty mapping is a leaf."""
+    leaves: dict[str, Any] = {}
+    for key, value in config.items():
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return leaves
 
 
 def allowed_values(metadata: Any) -> str:

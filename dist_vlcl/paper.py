@@ -1,16 +1,17 @@
-"""The runs of the paper, their controls and what it leaves out, by id: what `paper=ID` and `tuned=FILE` on a command line mean.
+"""The paper's catalogue of runs, their controls and some runs beyond it, by id. `paper=ID` and `tuned=FILE` are translated here.
 
-t2-moe-cifar10-dual-hop_odd      a published cell, a line of configs/paper_runs.yaml
-t5-moe-dual                      a memory probe of Table 5: a few steps
+t2-moe-cifar10-dual-hop_odd      a published cell, one line of configs/paper_runs.yaml
+t5-moe-dual                      a memory probe of Table 5: five steps
 x2-lora-cifar10-dual-hop_odd     not published: Table 2 with LoRA
-frozen-moe-cifar10-dual-hop_odd  the control of every zeroth-order run with these units: they are not trained
-zero-shot-cifar10                CLIP as it is; also the control of dual-all, in which nothing else is trained
+frozen-moe-cifar10-dual-hop_odd  the control of every run that trains these units by zeroth order: here they are not trained
+zero-shot-cifar10                CLIP without training; also the control of dual-all, where no other unit learns
 """
 
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch, fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -18,176 +19,220 @@ from typing import Any
 
 import yaml
 
+from dist_vlcl.options import flatten
 from dist_vlcl.run.folder import MAY_CHANGE
 
 # Beside the package in a checkout, inside of it in a wheel.
 CONFIG_FOLDER = next(p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs") if (p / "config.yaml").exists())
-# What a run's name leaves out: options that do not change its result.
+# Options that do not change a run's result are not part of its name.
 NOT_NAMED = (*MAY_CHANGE, "data.source", "data.test_source", "data.allow_pipe")
+DATASET_IDS = {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr"}  # as the ids abbreviate them
+HALF = 6  # blocks of prefix and suffix in the paper; its ids say prefix6 and suffix6
 PROBE_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the catalogue: what is trained, how, on which tasks. `last` and `avg` are the paper's accuracies in percent, or None."""
+
+    id: str
+    dataset: str
+    increment: int  # classes per task
+    adapter: str  # "" where nothing is trained
+    branch: str  # whose units learn by zeroth order: dual, vision, language; none
+    layers: str  # which of them: all, hop_odd, hop_even, prefix, suffix; none
+    variant: str  # naive, sign, conservative, mozo; frozen: a control; none: first order everywhere; zero_shot: no training
+    table: int | None = None
+    last: float | None = None
+    avg: float | None = None
+
+    @property
+    def fields(self) -> tuple[str, int, str, str, str, str]:
+        """What identifies a cell, whatever its id: data set, increment, adapter, branch, layers, variant."""
+        return self.dataset, self.increment, self.adapter, self.branch, self.layers, self.variant
+
+    @property
+    def is_zeroth(self) -> bool:
+        """Whether any unit learns by zeroth order."""
+        return self.variant not in ("none", "zero_shot", "frozen")
+
+    @property
+    def tasks_id(self) -> str:
+        """Data set and increment as the ids abbreviate them, such as cifar10."""
+        return f"{DATASET_IDS.get(self.dataset, self.dataset)}{self.increment}"
+
+    def control(self) -> "Cell | None":
+        """Return the run in which the zeroth-order units are not trained; None for a run without such units and for memory probes."""
+        if not self.is_zeroth or self.table == 5:
+            return None
+        if (self.branch, self.layers) == ("dual", "all"):
+            return self.zero_shot()
+        layers = f"{self.layers}{HALF}" if self.layers in ("prefix", "suffix") else self.layers
+        return _beyond(self, f"frozen-{self.adapter}-{self.tasks_id}-{self.branch}-{layers}", variant="frozen")
+
+    def zero_shot(self) -> "Cell":
+        """Return the untrained model on the same tasks."""
+        return _beyond(self, f"zero-shot-{self.tasks_id}", adapter="", branch="none", layers="none", variant="zero_shot")
+
+    def overrides(self) -> list[str]:
+        """Return the Hydra overrides that mean this cell: the only place where a row of the catalogue becomes a configuration.
+
+        A data set, adapter, plan or strategy that has no file in configs/ (the user's own) gets the nearest that has one.
+        """
+        found = [f"data={self.dataset}"] if _has_config("data", self.dataset) else ["data=folder", f"data.name={self.dataset}"]
+        found += [f"tasks.increment={self.increment}", "model=vit_b16"]
+        found += [f"adapter={self.adapter if _has_config('adapter', self.adapter) else 'moe'}"]
+        if self.dataset in DATASET_IDS:
+            found += [f"tasks.order={'natural' if self.dataset == 'imagenet_r' else 'paper'}"]
+            found += [f"train.batch_size={64 if self.dataset == 'tiny_imagenet' else 128}"]
+        if self.table == 5:
+            found += ["tasks.num_tasks=1", f"train.max_steps={PROBE_STEPS}"]
+            found += ["eval.zero_shot=false", "run.record_every_steps=0", "model.graphs=false"]  # each of these takes memory
+        if self.branch == "none":
+            return [*found, f"orders={'zero_shot' if self.variant == 'zero_shot' else 'first'}"]
+        plan = f"{self.branch}_{self.layers}"
+        found += [f"orders={plan if _has_config('orders', plan) else f'{self.branch}_all'}"]
+        found += [f"orders.span={HALF}"] if self.layers in ("prefix", "suffix") else []
+        if self.variant == "frozen":
+            return [*found, "orders.order=frozen"]
+        return [*found, f"zo={self.variant if _has_config('zo', self.variant) else 'naive'}"]
+
+
+def _has_config(group: str, name: str) -> bool:
+    return bool(name) and (CONFIG_FOLDER / group / f"{name}.yaml").exists()
+
+
+def cell_of(config: Mapping[str, Any]) -> Cell:
+    """Return the cell that a resolved configuration realises, without an id or published numbers.
+
+    Its `paper` id is not read: options given beside it may have made it a run of another cell.
+    """
+    orders, adapter = config["orders"], config["adapter"]
+    branch, order, rest = orders["branch"], orders["order"], orders["rest"]
+    layers = orders["layers"] if isinstance(orders["layers"], str) else str(orders["layers"]).replace(" ", "")
+    if layers in ("prefix", "suffix") and orders.get("span") not in (None, HALF):
+        layers += str(orders["span"])
+    kind = "lora" if "rank" in adapter else "moe" if "experts" in adapter else "other"
+    kind = adapter.get("kind", "").replace(":", ".") or kind  # an adapter of the user's own, whatever its options are called
+    cell = Cell("", config["data"]["name"], config["tasks"]["increment"], kind, branch, layers, config["zo"]["name"])
+    if branch == "none":
+        order = rest
+    if branch == "none" or order == rest or (branch, layers) == ("dual", "all"):  # every unit has the same order
+        if order == "zeroth":
+            return replace(cell, branch="dual", layers="all")
+        return replace(cell, branch="none", layers="none", variant="none") if order == "first" else replace(cell.zero_shot(), id="")
+    if order == "first" or rest == "zeroth":  # the plan names the other units than those that the run is about
+        cell, order = replace(cell, branch="dual", layers=f"all but {branch} {layers}"), rest
+    return replace(cell, variant="frozen") if order == "frozen" else cell
 
 
 @cache
 def published() -> dict[str, Any]:
-    """Return paper_runs.yaml."""
+    """Return paper_runs.yaml. This is the only place that reads it."""
     return yaml.safe_load((CONFIG_FOLDER / "paper_runs.yaml").read_text())
 
 
-def paper_runs() -> dict[str, dict]:
+@cache
+def paper_runs() -> dict[str, Cell]:
     """Return the published trainings by id."""
-    return {run["id"]: run for run in published()["runs"]}
+    names = {"zo_branch": "branch", "zo_layers": "layers", "zo_variant": "variant", "inc": "increment"}
+    rows = [{names.get(key, key): value for key, value in row.items() if key not in ("tasks", "seeds")} for row in published()["runs"]]
+    return {row["id"]: Cell(**{**row, "layers": row["layers"].removesuffix(str(HALF))}) for row in rows}
 
 
 @cache
-def catalogue() -> dict[str, dict]:
-    """Return every run that has an id, published or not, with the fields of paper_runs.yaml."""
-    runs = paper_runs()
-    layer_wise = [_as_lora(run) for run in runs.values() if run["table"] == 2]
-    zeroth = [run for run in (*runs.values(), *layer_wise) if run["zo_branch"] != "none"]
-    more = [*layer_wise, *_probes(), *(_control(run) for run in zeroth)]
-    return runs | {run["id"]: run for run in more}
+def catalogue() -> dict[str, Cell]:
+    """Return every run that has an id, published or not."""
+    runs = list(paper_runs().values())
+    with_lora = [_beyond(cell, cell.id.replace("t2-moe-", "x2-lora-"), adapter="lora") for cell in runs if cell.table == 2]
+    # The paper does not name the data set of its memory table. Memory does not depend on it.
+    probes = [
+        _beyond(paper_runs()[f"t1-{adapter}-cifar20-{setting}"], f"t5-{adapter}-{setting}", table=5)
+        for adapter, settings in published()["table5_memory_gb"].items()
+        for setting in settings
+    ]
+    controls = [control for cell in (*runs, *with_lora) if (control := cell.control())]
+    return {cell.id: cell for cell in (*runs, *with_lora, *probes, *controls)}
 
 
-def control_of(id: str) -> str | None:
-    """Return the id of the control of a zeroth-order run: the same units not trained; None for a run that has no such units."""
-    run = catalogue()[id]
-    is_trained = run["zo_variant"] in ("naive", "sign", "conservative", "mozo") and run["table"] != 5
-    return _control(run)["id"] if is_trained else None
-
-
-def zero_shot_of(id: str) -> str:
-    """Return the id of the untrained model on the tasks of a run."""
-    return f"zero-shot-{_stream(catalogue()[id])}"
+def _beyond(cell: Cell, id: str, **changes: Any) -> Cell:
+    """Return a cell like another that is in none of the accuracy tables."""
+    return replace(cell, **{"id": id, "table": None, "last": None, "avg": None, **changes})
 
 
 def groups() -> dict[str, list[str]]:
-    """Return the ids of every group; figure8 is to be run with five seeds."""
+    """Return the ids of every group. The paper ran figure8 with five seeds."""
     found = catalogue()
-    tables = {f"table{n}": [id for id, run in found.items() if run["table"] == n] for n in (1, 2, 3, 4, 5)}
     return {
-        **tables,
+        **{f"table{n}": [id for id, cell in found.items() if cell.table == n] for n in (1, 2, 3, 4, 5)},
         "figure8": list(published()["figure8"]["configs"]),
         "all": list(paper_runs()),
         "lora-layers": [id for id in found if id.startswith("x2-")],
-        "frozen": sorted({control for id in paper_runs() if (control := control_of(id))}),
+        "frozen": sorted({control.id for cell in paper_runs().values() if (control := cell.control())}),
         "zero-shot": [id for id in found if id.startswith("zero-shot-")],
     }
 
 
 def select(patterns: list[str]) -> list[str]:
-    """Return the ids that groups, ids and wildcards name, each once, in their order; raise ValueError for a word that names none."""
+    """Return the ids that groups, ids and wildcards name, each once, in order. Raises ValueError for a pattern that matches nothing."""
     chosen: dict[str, None] = {}
     for pattern in patterns:
         ids = groups().get(pattern) or [id for id in catalogue() if fnmatchcase(id, pattern)]
         if not ids:
-            near = difflib.get_close_matches(pattern, [*groups(), *catalogue()], 5, 0.3)
-            raise ValueError(
-                f"paper={pattern!r}: no such run; the nearest are {', '.join(near) or 'none'}. "
-                f"Groups: {', '.join(groups())}; or an id, or a wildcard such as 't1-moe-cifar*'"
-            )
+            allowed = f"Give a group ({', '.join(groups())}), an id, or a wildcard such as 't1-moe-cifar*'"
+            raise ValueError(f"{_no_such_run(pattern, [*groups(), *catalogue()])}. {allowed}")
         chosen |= dict.fromkeys(ids)
     return list(chosen)
 
 
-def expand_paper(arguments: list[str]) -> list[str]:
-    """Return command-line overrides with `tuned=FILE` and `paper=ID` spelled out.
+def _no_such_run(name: str, known: Iterable[str]) -> str:
+    return f"paper={name!r}: no such run; the nearest are {', '.join(difflib.get_close_matches(name, known, 5, 0.3)) or 'none'}"
 
-    The user's own overrides come after a cell's, and win; a run's name tells which they are. Options of Hydra stay in front, where argparse
-    wants them. Raises ValueError for an id that there is not.
+
+def expand_paper(arguments: list[str]) -> list[str]:
+    """Return command-line overrides with `tuned=FILE` and `paper=ID` replaced by the overrides that they stand for.
+
+    The user's own overrides come after those of a cell, and win; the run's name shows them. Options of Hydra stay in front, where argparse
+    expects them. Raises ValueError for an unknown id or a file that cannot be read.
     """
-    arguments = [word for argument in arguments for word in _untuned(argument)]
+    arguments = [option for argument in arguments for option in _expand_tuned(argument)]
     ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
     if not ids:
         return arguments
     if ids[-1] not in catalogue():
-        near = difflib.get_close_matches(ids[-1], catalogue(), 5, 0.3)
-        raise ValueError(f"paper={ids[-1]!r}: no such run in configs/paper_runs.yaml; the nearest are {', '.join(near) or 'none'}")
+        raise ValueError(f"{_no_such_run(ids[-1], catalogue())}. Ids are in configs/paper_runs.yaml")
     own = [a for a in arguments if not a.startswith(("paper=", "-"))]
     first = next(k for k, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
-    return [*arguments[:first], *_overrides(catalogue()[ids[-1]]), f"run.name={run_name(ids[-1], own)}", *arguments[first:]]
+    return [*arguments[:first], *catalogue()[ids[-1]].overrides(), f"run.name={run_name(ids[-1], own)}", *arguments[first:]]
 
 
 def run_name(id: str, own: list[str]) -> str:
-    """Return what a run is called: its id and seed, and the user's own overrides, but for places and what cannot change its result.
+    """Return the name of a run: its id, its seed and the user's own overrides, without paths and without what cannot change its result.
 
-    Two runs with other overrides have other names, and the same ones, in any order, the same.
+    Runs with different overrides have different names. The order of the overrides does not matter.
     """
-    values = dict(word.lstrip("+~").split("=", 1) for word in own if "=" in word)
+    values = dict(option.lstrip("+~").split("=", 1) for option in own if "=" in option)
     seed = values.pop("seed", "0")
     named = {key: value for key, value in values.items() if "/" not in value and not any(fnmatch(key, pattern) for pattern in NOT_NAMED)}
-    told = sorted(f"{key}={value}" for key, value in named.items())
-    if not told:
+    options = sorted(f"{key}={value}" for key, value in named.items())
+    if not options:
         return f"{id}-seed{seed}"
-    slug = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", word.split(".", 1)[-1]) for word in told)[:60]
-    digest = hashlib.blake2s("\n".join(told).encode(), digest_size=3).hexdigest()
+    slug = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", option.split(".", 1)[-1]) for option in options)[:60]
+    digest = hashlib.blake2s("\n".join(options).encode(), digest_size=3).hexdigest()
     return f"{id}-seed{seed}-{slug}-{digest}"
 
 
-def _untuned(argument: str) -> Iterator[str]:
-    """Yield an argument, or for `tuned=FILE` what the file sets."""
+def _expand_tuned(argument: str) -> Iterator[str]:
+    """Yield an argument, or for `tuned=FILE` the options in the file."""
     if not argument.startswith("tuned="):
         yield argument
         return
     path = Path(argument.removeprefix("tuned="))
+    advice = "give a tuned.yaml written by python -m dist_vlcl.commands.tune"
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"tuned={str(path)!r}: cannot be read ({error}); python -m dist_vlcl.commands.tune writes such a file") from None
+        raise ValueError(f"tuned={str(path)!r}: could not read it ({error}); {advice}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"tuned={str(path)!r}: holds no options; python -m dist_vlcl.commands.tune writes such a file")
-    yield from (f"{key}={'null' if value is None else value}" for key, value in _leaves(content))
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _overrides(run: Mapping[str, Any]) -> list[str]:
-    """Return what a run of the catalogue means."""
-    layers, variant = run["zo_layers"].removesuffix("6"), run["zo_variant"]
-    overrides = [f"data={run['dataset']}", f"tasks.increment={run['inc']}", "model=vit_b16", f"adapter={run['adapter']}"]
-    overrides += [f"tasks.order={'natural' if run['dataset'] == 'imagenet_r' else 'paper'}"]
-    overrides += [f"train.batch_size={64 if run['dataset'] == 'tiny_imagenet' else 128}"]
-    if run["table"] == 5:
-        off = ["eval.zero_shot=false", "run.record_every_steps=0", "model.graphs=false"]  # graphs keep memory of their own
-        overrides += ["tasks.num_tasks=1", f"train.max_steps={PROBE_STEPS}", *off]
-    if variant == "zero_shot":
-        return [*overrides, "orders=zero_shot"]
-    if run["zo_branch"] == "none":
-        return [*overrides, "orders=first"]
-    overrides += [f"orders={run['zo_branch']}_{layers}"]
-    overrides += ["orders.span=6"] if layers in ("prefix", "suffix") else []
-    return [*overrides, "orders.order=frozen" if variant == "frozen" else f"zo={variant}"]
-
-
-def _stream(run: Mapping[str, Any]) -> str:
-    """Return data set and increment, as the ids have them."""
-    return {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr"}[run["dataset"]] + str(run["inc"])
-
-
-def _row(id: str, run: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return a run like another, of no table and without published numbers."""
-    kept = ("dataset", "inc", "tasks", "adapter", "zo_branch", "zo_layers", "zo_variant")
-    return {"id": id, "table": None, **{key: run[key] for key in kept}, **changes}
-
-
-def _as_lora(run: Mapping[str, Any]) -> dict[str, Any]:
-    return _row(run["id"].replace("t2-moe-", "x2-lora-"), run, adapter="lora")
-
-
-def _control(run: Mapping[str, Any]) -> dict[str, Any]:
-    branch, layers = run["zo_branch"], run["zo_layers"]
-    if (branch, layers) == ("dual", "all"):
-        return _row(f"zero-shot-{_stream(run)}", run, adapter="moe", zo_branch="none", zo_layers="none", zo_variant="zero_shot")
-    return _row(f"frozen-{run['adapter']}-{_stream(run)}-{branch}-{layers}", run, zo_variant="frozen")
-
-
-def _probes() -> Iterator[dict[str, Any]]:
-    """Yield Table 5's runs: Table 1's CIFAR-100 Inc20, for the paper does not name the data set; memory does not depend on it."""
-    for adapter, settings in published()["table5_memory_gb"].items():
-        for setting in settings:
-            yield _row(f"t5-{adapter}-{setting}", paper_runs()[f"t1-{adapter}-cifar20-{setting}"], table=5)
+        raise ValueError(f"tuned={str(path)!r}: it holds no options; {advice}")
+    yield from (f"{key}={'null' if value is None else value}" for key, value in flatten(content).items())

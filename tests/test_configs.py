@@ -13,12 +13,12 @@ from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, OrderPlan, assign
-from dist_vlcl.paper import paper_runs
+from dist_vlcl.paper import published
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.zo.update import ZerothOrderConfig
 
 GROUPS = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONFIG_FOLDER.iterdir() if folder.is_dir()}
-RUNS = paper_runs()
+RUNS = {row["id"]: row for row in published()["runs"]}
 UNITS = [UnitId(branch, layer) for branch in ("language", "vision") for layer in range(1, 13)]
 EXTRA = {("data", "folder"): ["data.name=mine"]}
 

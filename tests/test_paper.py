@@ -1,17 +1,24 @@
-"""The catalogue: what the ids, groups and names of the paper's runs mean."""
+"""The catalogue: what the ids, groups and names of the paper's runs mean, and which cell a configuration realises."""
 
 import pytest
 from hydra import compose, initialize_config_dir
 
 from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
+from dist_vlcl.options import flatten
 from dist_vlcl.orders import Order, assign
-from dist_vlcl.paper import catalogue, control_of, groups, paper_runs, run_name, select, zero_shot_of
+from dist_vlcl.paper import catalogue, cell_of, groups, paper_runs, run_name, select
 from tests.test_configs import UNITS
 
+CONTROLS = {cell.id: control.id for cell in catalogue().values() if (control := cell.control())}
 
-def configured(*words: str) -> Config:
+
+def configured(*options: str) -> Config:
     with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        return from_hydra(compose("config", expand_paper(list(words))))
+        return from_hydra(compose("config", expand_paper(list(options))))
+
+
+def realised(*options: str) -> tuple:
+    return cell_of(configured(*options).as_dict()).fields
 
 
 def test_the_groups_are_as_large_as_the_paper():
@@ -21,36 +28,34 @@ def test_the_groups_are_as_large_as_the_paper():
         **{"lora-layers": 48, "frozen": 68, "zero-shot": 4},  # of 84 rows, Table 3's and 4's share Table 1's and 2's controls
     }
     assert len(catalogue()) == 92 + 8 + 48 + 16 + 48 + 48 + 4  # the last: frozen of Table 1, 2 and LoRA layer-wise; zero-shot
+    assert len({cell.fields for cell in paper_runs().values()}) == 92
 
 
-def test_every_zeroth_order_run_has_a_control_and_every_run_its_zero_shot():
-    for id, run in catalogue().items():
-        control = control_of(id)
-        is_zeroth = run["zo_variant"] in ("naive", "sign", "conservative", "mozo")
-        assert (control is not None) == (is_zeroth and run["table"] != 5)
-        if control:
-            twin = catalogue()[control]
-            assert (twin["dataset"], twin["inc"]) == (run["dataset"], run["inc"])
-            if twin["zo_variant"] == "frozen":
-                assert [twin[k] for k in ("adapter", "zo_branch", "zo_layers")] == [run[k] for k in ("adapter", "zo_branch", "zo_layers")]
-        assert catalogue()[zero_shot_of(id)]["zo_variant"] == "zero_shot"
-    assert control_of("t4-moe-cifar10-vision-sign") == control_of("t1-moe-cifar10-vision") == "frozen-moe-cifar10-vision-all"
-    assert control_of("t1-lora-cifar20-dual") == "zero-shot-cifar20"  # with dual/all frozen nothing learns
+def test_every_zeroth_order_run_has_a_control_of_its_units_and_every_run_its_zero_shot():
+    for id, cell in catalogue().items():
+        control = cell.control()
+        assert (control is not None) == (cell.is_zeroth and cell.table != 5)
+        assert control is None or (catalogue()[control.id] == control and control.tasks_id == cell.tasks_id)
+        if control and control.variant == "frozen":
+            assert (control.adapter, control.branch, control.layers) == (cell.adapter, cell.branch, cell.layers)
+        assert catalogue()[cell.zero_shot().id].variant == "zero_shot", id
+    assert CONTROLS["t4-moe-cifar10-vision-sign"] == CONTROLS["t1-moe-cifar10-vision"] == "frozen-moe-cifar10-vision-all"
+    assert CONTROLS["t1-lora-cifar20-dual"] == "zero-shot-cifar20"  # with dual/all frozen nothing learns
 
 
 @pytest.mark.parametrize(
     "id", ["frozen-moe-cifar10-dual-hop_odd", "frozen-lora-tiny20-vision-all", "frozen-moe-imgr20-language-prefix6", "zero-shot-cifar20"]
 )
 def test_a_control_trains_the_rest_and_nothing_of_its_units(id):
-    run, config = catalogue()[id], configured(f"paper={id}")
+    cell, config = catalogue()[id], configured(f"paper={id}")
     orders = assign(UNITS, config.orders)
     if id.startswith("zero-shot"):
         assert set(orders.values()) == {Order.FROZEN}
     else:
-        twin = assign(UNITS, configured(f"paper={next(i for i in catalogue() if control_of(i) == id)}").orders)
+        twin = assign(UNITS, configured(f"paper={next(i for i, control in CONTROLS.items() if control == id)}").orders)
         assert {u for u in UNITS if orders[u] is Order.FROZEN} == {u for u in UNITS if twin[u] is Order.ZEROTH}
         assert all(orders[u] is Order.FIRST for u in UNITS if twin[u] is Order.FIRST)
-    assert (config.data.name, config.tasks.increment, config.paper) == (run["dataset"], run["inc"], id)
+    assert (config.data.name, config.tasks.increment, config.paper) == (cell.dataset, cell.increment, id)
 
 
 def test_lora_by_layers_is_table_2_with_lora():
@@ -59,34 +64,59 @@ def test_lora_by_layers_is_table_2_with_lora():
     assert ours.adapter == configured("paper=t1-lora-cifar10-fo").adapter != theirs.adapter
 
 
-@pytest.mark.parametrize("id", [id for id in catalogue() if id.startswith(("x2-", "frozen-", "zero-shot-", "t5-"))])
-def test_what_is_not_published_is_a_published_run_but_for_what_its_id_says(id):
-    """In words of the command line; what those mean is tested for each published run (tests/test_configs.py)."""
-    own = set(expand_paper([f"paper={id}"])) - {f"paper={id}", f"run.name={id}-seed0"}
-    run = catalogue()[id]
-    like = id if id.startswith("x2-") else next((i for i in paper_runs() if control_of(i) == id), None)
-    if id.startswith("x2-"):
-        like = id.replace("x2-lora", "t2-moe")
-        changed = ({"adapter=moe"}, {"adapter=lora"})
-    elif id.startswith("t5-"):
-        like = f"t1-{run['adapter']}-cifar20-{id.rsplit('-', 1)[1]}"
-        changed = (
-            set(),
-            {"tasks.num_tasks=1", "train.max_steps=5", "eval.zero_shot=false", "run.record_every_steps=0", "model.graphs=false"},
-        )
-    elif id.startswith("zero-shot-"):
-        changed = ({"orders=dual_all", "zo=conservative"}, {"orders=zero_shot"})
-    else:  # the controls of LoRA layer by layer have no published run
-        like = like or next(i for i in catalogue() if control_of(i) == id)
-        changed = ({f"zo={catalogue()[like]['zo_variant']}"}, {"orders.order=frozen"})
-    theirs = set(expand_paper([f"paper={like}"])) - {f"paper={like}", f"run.name={like}-seed0"}
-    assert (theirs - own, own - theirs) == changed
-
-
 def test_a_memory_probe_is_a_few_steps_of_one_task():
-    config = configured("paper=t5-lora-dual")
+    config, like = configured("paper=t5-lora-dual"), configured("paper=t1-lora-cifar20-dual")
     assert (config.tasks.num_tasks, config.train.max_steps, config.eval.zero_shot) == (1, 5, False)
-    assert (config.orders.branch, config.orders.layers) == ("dual", "all") and not config.run.record_every_steps  # which takes memory
+    assert not config.run.record_every_steps and not config.model.graphs  # these take memory
+    assert (config.orders, config.zo, config.adapter, config.data) == (like.orders, like.zo, like.adapter, like.data)
+
+
+@pytest.mark.parametrize("id", [*list(catalogue())[::7], "zero-shot-imgr20", "frozen-moe-cifar10-dual-hop_odd"])
+def test_the_configuration_of_a_cell_realises_that_cell(id):
+    assert realised(f"paper={id}") == catalogue()[id].fields
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["paper=t1-moe-cifar20-fo", "orders=dual_hop_odd", "zo=mozo"], ("moe", "dual", "hop_odd", "mozo")),
+        (["paper=t1-moe-cifar20-fo", "adapter=lora"], ("lora", "none", "none", "none")),
+        (["paper=t1-moe-cifar20-dual", "orders=vision_all"], ("moe", "vision", "all", "conservative")),
+        (["paper=t1-moe-cifar20-dual", "orders=first"], ("moe", "none", "none", "none")),
+        (["paper=t2-moe-cifar20-dual-prefix6", "orders.span=4"], ("moe", "dual", "prefix4", "conservative")),
+        (["paper=frozen-moe-cifar20-dual-hop_odd", "orders.order=zeroth", "zo=mozo"], ("moe", "dual", "hop_odd", "mozo")),
+        (["paper=t3-moe-cifar10-mozo-hop_odd", "tasks.increment=20", "orders.order=frozen"], ("moe", "dual", "hop_odd", "frozen")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_realises_what_its_options_say_whatever_its_id(options, expected):
+    assert realised(*options) == ("cifar100", 20, *expected)
+
+
+@pytest.mark.parametrize(
+    ("plan", "branch", "layers", "variant"),
+    [
+        (["orders=first"], "none", "none", "none"),
+        (["orders=first", "orders.rest=zeroth"], "dual", "all", "conservative"),
+        (["orders=dual_hop_odd", "orders.rest=zeroth"], "dual", "all", "conservative"),
+        (["orders=vision_all", "orders.order=first"], "none", "none", "none"),
+        (["orders=vision_all", "orders.order=frozen", "orders.rest=frozen"], "none", "none", "zero_shot"),
+        (["orders=vision_all", "orders.order=first", "orders.rest=frozen"], "dual", "all but vision all", "frozen"),
+        (["orders=dual_hop_odd", "orders.order=frozen", "orders.rest=zeroth"], "dual", "all but dual hop_odd", "conservative"),
+        (["orders=dual_hop_odd", "orders.rest=frozen"], "dual", "hop_odd", "conservative"),
+        (["orders=dual_all", "orders.order=frozen"], "none", "none", "zero_shot"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_every_plan_realises_a_cell_that_says_what_learns(plan, branch, layers, variant):
+    assert realised("data=cifar100", "model=vit_b16", "tasks.increment=20", "zo=conservative", *plan)[3:] == (branch, layers, variant)
+
+
+def test_an_adapter_of_the_user_s_own_is_not_mistaken_for_lora():
+    config = configured("paper=t1-moe-cifar20-fo", "adapter=lora").as_dict()
+    config["adapter"]["kind"] = "low_rank:Mine"
+    assert cell_of(config).adapter == "low_rank.Mine"
+    assert "adapter=moe" in cell_of(config).overrides()
 
 
 def test_a_selection_is_ids_groups_and_wildcards_each_once():
@@ -96,7 +126,7 @@ def test_a_selection_is_ids_groups_and_wildcards_each_once():
         select(["tabel2"])
 
 
-def test_names_tell_runs_apart_and_are_the_same_again():
+def test_names_distinguish_runs_and_do_not_depend_on_the_order_of_options():
     id = next(iter(paper_runs()))
     assert run_name(id, []) == run_name(id, ["run.root=/a", "data.source=/b", "cluster.num_processes=2"]) == f"{id}-seed0"
     assert run_name(id, ["seed=3", "model.pretrained=/a/clip.safetensors"]) == f"{id}-seed3"
@@ -104,15 +134,19 @@ def test_names_tell_runs_apart_and_are_the_same_again():
     assert run_name(id, one) == run_name(id, one[::-1]) != run_name(id, other)
     assert run_name(id, one).startswith(f"{id}-seed0-model_small-epochs_2-")
     long = [f"orders.layers=[{','.join(map(str, range(1, n)))}]" for n in (10, 11)]
-    assert len({run_name(id, [word]) for word in long}) == 2 and all(len(run_name(id, [word])) < 120 for word in long)
+    assert len({run_name(id, [option]) for option in long}) == 2 and all(len(run_name(id, [option])) < 120 for option in long)
     assert run_name(id, ["a.b=[1,2]"]) != run_name(id, ["a.b=1_2"])
 
 
-def test_tuned_options_stand_where_the_word_stood_and_are_in_the_name(tmp_path):
+def test_tuned_options_stand_where_the_file_stood_and_are_in_the_name(tmp_path):
     file = tmp_path / "tuned.yaml"
     file.write_text("# a comment\nzo: {lr_scale: 0.1, epsilon: {vision: 0.0002}, acceptance: best_of_three}\n")
     config = configured("paper=t3-moe-cifar10-mozo-hop_odd", f"tuned={file}", "zo.lr_scale=0.5")
     assert (config.zo.lr_scale, config.zo.epsilon["vision"], config.zo.acceptance) == (0.5, 2e-4, "best_of_three")
     assert config.zo.transform == "sign" and "acceptance_best_of_three" in config.run.name
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="could not read it"):
         expand_paper([f"tuned={tmp_path}/none.yaml"])
+
+
+def test_flattening_keeps_every_leaf_under_its_dotted_key():
+    assert flatten({"a": {"b": 1, "c": {"d": None}}, "e": {}, "f": [1]}) == {"a.b": 1, "a.c.d": None, "e": {}, "f": [1]}

@@ -47,7 +47,7 @@ PARSED = {  # module -> words added so that the command does no work, and what i
     "dist_vlcl.commands.sweep": (["--count"], r"^\d+$"),
     "dist_vlcl.commands.evaluate": ([], "config.yaml is missing"),
     "dist_vlcl.commands.replay": ([], "config.yaml is missing"),
-    "dist_vlcl.commands.report": ([], r"runs/\*"),
+    "dist_vlcl.commands.report": ([], r"no such folder: runs/\*"),
 }
 SCRIPTS = ("local.sh", "multinode.sh", "sbatch", "make")
 

@@ -1,4 +1,4 @@
-"""A sweep trains what is missing, goes past a failure and names it, and obeys signals; with real runs on the digits."""
+"""A sweep trains what is missing, continues after a failure and names it, and stops at a signal; with real runs on the digits."""
 
 import os
 import re
@@ -15,13 +15,13 @@ from dist_vlcl.commands import sweep, tune
 from dist_vlcl.report.records import read_records
 
 SHORT = ["data=digits", "model=small", "tasks.increment=2", "tasks.order=natural", "tasks.num_tasks=1", "train.max_steps=1"]
-QUIET = ["train.batch_size=16", "eval.zero_shot=false", "run.wandb=off", "run.progress=false", "cluster.threads=1"]
+QUIET = ["train.batch_size=16", "eval.zero_shot=false", "run.trackers=[]", "run.progress=false", "cluster.threads=1"]
 QUIET += ["run.plots=false", "run.record_every_steps=0"]
 PYTHON = ["--launcher", sys.executable]
 
 
 def swept(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
-    """Run the command here; return its exit status and all that it and its runs have printed."""
+    """Run the command in this process; return its exit status and everything that it and its runs have printed."""
     monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
     with pytest.raises(SystemExit) as ended:
         sweep.main()
@@ -71,7 +71,7 @@ def test_a_signal_stops_the_sweep_with_its_run_saved(tmp_path):
         said = process.communicate(timeout=60)[0]
     finally:
         process.kill()
-    assert process.returncode == sweep.STOPPED and "the same command goes on from here" in said
+    assert process.returncode == sweep.STOPPED and "the same command continues from here" in said
     [folder] = tmp_path.glob("runs/*")
     assert (folder / "REQUEUE").exists() and list(folder.glob("checkpoints/step-*"))
 
@@ -95,17 +95,19 @@ def test_seeds_controls_and_groups_are_planned_each_once():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["seed=1"], "paper=...: say which runs"),
+        (["seed=1"], "paper=... is missing: say which runs"),
         (["paper=table9"], "paper='table9': no such run"),
-        (["paper=table3", "fast"], "'fast': an option is OPTION=VALUE"),
+        (["paper=table3", "fast"], "'fast' is not an option: give OPTION=VALUE"),
         (["paper=t3-moe-cifar10-*", "train.epoch=2"], "paper=t3-moe-cifar10-mozo-hop_odd seed=0 train.epoch=2: Could not override"),
         (["paper=t3-moe-cifar10-*", "zo.sides=3"], "zo.sides=3: choose from 1, 2"),
-        (["paper=t3-moe-cifar10-*", "run.name=one"], "would share it"),
+        (["paper=t3-moe-cifar10-*", "run.name=one"], "would share the folder"),
+        (["paper=t3-moe-cifar10-*", "orders.layers=[13]"], "paper=t3-moe-cifar10-mozo-hop_odd seed=0 'orders.layers=[13]': "),
         (["paper=table3", "--item", "6"], "--item 6: choose from 0 to 5"),
+        (["paper=table3", "train.epoch=2", "--count"], "Could not override"),
     ],
     ids=str,
 )
-def test_a_wrong_option_is_answered_before_anything_runs(words, message, monkeypatch, capfd):
+def test_a_wrong_option_is_refused_before_anything_runs(words, message, monkeypatch, capfd):
     status, said = swept(monkeypatch, capfd, *words)
     assert status == 2 and message in said
 

@@ -1,7 +1,8 @@
-"""Tuning: the first task only, on held-out training images, resumable; and its file is what a run takes."""
+"""Tuning uses the first task only, is judged on held-out training images, can be resumed, and writes a file that a run takes."""
 
 import sys
 
+import pandas as pd
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
@@ -13,7 +14,7 @@ from dist_vlcl.data.tasks import held_out, plain_order
 from dist_vlcl.data.transforms import TestTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import held_out_samples, open_tasks, steps_per_epoch
-from dist_vlcl.report.trials import Trial, ranked, trial_table, write_csv
+from dist_vlcl.report.trials import ranked, trial_table
 
 
 def configured(*words):
@@ -72,7 +73,7 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
         "run.progress=false",
         "run.plots=false",
         "run.record_every_steps=0",
-        "run.wandb_project=https://user:hush@host",
+        "run.project=https://user:hush@host",
         "--launcher",
         sys.executable,
     ]
@@ -94,11 +95,11 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
     assert configured("tuned=found/tuned.yaml").zo.lr_scale == 1.0
 
 
-def test_what_is_searched_is_what_the_plan_has_and_the_user_has_left_open():
+def test_what_is_searched_is_what_the_plan_reads_and_the_user_has_not_fixed():
     choices = tune.grid(configured("orders=vision_all"), {"zo.probes": ["1", "4"]}, ["zo.acceptance=always"])
     assert set(choices[0]) == {"zo.lr_scale", "zo.epsilon.vision", "zo.probes"} and len(choices) == 3 * 2 * 2
     assert len(tune.grid(configured(), {}, [])) == 3 * 2 * 2 * 2
-    fixed, several, seeds = tune.read_words(["seed=1,2", "orders.layers=[1,3]", "zo.lr_scale=1,2", "train.epochs=3"])
+    fixed, several, seeds = tune.read_options(["seed=1,2", "orders.layers=[1,3]", "zo.lr_scale=1,2", "train.epochs=3"])
     assert (fixed, several, seeds) == (["orders.layers=[1,3]", "train.epochs=3"], {"zo.lr_scale": ["1", "2"]}, ["1", "2"])
 
 
@@ -110,31 +111,37 @@ def test_what_is_searched_is_what_the_plan_has_and_the_user_has_left_open():
         (["zo.lr_scale=1", *SHORT], "every option has one value"),
         (["zo.lr_scale=1,-1"], "zo.lr_scale=-1.0: give a positive number"),
         (["--holdout", "1.5"], "--holdout 1.5"),
-        (["fast"], "'fast': an option is OPTION=VALUE"),
+        (["fast"], "'fast' is not an option: give OPTION=VALUE"),
     ],
     ids=str,
 )
-def test_a_search_that_cannot_be_is_refused_before_anything_runs(words, message, monkeypatch, capfd):
+def test_a_wrong_search_is_refused_before_anything_runs(words, message, monkeypatch, capfd):
     status, said = tuned(monkeypatch, capfd, *words)
     assert status == 2 and message in said
 
 
-def test_a_choice_that_is_no_better_than_the_control_is_told_so(tmp_path):
-    best, frozen = Trial({"zo.lr_scale": "1"}, [0.5], 1.0), "the same units frozen"
-    said = "No better than the same units frozen: zeroth order adds nothing that the held-out images show."
-    for control, is_doubtful in ((0.5, True), (0.4, False)):
-        tuned_file = tune.write(tmp_path, "command", ["zo.sides=2"], [best], {frozen: control, "zero-shot CLIP": 0.1})
-        assert (f"# {said}\n" in tuned_file.read_text()) == (f"**{said}**" in (tmp_path / "tuning.md").read_text()) == is_doubtful
-        assert yaml.safe_load(tuned_file.read_text()) == {"zo": {"sides": 2, "lr_scale": 1}}
+def trials(*rows: tuple[str, float, float]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["zo.lr_scale", "accuracy", "loss"])
 
 
-def test_the_best_has_the_highest_mean_then_the_lowest_loss_and_failed_ones_are_last(tmp_path):
-    a, b, c, d = (
-        Trial({"zo.lr_scale": k}, acc, loss)
-        for k, acc, loss in (("1", [0.5], 1.0), ("2", [0.25, 0.75], 0.5), ("3", [], None), ("4", [0.4], 0.1))
-    )
-    assert ranked([a, b, c, d]) == [b, a, d, c]
-    rows = trial_table([b, c], {"frozen": 0.3}).rows
-    assert rows == [["2", "50.00", "25.00 – 75.00", "2", "0.5000"], ["3", "–", "", "0", "–"], ["frozen", "30.00", "", "", ""]]
-    write_csv(tmp_path / "t.csv", [b, c])
-    assert (tmp_path / "t.csv").read_text().splitlines()[1:] == ["2,0.25,0.5", "2,0.75,0.5", "3,,"]
+@pytest.mark.parametrize(("control", "is_doubtful"), [(50, True), (40, False)])
+def test_a_choice_that_is_no_better_than_the_control_is_marked(tmp_path, control, is_doubtful):
+    references = {"the same units frozen": control, "zero-shot CLIP": 10}
+    said = "No better than the same units frozen: the held-out images show no gain from zeroth order."
+    printed = tune.write(tmp_path, "command", ["zo.sides=2"], trials(("1", 50, 1.0)), references)
+    tuned_file = (tmp_path / "tuned.yaml").read_text()
+    texts = (f"# {said}\n" in tuned_file, f"**{said}**" in (tmp_path / "tuning.md").read_text(), said in printed)
+    assert texts == (is_doubtful,) * 3 and yaml.safe_load(tuned_file) == {"zo": {"sides": 2, "lr_scale": 1}}
+
+
+def test_the_best_has_the_highest_mean_then_the_lowest_loss_and_failed_ones_are_last():
+    nan = float("nan")
+    choices = ranked(trials(("1", 50, 1.0), ("2", 25, 0.5), ("2", 75, 0.5), ("3", nan, nan), ("4", 40, 0.1)))
+    assert list(choices["zo.lr_scale"]) == ["2", "1", "4", "3"]
+    assert trial_table(choices, {"frozen": 30}).splitlines()[2:] == [
+        "| 2 | 50.00 | 25.00 – 75.00 | 2 | 0.5000 |",
+        "| 1 | 50.00 |  | 1 | 1.0000 |",
+        "| 4 | 40.00 |  | 1 | 0.1000 |",
+        "| 3 | – |  | 0 | – |",
+        "| frozen | 30.00 |  |  |  |",
+    ]

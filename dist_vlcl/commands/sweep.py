@@ -1,19 +1,20 @@
-"""Train many runs of the paper, one after another:  python -m dist_vlcl.commands.sweep paper=GROUP [OPTION=VALUE ...]
+"""Train many runs of the paper, one after another: python -m dist_vlcl.commands.sweep paper=GROUP [OPTION=VALUE ...]
 
-    python -m dist_vlcl.commands.sweep paper=table2                                  what is missing of Table 2
-    python -m dist_vlcl.commands.sweep paper=all,figure8 --controls                  116 trainings, with their controls
+    python -m dist_vlcl.commands.sweep paper=table2                     train what is missing of Table 2
+    python -m dist_vlcl.commands.sweep paper=all,figure8 --controls     116 trainings, and their controls
     python -m dist_vlcl.commands.sweep paper='t1-moe-cifar*' seed=0,1,2 model=small train.epochs=2 --processes 2
-    python -m dist_vlcl.commands.sweep paper=table2 --list                           only say what would be run
-    python -m dist_vlcl.commands.sweep paper=table2 --count                          48, for `sbatch --array=0-47`, whose task then calls
-    python -m dist_vlcl.commands.sweep paper=table2 --item "$SLURM_ARRAY_TASK_ID"
+    python -m dist_vlcl.commands.sweep paper=table2 --list              only print the commands
+    python -m dist_vlcl.commands.sweep paper=table2 --count             check every run and print their number: 48
+    sbatch --array=0-47 ...  python -m dist_vlcl.commands.sweep paper=table2 --item "$SLURM_ARRAY_TASK_ID"
 
-paper=  ids, wildcards and groups, with commas: table1 to table4, table5 (memory probes), figure8 (five seeds), all (the 92 published
-        trainings), lora-layers (Table 2 with LoRA, not published), frozen and zero-shot (the controls).
-seed=   one or several, with commas.
-Every other OPTION=VALUE goes to every run; a run's folder is named after its id, its seed and these options.
+paper=  ids, wildcards and groups, separated by commas. Groups: table1 to table4, table5 (memory probes), figure8 (five seeds), all (the 92
+        published trainings), lora-layers (Table 2 with LoRA, not published), frozen and zero-shot (the controls).
+seed=   one or several, separated by commas.
+Every other OPTION=VALUE goes to every run. A run's folder is named after its id, its seed and these options.
 
-Complete runs are skipped, interrupted ones go on where they stopped, a run that fails is named at the end and does not hold up the others.
-Exit status: 0 when all is complete, 1 when a run failed, 2 for a wrong option, 75 when a signal stopped the sweep: start it again.
+All options are checked before the first run starts. Complete runs are skipped, and interrupted runs continue from their checkpoint. A run
+that fails does not stop the others; its name is printed at the end.
+Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option, 75 if a signal stopped the sweep (start it again).
 """
 
 import argparse
@@ -27,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -34,77 +36,98 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_vlcl.config import CONFIG_FOLDER, expand_paper, format_error, from_hydra
+from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, format_error, from_hydra
 from dist_vlcl.masking import masked, masked_command
-from dist_vlcl.paper import control_of, published, select, zero_shot_of
+from dist_vlcl.model.clip import unit_ids
+from dist_vlcl.orders import assign
+from dist_vlcl.paper import catalogue, published, select
 
-STOPPED = 75  # sysexits' EX_TEMPFAIL
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 COMPLETE, DONE, FAILED, LEFT = "complete before", "done", "FAILED", "not run"
 
 
 @dataclass(frozen=True)
 class Item:
-    """One run: the words of its command line, and the folder that they lead to."""
+    """One run: the options on its command line, and its folder."""
 
-    words: tuple[str, ...]
+    options: tuple[str, ...]
     folder: Path
 
     @property
-    def is_complete(self) -> bool:
-        return self.accuracy.get("complete") is True
-
-    @property
-    def wants_to_go_on(self) -> bool:
-        """Whether the run was stopped by a signal, saved."""
-        return (self.folder / "REQUEUE").exists()
-
-    @property
     def accuracy(self) -> dict:
+        """The contents of accuracy.json; empty if there is none."""
         try:
             return json.loads((self.folder / "accuracy.json").read_text())
         except (OSError, ValueError):
             return {}
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every task is done."""
+        return self.accuracy.get("complete") is True
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal stopped the run after it had saved a checkpoint."""
+        return (self.folder / "REQUEUE").exists()
+
 
 def plan(words: Sequence[str], controls: bool = False) -> list[tuple[str, ...]]:
-    """Return the words of every run that a command line asks for, each once; raise ValueError for one that cannot be."""
+    """Return the options of every run that a command line asks for, each run once. Raises ValueError for a wrong command line."""
+    split_options(words)
     chosen = dict(word.split("=", 1) for word in words if word.startswith(("paper=", "seed=")))
     if "paper" not in chosen:
-        raise ValueError("paper=...: say which runs, such as paper=table2 or paper=t1-moe-cifar20-fo")
-    own = [word for word in words if not word.startswith(("paper=", "seed="))]
-    if wrong := [word for word in own if "=" not in word]:
-        raise ValueError(f"{wrong[0]!r}: an option is OPTION=VALUE, such as train.epochs=2")
+        raise ValueError("paper=... is missing: say which runs, such as paper=table2 or paper=t1-moe-cifar20-fo")
     given = chosen["seed"].split(",") if "seed" in chosen else None
     pairs: dict[tuple[str, str], None] = {}
     for pattern in chosen["paper"].split(","):
         seeds = given or [str(seed) for seed in range(published()["figure8"]["seeds"] if pattern == "figure8" else 1)]
         pairs |= dict.fromkeys((id, seed) for seed in seeds for id in select([pattern]))
     if controls:
-        pairs |= dict.fromkeys((control, seed) for id, seed in list(pairs) if (control := control_of(id)))
-        pairs |= dict.fromkeys((zero_shot_of(id), seed) for id, seed in list(pairs))
+        cells = [(catalogue()[id], seed) for id, seed in pairs]
+        pairs |= dict.fromkeys((control.id, seed) for cell, seed in cells if (control := cell.control()))
+        pairs |= dict.fromkeys((cell.zero_shot().id, seed) for cell, seed in cells)
+    own = [word for word in words if not word.startswith(("paper=", "seed="))]
     return [(f"paper={id}", f"seed={seed}", *own) for id, seed in pairs]
 
 
+def split_options(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the key and the value of every option; raise ValueError for a word that is none."""
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"{word!r} is not an option: give OPTION=VALUE, such as train.epochs=2")
+    return [(word.split("=", 1)[0], word.split("=", 1)[1]) for word in words]
+
+
+def resolve(options: Iterable[str]) -> Config:
+    """Return the checked configuration that options mean; raise ValueError for a wrong one."""
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+            return from_hydra(compose("config", expand_paper(list(options))))
+    except HydraException as error:
+        raise ValueError(format_error(error)) from error
+
+
 def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
-    """Return the runs with their folders, each configuration composed and checked; raise ValueError, naming the run, for a wrong option."""
+    """Return the runs with their folders. Raises ValueError that names the run if an option is wrong or two runs share a folder."""
     items: dict[Path, Item] = {}
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        for words in commands:
-            try:
-                run = from_hydra(compose("config", expand_paper(list(words)))).run
-            except (ValueError, HydraException) as error:
-                raise ValueError(f"{masked_command(words)}: {format_error(error)}") from error
-            folder = Path(run.root) / run.name
-            if folder in items:
-                raise ValueError(
-                    f"{folder}: {masked_command(items[folder].words)} and {masked_command(words)} would share it; leave run.name to us"
-                )
-            items[folder] = Item(words, folder)
+    for options in commands:
+        try:
+            config = resolve(options)
+            if not items:
+                assign(unit_ids(config.model), config.orders)  # whether the plan fits the model's depth, which is the same for all runs
+        except ValueError as error:
+            raise ValueError(f"{masked_command(options)}: {error}") from error
+        folder = Path(config.run.root) / config.run.name
+        if folder in items:
+            both = f"{masked_command(items[folder].options)} and {masked_command(options)}"
+            raise ValueError(f"{both} would share the folder {folder}: leave out run.name, and every run gets its own")
+        items[folder] = Item(options, folder)
     return list(items.values())
 
 
 class Runner:
-    """Starts runs one at a time, in processes of their own, and passes signals on as the trainer wants them."""
+    """Trains runs one at a time, each in a process of its own. A signal stops the current run, which saves a checkpoint."""
 
     def __init__(self, launcher: Sequence[str]) -> None:
         self.launcher = [*launcher, "-m", "dist_vlcl.train"]
@@ -112,13 +135,14 @@ class Runner:
         self._process: subprocess.Popen | None = None
 
     def command(self, item: Item) -> list[str]:
-        return [*self.launcher, *item.words]
+        """Return the command line that trains a run."""
+        return [*self.launcher, *item.options]
 
     def __call__(self, item: Item) -> int:
-        """Train one run to its end and return the exit status; the main thread calls this."""
+        """Train one run to its end and return its exit status. Only the main thread may call this."""
         handled = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
         try:
-            # A session of its own: a signal to our process group reaches the ranks once, by us.
+            # In a session of its own: a signal to our process group then reaches the ranks once, through us.
             self._process = subprocess.Popen(self.command(item), start_new_session=True, preexec_fn=_ignore_usr1)
             return self._process.wait()
         finally:
@@ -133,24 +157,24 @@ class Runner:
 
 
 def _ignore_usr1() -> None:
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a launcher dies of it; the trainer installs its own handler
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a launcher; the trainer installs its own handler
 
 
 def default_launcher(processes: int | None) -> list[str]:
-    """Return the launcher for one machine: a process per GPU, or one."""
+    """Return the launcher for this machine: one process per GPU, or one."""
     import torch
 
     number = processes or max(1, torch.cuda.device_count())
     if number == 1:
-        return [sys.executable]  # accelerate's launcher of one process dies of a SIGTERM and leaves the trainer behind
+        return [sys.executable]  # with one process, SIGTERM ends accelerate's launcher and leaves the trainer running
     options = ["--num_processes", str(number), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, "--main_process_port", "0"]
 
 
 def run_all(items: Sequence[Item], runner: Runner, console: Console) -> dict[Item, str]:
-    """Train what is missing, in order; return what became of each. A failed run does not hold up the others, a signal does."""
-    fates = {item: COMPLETE if item.is_complete else LEFT for item in items}
-    missing = [item for item in items if fates[item] == LEFT]
+    """Train what is missing, in order, and return the outcome of each run. A failed run does not stop the others; a signal does."""
+    outcomes = {item: COMPLETE if item.is_complete else LEFT for item in items}
+    missing = [item for item in items if outcomes[item] == LEFT]
     console.print(f"{len(missing)} of {len(items)} to train, the others are complete", highlight=False)
     for number, item in enumerate(missing, 1):
         if runner.is_stopped:
@@ -158,84 +182,81 @@ def run_all(items: Sequence[Item], runner: Runner, console: Console) -> dict[Ite
         console.print(f"\n[{number}/{len(missing)}] {item.folder}", highlight=False, markup=False)
         status = runner(item)
         if item.is_complete:
-            fates[item] = DONE
-        elif not runner.is_stopped and not item.wants_to_go_on:
-            fates[item] = f"{FAILED} (exit status {status})"
-        runner.is_stopped |= item.wants_to_go_on  # a signal that the ranks had and we had not
-    return fates
+            outcomes[item] = DONE
+        elif not runner.is_stopped and not item.is_interrupted:
+            outcomes[item] = f"{FAILED} (exit status {status})"
+        runner.is_stopped |= item.is_interrupted  # the signal may have reached the ranks and not us
+    if runner.is_stopped:
+        console.print("stopped by a signal; the same command continues from here")
+    if failed := [item.folder.name for item, outcome in outcomes.items() if outcome.startswith(FAILED)]:
+        console.print(f"failed: {', '.join(failed)}", highlight=False, soft_wrap=True)
+    return outcomes
 
 
-def show(fates: dict[Item, str], console: Console) -> None:
-    """Print what became of every run, with its Last and Avg."""
-    table = Table("run", "", "Last", "Avg", box=None)
-    for item, fate in fates.items():
-        accuracy = item.accuracy if item.is_complete else {}
-        table.add_row(item.folder.name, fate, *(f"{100 * accuracy[key]:.2f}" if key in accuracy else "" for key in ("last", "avg")))
-    console.print(table)
-
-
-def exit_status(fates: dict[Item, str], runner: Runner) -> int:
-    if any(fate.startswith(FAILED) for fate in fates.values()):
-        return 1
-    return STOPPED if runner.is_stopped and LEFT in fates.values() else 0
-
-
-def print_lines(lines: Iterable[str]) -> None:
-    """Print lines as long as somebody reads them: `head` does not for long."""
+def print_commands(items: Iterable[Item], runner: Runner) -> None:
+    """Print the command line of every run, until the reader (such as `head`) has closed the pipe."""
     try:
-        for line in lines:
-            print(line, flush=True)
+        for item in items:
+            print(shlex.join(runner.command(item)), flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how each run is started."""
+    parser.add_argument("--list", action="store_true", help="print the command of every run, and train nothing")
     parser.add_argument("--processes", type=int, metavar="N", help="processes of each run (default: one per GPU of this machine, or one)")
     parser.add_argument("--launcher", metavar="COMMAND", help="instead of accelerate launch, such as 'torchrun --nproc_per_node 2'")
 
 
 def runner_of(arguments: argparse.Namespace) -> Runner:
+    """Return the runner that the launch options ask for."""
     return Runner(shlex.split(arguments.launcher) if arguments.launcher else default_launcher(arguments.processes))
+
+
+def refuse(error: ValueError) -> NoReturn:
+    """End the command with the message of a user's error and exit status 2."""
+    print(masked(f"error: {error}"), file=sys.stderr)
+    sys.exit(2)
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
-        prog="dist_vlcl.commands.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m dist_vlcl.commands.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="+", metavar="OPTION=VALUE", help="paper=..., seed=..., and options of dist_vlcl.train")
-    parser.add_argument("--controls", action="store_true", help="also every control: the same units frozen, and zero-shot CLIP")
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--list", action="store_true", help="print the command of every run, and train nothing")
-    mode.add_argument("--count", action="store_true", help="print the number of runs, and train nothing")
-    mode.add_argument("--item", type=int, metavar="K", help="train the K-th run only, from 0: the numbers do not change while others end")
+    parser.add_argument("--controls", action="store_true", help="also train every control: the same units frozen, and zero-shot CLIP")
+    parser.add_argument("--count", action="store_true", help="check the options of every run, print the number of runs, and train nothing")
+    parser.add_argument("--item", type=int, metavar="K", help="train only run K of the complete list, counted from 0")
     add_launch_options(parser)
     arguments = parser.parse_intermixed_args()
     console = Console()
     try:
         commands = plan(arguments.words, arguments.controls)
-        if arguments.count:
-            print(len(commands))
-            return
         if arguments.item is not None:
             if not 0 <= arguments.item < len(commands):
                 raise ValueError(f"--item {arguments.item}: choose from 0 to {len(commands) - 1}")
             commands = commands[arguments.item : arguments.item + 1]
         items = prepare(track(commands, "checking", console=console, transient=True) if console.is_terminal else commands)
     except ValueError as error:
-        print(masked(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
+        refuse(error)
+    if arguments.count:
+        print(len(items))
+        return
     runner = runner_of(arguments)
     if arguments.list:
-        print_lines(shlex.join(runner.command(item)) for item in items)
+        print_commands(items, runner)
         return
-    fates = run_all(items, runner, console)
-    show(fates, console)
-    if failed := [item.folder.name for item, fate in fates.items() if fate.startswith(FAILED)]:
-        console.print(f"failed: {', '.join(failed)}", highlight=False, soft_wrap=True)
-    if runner.is_stopped:
-        console.print("stopped by a signal; the same command goes on from here")
-    sys.exit(exit_status(fates, runner))
+    outcomes = run_all(items, runner, console)
+    table = Table("run", "", "Last", "Avg", box=None)
+    for item, outcome in outcomes.items():
+        accuracy = item.accuracy if item.is_complete else {}
+        table.add_row(item.folder.name, outcome, *(f"{100 * accuracy[key]:.2f}" if key in accuracy else "" for key in ("last", "avg")))
+    console.print(table)
+    if any(outcome.startswith(FAILED) for outcome in outcomes.values()):
+        sys.exit(1)
+    sys.exit(STOPPED if runner.is_stopped and LEFT in outcomes.values() else 0)
 
 
 if __name__ == "__main__":

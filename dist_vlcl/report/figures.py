@@ -1,6 +1,6 @@
-"""Pictures of one run, drawn without a display; colours that colour-blind readers and grey printers can tell apart."""
+"""Pictures of one run, drawn without a display, and the style of all pictures: readable for colour-blind readers and in grey print."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,14 +9,14 @@ import numpy as np
 
 from dist_vlcl.report.records import Records, read_records
 
-if TYPE_CHECKING:  # matplotlib takes half a second to import, and a run may do without it
+if TYPE_CHECKING:  # matplotlib takes half a second to import, and not every run draws
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, but for its purple, which is too pale for a thin line: Tol's wine. Line styles repeat the distinction in grey.
+# Okabe and Ito's palette, with Tol's wine as purple, since theirs is too pale for a thin line. Line styles repeat the distinction.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#882255", "#595959"
 LOOKS = {"vision": (BLUE, "-"), "language": (ORANGE, "--")}
-OTHER_LOOKS = ((GREEN, "-."), (PURPLE, ":"))
+OTHER_LOOK = (GREEN, "-.")  # both branches moved as one
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -29,15 +29,11 @@ STYLE: dict[Any, Any] = {
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
 }
-MAX_NUMBERED = 20  # tasks; beyond, a cell has no room for its number
-MAX_LABELLED = 12  # points of a curve; beyond, their labels touch
+MAX_NUMBERED = 22  # columns of a matrix; with more, a cell has no room for its number
 
 
-def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
-    """Draw what metrics.jsonl of a run folder has data for into plots/; return the pictures' paths.
-
-    `zero_shot` is the accuracy without training on all classes; without it, the task records' own `zero_shot` is drawn.
-    """
+def plot_run(folder: Path | str) -> list[Path]:
+    """Draw every picture for which a run's metrics.jsonl has data into its folder plots/, and return the paths."""
     import matplotlib
 
     records = read_records(folder)
@@ -46,7 +42,7 @@ def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
     with matplotlib.rc_context(STYLE):
         figures = {
             "accuracy_matrix": plot_matrix(records),
-            "accuracy": plot_accuracy(records, zero_shot),
+            "accuracy": plot_accuracy(records),
             "loss": plot_loss(records),
             "projected_gradient": plot_projected_gradients(records),
         }
@@ -57,57 +53,53 @@ def plot_run(folder: Path | str, zero_shot: float | None = None) -> list[Path]:
 
 
 def plot_matrix(records: Records) -> "Figure | None":
-    """The accuracy on task j after task i as a heat map with numbers, and A_t beside it; None without a matrix."""
-    num_rows = len(records.matrix)
-    num_tasks = max(map(len, records.matrix), default=0)
+    """Draw the accuracy on task j after task i as a heat map with numbers, and A_t in a column beside it; None without data."""
+    num_rows, num_tasks = len(records.matrix), max(map(len, records.matrix), default=0)
     if not num_tasks:
         return None
-    cells = np.full((num_rows, num_tasks), np.nan)
+    cells = np.full((num_rows, num_tasks + 2), np.nan)  # an empty column, and A_t
     for after, row in enumerate(records.matrix):
-        cells[after, : len(row)] = [np.nan if cell is None else 100 * cell for cell in row]
-    seen = percents(records.seen)[:, None]
+        cells[after, : len(row)] = percents(row)
+    cells[:, -1] = percents(records.seen)
+    low = np.floor(np.nanmin(cells) / 10) * 10
     figure = new_figure(min(0.5 * num_tasks + 2.7, 12), np.clip(0.5 * num_rows + 1.4, 2.6, 11))
-    matrix, beside = figure.subplots(1, 2, width_ratios=[num_tasks, 1], sharey=True)
-    low = np.floor(np.nanmin([np.nanmin(cells), np.nanmin(seen) if np.isfinite(seen).any() else 100.0]) / 10) * 10
-    for axes, values in ((matrix, cells), (beside, seen)):
-        image = axes.imshow(values, cmap="cividis", vmin=low, vmax=100, aspect="auto")
-        axes.grid(False)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        _write_numbers(axes, values, middle=(low + 100) / 2)
-    _number_ticks(matrix, num_tasks, num_rows)
-    matrix.set(xlabel="accuracy on task", ylabel="after task")
-    beside.set_xticks([0], ["$A_t$"])
-    figure.colorbar(image, ax=[matrix, beside], label="accuracy (%)", shrink=0.9, pad=0.02)
+    axes = figure.subplots()
+    image = axes.imshow(cells, cmap="cividis", vmin=low, vmax=100, aspect="auto")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    for (row, column), value in np.ndenumerate(cells):
+        if np.isfinite(value) and max(cells.shape) <= MAX_NUMBERED:
+            color = "black" if value > (low + 100) / 2 else "white"
+            axes.text(column, row, f"{value:.{1 if num_tasks <= 12 else 0}f}", ha="center", va="center", fontsize=8, color=color)
+    shown = range(0, num_tasks, _stride(num_tasks))
+    axes.set_xticks([*shown, num_tasks + 1], [*(str(task + 1) for task in shown), "$A_t$"])
+    axes.set_yticks(shown[:num_rows], [str(task + 1) for task in shown[:num_rows]])
+    axes.set(xlabel="accuracy on task", ylabel="after task")
+    figure.colorbar(image, ax=axes, label="accuracy (%)", shrink=0.9, pad=0.02)
     return figure
 
 
-def plot_accuracy(records: Records, zero_shot: float | None = None) -> "Figure | None":
-    """A_t after every task, with the zero-shot accuracy as a dashed line where it is known; None without an A_t."""
-    seen = percents(records.seen)
+def plot_accuracy(records: Records) -> "Figure | None":
+    """Draw A_t after every task, and the zero-shot accuracy on the same classes if it is known; None without data."""
+    seen, zero_shot = percents(records.seen), percents(records.zero_shot)
     if not np.isfinite(seen).any():
         return None
     figure = new_figure(6.4, 3.8)
     axes = figure.subplots()
     after = np.array([record["task"] + 1 for record in records.tasks])
     axes.plot(after, seen, color=BLUE, marker="o", label="after training")
-    own = percents(records.zero_shot)
-    if zero_shot is not None:
-        axes.axhline(100 * zero_shot, color=GREY, linestyle="--", label="zero-shot, all classes")
-    elif np.isfinite(own).any():
-        axes.plot(after, own, color=GREY, linestyle="--", marker="s", markersize=3, label="zero-shot, same classes")
-    if len(seen) <= MAX_LABELLED:
-        _label_points(axes, after, seen)
+    if np.isfinite(zero_shot).any():
+        axes.plot(after, zero_shot, color=GREY, linestyle="--", marker="s", markersize=3, label="zero-shot, same classes")
+        put_legend(figure, axes)
     axes.margins(y=0.15)
     axes.set(xlabel="task", ylabel="accuracy on all classes seen (%)", xlim=(0.5, after.max() + 0.5))
     axes.set_xticks(range(1, after.max() + 1, _stride(after.max())))
-    if len(axes.get_lines()) > 1:
-        put_legend(figure, axes)
     return figure
 
 
 def plot_loss(records: Records) -> "Figure | None":
-    """The base loss of every step, raw and smoothed, with the tasks' borders; None without a loss."""
+    """Draw the base loss of every step, raw and smoothed, with the tasks' borders; None without data."""
     steps, losses = _series((record["step"], record.get("loss")) for record in records.steps)
     if not len(steps):
         return None
@@ -118,81 +110,80 @@ def plot_loss(records: Records) -> "Figure | None":
         axes.plot(steps[part], smoothed(losses[part]), color=BLUE, linewidth=1.8, label="" if index else "smoothed within a task")
     axes.set(xlabel="step", ylabel="loss")
     put_legend(figure, axes)
-    draw_borders(axes, records)
+    draw_borders(axes, _first_steps(records))
     return figure
 
 
 def plot_projected_gradients(records: Records) -> "Figure | None":
-    """The size of each branch's projected gradient, and the share of its moves that were made; None without ZO steps."""
+    """Draw the size of each branch's projected gradient, and the share of its moves that were accepted; None without zeroth-order steps."""
     branches = sorted({branch for record in records.steps for branch in record.get("zo") or {}}, reverse=True)
     gradients = {branch: _zo_series(records, branch, "projected_gradient") for branch in branches}
-    gradients = {branch: series for branch, series in gradients.items() if (series[1] > 0).any()}
+    gradients = {branch: (steps[sizes > 0], sizes[sizes > 0]) for branch, (steps, sizes) in gradients.items() if (sizes > 0).any()}
     if not gradients:
         return None
-    moves = {branch: _zo_series(records, branch, "coefficient") for branch in branches}
-    moves = {branch: series for branch, series in moves.items() if len(series[0])}
-    figure = new_figure(7.2, 5.4 if moves else 3.8)
-    top, *below = figure.subplots(2 if moves else 1, 1, sharex=True, height_ratios=[2, 1][: 2 if moves else 1], squeeze=False)[:, 0]
+    figure = new_figure(7.2, 5.4)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     for branch, (steps, sizes) in gradients.items():
-        _plot_sizes(top, records, steps[sizes > 0], sizes[sizes > 0], _look(branch, branches), branch)
+        color, line = LOOKS.get(branch, OTHER_LOOK)
+        top.plot(steps, sizes, color=color, alpha=0.2, linewidth=0, marker=".", markersize=3)
+        for index, part in enumerate(_by_task(records, steps)):
+            mean = np.exp(smoothed(np.log(sizes[part]), at_least=20))
+            top.plot(steps[part], mean, color=color, linestyle=line, linewidth=1.8, label="" if index else branch)
+        steps, coefficients = _zo_series(records, branch, "coefficient")
+        for part in _by_task(records, steps):
+            share = smoothed((coefficients[part] > 0).astype(float), at_least=20)
+            below.plot(steps[part], 100 * share, color=color, linestyle=line)
     top.set(yscale="log", ylabel="|projected gradient|")
     put_legend(figure, top)
-    for axes in below:
-        for branch, (steps, coefficients) in moves.items():
-            color, line = _look(branch, branches)
-            for part in _by_task(records, steps):
-                share = smoothed((coefficients[part] > 0).astype(float), at_least=20)
-                axes.plot(steps[part], 100 * share, color=color, linestyle=line)
-        axes.set(ylim=(-4, 104), ylabel="moves accepted (%)")
-    draw_borders(top, records)
-    for axes in below:
-        draw_borders(axes, records, labels=False)
-    (below or [top])[-1].set_xlabel("step")
+    below.set(ylim=(-4, 104), xlabel="step", ylabel="moves accepted (%)")
+    draw_borders(top, _first_steps(records))
+    draw_borders(below, _first_steps(records), labels=False)
     return figure
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches."""
+    """Return an empty figure of a size in inches."""
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
     return Figure(figsize=(width, height))
 
 
 def write_picture(figure: "Figure", path: Path) -> None:
-    """Write a figure as a PNG of few colours, a third of the size: documentation keeps such files."""
+    """Write a figure as a PNG of 96 colours. It has a third of the size, and documentation keeps such files."""
     from PIL import Image
 
     drawn = BytesIO()
-    figure.savefig(drawn, pil_kwargs={"compress_level": 1})  # read again at once
+    figure.savefig(drawn, pil_kwargs={"compress_level": 1})  # it is only read again below
     Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path)
 
 
 def percents(fractions: Sequence[float | None]) -> np.ndarray:
+    """Return fractions in percent, NaN for None."""
     return np.array([np.nan if fraction is None else 100 * fraction for fraction in fractions], dtype=float)
 
 
 def _series(points: Iterable[tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values, without those that are missing or not finite."""
+    """Return steps and values, without those that are missing or not finite."""
     known = [(step, value) for step, value in points if value is not None and np.isfinite(value)]
     array = np.array(known, dtype=float).reshape(-1, 2)
     return array[:, 0], array[:, 1]
 
 
 def _zo_series(records: Records, branch: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and sizes of one ZO number; of several probes, their mean size."""
+    """Return steps and sizes of one zeroth-order number; for several probes their mean size."""
     values = ((record["step"], ((record.get("zo") or {}).get(branch) or {}).get(name)) for record in records.steps)
     return _series((step, None if value is None or value == [] else np.mean(np.abs(value))) for step, value in values)
 
 
 def _by_task(records: Records, steps: np.ndarray) -> list[np.ndarray]:
-    """Which of the steps belong to each task: a loss jumps where a task begins, and a mean across it would say otherwise."""
+    """Return the positions of each task's steps. A loss jumps where a task begins, so it is smoothed within a task only."""
     of_step = {record["step"]: record.get("task", 0) for record in records.steps}
     tasks = np.array([of_step[step] for step in steps])
     return [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
 
 
 def smoothed(values: np.ndarray, at_least: int = 1) -> np.ndarray:
-    """The mean of each value and its neighbours, a tenth of all, fewer at the ends."""
+    """Return the mean of each value and its neighbours: a tenth of all values, fewer at the ends."""
     reach = max(at_least, min(len(values) // 10, 200)) // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     positions = np.arange(len(values))
@@ -201,37 +192,31 @@ def smoothed(values: np.ndarray, at_least: int = 1) -> np.ndarray:
     return (sums[ends] - sums[begins]) / (ends - begins)
 
 
-def _plot_sizes(axes: "Axes", records: Records, steps: np.ndarray, sizes: np.ndarray, look: tuple[str, str], label: str) -> None:
-    color, line = look
-    axes.plot(steps, sizes, color=color, alpha=0.2, linewidth=0, marker=".", markersize=3)
-    for index, part in enumerate(_by_task(records, steps)):
-        mean = np.exp(smoothed(np.log(sizes[part]), at_least=20))
-        axes.plot(steps[part], mean, color=color, linestyle=line, linewidth=1.8, label="" if index else label)
-
-
-def _look(branch: str, branches: Sequence[str]) -> tuple[str, str]:
-    others = [name for name in branches if name not in LOOKS]
-    return LOOKS[branch] if branch in LOOKS else OTHER_LOOKS[others.index(branch) % len(OTHER_LOOKS)]
-
-
 def put_legend(figure: "Figure", axes: "Axes", columns: int | None = None) -> None:
-    """The legend of `axes`, above all axes of the figure, in one line or in so many columns."""
+    """Put the legend of `axes` above all axes of the figure, in one line or in so many columns."""
     handles, labels = axes.get_legend_handles_labels()
-    # Outside, since data may be anywhere inside.
+    # Outside the axes, because data may be anywhere inside.
     figure.legend(handles, labels, loc="outside upper right", ncols=columns or len(labels), fontsize=9)
 
 
-def draw_borders(axes: "Axes", records: Records, labels: bool = True) -> None:
-    """A line where each task after the first begins, with the tasks' numbers above, as many as there is room for."""
+def _first_steps(records: Records) -> dict[int, int]:
+    """Return the first step of every task."""
+    begins: dict[int, int] = {}
+    for record in records.steps:
+        begins.setdefault(record.get("task", 0), record["step"])
+    return begins
+
+
+def draw_borders(axes: "Axes", begins: Mapping[int, int], labels: bool = True) -> None:
+    """Draw a line where each task but the first begins, given the first step of every task, with as many numbers as there is room for."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     above: dict[str, Any] = {"xytext": (2, 3), "textcoords": "offset points", "fontsize": 8, "color": GREY}
-    begins: dict[int, int] = {}
-    for record in records.steps:
-        begins.setdefault(record.get("task", 0), record["step"])
-    for task, begin in list(begins.items())[:: _stride(len(begins))]:
-        if task != records.steps[0].get("task", 0):
+    for index, (task, begin) in enumerate(begins.items()):
+        if index % _stride(len(begins)):
+            continue
+        if index:
             axes.axvline(begin, color=GREY, linewidth=0.7, linestyle=":")
         if labels and len(begins) > 1:
             axes.annotate(f"{task + 1}", (begin, 1), xycoords=("data", "axes fraction"), **above)
@@ -240,27 +225,5 @@ def draw_borders(axes: "Axes", records: Records, labels: bool = True) -> None:
 
 
 def _stride(number: int) -> int:
-    """Every how many of a number of tasks there is room to write one down."""
+    """Return n such that there is room for the number of every n-th task."""
     return -(-number // MAX_NUMBERED)
-
-
-def _write_numbers(axes: "Axes", values: np.ndarray, middle: float) -> None:
-    if max(values.shape) > MAX_NUMBERED:
-        return
-    digits = 1 if max(values.shape) <= 12 else 0
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            color = "black" if value > middle else "white"
-            axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=color)
-
-
-def _number_ticks(axes: "Axes", num_columns: int, num_rows: int) -> None:
-    for axis, number in ((axes.xaxis, num_columns), (axes.yaxis, num_rows)):
-        shown = range(0, number, _stride(number))
-        axis.set_ticks(shown, [str(index + 1) for index in shown])
-
-
-def _label_points(axes: "Axes", x: np.ndarray, y: np.ndarray) -> None:
-    for position, value in zip(x, y, strict=True):
-        if np.isfinite(value):
-            axes.annotate(f"{value:.1f}", (position, value), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)

@@ -1,64 +1,92 @@
-"""Reading back what a run has logged, whole or not."""
+"""Read run folders, complete or not: as records, and as tidy data frames with one row per run, per step or per unit."""
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dist_vlcl.model.statistics import STATISTICS
+from dist_vlcl.options import flatten
 
-if TYPE_CHECKING:  # a run without pictures does without them
+if TYPE_CHECKING:  # training reads its own records and does not need these
     import pandas as pd
     import pyarrow
 
+TASKS = ["dataset", "increment"]
+CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
+UNTRAINED = {"adapter": "", "branch": "none", "layers": "none", "variant": "zero_shot"}  # CLIP as it was downloaded
+WITHOUT_ZEROTH = ("none", "zero_shot", "frozen")  # variants in which no unit learns by zeroth order
+IMAGES_PER_CLASS = {"cifar100": (500, 100), "tiny_imagenet": (500, 50), "imagenet_r": (120, 30)}  # training, test; the last on average
+PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a part of the test images"
 
-class NoRun(ValueError):
-    """A folder is not that of a run, or cannot be read; the message says what is wrong with it."""
+# Options that change neither a result nor its meaning, and those that are the cell itself.
+NOT_COMPARED = (
+    *("seed", "paper", "run.*", "cluster.*", "eval.batch_size", "eval.zero_shot", "model.graphs"),
+    *(f"data.{key}" for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "on_error")),
+    *(f"data.{key}" for key in ("num_workers", "cache_gib", "encoding", "samples_per_shard", "timeout_s")),
+    *(f"train.{key}" for key in ("micro_batches", "max_skips", "check_every_steps")),
+    *("orders.branch", "orders.layers", "orders.order", "orders.span", "zo.name"),
+)
+OF_METHOD = ("adapter.*", "orders.*", "zo.*")
+OF_TRAINING = ("train.*", "first_order.*", PART_OF_TRAINING)
+OF_PROBES = ("train.max_steps", "tasks.num_tasks", PART_OF_TRAINING, PART_OF_TEST)  # these do not change the memory of a step
+
+Realise = Callable[[dict[str, Any]], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Records:
-    """The lines of a metrics.jsonl, by kind, in the order of the run."""
+    """The lines of a metrics.jsonl by kind, in the order of the run."""
 
     steps: list[dict[str, Any]]
     tasks: list[dict[str, Any]]
 
     @property
     def matrix(self) -> list[list[float | None]]:
-        """Row after-task i, column task j: a fraction, or None where it was not measured."""
+        """Accuracy on task j (column) after task i (row): a fraction, or None where it was not measured."""
         return [list(record.get("per_task") or []) for record in self.tasks]
 
     @property
     def seen(self) -> list[float | None]:
-        """A_t after every task."""
+        """A_t after every task: the accuracy on all classes seen so far."""
         return [record.get("seen") for record in self.tasks]
 
     @property
     def zero_shot(self) -> list[float | None]:
-        """The accuracy without training, over the classes that A_t is over."""
+        """The accuracy before training on the same classes as A_t."""
         return [record.get("zero_shot") for record in self.tasks]
 
 
 def read_records(folder: Path | str) -> Records:
-    """The records of a run folder; lines that are not whole are passed over."""
+    """Return the records of a run folder. Damaged lines are skipped."""
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    records = [record for record in map(_parsed, lines) if isinstance(record, dict)]
-    # Each kind is indexed by the field of its name.
+    records = [record for record in map(_parse, lines) if isinstance(record, dict)]
+    # A record of a kind counts its own index in a field of the same name.
     return Records(*([record for record in records if record.get("kind") == kind and kind in record] for kind in ("step", "task")))
 
 
-def read_units(folder: Path | str) -> "pyarrow.Table":
-    """Return the records of every unit of a run folder, in the order of the steps; a table without rows where there are none.
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
-    Columns: step (int64, from 1), task (int32, from 0), branch, layer (int32, from 1), order (first, zeroth, frozen), and as float32
-    gradient_norm, gradient_mean, gradient_variance (of the first-order gradient, or of the zeroth-order estimate before its sign is
-    taken; NaN for a frozen unit), update_norm, update_mean, update_variance (of what the step changed), parameter_norm (after it), and
-    projected_gradient (the size of s, the mean over probes; null for a unit that is not of zeroth order). numel (int32) is how many
-    parameters the unit has. A skipped step has no rows.
+
+def read_units(folder: Path | str) -> "pyarrow.Table":
+    """Return the records of every unit of a run folder in the order of the steps; a table without rows where there are none.
+
+    Columns: step (int64, from 1), task (int32, from 0), branch, layer (int32, from 1), order (first, zeroth, frozen), numel (int32: the
+    unit's parameters), and as float32
+    gradient_norm, gradient_mean, gradient_variance: of the first-order gradient, or of the zeroth-order estimate before its sign is taken;
+    NaN for a frozen unit;
+    update_norm, update_mean, update_variance: of the change that the step made; parameter_norm: after the step;
+    projected_gradient: its size, mean over probes; null for a unit that does not learn by zeroth order.
+    A skipped step has no rows.
     """
     import pyarrow
     import pyarrow.parquet
@@ -78,83 +106,102 @@ def read_units(folder: Path | str) -> "pyarrow.Table":
     return pyarrow.concat_tables([schema.empty_table(), *parts])
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run folder, read back."""
+def run_frame(folders: Iterable[Path], realise: Realise) -> tuple["pd.DataFrame", dict[str, str]]:
+    """Return one row per run folder, and for every other folder its name with the reason why it could not be read.
 
-    path: Path
-    config: dict[str, Any]
-    accuracy: dict[str, Any]  # accuracy.json; empty before the first task has ended
+    `realise` maps a resolved configuration to the cell that it realises (a mapping with the fields CELL) and to the configuration of that
+    cell. Accuracies are in percent. `other_settings` says in which options the run's configuration differs from the cell's, such as
+    "model.name=small_clip; zo.lr_scale=3.0". It is also split: `method_settings` (adapter, orders, zo), `shared_settings` (all others;
+    runs are only compared where these are equal) and `model_settings` (the shared ones that matter without training).
+    """
+    import pandas as pd
 
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def seed(self) -> int:
-        return int(self.config["seed"])
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every task is done."""
-        return self.accuracy.get("complete") is True
-
-    @property
-    def num_tasks_done(self) -> int:
-        return len(self.accuracy.get("rows", ()))
-
-    @property
-    def zero_shot(self) -> list[float]:
-        """A_t of the model before any training, for every task t, as fractions; empty where it was not measured."""
-        by_task = self.accuracy.get("zero_shot") or {}
-        return [by_task[task] for task in sorted(by_task, key=int)]
-
-    @cached_property
-    def records(self) -> Records:
-        return read_records(self.path)
-
-    @property
-    def peak_gib(self) -> float | None:
-        """The most memory that a step has held on its accelerator; None where no step says."""
-        return max((record["peak_gib"] for record in self.records.steps if record.get("peak_gib") is not None), default=None)
-
-    @property
-    def accelerators(self) -> list[str]:
-        """The accelerators that the newest start of the run had."""
+    rows, unreadable = [], {}
+    for folder in dict.fromkeys(folders):
         try:
-            return list(json.loads((self.path / "env.json").read_text())[-1].get("accelerators", ()))
-        except (OSError, ValueError, LookupError):
-            return []
-
-    def losses(self) -> "pd.DataFrame":
-        """The base loss of every step: step, task, loss."""
-        import pandas as pd
-
-        columns = ["step", "task", "loss"]
-        return pd.DataFrame([[record.get(column) for column in columns] for record in self.records.steps], columns=columns).dropna()
-
-    def units(self) -> "pd.DataFrame":
-        """What was recorded of every unit at every step, as `read_units` has it."""
-        return read_units(self.path).to_pandas()
+            rows.append(_run_row(folder, realise))
+        except FileNotFoundError:
+            unreadable[folder.name] = "not a run folder: it has no config.yaml"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+            unreadable[folder.name] = f"could not read config.yaml or accuracy.json: {next(iter(str(error).splitlines()), '')}"
+    return pd.DataFrame(rows), unreadable
 
 
-def read_run(folder: Path | str) -> Run:
-    """The run of a folder; raises NoRun where there is none."""
-    folder = Path(folder)
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        accuracy = json.loads((folder / "accuracy.json").read_text()) if (folder / "accuracy.json").exists() else {}
-    except FileNotFoundError:
-        raise NoRun("no run folder: config.yaml is missing") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise NoRun(f"cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, dict) or not isinstance(accuracy, dict):
-        raise NoRun("cannot be read: config.yaml or accuracy.json holds no mapping")
-    return Run(folder, config, accuracy)
+def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    accuracy = json.loads((folder / "accuracy.json").read_text()) if (folder / "accuracy.json").exists() else {}
+    cell, reference = realise(config)
+    before = accuracy.get("zero_shot") or {}
+    zero_shot = [100 * before[task] for task in sorted(before, key=int)]
+    is_probe = config["train"].get("max_steps") is not None
+    settings = _differing(config, reference, cell["variant"]) | _missing_images(config, accuracy)
+    settings = {key: text for key, text in settings.items() if not (is_probe and key in OF_PROBES)}
+    parts = {
+        "other_settings": list(settings.values()),
+        "method_settings": [text for key, text in settings.items() if _matches(key, OF_METHOD)],
+        "shared_settings": [text for key, text in settings.items() if not _matches(key, OF_METHOD)],
+        "model_settings": [text for key, text in settings.items() if not _matches(key, (*OF_METHOD, *OF_TRAINING))],
+    }
+    return {
+        "run": folder.name,
+        **{field: cell[field] for field in CELL},
+        "seed": int(config["seed"]),
+        **{metric: 100 * accuracy[metric] if metric in accuracy else None for metric in ("last", "avg", "forgetting")},
+        "zero_shot_last": zero_shot[-1] if zero_shot else None,
+        "zero_shot_avg": sum(zero_shot) / len(zero_shot) if zero_shot else None,
+        **{key: accuracy.get(key) for key in ("steps", "seconds")},
+        "is_complete": accuracy.get("complete") is True,
+        "is_probe": is_probe,  # stopped after a few steps: only its memory counts
+        "tasks_done": len(accuracy.get("rows", ())),
+        **{name: "; ".join(texts) for name, texts in parts.items()},
+        "path": folder,
+    }
 
 
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant: str) -> dict[str, str]:
+    """Return the options, as key=value, in which a configuration differs from its cell's and that its method reads."""
+    unread: tuple[str, ...] = ("zo.*",) if variant in WITHOUT_ZEROTH else ()
+    unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
+    ours, cell = flatten(config), flatten(reference)
+    # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to an adapter of the user's own.
+    keys = [key for key in ours if key in cell and not _matches(key, (*NOT_COMPARED, *unread))]
+    return {key: f"{key}={_text(ours, key)}" for key in sorted(keys) if _text(ours, key) != _text(cell, key)}
+
+
+def _text(config: Mapping[str, Any], key: str) -> str:
+    value = config[key]
+    if key == "tasks.order" and value == f"seed:{config['seed']}":
+        return "seed:N"  # every seed with a class order of its own is one setting
+    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
+
+
+def _missing_images(config: Mapping[str, Any], accuracy: Mapping[str, Any]) -> dict[str, str]:
+    """Say whether a run had only a part of one of the paper's data sets. The configuration does not say it, so images are counted."""
+    rows, whole = accuracy.get("rows"), IMAGES_PER_CLASS.get(config["data"]["name"])
+    if not rows or not whole:
+        return {}
+    num_classes, train = len(rows[-1]), config["train"]
+    trained = accuracy.get("steps", 0) * train["batch_size"] / train["epochs"] / num_classes  # an upper bound; 0 without training
+    tested = sum(total for _, total in rows[-1]) / num_classes
+    pairs = ((PART_OF_TRAINING, trained, whole[0]), (PART_OF_TEST, tested, whole[1]))
+    return {text: text for text, count, expected in pairs if 0 < count < 0.9 * expected}
+
+
+def _matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(key, pattern) for pattern in patterns)
+
+
+def step_frame(folder: Path) -> "pd.DataFrame":
+    """Return one row per step of a run: step, task, loss, and peak_gib (NaN where a step did not record it)."""
+    import pandas as pd
+
+    return pd.DataFrame(read_records(folder).steps).reindex(columns=["step", "task", "loss", "peak_gib"])
+
+
+def gather(runs: "pd.DataFrame", read: Callable[[Path], "pd.DataFrame"]) -> "pd.DataFrame":
+    """Return the rows that `read` finds in the folder (column `path`) of every run, each with the other columns of `runs`."""
+    import pandas as pd
+
+    about = runs.drop(columns="path")
+    parts = [about[index : index + 1].merge(read(path), how="cross") for index, path in enumerate(runs.path)]
+    return pd.concat(parts, ignore_index=True) if parts else about

@@ -1,91 +1,177 @@
-"""Accuracy tables, in percent with two digits, as the papers of the field print them."""
+"""Tables as Markdown, accuracies in percent with two digits: the summary of a run, and the tables of a report."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dist_vlcl.report.records import read_records
+from dist_vlcl.report.records import CELL, TASKS, WITHOUT_ZEROTH, read_records
+
+if TYPE_CHECKING:  # the summary of a run does not need it
+    import pandas as pd
 
 Row = Sequence[float | None]
 UNKNOWN = "–"
+METRICS = {"last": "Last", "avg": "Avg"}
+DATASETS = {"cifar100": "CIFAR-100", "tiny_imagenet": "Tiny-ImageNet", "imagenet_r": "ImageNet-R"}
+PAPER_TABLES = {  # number -> title, and which published cells it shows (Tables 3 and 4 repeat rows for comparison)
+    1: ("Zeroth order in a whole branch", "layers in ('none', 'all') and variant in ('none', 'conservative')"),
+    2: ("Zeroth order in half of the layers", "layers not in ('none', 'all') and variant == 'conservative'"),
+    3: ("MoZO and the same plans without it", "branch == 'dual' and layers in ('hop_odd', 'hop_even')"),
+    4: ("Naive, sign and conservative zeroth order in a whole branch", "adapter == 'moe' and layers == 'all'"),
+}
 
 
-@dataclass(frozen=True)
-class TextTable:
-    """Cells as they are printed; `markdown()` is the table as Markdown."""
+def escape(text: Any) -> str:
+    """Return text that Markdown shows as it is. Names of runs and tasks are the user's: they must not become links or pictures."""
+    return re.sub(r"([\\`*<>|&]|(?<=\])\()", r"\\\1", " ".join(str(text).split()))
 
-    columns: list[str]
-    rows: list[list[str]]
-    num_left: int = 1
 
-    def markdown(self) -> str:
-        """The table as Markdown, the first `num_left` columns to the left and the others to the right."""
-        rule = [":---"] * self.num_left + ["---:"] * (len(self.columns) - self.num_left)
-        lines = [self.columns, rule, *self.rows]
-        return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], num_left: int = 1) -> str:
+    """Return a Markdown table. The first `num_left` columns are aligned left, the others right."""
+    rule = [":---"] * num_left + ["---:"] * (len(columns) - num_left)
+    lines = [list(map(escape, columns)), rule, *(list(map(escape, row)) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction in percent with two digits; a dash for what is not known."""
+    """Return a fraction in percent with two digits, or a dash if it is unknown."""
     return UNKNOWN if fraction is None else f"{100 * fraction:.2f}"
 
 
-def accuracy_table(matrix_rows: Sequence[Row], names: Sequence[str] | None = None, seen: Row | None = None) -> TextTable:
-    """One row after every task: the accuracy on each task, and A_t over all classes seen.
+def accuracy_table(matrix_rows: Sequence[Row], seen: Row, names: Sequence[str] | None = None) -> str:
+    """Return a table with one row per finished task: the accuracy on each task, and A_t over all classes seen.
 
-    `matrix_rows[i][j]` is the accuracy on task j after task i, a fraction or None; rows may be as short as what was seen.
-    Without `seen`, A_t is the plain mean of a row up to its task, which is right where tasks are equally large.
+    `matrix_rows[i][j]` is the accuracy on task j after task i, and `seen[i]` is A_t after task i: fractions, or None. Rows may end at the
+    newest task.
     """
     num_tasks = max([len(matrix_rows), *map(len, matrix_rows)])
     names = names or [f"task {task + 1}" for task in range(num_tasks)]
-    means = [_mean(row[: task + 1]) for task, row in enumerate(matrix_rows)] if seen is None else seen
     rows = []
-    for after, (row, mean) in enumerate(zip(matrix_rows, means, strict=True)):
+    for after, (row, mean) in enumerate(zip(matrix_rows, seen, strict=True)):
         cells = [row[task] if task < len(row) else None for task in range(num_tasks)]
-        # A task that is still to come is blank; one that was seen and not measured is unknown.
+        # A task that is still to come is blank; a task that was seen and not measured is unknown.
         texts = ["" if cell is None and task > after else percent(cell) for task, cell in enumerate(cells)]
         rows.append([names[after], *texts, percent(mean)])
-    return TextTable(["after", *names[:num_tasks], "A_t"], rows)
-
-
-def summary_markdown(
-    title: str,
-    matrix_rows: Sequence[Row],
-    names: Sequence[str] | None = None,
-    seen: Row | None = None,
-    last: float | None = None,
-    avg: float | None = None,
-    forgetting: float | None = None,
-    zero_shot: float | None = None,
-) -> str:
-    """A page about one run: Last, Avg, forgetting, and the accuracy on every task after every task."""
-    figures = {"Last": last, "Avg": avg, "forgetting": forgetting, "zero-shot": zero_shot}
-    known = {name: value for name, value in figures.items() if value is not None or name in ("Last", "Avg")}
-    head = TextTable(list(known), [[percent(value) for value in known.values()]])
-    note = "Accuracy in %. A_t: over all classes seen after task t; Last: the final A_t; Avg: the mean of A_t over the tasks."
-    table = accuracy_table(matrix_rows, names, seen).markdown() if matrix_rows else "No task is finished yet.\n"
-    return f"# {title}\n\n{head.markdown()}\n{table}\n{note}\n"
+    return markdown_table(["after", *names[:num_tasks], "A_t"], rows)
 
 
 def summarize_run(folder: Path | str, names: Sequence[str] | None = None) -> str:
-    """The summary of a run folder, from its metrics.jsonl."""
+    """Return a Markdown page about a run folder: Last, Avg, forgetting, and the accuracy on every task after every task."""
     records = read_records(folder)
     newest = records.tasks[-1] if records.tasks else {}
-    figures = {key: newest.get(key) for key in ("last", "avg", "forgetting", "zero_shot")}
-    return summary_markdown(Path(folder).resolve().name, records.matrix, names, records.seen, **figures) + _waits(records.steps)
+    numbers = {"Last": newest.get("last"), "Avg": newest.get("avg")}
+    more = {"forgetting": newest.get("forgetting"), "zero-shot": newest.get("zero_shot")}
+    numbers |= {name: value for name, value in more.items() if value is not None}
+    head = markdown_table(list(numbers), [[percent(value) for value in numbers.values()]])
+    note = "Accuracy in %. A_t: over all classes seen after task t; Last: the final A_t; Avg: the mean of A_t over the tasks."
+    table = accuracy_table(records.matrix, records.seen, names) if records.tasks else "No task is finished yet.\n"
+    return f"# {escape(Path(folder).resolve().name)}\n\n{head}\n{table}\n{note}\n{_waiting_time(records.steps)}"
 
 
-def _waits(steps: Sequence[dict[str, Any]]) -> str:
-    """A line on the time that steps waited for their images; nothing where no step says."""
+def _waiting_time(steps: Sequence[dict[str, Any]]) -> str:
+    """Return a line on the time that steps waited for their images; "" if no step recorded it."""
     waited = sum(record.get("data_seconds", 0.0) for record in steps)
-    whole = waited + sum(record.get("seconds", 0.0) for record in steps)
+    total = waited + sum(record.get("seconds", 0.0) for record in steps)
     if not waited:
         return ""
-    advice = " More `data.num_workers`, or shards built with `data.encoding=pixels`, would help." if waited > 0.05 * whole else ""
-    return f"\nWaiting for images took {percent(waited / whole)} % of the time of the steps.{advice}\n"
+    advice = " More `data.num_workers`, or shards built with `data.encoding=pixels`, would help." if waited > 0.05 * total else ""
+    return f"\nWaiting for images took {percent(waited / total)} % of the time of the steps.{advice}\n"
 
 
-def _mean(row: Row) -> float | None:
-    known = [cell for cell in row if cell is not None]
-    return sum(known) / len(known) if known else None
+def tasks_label(dataset: str, increment: int) -> str:
+    """Return how a page calls a data set in tasks of so many classes, such as CIFAR-100 Inc20."""
+    return f"{DATASETS.get(dataset, dataset)} Inc{increment}"
+
+
+def method_label(adapter: str, branch: str, layers: str, variant: str) -> str:
+    """Return how a page calls a method, such as "dual hop_odd, mozo". The adapter is named unless it is moe."""
+    fixed = {"none": "first order", "zero_shot": "zero-shot CLIP"}
+    name = fixed.get(variant) or f"{branch} {layers}, {variant}"
+    return name if adapter in ("moe", "") else f"{name} ({adapter})"
+
+
+def signed(value: float) -> str:
+    """Return a difference with its sign, or a dash if it is NaN."""
+    return UNKNOWN if value != value else f"{value:+.2f}".replace("-", "−")
+
+
+def _interval(low: float, high: float) -> str:
+    return UNKNOWN if low != low else f"[{signed(low)}, {signed(high)}]"
+
+
+def _ours(cell: Any) -> str:
+    """Return mean ± standard deviation (number of seeds)."""
+    deviation = "" if cell.std != cell.std else f" ± {cell.std:.2f}"
+    return f"{cell.mean:.2f}{deviation} ({cell.seeds})" if cell.seeds else UNKNOWN
+
+
+def _by_metric(frame: "pd.DataFrame", more: Sequence[str], heads: Sequence[str], texts_of: Callable[[Any], list[str]]) -> str:
+    """Return a table with one row per method and settings (and columns `more`), with the texts of Last and of Avg side by side."""
+    rows = []
+    for keys, both in frame.groupby([*CELL, "other_settings", *more], sort=False):
+        texts = [text for row in both.itertuples() for text in texts_of(row)]
+        rows.append([tasks_label(*keys[:2]), method_label(*keys[2:6]), *keys[7:], *texts, keys[6]])
+    columns = ["data", "method", *more, *(head.format(name) for name in METRICS.values() for head in heads), "other settings"]
+    shown = len(columns) if frame.other_settings.any() else -1
+    return markdown_table(columns[:shown], [row[:shown] for row in rows], num_left=2)
+
+
+def result_table(ours: "pd.DataFrame") -> str:
+    """Return our results, of each data set the best Last first, each with its paired differences to its control."""
+    is_zeroth, is_whole = ~ours.variant.isin(WITHOUT_ZEROTH), (ours.branch == "dual") & (ours.layers == "all")
+    ours = ours.assign(control=is_whole.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
+    ours["tasks"] = ours.groupby(TASKS, sort=False).ngroup()
+    ours["best"] = ours.groupby([*CELL, "other_settings"])["mean"].transform("first")
+    ours = ours.sort_values(["tasks", "best"], ascending=[True, False], kind="stable")
+    heads = ["{}", "Δ {}", "95 % interval"]
+    return _by_metric(ours, ["control"], heads, lambda c: [_ours(c), signed(c.gain), _interval(c.gain_low, c.gain_high)])
+
+
+def comparison_table(comparisons: "pd.DataFrame") -> str:
+    """Return one row per comparison: mean difference, interval, and the verdict with the paper's difference (of a claim) or p."""
+    comparisons = comparisons.rename(columns={"against": "compared with"})
+    is_claim = bool(comparisons.claim.iloc[0])
+
+    def texts(test: Any) -> list[str]:
+        more = [test.verdict, signed(test.paper)] if is_claim else [UNKNOWN if test.p != test.p else f"{test.p:.3f}"]
+        return [signed(test.mean), _interval(test.low, test.high), *more]
+
+    more = ["verdict", "paper's Δ {}"] if is_claim else ["p"]
+    return _by_metric(comparisons, ["compared with", "seeds"], ["Δ {}", "95 % interval", *more], texts)
+
+
+def paper_table(cells: "pd.DataFrame", number: int) -> str:
+    """Return Table 1, 2, 3 or 4 of the paper with our results; "" without a run. Only data sets and adapters with a run are shown."""
+    published = cells[cells.paper_id != ""].query(PAPER_TABLES[number][1])
+    run = published[(published.table == number) & (published.seeds > 0)]
+    shown = published.merge(run[[*TASKS, "adapter"]].drop_duplicates())
+
+    def texts(cell: Any) -> list[str]:
+        difference = UNKNOWN if "model." in cell.other_settings else signed(cell.difference)  # of two models it means nothing
+        return [f"{cell.paper:.2f}", _ours(cell), difference, signed(cell.paper_to_first), signed(cell.to_first)]
+
+    heads = ["paper's {}", "our {}", "ours − paper's", "paper's Δ to first order", "our Δ to first order"]
+    return _by_metric(shown, [], heads, texts) if len(shown) else ""
+
+
+def memory_of(steps: "pd.DataFrame", published_gb: Mapping[str, Mapping[str, float]]) -> "pd.DataFrame":
+    """Return Table 5, one row per adapter and setting: the paper's GB, and the most GiB that a step of ours has held, by other settings."""
+    import pandas as pd
+
+    rows = [(adapter, setting, gb) for adapter, settings in published_gb.items() for setting, gb in settings.items()]
+    paper = pd.DataFrame(rows, columns=["adapter", "setting", "paper_gb"])
+    ours = steps.assign(setting=steps.branch.mask(steps.branch == "none", "fo"), peak_gib=steps.get("peak_gib"))
+    by_setting = ours.groupby(["adapter", "setting", "other_settings"])
+    peaks = by_setting.agg(peak_gib=("peak_gib", "max"), runs=("run", "nunique")).dropna().reset_index()
+    return paper.merge(peaks, on=["adapter", "setting"], how="left").fillna({"other_settings": "", "runs": 0}).astype({"runs": int})
+
+
+def memory_table(memory: "pd.DataFrame") -> str:
+    """Return Table 5 with one row per setting."""
+    rows = []
+    for row in memory.itertuples():
+        setting = "first order" if row.setting == "fo" else f"{row.setting} all"
+        ours = [f"{row.peak_gib:.2f}", f"{row.peak_gib / row.paper_gb:.2f}"] if row.runs else [UNKNOWN, UNKNOWN]
+        rows.append([row.adapter, setting, row.other_settings, f"{row.paper_gb:.2f}", *ours])
+    return markdown_table(["adapter", "setting", "other settings", "paper (GB)", "ours (GiB)", "ours / paper"], rows, num_left=3)

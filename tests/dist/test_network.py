@@ -31,7 +31,7 @@ from dist_vlcl.train import main
 main()
 """
 TIMEOUT_S = 20
-OPTIONS = ["tasks.num_tasks=1", "train.batch_size=16", "train.epochs=4", "run.save_every_steps=10", "run.wandb=off", "run.progress=false"]
+OPTIONS = ["tasks.num_tasks=1", "train.batch_size=16", "train.epochs=4", "run.save_every_steps=10", "run.trackers=[]", "run.progress=false"]
 OPTIONS += ["model.pretrained=random", "eval.zero_shot=false", f"cluster.timeout_s={TIMEOUT_S}", "run.record_every_steps=0"]
 OPTIONS += ["run.plots=false", "cluster.threads=1", "train.warmup_steps=2"]
 

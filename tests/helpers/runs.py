@@ -1,4 +1,4 @@
-"""Run folders as the trainer leaves them, made by the code that the trainer uses, with results that the caller chooses."""
+"""Run folders as the trainer writes them, made by the code that the trainer uses, with results that the caller chooses."""
 
 import math
 from pathlib import Path
@@ -18,14 +18,14 @@ from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.unit_records import UnitRecords
 
-# a short real run for tests of what starts runs: zeroth order alone, restarted at the last block, ten steps of handwritten digits
+# A short real run for tests of commands that start runs: zeroth order alone, in the last block, ten steps of handwritten digits.
 QUICK_RUN = ["tasks.num_tasks=1", "train.epochs=2", "train.batch_size=60", "train.warmup_steps=2", "cluster.threads=1"]
 QUICK_RUN += ["run.progress=false", "run.plots=false", "run.record_every_steps=0"]
 QUICK_RUN += ["eval.zero_shot=false", "orders.layers=[12]", "orders.rest=frozen"]
 
-NUMEL = {"vision": 201344, "language": 134272}  # of a unit of ViT-B/16
+NUMEL = {"vision": 201344, "language": 134272}  # parameters of a unit of ViT-B/16
 
-# number of classes, training and test images of each
+# Number of classes, training and test images per class.
 CLASSES = {"cifar100": (100, 500, 100), "tiny_imagenet": (200, 500, 50), "imagenet_r": (200, 120, 30), "digits": (10, 144, 36)}
 UNITS = [UnitId(branch, layer) for branch in ("language", "vision") for layer in range(1, 13)]
 
@@ -43,8 +43,8 @@ def write_run(
 ) -> Path:
     """Write a run whose A_t falls in a line to `last`, with mean `avg` (fractions); return its folder.
 
-    zero_shot: A_T of the model before training. num_tasks_done: leave the run there, not complete. test_images: of a class, if not all.
-    records: with the losses of all steps, and the statistics of all units.
+    zero_shot: A_T of the model before training. num_tasks_done: stop the run after so many tasks. test_images: per class, if not all.
+    records: also write the losses of all steps and the statistics of all units. peak_gib: memory of every step.
     """
     with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
         cfg = from_hydra(compose("config", expand_paper([*overrides, f"run.root={root}", "run.trackers=[]"])))
@@ -52,8 +52,7 @@ def write_run(
     sizes = [cfg.tasks.increment] * (cfg.tasks.num_tasks or num_classes // cfg.tasks.increment)
     steps = math.ceil(cfg.tasks.increment * train_images / cfg.train.batch_size) * cfg.train.epochs
     learns = cfg.orders.rest == "first" or cfg.orders.order == "zeroth"
-    run = RunFolder.open(cfg.run, cfg.as_dict(), World.alone())
-    log = RunLog(run.path, cfg.run, World.alone(), cfg.as_dict(), console=Console(quiet=True))
+    run, log = _open(cfg)
     accuracy = AccuracyMatrix(sizes)
     for task in range(num_tasks_done or len(sizes)):
         if records and learns:
@@ -73,14 +72,19 @@ def write_run(
     return run.path
 
 
+def _open(cfg: Config) -> tuple[RunFolder, RunLog]:
+    run = RunFolder.open(cfg.run, cfg.as_dict(), World.alone())
+    return run, RunLog(run.path, cfg.run, World.alone(), cfg.as_dict(), console=Console(quiet=True))
+
+
 def _counts(accuracy: float, num_classes: int, of_class: int) -> list[tuple[int, int]]:
-    """Counts per class that sum to the accuracy, the first classes having the one that is left over."""
+    """Return correct and total images per class, which give the accuracy together."""
     right = round(accuracy * num_classes * of_class)
     return [(right // num_classes + (k < right % num_classes), of_class) for k in range(num_classes)]
 
 
 def _log_steps(log: RunLog, cfg: Config, task: int, steps: int, peak_gib: float | None) -> None:
-    """Losses that fall within a task, the more the more units learn by first order."""
+    """Log losses that fall within a task, further if more units learn by first order."""
     noise = np.random.default_rng([cfg.seed, task, *cfg.run.name.encode()]).normal(size=steps)
     share = np.mean([order is Order.FIRST for order in assign(UNITS, cfg.orders).values()])
     for k in range(steps):
@@ -89,7 +93,7 @@ def _log_steps(log: RunLog, cfg: Config, task: int, steps: int, peak_gib: float 
 
 
 def _record_units(folder: Path, cfg: Config, num_tasks: int, steps: int) -> None:
-    """Statistics in the sizes that METHOD 2.11 leads one to expect: an estimate's variance is s^2, a gradient's |g|^2 / n."""
+    """Record statistics of the expected sizes: the variance of an estimate is s^2, that of a gradient |g|^2 / n."""
     rng = np.random.default_rng([cfg.seed, *cfg.run.name.encode()])
     orders = assign(UNITS, cfg.orders)
     slopes = {branch: np.abs(rng.normal(size=num_tasks * steps)) + 0.05 for branch in ("language", "vision")}

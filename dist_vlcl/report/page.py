@@ -1,0 +1,144 @@
+"""The page of a report as Markdown and as one HTML file: runs, claims, figures, the paper's tables, and missing runs."""
+
+import base64
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pandas as pd
+
+from dist_vlcl.report import tables
+from dist_vlcl.report.figures import write_picture
+from dist_vlcl.report.paper_figures import pictures_of
+from dist_vlcl.report.records import gather, step_frame
+from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, missing_of, results_of
+from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape
+
+TERMS = (
+    "Accuracy in % over all classes seen so far. Last: after the final task; Avg: mean over tasks. Results are mean ± standard deviation "
+    "(number of seeds). Control: the same run with its zeroth-order units frozen, or zero-shot CLIP if nothing else learns. "
+    "Δ: mean paired difference over the seeds that both have, in points."
+)
+
+
+class Report:
+    """Everything a report shows, computed from one data frame of runs.
+
+    `published`: one row per published cell with the fields of paper.Cell. `memory_gb`: the numbers of Table 5. `left_out`: folders that
+    are not in the report, each with the reason.
+    """
+
+    def __init__(self, runs: pd.DataFrame, published: pd.DataFrame, memory_gb: Mapping, left_out: Mapping[str, str]) -> None:
+        complete = complete_of(runs)
+        results = results_of(complete)
+        comparisons = compare(results, published)
+        cells = cells_of(results, comparisons, published)
+        # Reading the steps takes time: only of runs that are in Table 5.
+        in_table = (runs.variant == "none") | ((runs.layers == "all") & (runs.variant == "conservative"))
+        whole = runs.loc[runs.is_complete & in_table, ["adapter", "branch", "other_settings", "run", "path"]]
+        memory = tables.memory_of(gather(whole, step_frame), memory_gb)
+        missing = missing_of(cells, comparisons)
+        shown = complete.drop(columns=["path", "shared_settings", "method_settings", "model_settings"])
+        self.pictures = pictures_of(complete, results, comparisons)
+        self.data = {"runs": shown, "cells": cells, "comparisons": comparisons, "memory": memory, "missing": missing}
+        self.data |= {picture.name: picture.data for picture in self.pictures}
+        self.digest = _joined([TERMS, *_results(cells[cells.seeds > 0]), *_claims(comparisons), *self._figures()])
+        repeated = runs[runs.is_complete & ~runs.is_probe & ~runs.path.isin(complete.path)].run
+        left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
+        left_out |= {row.run: f"not complete, {row.tasks_done} tasks done" for row in runs[~runs.is_complete].itertuples()}
+        rest = [*_tables(cells, memory), "## What is missing", _missing(missing, len(published), left_out)]
+        self.page = _joined(["# Report", self.digest, *rest])
+
+    def write(self, out: Path) -> None:
+        """Write the page, its pictures and its data into a folder."""
+        for folder in ("images", "data"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        written = {}
+        for picture in self.pictures:
+            path = out / "images" / f"{picture.name}.png"
+            write_picture(picture.figure, path)
+            written[f"images/{path.name}"] = path.read_bytes()
+        for name, frame in self.data.items():
+            frame.to_csv(out / "data" / f"{name}.csv", index=False)
+        (out / "report.md").write_text(self.page)
+        (out / "report.html").write_text(to_html(self.page, written))
+
+    def _figures(self) -> Iterator[str]:
+        yield "## Figures"
+        for picture in self.pictures:
+            yield f"![{escape(picture.title)}](images/{picture.name}.png)"
+            yield f"**{escape(picture.title)}.** {escape(picture.caption)} Data: `data/{picture.name}.csv`."
+
+
+def _joined(blocks: Iterable[str]) -> str:
+    return "\n\n".join(block.rstrip() for block in blocks) + "\n"
+
+
+def _results(ours: pd.DataFrame) -> Iterator[str]:
+    yield "## What was run"
+    by_kind = ours.groupby(ours.variant == "zero_shot").other_settings  # the untrained model has no settings of training
+    if by_kind.nunique().max() == 1 and ours.other_settings.any():
+        yield f"Other settings than the paper's, in all runs: {escape(max(by_kind.first(), key=len))}."
+        ours = ours.assign(other_settings="")
+    yield tables.result_table(ours)
+
+
+def _claims(comparisons: pd.DataFrame) -> Iterator[str]:
+    if comparisons.empty:
+        return
+    yield "## Comparisons and claims"
+    yield RULE
+    for name, claim in CLAIMS.items():
+        found = comparisons[comparisons.claim == name]
+        counted = found[found.variant != "frozen"]  # the controls are in the table, and are no evidence for a claim
+        counts = (
+            counted.assign(verdict=counted.verdict.replace(UNKNOWN, "no interval")).groupby("metric", sort=False).verdict.value_counts()
+        )
+        texts = [f"{METRICS[metric]} {verdict}: {count}" for (metric, verdict), count in counts.sort_index(ascending=False).items()]
+        yield f"**{claim.statement}** ({claim.condition}) {'; '.join(texts) or 'Not run'}."
+        if len(found):
+            yield tables.comparison_table(found)
+    if len(others := comparisons[comparisons.claim == ""]):
+        yield "**Other differences.** 95 % interval and p of a paired t-test, not corrected for their number."
+        yield tables.comparison_table(others)
+
+
+def _tables(cells: pd.DataFrame, memory: pd.DataFrame) -> Iterator[str]:
+    found = {f"### Table {number}. {title}": tables.paper_table(cells, number) for number, (title, _) in PAPER_TABLES.items()}
+    found = {title: table for title, table in found.items() if table}
+    if memory.runs.any():
+        found["### Table 5. Peak memory of a step"] = tables.memory_table(memory)
+    if found:
+        yield "## The paper's tables"
+        yield "The paper's numbers are single runs. With another model than the paper's, compare differences and not accuracies."
+    for title, table in found.items():
+        yield title
+        yield table
+
+
+def _missing(missing: pd.DataFrame, num_published: int, left_out: Mapping[str, str]) -> str:
+    """Return one paragraph on what a complete reproduction would still need, and on the folders that were not used."""
+    counts = missing.missing.value_counts()
+    text = f"{counts.get('run', 0)} of the paper's {num_published} cells have no run here with the paper's model and settings; "
+    text += f"of our results, {counts.get('control', 0)} have no control. `data/missing.csv` lists both."
+    reasons = "; ".join(f"{escape(name)} ({escape(reason)})" for name, reason in sorted(left_out.items()))
+    return text + (f" Folders that were left out: {reasons}." if reasons else "")
+
+
+def to_html(page: str, pictures: Mapping[str, bytes]) -> str:
+    """Return a Markdown page as one HTML file that needs no other.
+
+    `pictures` maps the address of each picture that the report has written to its PNG. Any other picture that the page names stays text.
+    """
+    from markdown_it import MarkdownIt
+
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("autolink")
+    tokens = markdown.parse(page)
+    for image in (child for token in tokens for child in token.children or () if child.type == "image"):
+        if png := pictures.get(str(image.attrs["src"])):
+            image.attrs["src"] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        else:
+            image.type = "text"
+    body = markdown.renderer.render(tokens, markdown.options, {})
+    style = (Path(__file__).parent / "page.css").read_text()
+    head = '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width">\n<title>dist_vlcl report</title>'
+    return f'<!doctype html>\n<html lang="en"><head>{head}\n<style>\n{style}</style></head>\n<body>\n{body}</body></html>\n'

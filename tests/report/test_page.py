@@ -1,0 +1,227 @@
+"""Reports of run folders that the trainer's own code has written."""
+
+import base64
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dist_vlcl.commands import report as command
+from dist_vlcl.report.page import to_html
+from tests.helpers.runs import write_run
+
+GOLDEN = Path(__file__).parent / "golden" / "report.md"
+SMALL = ("data=cifar100", "model=small", "train.epochs=2")
+SETTINGS = "adapter.scale=1.0; model.name=small_clip; model.pretrained=shipped; train.epochs=2; only a part of the test images"
+
+
+def report_of(monkeypatch, *arguments: str | Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    command.main()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        one = [f"seed={seed}"]
+        write_run(root, "paper=t1-moe-cifar20-fo", *one, last=0.80 + 0.01 * seed, avg=0.87, zero_shot=0.66)
+        write_run(root, "paper=t2-moe-cifar20-dual-hop_odd", *one, last=0.81 + 0.02 * seed, avg=0.88 + 0.01 * seed)
+        frozen = [*one, "orders.order=frozen", f"run.name=frozen-{seed}"]
+        write_run(root, "paper=t2-moe-cifar20-dual-hop_odd", *frozen, last=0.80 + 0.01 * seed, avg=0.88)
+        write_run(root, *SMALL, *one, "orders=first", last=0.20, avg=0.31, test_images=50)
+        write_run(root, *SMALL, *one, "orders=dual_hop_odd", "zo=mozo", last=0.22 + 0.01 * seed, avg=0.32, test_images=50)
+        write_run(root, *one, "zo=conservative", last=0.9, avg=0.95, records=True)
+    write_run(root, "zo=mozo", last=0.92, avg=0.95, zero_shot=0.15, records=True)
+    write_run(root, "paper=t1-moe-cifar20-fo", "run.name=t1-moe-cifar20-fo-seed0-again", last=0.5, avg=0.5)
+    write_run(root, "paper=t1-moe-cifar20-dual", last=0.7, avg=0.8, num_tasks_done=2)
+    (root / "stray").mkdir()
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        report_of(monkeypatch, *sorted(runs.iterdir()), "--out", out)
+    return out
+
+
+def page(report: Path) -> str:
+    return (report / "report.md").read_text()
+
+
+def data(report: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(report / "data" / f"{name}.csv", keep_default_na=False, na_values=[""]).fillna({"other_settings": "", "claim": ""})
+
+
+def test_the_page_of_two_runs_is_the_golden_one(runs, tmp_path, monkeypatch):
+    """After an intended change: look at the new page, then copy it to tests/report/golden/report.md."""
+    report_of(monkeypatch, runs / "t1-moe-cifar20-fo-seed0", runs / "t2-moe-cifar20-dual-hop_odd-seed0", "--out", tmp_path)
+    assert page(tmp_path) == GOLDEN.read_text()
+
+
+def test_a_cell_has_the_paper_s_number_ours_the_differences_and_the_gain_over_the_control(report):
+    cells = data(report, "cells")
+    cell = cells[(cells.paper_id == "t2-moe-cifar20-dual-hop_odd") & (cells.metric == "last") & (cells.other_settings == "")]
+    assert len(cell) == 1
+    cell = cell.iloc[0]
+    assert (cell.paper, cell["mean"], cell["seeds"]) == (81.64, pytest.approx(82.0), 2)
+    assert cell["std"] == pytest.approx(np.sqrt(2)) and cell.difference == pytest.approx(0.36)
+    assert (cell.gain, cell.gain_seeds, cell.to_first, cell.paper_to_first) == (
+        *(pytest.approx(1.5), 2, pytest.approx(1.5)),
+        pytest.approx(1.17),
+    )
+
+
+def test_the_page_leads_with_the_runs_the_best_first_each_with_its_control(report):
+    results = page(report).split("## What was run")[1].split("##")[0]
+    for dataset, number in (("CIFAR-100 Inc20", 6), ("digits Inc2", 3)):
+        lasts = [float(last) for last in re.findall(rf"^\| {dataset} \| [^|]+ \| [^|]* \| ([\d.]+)", results, re.M)]
+        assert lasts == sorted(lasts, reverse=True) and len(lasts) == number
+    own = "82.00 ± 1.41 (2) | +1.50 | [−4.85, +7.85] | 88.50 ± 0.71 (2) | +0.50 | [−5.85, +6.85] |"
+    assert f"| CIFAR-100 Inc20 | dual hop_odd, conservative | frozen | {own}  |" in results
+    assert f"| dual hop_odd, mozo | frozen | 22.50 ± 0.71 (2) | – | – | 32.00 ± 0.00 (2) | – | – | {SETTINGS} |" in results
+
+
+def test_settings_that_all_runs_share_are_named_once(runs, tmp_path, monkeypatch):
+    report_of(monkeypatch, *runs.glob("digits-*"), "--out", tmp_path)
+    results = page(tmp_path).split("## What was run")[1].split("##")[0]
+    assert results.count("model.name=small_clip") == 1 and "other settings |" not in results and "zero-shot CLIP" in results
+
+
+def test_the_paper_s_tables_show_ours_beside_theirs(report):
+    table = page(report).split("### Table 2.")[1]
+    assert "| dual hop_odd, conservative | 81.64 | 82.00 ± 1.41 (2) | +0.36 | +1.17 | +1.50 | 88.11 | 88.50 ± 0.71 (2) | +0.39 |" in table
+    assert "| dual hop_even, conservative | 81.59 | – | – | +1.12 | – |" in table and "lora" not in table
+
+
+def test_another_model_is_not_compared_with_the_paper_s_accuracy(report):
+    table = page(report).split("### Table 1.")[1]
+    assert f"| first order | 80.47 | 20.00 ± 0.00 (2) | – | – | – | 86.97 | 31.00 ± 0.00 (2) | – | – | – | {SETTINGS} |" in table
+
+
+def test_missing_cells_and_controls_are_listed(report):
+    missing = data(report, "missing")
+    ids = set(missing[missing.missing == "run"].paper_id)
+    assert len(ids) == 90 and "t3-moe-imgr20-mozo-hop_even" in ids and "t1-moe-cifar20-fo" not in ids
+    controls = missing[missing.missing == "control"]
+    assert sorted(zip(controls.dataset, controls.variant, strict=True)) == [
+        *(("cifar100", "mozo"), ("digits", "conservative"), ("digits", "mozo"))
+    ]
+    assert "90 of the paper's 92 cells have no run here" in page(report) and "of our results, 3 have no control" in page(report)
+
+
+def test_folders_that_are_not_used_are_named_with_the_reason(report):
+    unused = page(report).split("## What is missing")[1]
+    assert "t1-moe-cifar20-dual-seed0 (not complete, 2 tasks done)" in unused
+    assert "t1-moe-cifar20-fo-seed0-again (repeats the settings and the seed of another run)" in unused
+    assert "stray (not a run folder: it has no config.yaml)" in unused
+
+
+def test_the_html_needs_no_other_file(report):
+    html = (report / "report.html").read_text()
+    references = re.findall(r"""(?:src|href)=["'](?!data:)""", html)
+    assert not references and "<link" not in html and "<script" not in html and "@import" not in html
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    assert len(pictures) == len(list((report / "images").glob("*.png"))) > 0
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert html.count("<table>") == len(re.findall(r"^\| :---", page(report), re.M))
+
+
+def test_only_pictures_of_the_report_are_put_into_the_html(tmp_path, monkeypatch):
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"secret")
+    html = to_html(f"![ours](images/a.png) ![other]({secret}) ![up](images/../secret.png)", {"images/a.png": b"ours"})
+    assert html.count("<img") == 1 and base64.b64encode(b"ours").decode() in html and base64.b64encode(b"secret").decode() not in html
+    named = write_run(tmp_path, "zo=mozo", last=0.5, avg=0.5, num_tasks_done=1).rename(tmp_path / "![x](..)<b>")
+    report_of(monkeypatch, named, "--out", tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert "![x](..)&lt;b&gt; (not complete, 1 tasks done)" in html and "<img" not in html
+
+
+def test_a_loss_figure_holds_every_step_of_every_run(report, runs):
+    assert not list((report / "data").glob("figure2-*")) and not list((report / "data").glob("figure*-cifar100-inc10*"))
+    losses = data(report, "figure3-digits-inc2")
+    assert set(losses.run) == {f"digits-inc2-moe-conservative-dual-hop_odd-seed{seed}" for seed in (0, 1)}
+    for name, of_run in losses.groupby("run"):
+        lines = [json.loads(line) for line in (runs / str(name) / "metrics.jsonl").read_text().splitlines()]
+        assert np.allclose(of_run.loss, [line["loss"] for line in lines if line["kind"] == "step"])
+
+
+def test_a_unit_figure_holds_each_unit_s_statistics_over_steps(report, runs):
+    units = data(report, "figure7-digits-inc2")
+    assert len(units) == 3 * 24 and set(units.variant) == {"conservative", "mozo"}
+    name = "digits-inc2-moe-mozo-dual-hop_odd-seed0"
+    records = pd.read_parquet(runs / name / "units")
+    unit = records[(records.branch == "language") & (records.layer == 3)]
+    line = units[(units.run == name) & (units.tower == "language") & (units.layer == 3)].iloc[0]
+    assert (line.order, line.steps) == ("zeroth", len(unit))
+    assert line.coordinate_variance == pytest.approx(unit.gradient_variance.mean(), rel=1e-4)
+    assert line.norm_variance == pytest.approx(unit.gradient_norm.var(), rel=1e-4)
+    assert line.mean_update == pytest.approx(unit.update_norm.mean(), rel=1e-4)
+
+
+def test_a_caption_says_from_which_runs_and_with_which_settings(report):
+    assert "From 3 runs. Without a run or its records: dual hop_even, conservative; dual hop_even, mozo." in page(report)
+    assert "Other settings than the paper's: model.name=small_clip; model.pretrained=shipped." in page(report)
+
+
+def test_figure_8_has_a_row_per_seed(report):
+    seeds = data(report, "figure8-cifar100-inc20")
+    assert sorted(seeds[seeds.variant == "conservative"]["last"]) == pytest.approx([81, 83]) and set(seeds.seed) == {0, 1}
+
+
+def test_a_claim_is_answered_with_the_paper_s_own_difference_beside(report):
+    found = data(report, "comparisons").query("other_settings == '' and variant == 'conservative'").set_index(["claim", "metric"])
+    assert {claim for claim, _ in found.index} == {"hop_reaches_first_order", "differs_from_control"}
+    reached, control = found.loc[("hop_reaches_first_order", "last")], found.loc[("differs_from_control", "last")]
+    assert (reached.paper, reached["mean"]) == (pytest.approx(81.64 - 80.47), pytest.approx(1.5)) and np.isnan(control.paper)
+    low = 1.5 - 12.706 * 0.5  # differences 1 and 2; t(1)
+    assert (reached.low, reached.verdict) == (pytest.approx(low, abs=1e-3), "not decided")
+    text = page(report)
+    assert "**Zeroth order in both branches is behind first order.** (Δ < 0) Not run." in text
+    # The frozen control is in the table, and does not count.
+    assert "reaches first order.** (Δ > −1 point) Last not decided: 2; Avg not decided: 1; Avg no interval: 1." in text
+    assert text.count("dual hop_odd, frozen | first order | 2 |") == 1
+
+
+def test_results_claims_and_figures_go_into_another_page_between_its_marks(runs, tmp_path, monkeypatch, capsys):
+    other = tmp_path / "docs" / "PAGE.md"
+    other.parent.mkdir()
+    other.write_text("before\n<!-- report -->\nstale words\n<!-- /report -->\nafter\n")
+    chosen = [*runs.glob("cifar100-inc20-*seed*"), *runs.glob("digits-*seed0")]
+    report_of(monkeypatch, *chosen, "--out", tmp_path / "out", "--into", other)
+    text = other.read_text()
+    assert text.startswith("before\n<!-- report -->\n") and text.endswith("<!-- /report -->\nafter\n") and "stale words" not in text
+    assert "### What was run" in text and "| CIFAR-100 Inc20 |" in text and "Table 1" not in text
+    pictures = re.findall(r"\]\((images/[^)]+)\)", text)
+    assert all((other.parent / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert all((other.parent / picture).stat().st_size < 150_000 for picture in pictures)
+    assert set(pictures) == {f"images/{path.name}" for path in (tmp_path / "out" / "images").glob("*.png")}
+    assert {picture.split("-")[0] for picture in pictures} >= {"images/figure3", "images/figure7", "images/figure8", "images/claims"}
+    other.write_text("no marks")
+    with pytest.raises(SystemExit):
+        report_of(monkeypatch, *chosen, "--into", other)
+    assert "give a page that has the lines <!-- report --> and <!-- /report -->" in capsys.readouterr().err
+    assert other.read_text() == "no marks"
+
+
+def test_memory_is_the_most_that_a_step_of_a_probe_has_held(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "runs", "paper=t5-moe-dual", last=0.9, avg=0.9, records=True, peak_gib=1.25)
+    report_of(monkeypatch, folder, "--out", tmp_path / "out")
+    memory = data(tmp_path / "out", "memory").query("adapter == 'moe' and setting == 'dual'").iloc[0]
+    assert (memory.paper_gb, memory.peak_gib, memory.runs) == (2.17, 1.25, 1)
+    assert "| moe | dual all |  | 2.17 | 1.25 | 0.58 |" in page(tmp_path / "out")
+    assert not list((tmp_path / "out" / "images").iterdir()) and data(tmp_path / "out", "runs").empty
+
+
+@pytest.mark.parametrize(("argument", "words"), [("nowhere", "no such folder"), (".", "none of these is a run folder")])
+def test_a_wrong_folder_is_refused_in_one_line(tmp_path, monkeypatch, capsys, argument, words):
+    with pytest.raises(SystemExit) as exit:
+        report_of(monkeypatch, tmp_path / argument)
+    assert exit.value.code == 2 and words in capsys.readouterr().err

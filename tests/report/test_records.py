@@ -1,0 +1,129 @@
+"""Run folders as rows: which settings differ from those of the cell, and which runs may be compared."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from dist_vlcl.commands.report import realise
+from dist_vlcl.commands.sweep import resolve
+from dist_vlcl.paper import cell_of
+from dist_vlcl.report.records import CELL, Records, run_frame
+from dist_vlcl.report.statistics import complete_of, results_of
+from tests.helpers.runs import write_run
+
+HOP = "paper=t2-moe-cifar10-dual-hop_odd"
+SMALL = "adapter.scale=1.0; model.name=small_clip; model.pretrained=shipped"
+
+
+@pytest.fixture
+def frame_of(tmp_path):
+    """Return a function from the options of several runs to the data frame of their folders, which only hold what a frame needs."""
+
+    def frame(*runs: list[str], images: int = 50000, per_class: int = 100) -> pd.DataFrame:
+        folders = []
+        for number, options in enumerate(runs):
+            config = resolve(options).as_dict()
+            steps = images // config["train"]["batch_size"] * config["train"]["epochs"]
+            accuracy = {"complete": True, "rows": [[(1, per_class)] * 100], "steps": steps, "last": 0.5, "avg": 0.6, "forgetting": 0.1}
+            folders.append(tmp_path / f"{number}-{len(list(tmp_path.iterdir()))}")
+            folders[-1].mkdir()
+            (folders[-1] / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+            (folders[-1] / "accuracy.json").write_text(json.dumps(accuracy))
+        found, unreadable = run_frame(folders, realise)
+        assert not unreadable
+        return found
+
+    return frame
+
+
+@pytest.mark.parametrize("id", ["t1-moe-tiny20-fo", "t1-lora-imgr20-vision", "t2-moe-cifar20-dual-prefix6", "t3-moe-cifar10-mozo-hop_even"])
+def test_a_published_run_has_no_other_settings_than_the_paper(frame_of, id):
+    [run] = frame_of([f"paper={id}"], images=0).itertuples()
+    assert tuple(getattr(run, field) for field in CELL) == cell_of(resolve([f"paper={id}"]).as_dict()).fields
+    assert run.other_settings.replace("only a part of the test images", "") == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (["seed=3", "run.name=other", "data.root=elsewhere", "cluster.num_processes=4", "train.micro_batches=2"], ""),
+        (["train.epochs=2", "zo.lr_scale=3.0"], "train.epochs=2; zo.lr_scale=3.0"),
+        (["model=small"], SMALL),
+        (["model.pretrained=/somewhere/weights.safetensors"], "model.pretrained=weights.safetensors"),
+        (["orders.rest=frozen"], "orders.rest=frozen"),
+        (["seed=4", "tasks.order=seed:4"], "tasks.order=seed:N"),
+        (["orders=first", "zo.lr_scale=3.0"], ""),  # first order does not read it
+        (["orders=zero_shot", "train.epochs=2", "zo.lr_scale=3.0", "model=small"], "model.name=small_clip; model.pretrained=shipped"),
+    ],
+    ids=str,
+)
+def test_other_settings_are_those_that_change_the_result_of_the_method(frame_of, options, settings):
+    assert list(frame_of([HOP, *options]).other_settings) == [settings]
+
+
+def test_a_part_of_the_images_is_another_setting(frame_of):
+    assert list(frame_of([HOP], per_class=50).other_settings) == ["only a part of the test images"]
+    assert list(frame_of([HOP], images=25000).shared_settings) == ["only a part of the training images"]
+
+
+def test_data_that_the_paper_does_not_use_are_compared_with_our_defaults(frame_of):
+    own = ["data=folder", "data.name=pacs", "tasks.base=3", "tasks.increment=2", "tasks.order=natural"]
+    run = frame_of(["paper=t1-moe-imgr20-fo", *own], images=0).iloc[0]
+    assert (run.dataset, run.increment, run.other_settings) == ("pacs", 2, "tasks.base=3")
+
+
+def test_options_that_only_one_version_has_are_not_compared(tmp_path):
+    """Version 0.1 had options that this one has not, and a later version may have others."""
+    folder = write_run(tmp_path, HOP, last=0.5, avg=0.5)
+    config = resolve([HOP]).as_dict()
+    config["zo"]["of_0.1"], config["later"] = "sequential", {"option": 1}
+    del config["eval"]["holdout"]
+    (folder / "config.yaml").write_text(json.dumps(config))
+    assert list(run_frame([folder], realise)[0].other_settings) == [""]
+
+
+def test_runs_are_compared_only_where_all_but_the_method_s_settings_are_equal(frame_of):
+    runs = frame_of([HOP], [HOP, "zo.lr_scale=3.0"], [HOP, "train.epochs=2"], [HOP, "model=small"])
+    assert list(runs.shared_settings) == ["", "", "train.epochs=2", SMALL.removeprefix("adapter.scale=1.0; ")]
+    assert list(runs.method_settings) == ["", "zo.lr_scale=3.0", "", "adapter.scale=1.0"]
+
+
+def test_of_runs_with_equal_settings_and_seed_the_first_counts(frame_of):
+    runs = frame_of([HOP, "run.name=a"], [HOP, "run.name=b"], [HOP, "seed=1"])
+    assert list(complete_of(runs).run) == [runs.run[0], runs.run[2]]
+
+
+def test_a_probe_of_memory_is_no_result_and_has_the_settings_of_its_cell(frame_of):
+    probe = frame_of([HOP, "tasks.num_tasks=1", "train.max_steps=5"], per_class=50, images=640)
+    assert list(probe.is_probe) == [True] and list(probe.other_settings) == [""] and complete_of(probe).empty
+
+
+def test_the_untrained_model_belongs_to_every_group_of_its_model(tmp_path):
+    untrained = ["data=cifar100", "tasks.increment=10", "model=vit_b16", "orders=zero_shot"]
+    folders = [
+        write_run(tmp_path, HOP, last=0.5, avg=0.6),
+        write_run(tmp_path, HOP, "train.epochs=2", last=0.5, avg=0.6, zero_shot=0.31),
+        write_run(tmp_path, HOP, "model=small", last=0.5, avg=0.6),
+        write_run(tmp_path, *untrained, last=0.3, avg=0.4),
+    ]
+    results = results_of(complete_of(run_frame(folders, realise)[0]))
+    zero_shot = results[results.variant == "zero_shot"].set_index("shared_settings")["last"]
+    # The measurement of a group's own run comes first.
+    assert dict(zero_shot) == pytest.approx({"": 30, "train.epochs=2": 31})
+
+
+def test_a_folder_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+    broken, stray, foreign = write_run(tmp_path, last=0.9, avg=0.9), tmp_path / "stray", tmp_path / "foreign"
+    (broken / "accuracy.json").write_text('{"complete"')
+    stray.mkdir()
+    foreign.mkdir()
+    (foreign / "config.yaml").write_text("a: 1\n")
+    runs, unreadable = run_frame([broken, stray, foreign], realise)
+    assert runs.empty and unreadable["stray"] == "not a run folder: it has no config.yaml"
+    assert all(unreadable[name].startswith("could not read config.yaml or accuracy.json: ") for name in (broken.name, "foreign"))
+
+
+def test_records_know_their_curves():
+    run = Records([], [{"task": 0, "per_task": [0.5], "zero_shot": 0.1}, {"task": 1, "seen": 0.2}])
+    assert (run.matrix, run.seen, run.zero_shot) == ([[0.5], []], [None, 0.2], [0.1, None])
