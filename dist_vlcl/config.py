@@ -4,13 +4,15 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -117,6 +119,15 @@ def _register() -> None:
 _register()
 
 
+def compose_config(overrides: Iterable[str]) -> Config:
+    """Return the validated configuration that the options of a command line mean. Raises ValueError for a wrong option."""
+    try:
+        with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
+            return from_hydra(compose("config", expand_paper(list(overrides))))
+    except HydraException as error:
+        raise ValueError(format_error(error)) from error
+
+
 def from_hydra(options: DictConfig) -> Config:
     """Return a composed configuration as dataclasses, validated. Raises ValueError that names the option."""
     try:
@@ -184,7 +195,6 @@ def default_name(config: Config) -> str:
 def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:
     """Call `work` with the composed configuration. A user's error becomes one line on rank 0 and exit status 2."""
     import hydra
-    from hydra.errors import HydraException
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:

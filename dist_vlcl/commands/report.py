@@ -19,14 +19,15 @@ from typing import Any
 import matplotlib
 import pandas as pd
 
-from dist_vlcl.commands.sweep import resolve
+from dist_vlcl.config import compose_config
 from dist_vlcl.paper import Cell, cell_of, paper_runs, published
 from dist_vlcl.report.figures import STYLE
 from dist_vlcl.report.page import Report
 from dist_vlcl.report.records import run_frame
 from dist_vlcl.run.files import replace_file
 
-MARKS = ("<!-- report -->", "<!-- /report -->")
+BEGIN, END = "<!-- report -->", "<!-- /report -->"
+MARKED = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
 
 
 def realise(config: dict[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -38,24 +39,13 @@ def realise(config: dict[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any
 @cache
 def configuration_of(cell: Cell) -> dict[str, Any]:
     """Return the resolved configuration of a cell: the paper's, and for data that the paper does not use our defaults."""
-    return resolve(cell.overrides()).as_dict()
-
-
-def text_around_marks(page: Path) -> tuple[str, str]:
-    """Return the text before and after the marks of a page. Raises ValueError for a page without them."""
-    text = page.read_text() if page.exists() else ""
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (begin and end):
-        raise ValueError(f"--into {page}: give a page that has the lines {MARKS[0]} and {MARKS[1]}")
-    return before, after
+    return compose_config(cell.overrides()).as_dict()
 
 
 def write_into(page: Path, report: Report, images: Path) -> None:
     """Put a report's digest between the marks of a page, with the pictures that it shows in the folder images beside the page."""
-    before, after = text_around_marks(page)
     digest = re.sub(r"^#", "##", report.digest, flags=re.M)  # the page has headings of its own
-    replace_file(page, f"{before}{MARKS[0]}\n{digest}\n{MARKS[1]}{after}")
+    replace_file(page, MARKED.sub(lambda _: f"{BEGIN}\n{digest}\n{END}", page.read_text()))
     (page.parent / "images").mkdir(exist_ok=True)
     for picture in report.pictures:
         shutil.copy(images / f"{picture.name}.png", page.parent / "images")
@@ -72,10 +62,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if absent := [str(folder) for folder in arguments.runs if not folder.exists()]:
         parser.error(f"no such folder: {', '.join(absent)}; give run folders, such as runs/*")
-    try:
-        _ = arguments.into and text_around_marks(arguments.into)
-    except ValueError as error:
-        parser.error(str(error))
+    if arguments.into and not (arguments.into.is_file() and MARKED.search(arguments.into.read_text())):
+        parser.error(f"--into {arguments.into}: give a page that has the lines {BEGIN} and {END}")
     runs, unreadable = run_frame(arguments.runs, realise)
     if runs.empty:
         parser.error(f"none of these is a run folder: {'; '.join(f'{name}: {why}' for name, why in unreadable.items())}")

@@ -1,6 +1,6 @@
 """Pictures of one run, drawn without a display, and the style of all pictures: readable for colour-blind readers and in grey print."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,8 @@ import numpy as np
 
 from dist_vlcl.report.records import Records, read_records
 
-if TYPE_CHECKING:  # matplotlib takes half a second to import, and not every run draws
+if TYPE_CHECKING:  # these take half a second each to import, and not every run draws
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -54,13 +55,13 @@ def plot_run(folder: Path | str) -> list[Path]:
 
 def plot_matrix(records: Records) -> "Figure | None":
     """Draw the accuracy on task j after task i as a heat map with numbers, and A_t in a column beside it; None without data."""
-    num_rows, num_tasks = len(records.matrix), max(map(len, records.matrix), default=0)
+    import pandas as pd
+
+    matrix = percents(pd.DataFrame(records.matrix))  # rows that end at the newest task are filled up with NaN
+    num_rows, num_tasks = matrix.shape
     if not num_tasks:
         return None
-    cells = np.full((num_rows, num_tasks + 2), np.nan)  # an empty column, and A_t
-    for after, row in enumerate(records.matrix):
-        cells[after, : len(row)] = percents(row)
-    cells[:, -1] = percents(records.seen)
+    cells = np.column_stack([matrix, np.full(num_rows, np.nan), percents(records.of_tasks("seen"))])  # an empty column, and A_t
     low = np.floor(np.nanmin(cells) / 10) * 10
     figure = new_figure(min(0.5 * num_tasks + 2.7, 12), np.clip(0.5 * num_rows + 1.4, 2.6, 11))
     axes = figure.subplots()
@@ -82,12 +83,12 @@ def plot_matrix(records: Records) -> "Figure | None":
 
 def plot_accuracy(records: Records) -> "Figure | None":
     """Draw A_t after every task, and the zero-shot accuracy on the same classes if it is known; None without data."""
-    seen, zero_shot = percents(records.seen), percents(records.zero_shot)
+    seen, zero_shot = percents(records.of_tasks("seen")), percents(records.of_tasks("zero_shot"))
     if not np.isfinite(seen).any():
         return None
     figure = new_figure(6.4, 3.8)
     axes = figure.subplots()
-    after = np.array([record["task"] + 1 for record in records.tasks])
+    after = np.array(records.of_tasks("task")) + 1
     axes.plot(after, seen, color=BLUE, marker="o", label="after training")
     if np.isfinite(zero_shot).any():
         axes.plot(after, zero_shot, color=GREY, linestyle="--", marker="s", markersize=3, label="zero-shot, same classes")
@@ -100,44 +101,44 @@ def plot_accuracy(records: Records) -> "Figure | None":
 
 def plot_loss(records: Records) -> "Figure | None":
     """Draw the base loss of every step, raw and smoothed, with the tasks' borders; None without data."""
-    steps, losses = _series((record["step"], record.get("loss")) for record in records.steps)
-    if not len(steps):
+    steps = _step_values(records, lambda record: record.get("loss"))
+    if steps.empty:
         return None
     figure = new_figure(7.2, 3.8)
     axes = figure.subplots()
-    axes.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=0.7, label="every step")
-    for index, part in enumerate(_by_task(records, steps)):
-        axes.plot(steps[part], smoothed(losses[part]), color=BLUE, linewidth=1.8, label="" if index else "smoothed within a task")
+    axes.plot(steps.step, steps.value, color=BLUE, alpha=0.35, linewidth=0.7, label="every step")
+    for index, (_, part) in enumerate(steps.groupby("task")):  # a loss jumps where a task begins
+        label = "" if index else "smoothed within a task"
+        axes.plot(part.step, smoothed(part.value), color=BLUE, linewidth=1.8, label=label)
     axes.set(xlabel="step", ylabel="loss")
     put_legend(figure, axes)
-    draw_borders(axes, _first_steps(records))
+    draw_borders(axes, steps)
     return figure
 
 
 def plot_projected_gradients(records: Records) -> "Figure | None":
     """Draw the size of each branch's projected gradient, and the share of its moves that were accepted; None without zeroth-order steps."""
     branches = sorted({branch for record in records.steps for branch in record.get("zo") or {}}, reverse=True)
-    gradients = {branch: _zo_series(records, branch, "projected_gradient") for branch in branches}
-    gradients = {branch: (steps[sizes > 0], sizes[sizes > 0]) for branch, (steps, sizes) in gradients.items() if (sizes > 0).any()}
+    gradients = {branch: _zo_values(records, branch, "projected_gradient") for branch in branches}
+    gradients = {branch: steps[steps.value > 0] for branch, steps in gradients.items() if (steps.value > 0).any()}
     if not gradients:
         return None
     figure = new_figure(7.2, 5.4)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    for branch, (steps, sizes) in gradients.items():
+    for branch, sizes in gradients.items():
         color, line = LOOKS.get(branch, OTHER_LOOK)
-        top.plot(steps, sizes, color=color, alpha=0.2, linewidth=0, marker=".", markersize=3)
-        for index, part in enumerate(_by_task(records, steps)):
-            mean = np.exp(smoothed(np.log(sizes[part]), at_least=20))
-            top.plot(steps[part], mean, color=color, linestyle=line, linewidth=1.8, label="" if index else branch)
-        steps, coefficients = _zo_series(records, branch, "coefficient")
-        for part in _by_task(records, steps):
-            share = smoothed((coefficients[part] > 0).astype(float), at_least=20)
-            below.plot(steps[part], 100 * share, color=color, linestyle=line)
+        top.plot(sizes.step, sizes.value, color=color, alpha=0.2, linewidth=0, marker=".", markersize=3)
+        for index, (_, part) in enumerate(sizes.groupby("task")):
+            mean = np.exp(smoothed(np.log(part.value), at_least=20))
+            top.plot(part.step, mean, color=color, linestyle=line, linewidth=1.8, label="" if index else branch)
+        for _, part in _zo_values(records, branch, "coefficient").groupby("task"):
+            below.plot(part.step, 100 * smoothed(part.value > 0, at_least=20), color=color, linestyle=line)
     top.set(yscale="log", ylabel="|projected gradient|")
     put_legend(figure, top)
     below.set(ylim=(-4, 104), xlabel="step", ylabel="moves accepted (%)")
-    draw_borders(top, _first_steps(records))
-    draw_borders(below, _first_steps(records), labels=False)
+    steps = _step_values(records, lambda record: record["step"])
+    draw_borders(top, steps)
+    draw_borders(below, steps, labels=False)
     return figure
 
 
@@ -157,39 +158,30 @@ def write_picture(figure: "Figure", path: Path) -> None:
     Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path)
 
 
-def percents(fractions: Sequence[float | None]) -> np.ndarray:
+def percents(fractions: Any) -> np.ndarray:
     """Return fractions in percent, NaN for None."""
-    return np.array([np.nan if fraction is None else 100 * fraction for fraction in fractions], dtype=float)
+    return 100 * np.array(fractions, dtype=float)
 
 
-def _series(points: Iterable[tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and values, without those that are missing or not finite."""
-    known = [(step, value) for step, value in points if value is not None and np.isfinite(value)]
-    array = np.array(known, dtype=float).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
+def _step_values(records: Records, value_of: Callable[[dict[str, Any]], Any]) -> "pd.DataFrame":
+    """Return step, task and a value of every step that has one; values that are not finite are left out."""
+    import pandas as pd
+
+    steps = [(record["step"], record.get("task", 0), value_of(record)) for record in records.steps]
+    frame = pd.DataFrame(steps, columns=["step", "task", "value"]).astype({"value": float})
+    return frame[np.isfinite(frame.value)]
 
 
-def _zo_series(records: Records, branch: str, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and sizes of one zeroth-order number; for several probes their mean size."""
-    values = ((record["step"], ((record.get("zo") or {}).get(branch) or {}).get(name)) for record in records.steps)
-    return _series((step, None if value is None or value == [] else np.mean(np.abs(value))) for step, value in values)
+def _zo_values(records: Records, branch: str, name: str) -> "pd.DataFrame":
+    """Return step, task and the size of one number of a branch's zeroth-order move."""
+    steps = _step_values(records, lambda record: ((record.get("zo") or {}).get(branch) or {}).get(name))
+    return steps.assign(value=steps.value.abs())
 
 
-def _by_task(records: Records, steps: np.ndarray) -> list[np.ndarray]:
-    """Return the positions of each task's steps. A loss jumps where a task begins, so it is smoothed within a task only."""
-    of_step = {record["step"]: record.get("task", 0) for record in records.steps}
-    tasks = np.array([of_step[step] for step in steps])
-    return [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
-
-
-def smoothed(values: np.ndarray, at_least: int = 1) -> np.ndarray:
-    """Return the mean of each value and its neighbours: a tenth of all values, fewer at the ends."""
+def smoothed(values: Any, at_least: int = 1) -> Any:
+    """Return the mean of each value (of a Series, or of each column) and its neighbours: a tenth of all values, fewer at the ends."""
     reach = max(at_least, min(len(values) // 10, 200)) // 2
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    positions = np.arange(len(values))
-    begins = np.maximum(positions - reach, 0)
-    ends = np.minimum(positions + reach + 1, len(values))
-    return (sums[ends] - sums[begins]) / (ends - begins)
+    return values.rolling(2 * reach + 1, center=True, min_periods=1).mean()
 
 
 def put_legend(figure: "Figure", axes: "Axes", columns: int | None = None) -> None:
@@ -199,24 +191,15 @@ def put_legend(figure: "Figure", axes: "Axes", columns: int | None = None) -> No
     figure.legend(handles, labels, loc="outside upper right", ncols=columns or len(labels), fontsize=9)
 
 
-def _first_steps(records: Records) -> dict[int, int]:
-    """Return the first step of every task."""
-    begins: dict[int, int] = {}
-    for record in records.steps:
-        begins.setdefault(record.get("task", 0), record["step"])
-    return begins
-
-
-def draw_borders(axes: "Axes", begins: Mapping[int, int], labels: bool = True) -> None:
-    """Draw a line where each task but the first begins, given the first step of every task, with as many numbers as there is room for."""
+def draw_borders(axes: "Axes", steps: "pd.DataFrame", labels: bool = True) -> None:
+    """Draw a line where each task but the first begins, given `step` and `task` of all steps, with as many numbers as there is room for."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     above: dict[str, Any] = {"xytext": (2, 3), "textcoords": "offset points", "fontsize": 8, "color": GREY}
-    for index, (task, begin) in enumerate(begins.items()):
-        if index % _stride(len(begins)):
-            continue
-        if index:
+    begins = steps.groupby("task").step.min()
+    for task, begin in begins.iloc[:: _stride(len(begins))].items():
+        if begin > begins.iloc[0]:
             axes.axvline(begin, color=GREY, linewidth=0.7, linestyle=":")
         if labels and len(begins) > 1:
             axes.annotate(f"{task + 1}", (begin, 1), xycoords=("data", "axes fraction"), **above)

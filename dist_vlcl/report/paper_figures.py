@@ -54,13 +54,12 @@ def draw_losses(runs: pd.DataFrame, methods: Sequence[str]) -> "Drawn | None":
     axes = figure.subplots()
     for (color, line, _), method in zip(LOOKS, methods, strict=False):
         for index, (_, curves) in enumerate(data[data.method == method].groupby("task")):
-            by_seed = curves.pivot_table(index="step", columns="run", values="loss").dropna()
-            smooth = np.apply_along_axis(smoothed, 0, by_seed.to_numpy())
-            axes.plot(by_seed.index, smooth.mean(1), color=color, linestyle=line, linewidth=1.6, label="" if index else method)
-            axes.fill_between(by_seed.index, smooth.min(1), smooth.max(1), color=color, alpha=0.15, linewidth=0)
+            by_seed = smoothed(curves.pivot_table(index="step", columns="run", values="loss").dropna())
+            axes.plot(by_seed.index, by_seed.mean(axis=1), color=color, linestyle=line, linewidth=1.6, label="" if index else method)
+            axes.fill_between(by_seed.index, by_seed.min(axis=1), by_seed.max(axis=1), color=color, alpha=0.15, linewidth=0)
     axes.set(xlabel="step", ylabel="loss")
     put_legend(figure, axes, columns=2)
-    draw_borders(axes, data.groupby("task").step.min().to_dict())
+    draw_borders(axes, data)
     caption = "The loss of the global batch, smoothed over neighbouring steps within a task. Lines: mean over seeds; bands: range."
     return figure, data, caption
 

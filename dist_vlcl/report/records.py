@@ -45,20 +45,14 @@ class Records:
     steps: list[dict[str, Any]]
     tasks: list[dict[str, Any]]
 
+    def of_tasks(self, name: str) -> list[Any]:
+        """Return a value of every task's record, such as `seen` (A_t, a fraction); None where it was not measured."""
+        return [record.get(name) for record in self.tasks]
+
     @property
     def matrix(self) -> list[list[float | None]]:
         """Accuracy on task j (column) after task i (row): a fraction, or None where it was not measured."""
-        return [list(record.get("per_task") or []) for record in self.tasks]
-
-    @property
-    def seen(self) -> list[float | None]:
-        """A_t after every task: the accuracy on all classes seen so far."""
-        return [record.get("seen") for record in self.tasks]
-
-    @property
-    def zero_shot(self) -> list[float | None]:
-        """The accuracy before training on the same classes as A_t."""
-        return [record.get("zero_shot") for record in self.tasks]
+        return [row or [] for row in self.of_tasks("per_task")]
 
 
 def read_records(folder: Path | str) -> Records:

@@ -65,7 +65,7 @@ def summarize_run(folder: Path | str, names: Sequence[str] | None = None) -> str
     numbers |= {name: value for name, value in more.items() if value is not None}
     head = markdown_table(list(numbers), [[percent(value) for value in numbers.values()]])
     note = "Accuracy in %. A_t: over all classes seen after task t; Last: the final A_t; Avg: the mean of A_t over the tasks."
-    table = accuracy_table(records.matrix, records.seen, names) if records.tasks else "No task is finished yet.\n"
+    table = accuracy_table(records.matrix, records.of_tasks("seen"), names) if records.tasks else "No task is finished yet.\n"
     return f"# {escape(Path(folder).resolve().name)}\n\n{head}\n{table}\n{note}\n{_waiting_time(records.steps)}"
 
 

@@ -126,4 +126,4 @@ def test_a_folder_that_cannot_be_read_is_named_with_the_reason(tmp_path):
 
 def test_records_know_their_curves():
     run = Records([], [{"task": 0, "per_task": [0.5], "zero_shot": 0.1}, {"task": 1, "seen": 0.2}])
-    assert (run.matrix, run.seen, run.zero_shot) == ([[0.5], []], [None, 0.2], [0.1, None])
+    assert (run.matrix, run.of_tasks("seen"), run.of_tasks("zero_shot")) == ([[0.5], []], [None, 0.2], [0.1, None])
