@@ -18,21 +18,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dist_vlcl import __version__
-from dist_vlcl.config import Config, format_error, from_hydra
+from dist_vlcl.config import Config, compose_config
 from dist_vlcl.data.loader import Batch
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers, build_clip
 from dist_vlcl.orders import PLAN_LAYERS, Order, assign
-from dist_vlcl.paper import CONFIG_FOLDER
 from dist_vlcl.step import HybridStep
 
 Row = dict[str, Any]
@@ -89,8 +86,8 @@ def run(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace],
             args.json.parent.mkdir(parents=True, exist_ok=True)
             content = {"tables": [vars(table) for table in tables], "machine": machine()}
             args.json.write_text(json.dumps(content, indent=1) + "\n")
-    except (ValueError, RuntimeError, OSError, HydraException) as error:
-        print(f"error: {format_error(error)}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     if is_main:
         described = ", ".join(f"{name} {value}" for name, value in machine().items())
@@ -145,10 +142,9 @@ class Workload:
 
     @cached_property
     def config(self) -> Config:
-        """The composed configuration. Raises ValueError or HydraException for an option that does not exist."""
+        """The composed configuration. Raises ValueError for an option that does not exist."""
         options = {o.split("=")[0]: o for o in ("model=vit_b16", "model.pretrained=random", "zo=conservative", *self.options)}
-        with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return from_hydra(compose("config", list(options.values())))
+        return compose_config(options.values())
 
     @property
     def device(self) -> str:

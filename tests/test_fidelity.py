@@ -10,11 +10,10 @@ import math
 import open_clip
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from torch import Tensor, nn
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
+from dist_vlcl.config import CONFIG_FOLDER, Config, compose_config
 from dist_vlcl.data.shards import decode, make_shards, read_shard
 from dist_vlcl.data.transforms import TestTransform
 from dist_vlcl.dist.world import World
@@ -129,8 +128,7 @@ class Baseline:
 
 def configured(tmp_path, *overrides: str) -> Config:
     small = ["model=small", "adapter.scale=0.1" if "adapter=lora" not in overrides else "adapter.scale=1.0", f"data.root={tmp_path}/data"]
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        return from_hydra(compose("config", expand_paper([*small, "cluster.threads=1", *overrides])))
+    return compose_config([*small, "cluster.threads=1", *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -225,9 +223,8 @@ def test_underscores_stay_in_prompts_where_they_are_told_to(root):
 
 
 def test_the_faithful_run_is_the_baseline_s_configuration():
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        cfg = from_hydra(compose("config", expand_paper(["paper=t1-moe-cifar10-fo", *FAITHFUL])))
-        plain = from_hydra(compose("config", expand_paper(["paper=t1-moe-cifar10-fo"])))
+    cfg = compose_config(["paper=t1-moe-cifar10-fo", *FAITHFUL])
+    plain = compose_config(["paper=t1-moe-cifar10-fo"])
     assert (cfg.adapter.noise_at_eval, cfg.eval.train_transform, cfg.data.underscore_names) == (True, True, True)
     assert (plain.adapter.noise_at_eval, plain.eval.train_transform, plain.data.underscore_names) == (False, False, False)
     assert (cfg.orders.branch, cfg.train.batch_size, cfg.tasks.increment, cfg.tasks.order) == ("none", 128, 10, "paper")

@@ -1,9 +1,8 @@
 """The catalogue: what the ids, groups and names of the paper's runs mean, and which cell a configuration realises."""
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
+from dist_vlcl.config import Config, compose_config, expand_paper
 from dist_vlcl.options import flatten
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.paper import catalogue, cell_of, groups, paper_runs, run_name, select
@@ -13,8 +12,7 @@ CONTROLS = {cell.id: control.id for cell in catalogue().values() if (control := 
 
 
 def configured(*options: str) -> Config:
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        return from_hydra(compose("config", expand_paper(list(options))))
+    return compose_config(options)
 
 
 def realised(*options: str) -> tuple:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
 from dist_vlcl.commands import tune
-from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra
+from dist_vlcl.config import CONFIG_FOLDER, compose_config
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -80,9 +79,8 @@ def test_every_command_is_accepted_by_its_parser(command, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("command", commands("dist_vlcl.commands.tune"))
 def test_every_tuning_is_accepted(command):
-    fixed, several, _ = tune.read_words(command[command.index("dist_vlcl.commands.tune") + 1 :])
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        assert tune.grid(from_hydra(compose("config", expand_paper(fixed))), several, fixed)
+    fixed, several, _ = tune.read_options(command[command.index("dist_vlcl.commands.tune") + 1 :])
+    assert tune.grid(compose_config(fixed), several, fixed)
 
 
 @pytest.mark.parametrize("command", commands("local.sh", "multinode.sh"))
@@ -107,8 +105,7 @@ def test_every_make_target_exists(command):
 
 
 def check_options(words: list[str]) -> None:
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        from_hydra(compose("config", expand_paper([word for word in words if not word.startswith("--")])))
+    compose_config(word for word in words if not word.startswith("--"))
 
 
 def test_make_train_starts_two_processes_on_a_free_port():

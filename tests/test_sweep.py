@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import yaml
@@ -116,7 +117,14 @@ def test_the_items_of_an_array_are_the_runs_in_order(monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["sweep", "paper=table3", "--count"])
     sweep.main()
     assert capfd.readouterr().out == "6\n"
-    assert sweep.default_launcher(2)[:5] == [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes"]
+    launcher = sweep.launcher_of(Namespace(launcher=None, processes=2))
+    assert launcher[:5] == [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
+from dist_vlcl.config import Config, compose_config
 from dist_vlcl.dist.world import World
 from dist_vlcl.report.records import read_units
 from dist_vlcl.run.checkpoint import load_newest
@@ -31,9 +30,7 @@ TINY = [f"model.name={architecture(3, 3)}", "model.pretrained=random"]
 
 
 def configured(tmp_path: Path, *overrides: str) -> Config:
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        options = compose("config", expand_paper([*SMALL_RUN, f"data.root={tmp_path}/data", f"run.root={tmp_path}/runs", *overrides]))
-    return from_hydra(options)
+    return compose_config([*SMALL_RUN, f"data.root={tmp_path}/data", f"run.root={tmp_path}/runs", *overrides])
 
 
 def run_once(world: World, cfg: Config, stop_at: int | None = None) -> str:

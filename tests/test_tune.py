@@ -5,10 +5,9 @@ import sys
 import pandas as pd
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 
 from dist_vlcl.commands import tune
-from dist_vlcl.config import CONFIG_FOLDER, expand_paper, from_hydra, load_config
+from dist_vlcl.config import compose_config, load_config
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.tasks import held_out, plain_order
 from dist_vlcl.data.transforms import TestTransform
@@ -17,13 +16,8 @@ from dist_vlcl.experiment import held_out_samples, open_tasks, steps_per_epoch
 from dist_vlcl.report.trials import ranked, trial_table
 
 
-def configured(*words):
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        return from_hydra(compose("config", expand_paper(list(words))))
-
-
 def test_held_out_images_are_a_part_of_every_class_and_never_trained_on(tmp_path):
-    cfg = configured(f"data.root={tmp_path}", "eval.holdout=0.2", "train.batch_size=50")
+    cfg = compose_config([f"data.root={tmp_path}", "eval.holdout=0.2", "train.batch_size=50"])
     index, tasks = open_tasks(cfg, World.alone())
     task, kept = tasks[0], held_out_samples(cfg, index, tasks[0])
     sizes = index.sizes("train", task.classes)
@@ -92,13 +86,13 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
         assert (cfg.tasks.num_tasks, cfg.eval.holdout) == (1, 0.2)
     status, said = tuned(monkeypatch, capfd, *words, "--out", "found")
     assert status == 0 and "0 of 3 to train" in said
-    assert configured("tuned=found/tuned.yaml").zo.lr_scale == 1.0
+    assert compose_config(["tuned=found/tuned.yaml"]).zo.lr_scale == 1.0
 
 
 def test_what_is_searched_is_what_the_plan_reads_and_the_user_has_not_fixed():
-    choices = tune.grid(configured("orders=vision_all"), {"zo.probes": ["1", "4"]}, ["zo.acceptance=always"])
+    choices = tune.grid(compose_config(["orders=vision_all"]), {"zo.probes": ["1", "4"]}, ["zo.acceptance=always"])
     assert set(choices[0]) == {"zo.lr_scale", "zo.epsilon.vision", "zo.probes"} and len(choices) == 3 * 2 * 2
-    assert len(tune.grid(configured(), {}, [])) == 3 * 2 * 2 * 2
+    assert len(tune.grid(compose_config([]), {}, [])) == 3 * 2 * 2 * 2
     fixed, several, seeds = tune.read_options(["seed=1,2", "orders.layers=[1,3]", "zo.lr_scale=1,2", "train.epochs=3"])
     assert (fixed, several, seeds) == (["orders.layers=[1,3]", "train.epochs=3"], {"zo.lr_scale": ["1", "2"]}, ["1", "2"])
 

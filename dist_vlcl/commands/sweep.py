@@ -18,29 +18,28 @@ Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option
 """
 
 import argparse
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, format_error, from_hydra
-from dist_vlcl.masking import masked, masked_command
+from dist_vlcl.config import compose_config, refuse
+from dist_vlcl.masking import masked_command
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.paper import catalogue, published, select
+from dist_vlcl.run.files import read_json
+from dist_vlcl.run.signals import Preemption
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 COMPLETE, DONE, FAILED, LEFT = "complete before", "done", "FAILED", "not run"
@@ -56,38 +55,30 @@ class Item:
     @property
     def accuracy(self) -> dict:
         """The contents of accuracy.json; empty if there is none."""
-        try:
-            return json.loads((self.folder / "accuracy.json").read_text())
-        except (OSError, ValueError):
-            return {}
+        return read_json(self.folder / "accuracy.json", {})
 
     @property
     def is_complete(self) -> bool:
         """Whether every task is done."""
         return self.accuracy.get("complete") is True
 
-    @property
-    def is_interrupted(self) -> bool:
-        """Whether a signal stopped the run after it had saved a checkpoint."""
-        return (self.folder / "REQUEUE").exists()
-
 
 def plan(words: Sequence[str], controls: bool = False) -> list[tuple[str, ...]]:
     """Return the options of every run that a command line asks for, each run once. Raises ValueError for a wrong command line."""
-    split_options(words)
-    chosen = dict(word.split("=", 1) for word in words if word.startswith(("paper=", "seed=")))
+    options = split_options(words)
+    chosen = dict(options)
     if "paper" not in chosen:
         raise ValueError("paper=... is missing: say which runs, such as paper=table2 or paper=t1-moe-cifar20-fo")
-    given = chosen["seed"].split(",") if "seed" in chosen else None
     pairs: dict[tuple[str, str], None] = {}
     for pattern in chosen["paper"].split(","):
-        seeds = given or [str(seed) for seed in range(published()["figure8"]["seeds"] if pattern == "figure8" else 1)]
+        number = published()["figure8"]["seeds"] if pattern == "figure8" else 1
+        seeds = chosen["seed"].split(",") if "seed" in chosen else [str(seed) for seed in range(number)]
         pairs |= dict.fromkeys((id, seed) for seed in seeds for id in select([pattern]))
     if controls:
         cells = [(catalogue()[id], seed) for id, seed in pairs]
         pairs |= dict.fromkeys((control.id, seed) for cell, seed in cells if (control := cell.control()))
         pairs |= dict.fromkeys((cell.zero_shot().id, seed) for cell, seed in cells)
-    own = [word for word in words if not word.startswith(("paper=", "seed="))]
+    own = [f"{key}={value}" for key, value in options if key not in ("paper", "seed")]
     return [(f"paper={id}", f"seed={seed}", *own) for id, seed in pairs]
 
 
@@ -99,21 +90,12 @@ def split_options(words: Iterable[str]) -> list[tuple[str, str]]:
     return [(word.split("=", 1)[0], word.split("=", 1)[1]) for word in words]
 
 
-def resolve(options: Iterable[str]) -> Config:
-    """Return the checked configuration that options mean; raise ValueError for a wrong one."""
-    try:
-        with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return from_hydra(compose("config", expand_paper(list(options))))
-    except HydraException as error:
-        raise ValueError(format_error(error)) from error
-
-
 def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
     """Return the runs with their folders. Raises ValueError that names the run if an option is wrong or two runs share a folder."""
     items: dict[Path, Item] = {}
     for options in commands:
         try:
-            config = resolve(options)
+            config = compose_config(options)
             if not items:
                 assign(unit_ids(config.model), config.orders)  # whether the plan fits the model's depth, which is the same for all runs
         except ValueError as error:
@@ -126,78 +108,63 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
     return list(items.values())
 
 
-class Runner:
-    """Trains runs one at a time, each in a process of its own. A signal stops the current run, which saves a checkpoint."""
-
-    def __init__(self, launcher: Sequence[str]) -> None:
-        self.launcher = [*launcher, "-m", "dist_vlcl.train"]
-        self.is_stopped = False
-        self._process: subprocess.Popen | None = None
-
-    def command(self, item: Item) -> list[str]:
-        """Return the command line that trains a run."""
-        return [*self.launcher, *item.options]
-
-    def __call__(self, item: Item) -> int:
-        """Train one run to its end and return its exit status. Only the main thread may call this."""
-        handled = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        try:
-            # In a session of its own: a signal to our process group then reaches the ranks once, through us.
-            self._process = subprocess.Popen(self.command(item), start_new_session=True, preexec_fn=_ignore_usr1)
-            return self._process.wait()
-        finally:
-            self._process = None
-            for number, handler in handled.items():
-                signal.signal(number, handler)
-
-    def _stop(self, _number: int, _frame: FrameType | None) -> None:
-        self.is_stopped = True
-        if self._process:
-            self._process.send_signal(signal.SIGTERM)
+def launcher_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the command that starts a run, before its options: with the launcher given, or one process per GPU, or one."""
+    number = arguments.processes or max(1, torch.cuda.device_count())
+    if arguments.launcher:
+        launcher = shlex.split(arguments.launcher)
+    elif number == 1:
+        launcher = [sys.executable]  # with one process, SIGTERM ends accelerate's launcher and leaves the trainer running
+    else:
+        options = ["--num_processes", str(number), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, "--main_process_port", "0"]
+    return [*launcher, "-m", "dist_vlcl.train"]
 
 
-def _ignore_usr1() -> None:
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a launcher; the trainer installs its own handler
+def train(command: Sequence[str], stop: Preemption) -> int:
+    """Train one run in a process of its own and return its exit status. A signal to us stops it; it saves a checkpoint."""
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,  # a signal to our process group then reaches the ranks once, through us
+        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),  # it would end a launcher; the trainer has its own handler
+    )
+    while process.poll() is None and not stop.requested:
+        time.sleep(0.1)
+    if stop.requested:
+        process.terminate()
+    return process.wait()
 
 
-def default_launcher(processes: int | None) -> list[str]:
-    """Return the launcher for this machine: one process per GPU, or one."""
-    import torch
+def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) -> dict[Item, str]:
+    """Train what is missing, in order, and return the outcome of each run: LEFT only if a signal has stopped us.
 
-    number = processes or max(1, torch.cuda.device_count())
-    if number == 1:
-        return [sys.executable]  # with one process, SIGTERM ends accelerate's launcher and leaves the trainer running
-    options = ["--num_processes", str(number), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", *options, "--main_process_port", "0"]
-
-
-def run_all(items: Sequence[Item], runner: Runner, console: Console) -> dict[Item, str]:
-    """Train what is missing, in order, and return the outcome of each run. A failed run does not stop the others; a signal does."""
+    A failed run does not stop the others.
+    """
     outcomes = {item: COMPLETE if item.is_complete else LEFT for item in items}
     missing = [item for item in items if outcomes[item] == LEFT]
     console.print(f"{len(missing)} of {len(items)} to train, the others are complete", highlight=False)
-    for number, item in enumerate(missing, 1):
-        if runner.is_stopped:
-            break
-        console.print(f"\n[{number}/{len(missing)}] {item.folder}", highlight=False, markup=False)
-        status = runner(item)
-        if item.is_complete:
-            outcomes[item] = DONE
-        elif not runner.is_stopped and not item.is_interrupted:
-            outcomes[item] = f"{FAILED} (exit status {status})"
-        runner.is_stopped |= item.is_interrupted  # the signal may have reached the ranks and not us
-    if runner.is_stopped:
+    with Preemption() as stop:
+        for number, item in enumerate(missing, 1):
+            console.print(f"\n[{number}/{len(missing)}] {item.folder}", highlight=False, markup=False)
+            status = train([*launcher, *item.options], stop)
+            if item.is_complete:
+                outcomes[item] = DONE
+            elif stop.requested or (item.folder / "REQUEUE").exists():  # the signal may have reached the ranks and not us
+                break
+            else:
+                outcomes[item] = f"{FAILED} (exit status {status})"
+    if LEFT in outcomes.values():
         console.print("stopped by a signal; the same command continues from here")
     if failed := [item.folder.name for item, outcome in outcomes.items() if outcome.startswith(FAILED)]:
         console.print(f"failed: {', '.join(failed)}", highlight=False, soft_wrap=True)
     return outcomes
 
 
-def print_commands(items: Iterable[Item], runner: Runner) -> None:
+def print_commands(items: Iterable[Item], launcher: Sequence[str]) -> None:
     """Print the command line of every run, until the reader (such as `head`) has closed the pipe."""
     try:
         for item in items:
-            print(shlex.join(runner.command(item)), flush=True)
+            print(shlex.join([*launcher, *item.options]), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
@@ -207,17 +174,6 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="print the command of every run, and train nothing")
     parser.add_argument("--processes", type=int, metavar="N", help="processes of each run (default: one per GPU of this machine, or one)")
     parser.add_argument("--launcher", metavar="COMMAND", help="instead of accelerate launch, such as 'torchrun --nproc_per_node 2'")
-
-
-def runner_of(arguments: argparse.Namespace) -> Runner:
-    """Return the runner that the launch options ask for."""
-    return Runner(shlex.split(arguments.launcher) if arguments.launcher else default_launcher(arguments.processes))
-
-
-def refuse(error: ValueError) -> NoReturn:
-    """End the command with the message of a user's error and exit status 2."""
-    print(masked(f"error: {error}"), file=sys.stderr)
-    sys.exit(2)
 
 
 def main() -> None:
@@ -244,11 +200,11 @@ def main() -> None:
     if arguments.count:
         print(len(items))
         return
-    runner = runner_of(arguments)
+    launcher = launcher_of(arguments)
     if arguments.list:
-        print_commands(items, runner)
+        print_commands(items, launcher)
         return
-    outcomes = run_all(items, runner, console)
+    outcomes = run_all(items, launcher, console)
     table = Table("run", "", "Last", "Avg", box=None)
     for item, outcome in outcomes.items():
         accuracy = item.accuracy if item.is_complete else {}
@@ -256,7 +212,7 @@ def main() -> None:
     console.print(table)
     if any(outcome.startswith(FAILED) for outcome in outcomes.values()):
         sys.exit(1)
-    sys.exit(STOPPED if runner.is_stopped and LEFT in outcomes.values() else 0)
+    sys.exit(STOPPED if LEFT in outcomes.values() else 0)
 
 
 if __name__ == "__main__":

@@ -14,21 +14,19 @@ combinations with the same units frozen and with zero-shot CLIP; and the runs. C
 """
 
 import argparse
-import contextlib
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import pandas as pd
-import yaml
+from omegaconf import OmegaConf
 from rich.console import Console
 
-from dist_vlcl.commands.sweep import STOPPED, Item, add_launch_options, prepare, print_commands, refuse, resolve, run_all, runner_of
+from dist_vlcl.commands.sweep import LEFT, STOPPED, Item, add_launch_options, launcher_of, prepare, print_commands, run_all
 from dist_vlcl.commands.sweep import split_options as split
-from dist_vlcl.config import Config
+from dist_vlcl.config import Config, compose_config, refuse
 from dist_vlcl.masking import masked_command
 from dist_vlcl.orders import PLAN_BRANCHES
 from dist_vlcl.report.records import read_records
@@ -93,26 +91,12 @@ def write(folder: Path, command: str, fixed: Sequence[str], trials: pd.DataFrame
     replace_file(folder / "tuning.md", f"# {folder.name}\n\n    {command}\n\n{table}\n{note}\n" + (f"\n**{doubt}**\n" if doubt else ""))
     trials.to_csv(folder / "tuning.csv", index=False)
     plot_trials(folder / "tuning.png", trials, choices, references)
-    content: dict[str, Any] = {}
-    searched = {key: best[key] for key in trials.columns[:-2]}
-    for key, text in ({key: value for key, value in split(fixed) if key.startswith("zo.")} | searched).items():
-        *parents, leaf = key.split(".")
-        inner = content
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[leaf] = _value(text)
+    options = dict(split([option for option in fixed if option.startswith("zo.")])) | dict(best[trials.columns[:-2]])
+    content = OmegaConf.from_dotlist([f"{key}={value}" for key, value in options.items()])
     head = f"# {command}\n# held-out accuracy {best.accuracy:.2f} %, the best of {len(choices)}\n" + (f"# {doubt}\n" if doubt else "")
-    replace_file(folder / "tuned.yaml", head + yaml.safe_dump(content, sort_keys=False))
+    replace_file(folder / "tuned.yaml", head + OmegaConf.to_yaml(content))
     advice = f"Train with tuned={folder}/tuned.yaml; the picture is {folder}/tuning.png"
     return "\n".join([f"\n{table}", *([doubt] if doubt else []), advice])
-
-
-def _value(text: str) -> Any:
-    """Return the value that Hydra would read: for YAML 1.1, 1e-3 is a word."""
-    value = yaml.safe_load(text)
-    with contextlib.suppress(ValueError):
-        return float(value) if isinstance(value, str) else value
-    return value
 
 
 def main() -> None:
@@ -130,18 +114,17 @@ def main() -> None:
         if not 0 < arguments.holdout < 1:
             raise ValueError(f"--holdout {arguments.holdout}: give a number of more than 0 and less than 1")
         fixed, several, seeds = read_options(arguments.words)
-        cfg = resolve(fixed)
+        cfg = compose_config(fixed)
         folder = arguments.out or Path("tuning") / cfg.run.name
         choices = grid(cfg, several, fixed)
         control, *items = (prepare(commands(fixed, choice, seeds, folder, arguments.holdout)) for choice in (CONTROL, *choices))
     except ValueError as error:
         refuse(error)
-    runner = runner_of(arguments)
+    runs, launcher = [*control, *itertools.chain(*items)], launcher_of(arguments)
     if arguments.list:
-        print_commands([*control, *itertools.chain(*items)], runner)
+        print_commands(runs, launcher)
         return
-    run_all([*control, *itertools.chain(*items)], runner, console)
-    if runner.is_stopped:
+    if LEFT in run_all(runs, launcher, console).values():
         sys.exit(STOPPED)
     trials = trials_of(choices, items)
     if trials.accuracy.isna().all():

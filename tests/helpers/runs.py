@@ -5,10 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, expand_paper, from_hydra
+from dist_vlcl.config import Config, compose_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.statistics import STATISTICS
@@ -46,8 +45,7 @@ def write_run(
     zero_shot: A_T of the model before training. num_tasks_done: stop the run after so many tasks. test_images: per class, if not all.
     records: also write the losses of all steps and the statistics of all units. peak_gib: memory of every step.
     """
-    with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-        cfg = from_hydra(compose("config", expand_paper([*overrides, f"run.root={root}", "run.trackers=[]"])))
+    cfg = compose_config([*overrides, f"run.root={root}", "run.trackers=[]"])
     num_classes, train_images, whole = CLASSES[cfg.data.name]
     sizes = [cfg.tasks.increment] * (cfg.tasks.num_tasks or num_classes // cfg.tasks.increment)
     steps = math.ceil(cfg.tasks.increment * train_images / cfg.train.batch_size) * cfg.train.epochs

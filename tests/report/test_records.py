@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from dist_vlcl.commands.report import realise
-from dist_vlcl.commands.sweep import resolve
+from dist_vlcl.config import compose_config
 from dist_vlcl.paper import cell_of
 from dist_vlcl.report.records import CELL, Records, run_frame
 from dist_vlcl.report.statistics import complete_of, results_of
@@ -23,7 +23,7 @@ def frame_of(tmp_path):
     def frame(*runs: list[str], images: int = 50000, per_class: int = 100) -> pd.DataFrame:
         folders = []
         for number, options in enumerate(runs):
-            config = resolve(options).as_dict()
+            config = compose_config(options).as_dict()
             steps = images // config["train"]["batch_size"] * config["train"]["epochs"]
             accuracy = {"complete": True, "rows": [[(1, per_class)] * 100], "steps": steps, "last": 0.5, "avg": 0.6, "forgetting": 0.1}
             folders.append(tmp_path / f"{number}-{len(list(tmp_path.iterdir()))}")
@@ -40,7 +40,7 @@ def frame_of(tmp_path):
 @pytest.mark.parametrize("id", ["t1-moe-tiny20-fo", "t1-lora-imgr20-vision", "t2-moe-cifar20-dual-prefix6", "t3-moe-cifar10-mozo-hop_even"])
 def test_a_published_run_has_no_other_settings_than_the_paper(frame_of, id):
     [run] = frame_of([f"paper={id}"], images=0).itertuples()
-    assert tuple(getattr(run, field) for field in CELL) == cell_of(resolve([f"paper={id}"]).as_dict()).fields
+    assert tuple(getattr(run, field) for field in CELL) == cell_of(compose_config([f"paper={id}"]).as_dict()).fields
     assert run.other_settings.replace("only a part of the test images", "") == ""
 
 
@@ -76,7 +76,7 @@ def test_data_that_the_paper_does_not_use_are_compared_with_our_defaults(frame_o
 def test_options_that_only_one_version_has_are_not_compared(tmp_path):
     """Version 0.1 had options that this one has not, and a later version may have others."""
     folder = write_run(tmp_path, HOP, last=0.5, avg=0.5)
-    config = resolve([HOP]).as_dict()
+    config = compose_config([HOP]).as_dict()
     config["zo"]["of_0.1"], config["later"] = "sequential", {"option": 1}
     del config["eval"]["holdout"]
     (folder / "config.yaml").write_text(json.dumps(config))
