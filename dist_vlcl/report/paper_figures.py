@@ -3,7 +3,7 @@
 import itertools
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -92,42 +92,14 @@ def draw_units(
     return figure, data, caption
 
 
-FIGURES: dict[int, tuple[str, Callable[[pd.DataFrame, Sequence[str]], "Drawn | None"], Sequence[str]]] = {  # title, function, methods
-    2: (
-        "Loss by the branch that learns by zeroth order",
-        draw_losses,
-        ["first order", *(f"{branch} all, conservative" for branch in BRANCHES)],
-    ),
-    3: ("Loss with hop_odd", draw_losses, ["dual hop_odd, conservative", "language hop_odd, conservative"]),
-    4: (
-        "Gradient variance by layer, four layer plans of the language branch",
-        draw_units,
-        [f"language {plan}, conservative" for plan in ("hop_odd", "hop_even", "prefix", "suffix")],
-    ),
-    5: (
-        "Gradient variance by layer and branch, hop_odd",
-        draw_units,
-        ["first order", *(f"{branch} hop_odd, conservative" for branch in BRANCHES)],
-    ),
-    6: (
-        "Gradient variance by layer and branch, hop_even",
-        draw_units,
-        ["first order", *(f"{branch} hop_even, conservative" for branch in BRANCHES)],
-    ),
-    7: (
-        "Gradient variance by layer with and without MoZO",
-        partial(draw_units, names=tuple(UNIT_STATISTICS)),
-        [f"dual {plan}, {variant}" for plan in ("hop_odd", "hop_even") for variant in ("conservative", "mozo")],
-    ),
-}
-
-
 def unit_statistics(folder: Any) -> pd.DataFrame:
     """Return one row per trained unit of a run: tower, layer, order, steps, and UNIT_STATISTICS over its steps."""
     units = read_units(folder).to_pandas()
-    known = units[(units.order != "frozen") & np.isfinite(units.gradient_variance)]
-    by_unit = known.groupby([known.branch.astype(str).rename("tower"), "layer", known.order.astype(str).rename("order")])
-    return by_unit.agg(steps=("step", "size"), **{name: reduced[:2] for name, reduced in UNIT_STATISTICS.items()}).reset_index()
+    if units.empty:
+        return units
+    known = units[(units.order != "frozen") & np.isfinite(units.gradient_variance)].rename(columns={"branch": "tower"})
+    statistics: dict[str, Any] = {name: reduced[:2] for name, reduced in UNIT_STATISTICS.items()}
+    return known.groupby(["tower", "layer", "order"]).agg(steps=("step", "size"), **statistics).reset_index()
 
 
 def _draw_unit_curve(axes: "Axes", units: pd.DataFrame, name: str, look: tuple[str, Any, str], offset: float) -> None:
@@ -139,6 +111,23 @@ def _draw_unit_curve(axes: "Axes", units: pd.DataFrame, name: str, look: tuple[s
         looks: dict[str, Any] = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "markerfacecolor": face}
         label = "" if number else method
         axes.errorbar(part.layer + offset, part["mean"], bars, linewidth=0.9, elinewidth=0.8, label=label, **looks)
+
+
+def _first_and_each_branch(layers: str) -> list[str]:
+    return ["first order", *(f"{branch} {layers}, conservative" for branch in BRANCHES)]
+
+
+FOUR_PLANS = [f"language {plan}, conservative" for plan in ("hop_odd", "hop_even", "prefix", "suffix")]
+MOZO_OR_NOT = [f"dual {plan}, {variant}" for plan in ("hop_odd", "hop_even") for variant in ("conservative", "mozo")]
+draw_units_and_updates = partial(draw_units, names=tuple(UNIT_STATISTICS))
+FIGURES: dict[int, tuple[str, Callable[[pd.DataFrame, Sequence[str]], "Drawn | None"], list[str]]] = {  # title, function, methods
+    2: ("Loss by the branch that learns by zeroth order", draw_losses, _first_and_each_branch("all")),
+    3: ("Loss with hop_odd", draw_losses, ["dual hop_odd, conservative", "language hop_odd, conservative"]),
+    4: ("Gradient variance by layer, four layer plans of the language branch", draw_units, FOUR_PLANS),
+    5: ("Gradient variance by layer and branch, hop_odd", draw_units, _first_and_each_branch("hop_odd")),
+    6: ("Gradient variance by layer and branch, hop_even", draw_units, _first_and_each_branch("hop_even")),
+    7: ("Gradient variance by layer with and without MoZO", draw_units_and_updates, MOZO_OR_NOT),
+}
 
 
 def draw_seeds(results: pd.DataFrame) -> "Drawn | None":
@@ -153,8 +142,7 @@ def draw_seeds(results: pd.DataFrame) -> "Drawn | None":
     for row, (_, seeds) in enumerate(methods):
         first = row == 0
         axes.plot(seeds["last"], [row] * len(seeds), color=GREY, marker="|", linewidth=0, markersize=9, label="a seed" if first else "")
-        test = pd.Series(paired_test(seeds["last"].to_numpy()))
-        _draw_interval(axes, row, test, BLUE, "o", BLUE, "mean, 95 % interval" if first else "")
+        _draw_interval(axes, row, paired_test(seeds["last"].to_numpy()), BLUE, "o", BLUE, "mean, 95 % interval" if first else "")
     if len(zero_shot := results[results.variant == "zero_shot"]):
         axes.axvline(zero_shot["last"].mean(), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
@@ -164,8 +152,8 @@ def draw_seeds(results: pd.DataFrame) -> "Drawn | None":
     return figure, trained[[*CELL, "other_settings", "run", "seed", "last"]], caption
 
 
-def _draw_interval(axes: "Axes", place: float, test: pd.Series, color: str, marker: str, face: str, label: str = "") -> None:
-    reach = None if np.isnan(test.low) else [[test["mean"] - test.low], [test.high - test["mean"]]]
+def _draw_interval(axes: "Axes", place: float, test: Any, color: str, marker: str, face: str, label: str = "") -> None:
+    reach = None if np.isnan(test["low"]) else [[test["mean"] - test["low"]], [test["high"] - test["mean"]]]
     looks: dict[str, Any] = {"color": color, "fmt": marker, "markerfacecolor": face, "markersize": 5, "capsize": 2.5}
     axes.errorbar([test["mean"]], [place], xerr=reach, label=label, **looks)
 
@@ -180,15 +168,12 @@ def _row_height(labels: Sequence[str]) -> float:
     return 0.27 + 0.17 * max(label.count("\n") for label in labels)
 
 
-def draw_claims(comparisons: pd.DataFrame) -> "Figure":
+def draw_claims(comparisons: pd.DataFrame) -> "Drawn":
     """Draw the differences that bear on each claim of the paper: one row of axes per claim, one column per data set."""
-    rows = [
-        _row_label(method_label(row.adapter, row.branch, row.layers, row.variant), row.method_settings) for row in comparisons.itertuples()
-    ]
-    comparisons = comparisons.assign(label=rows)
-    columns = list(comparisons.groupby(TASKS, sort=False))
-    claims = [name for name in CLAIMS if name in set(comparisons.claim)]
-    labels = {name: list(comparisons[comparisons.claim == name].label.unique()) for name in claims}
+    rows = comparisons.assign(label=[_row_label(method_label(*key[:4]), key[4]) for key in comparisons[METHOD].to_numpy()])
+    columns = list(rows.groupby(TASKS, sort=False))
+    claims = [name for name in CLAIMS if name in set(rows.claim)]
+    labels = {name: list(rows[rows.claim == name].label.unique()) for name in claims}
     heights = [0.5 + _row_height(labels[name]) * len(labels[name]) for name in claims]
     figure = new_figure(max(6.9, 2.3 + 2.6 * len(columns)), 0.7 + sum(heights))
     grid = figure.subplots(len(claims), len(columns), sharex="row", sharey="row", squeeze=False, height_ratios=heights)
@@ -202,7 +187,11 @@ def draw_claims(comparisons: pd.DataFrame) -> "Figure":
         axes.set_xlabel(f"{tasks_label(*tasks)}: difference (points)", fontsize=9)
     handles, texts = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="outside upper right", ncols=2, fontsize=8, handletextpad=0.4, columnspacing=1.2)
-    return figure
+    caption = (
+        "Mean paired difference of each method to the one that the claim names, with its 95 % interval. Grey: the same difference of the "
+        "published numbers. Line: the bound of the claim. Rows without a mark were not run, or have no seed in common."
+    )
+    return figure, comparisons, caption
 
 
 def _draw_claim(axes: "Axes", comparisons: pd.DataFrame, labels: list[str], bound: float) -> None:
@@ -220,50 +209,41 @@ def _draw_claim(axes: "Axes", comparisons: pd.DataFrame, labels: list[str], boun
 
 def pictures_of(complete: pd.DataFrame, results: pd.DataFrame, comparisons: pd.DataFrame) -> list[Picture]:
     """Return every picture that has data: the claims and Figures 2 to 8, each per data set and group of settings."""
-    drawn = [*_claims(comparisons), *_figures(complete[complete.variant != "zero_shot"]), *_figure8(results)]
     found: dict[str, Picture] = {}
-    for name, title, settings, (figure, data, caption) in drawn:
-        name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
-        name = next(n for n in (name, *(f"{name}-{k}" for k in range(2, len(found) + 3))) if n not in found)
-        caption += f" Other settings than the paper's: {settings}." if settings else ""
-        found[name] = Picture(name, title, caption, figure, data)
+
+    def add(name: str, title: str, settings: str, drawn: "Drawn | None") -> None:
+        if drawn:
+            figure, data, caption = drawn
+            name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+            name = next(n for n in (name, *(f"{name}-{k}" for k in range(2, len(found) + 3))) if n not in found)
+            caption += f" Other settings than the paper's: {settings}." if settings else ""
+            found[name] = Picture(name, title, caption, figure, data)
+
+    for (dataset, settings), tests in comparisons[comparisons.claim != ""].groupby(["dataset", "shared_settings"], sort=False):
+        add(f"claims-{dataset}", f"The paper's claims on {DATASETS.get(dataset, dataset)}", settings, draw_claims(tests))
+    trained = in_paper_order(complete[complete.variant != "zero_shot"], CELL)
+    groups = list(trained.groupby([*GROUP, "adapter"], sort=False))
+    for (number, (title, *_)), ((dataset, increment, settings, adapter), runs) in itertools.product(FIGURES.items(), groups):
+        suffix, where = ("", "") if adapter == "moe" else (f"-{adapter}", f", {adapter}")
+        title = f"Figure {number}. {title}; {tasks_label(dataset, increment)}{where}"
+        add(f"figure{number}-{dataset}-inc{increment}{suffix}", title, settings, draw_figure(number, runs))
+    for (dataset, increment, settings), runs in in_paper_order(results, CELL).groupby(GROUP, sort=False):
+        title = f"Figure 8. Results over seeds; {tasks_label(dataset, increment)}"
+        add(f"figure8-{dataset}-inc{increment}", title, settings, draw_seeds(runs))
     return list(found.values())
 
 
-def _claims(comparisons: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":
-    of_claims = comparisons[comparisons.claim != ""]
-    for (dataset, settings), tests in of_claims.groupby(["dataset", "shared_settings"], sort=False):
-        caption = (
-            "Mean paired difference of each method to the one that the claim names, with its 95 % interval. Grey: the same difference of "
-            "the published numbers. Line: the bound of the claim. Rows without a mark were not run, or have no seed in common."
-        )
-        yield f"claims-{dataset}", f"The paper's claims on {DATASETS.get(dataset, dataset)}", settings, (draw_claims(tests), tests, caption)
-
-
-def _figures(trained: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":
-    trained = trained.assign(method=[method_label("", *fields) for fields in trained[CELL[3:]].to_numpy()])
-    groups = list(in_paper_order(trained, CELL).groupby([*GROUP, "adapter"], sort=False))
-    for (number, (title, draw, methods)), ((dataset, increment, settings, adapter), runs) in itertools.product(FIGURES.items(), groups):
-        # Of several settings of a method the figure shows the fewest. It is about the variant of its last method.
-        runs = runs[runs.method.isin(methods) & (runs.method_settings == runs.groupby("method").method_settings.transform(_fewest))]
-        is_subject = runs.variant == methods[-1].split(", ")[-1]
-        columns = [*CELL, "method", "other_settings", "run", "seed", "path"]
-        if is_subject.any() and (drawn := draw(runs[columns], methods)):
-            figure, data, caption = drawn
-            absent = [method for method in methods if method not in set(data.method)]
-            caption += f" From {data.run.nunique()} runs." + (f" Without a run or its records: {'; '.join(absent)}." if absent else "")
-            suffix = "" if adapter == "moe" else f"-{adapter}"
-            where = tasks_label(dataset, increment) + suffix.replace("-", ", ")
-            name = f"figure{number}-{dataset}-inc{increment}{suffix}"
-            yield name, f"Figure {number}. {title}; {where}", settings, (figure, data, caption)
-
-
-def _figure8(results: pd.DataFrame) -> "Iterator[tuple[str, str, str, Drawn]]":
-    for (dataset, increment, settings), group in in_paper_order(results, CELL).groupby(GROUP, sort=False):
-        if drawn := draw_seeds(group):
-            title = f"Figure 8. Results over seeds; {tasks_label(dataset, increment)}"
-            yield f"figure8-{dataset}-inc{increment}", title, settings, drawn
-
-
-def _fewest(settings: pd.Series) -> str:
-    return min(settings, key=lambda text: (len(text), text))
+def draw_figure(number: int, runs: pd.DataFrame) -> "Drawn | None":
+    """Draw Figure 2 to 7 from the runs of one group; None without a run of the variant that it is about: that of its last method."""
+    _, draw, methods = FIGURES[number]
+    runs = runs.assign(method=[method_label("", *fields) for fields in runs[CELL[3:]].to_numpy()])
+    fewest = runs.groupby("method").method_settings.transform(lambda texts: min(texts, key=lambda text: (len(text), text)))
+    runs = runs[runs.method.isin(methods) & (runs.method_settings == fewest)]  # of several settings of a method the fewest
+    is_subject = runs.variant == methods[-1].split(", ")[-1]
+    drawn = draw(runs[[*CELL, "method", "other_settings", "run", "seed", "path"]], methods) if is_subject.any() else None
+    if drawn is None:
+        return None
+    figure, data, caption = drawn
+    absent = [method for method in methods if method not in set(data.method)]
+    caption += f" From {data.run.nunique()} runs." + (f" Without a run or its records: {'; '.join(absent)}." if absent else "")
+    return figure, data, caption

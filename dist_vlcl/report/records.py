@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dist_vlcl.model.statistics import STATISTICS
 from dist_vlcl.options import flatten
 
 if TYPE_CHECKING:  # training reads its own records and does not need these
@@ -58,17 +58,12 @@ class Records:
 def read_records(folder: Path | str) -> Records:
     """Return the records of a run folder. Damaged lines are skipped."""
     path = Path(folder) / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    records = [record for record in map(_parse, lines) if isinstance(record, dict)]
-    # A record of a kind counts its own index in a field of the same name.
-    return Records(*([record for record in records if record.get("kind") == kind and kind in record] for kind in ("step", "task")))
-
-
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+    by_kind: dict[str, list[dict[str, Any]]] = {"step": [], "task": []}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with suppress(ValueError, LookupError, TypeError):
+            record = json.loads(line)
+            by_kind.setdefault(record["kind"], []).append(record)
+    return Records(by_kind["step"], by_kind["task"])
 
 
 def read_units(folder: Path | str) -> "pyarrow.Table":
@@ -82,22 +77,10 @@ def read_units(folder: Path | str) -> "pyarrow.Table":
     projected_gradient: its size, mean over probes; null for a unit that does not learn by zeroth order.
     A skipped step has no rows.
     """
-    import pyarrow
     import pyarrow.parquet
 
-    types = {
-        "step": "int64",
-        "task": "int32",
-        "branch": "string",
-        "layer": "int32",
-        "order": "string",
-        "numel": "int32",
-        "projected_gradient": "float",
-        **dict.fromkeys(STATISTICS, "float"),
-    }
-    schema = pyarrow.schema([(name, pyarrow.type_for_alias(alias)) for name, alias in types.items()])
-    parts = [pyarrow.parquet.read_table(path, schema=schema) for path in sorted(Path(folder, "units").glob("step-*.parquet"))]
-    return pyarrow.concat_tables([schema.empty_table(), *parts])
+    parts = sorted(Path(folder, "units").glob("step-*.parquet"))
+    return pyarrow.parquet.read_table(parts) if parts else pyarrow.table({})
 
 
 def run_frame(folders: Iterable[Path], realise: Realise) -> tuple["pd.DataFrame", dict[str, str]]:

@@ -39,24 +39,21 @@ def percent(fraction: float | None) -> str:
     return UNKNOWN if fraction is None else f"{100 * fraction:.2f}"
 
 
-def accuracy_table(matrix_rows: Sequence[Row], seen: Row, names: Sequence[str] | None = None) -> str:
+def accuracy_table(matrix: Sequence[Row], seen: Row) -> str:
     """Return a table with one row per finished task: the accuracy on each task, and A_t over all classes seen.
 
-    `matrix_rows[i][j]` is the accuracy on task j after task i, and `seen[i]` is A_t after task i: fractions, or None. Rows may end at the
-    newest task.
+    `matrix[i][j]` is the accuracy on task j after task i, and `seen[i]` is A_t after task i: fractions, or None if it was not measured.
+    Row i ends at task i; a task that is still to come is blank.
     """
-    num_tasks = max([len(matrix_rows), *map(len, matrix_rows)])
-    names = names or [f"task {task + 1}" for task in range(num_tasks)]
-    rows = []
-    for after, (row, mean) in enumerate(zip(matrix_rows, seen, strict=True)):
-        cells = [row[task] if task < len(row) else None for task in range(num_tasks)]
-        # A task that is still to come is blank; a task that was seen and not measured is unknown.
-        texts = ["" if cell is None and task > after else percent(cell) for task, cell in enumerate(cells)]
-        rows.append([names[after], *texts, percent(mean)])
-    return markdown_table(["after", *names[:num_tasks], "A_t"], rows)
+    names = [f"task {task + 1}" for task in range(len(matrix))]
+    rows = [
+        [name, *map(percent, row), *[""] * (len(names) - len(row)), percent(mean)]
+        for name, row, mean in zip(names, matrix, seen, strict=True)
+    ]
+    return markdown_table(["after", *names, "A_t"], rows)
 
 
-def summarize_run(folder: Path | str, names: Sequence[str] | None = None) -> str:
+def summarize_run(folder: Path | str) -> str:
     """Return a Markdown page about a run folder: Last, Avg, forgetting, and the accuracy on every task after every task."""
     records = read_records(folder)
     newest = records.tasks[-1] if records.tasks else {}
@@ -65,7 +62,7 @@ def summarize_run(folder: Path | str, names: Sequence[str] | None = None) -> str
     numbers |= {name: value for name, value in more.items() if value is not None}
     head = markdown_table(list(numbers), [[percent(value) for value in numbers.values()]])
     note = "Accuracy in %. A_t: over all classes seen after task t; Last: the final A_t; Avg: the mean of A_t over the tasks."
-    table = accuracy_table(records.matrix, records.of_tasks("seen"), names) if records.tasks else "No task is finished yet.\n"
+    table = accuracy_table(records.matrix, records.of_tasks("seen")) if records.tasks else "No task is finished yet.\n"
     return f"# {escape(Path(folder).resolve().name)}\n\n{head}\n{table}\n{note}\n{_waiting_time(records.steps)}"
 
 

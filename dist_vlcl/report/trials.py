@@ -43,14 +43,13 @@ def plot_trials(path: Path, trials: pd.DataFrame, choices: pd.DataFrame, referen
     with matplotlib.rc_context(STYLE):
         figure = new_figure(8.0, 1.4 + 0.26 * max(len(shown), 4))
         axes = figure.subplots()
-        for place, choice in enumerate(shown[options].to_dict("records")):
+        rows = shown[options].to_dict("records")
+        for place, choice in enumerate(rows):
             points = trials.merge(pd.DataFrame([choice])).accuracy
             axes.plot(points, [place] * len(points), "o", color=GREY if place else BLUE, markersize=4, alpha=0.7)
         for (line, color), (name, value) in zip(LINES, references.items(), strict=False):
             axes.axvline(value, color=color, linestyle=line, linewidth=1.2, zorder=1, label=name)
-        labels = [
-            ", ".join(f"{key.removeprefix('zo.')} {value}" for key, value in row.items()) for row in shown[options].to_dict("records")
-        ]
+        labels = [", ".join(f"{key.removeprefix('zo.')} {value}" for key, value in row.items()) for row in rows]
         axes.set_yticks(range(len(shown)), labels, fontsize=8)
         axes.set(xlabel="accuracy on held-out training images of the first task (%)", ylim=(len(shown) - 0.5, -0.5))
         if references:

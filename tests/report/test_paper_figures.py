@@ -40,7 +40,7 @@ def test_a_label_of_several_lines_has_the_room_it_needs():
     with matplotlib.rc_context(STYLE):
         for columns in (frame, frame[frame.increment == 10]):
             comparisons = compare(columns, NO_PAPER)
-            assert_readable(draw_claims(comparisons[comparisons.claim != ""]))
+            assert_readable(draw_claims(comparisons[comparisons.claim != ""])[0])
         figure, data, _ = draw_seeds(results(*METHODS))
         assert_readable(figure)
     assert len(data) == 3 * (len(METHODS) - 1)

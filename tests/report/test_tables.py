@@ -9,16 +9,16 @@ ROWS = [[0.9876], [0.5, 1.0]]
 
 
 def test_a_row_holds_percents_of_two_digits_and_ends_in_the_accuracy_of_all_seen():
-    assert accuracy_table(ROWS, [0.9876, 0.6], ["cats", "dogs"]).splitlines() == [
-        "| after | cats | dogs | A_t |",
+    assert accuracy_table(ROWS, [0.9876, 0.6]).splitlines() == [
+        "| after | task 1 | task 2 | A_t |",
         "| :--- | ---: | ---: | ---: |",
-        "| cats | 98.76 |  | 98.76 |",
-        "| dogs | 50.00 | 100.00 | 60.00 |",
+        "| task 1 | 98.76 |  | 98.76 |",
+        "| task 2 | 50.00 | 100.00 | 60.00 |",
     ]
 
 
 def test_a_task_to_come_is_blank_and_one_not_measured_is_a_dash():
-    lines = accuracy_table([[0.5, None], [None, 0.5]], [0.5, None]).splitlines()
+    lines = accuracy_table([[0.5], [None, 0.5]], [0.5, None]).splitlines()
     assert lines[2:] == ["| task 1 | 50.00 |  | 50.00 |", "| task 2 | – | 50.00 | – |"]
 
 
