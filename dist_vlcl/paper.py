@@ -33,7 +33,10 @@ PROBE_STEPS = 5
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the catalogue: what is trained, how, on which tasks. `last` and `avg` are the paper's accuracies in percent, or None."""
+    """One row of the catalogue: what is trained, how, on which tasks. The rows of paper_runs.yaml have the same fields.
+
+    `last` and `avg` are the paper's accuracies in percent, or None.
+    """
 
     id: str
     dataset: str
@@ -47,23 +50,13 @@ class Cell:
     avg: float | None = None
 
     @property
-    def fields(self) -> tuple[str, int, str, str, str, str]:
-        """What identifies a cell, whatever its id: data set, increment, adapter, branch, layers, variant."""
-        return self.dataset, self.increment, self.adapter, self.branch, self.layers, self.variant
-
-    @property
-    def is_zeroth(self) -> bool:
-        """Whether any unit learns by zeroth order."""
-        return self.variant not in ("none", "zero_shot", "frozen")
-
-    @property
     def tasks_id(self) -> str:
         """Data set and increment as the ids abbreviate them, such as cifar10."""
         return f"{DATASET_IDS.get(self.dataset, self.dataset)}{self.increment}"
 
     def control(self) -> "Cell | None":
         """Return the run in which the zeroth-order units are not trained; None for a run without such units and for memory probes."""
-        if not self.is_zeroth or self.table == 5:
+        if self.variant in ("none", "zero_shot", "frozen") or self.table == 5:
             return None
         if (self.branch, self.layers) == ("dual", "all"):
             return self.zero_shot()
@@ -135,9 +128,7 @@ def published() -> dict[str, Any]:
 @cache
 def paper_runs() -> dict[str, Cell]:
     """Return the published trainings by id."""
-    names = {"zo_branch": "branch", "zo_layers": "layers", "zo_variant": "variant", "inc": "increment"}
-    rows = [{names.get(key, key): value for key, value in row.items() if key not in ("tasks", "seeds")} for row in published()["runs"]]
-    return {row["id"]: Cell(**{**row, "layers": row["layers"].removesuffix(str(HALF))}) for row in rows}
+    return {row["id"]: Cell(**row) for row in published()["runs"]}
 
 
 @cache

@@ -94,27 +94,27 @@ def test_there_are_92_published_runs():
     assert len(RUNS) == 92
 
 
-LAYERS = {"all": range(1, 13), "hop_odd": range(1, 13, 2), "hop_even": range(2, 13, 2), "prefix6": range(1, 7), "suffix6": range(7, 13)}
+LAYERS = {"all": range(1, 13), "hop_odd": range(1, 13, 2), "hop_even": range(2, 13, 2), "prefix": range(1, 7), "suffix": range(7, 13)}
 
 
 @pytest.mark.parametrize("id", RUNS)
 def test_a_published_run_is_what_its_row_says(id):
     run, config = RUNS[id], configured(*expand_paper([f"paper={id}"]))
     assert (config.paper, config.run.name) == (id, f"{id}-seed0")
-    assert (config.data.name, config.tasks.increment, config.tasks.base) == (run["dataset"], run["inc"], 0)
+    assert (config.data.name, config.tasks.increment, config.tasks.base) == (run["dataset"], run["increment"], 0)
     assert config.tasks.order == ("natural" if run["dataset"] == "imagenet_r" else "paper")
     assert (config.model.name, config.model.pretrained) == ("ViT-B-16-quickgelu", "openai")
     assert config.train.batch_size == (64 if run["dataset"] == "tiny_imagenet" else 128)  # METHOD 1.6
     assert (config.train.epochs, config.train.warmup_steps, config.first_order.lr) == (1, 30, 1e-3)
     assert config.adapter == (MoEConfig() if run["adapter"] == "moe" else LoRAConfig())
     orders = assign(UNITS, config.orders)
-    branches = {"none": (), "dual": ("language", "vision")}.get(run["zo_branch"], (run["zo_branch"],))
-    expected = {UnitId(branch, layer) for branch in branches for layer in LAYERS[run["zo_layers"]]}
+    branches = {"none": (), "dual": ("language", "vision")}.get(run["branch"], (run["branch"],))
+    expected = {UnitId(branch, layer) for branch in branches for layer in LAYERS[run["layers"]]}
     assert {unit for unit, order in orders.items() if order is Order.ZEROTH} == expected
     assert {orders[unit] for unit in UNITS if unit not in expected} <= {Order.FIRST}
-    if run["zo_variant"] != "none":
-        assert config.zo == dataclasses.replace(configured(f"zo={run['zo_variant']}").zo)
-        assert config.zo.name == run["zo_variant"]
+    if run["variant"] != "none":
+        assert config.zo == dataclasses.replace(configured(f"zo={run['variant']}").zo)
+        assert config.zo.name == run["variant"]
 
 
 def test_a_user_s_own_overrides_come_after_a_published_run_s_and_win():

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from dist_vlcl.report.records import CELL, TASKS, UNTRAINED, WITHOUT_ZEROTH
-from dist_vlcl.report.tables import METRICS, UNKNOWN, method_label
+from dist_vlcl.report.tables import DATASETS, METRICS, UNKNOWN, method_label
 
 GROUP = [*TASKS, "shared_settings"]  # runs are compared within a group only
 METHOD = ["adapter", "branch", "layers", "variant", "method_settings"]
 ORDER = {  # as the paper lists them
-    "dataset": ("cifar100", "tiny_imagenet", "imagenet_r"),
+    "dataset": tuple(DATASETS),
     "adapter": ("", "moe", "lora"),
     "branch": ("none", "dual", "vision", "language"),
     "layers": ("none", "all", "hop_odd", "hop_even", "prefix", "suffix"),
@@ -171,13 +171,12 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     paper = published.melt([*CELL, "id", "table"], list(METRICS), "metric", "paper").rename(columns={"id": "paper_id"})
     first = paper[paper.variant == "none"].rename(columns={"paper": "paper_first"})[[*TASKS, "adapter", "metric", "paper_first"]]
     cells = summary.merge(paper, on=[*CELL, "metric"], how="outer").merge(first, on=[*TASKS, "adapter", "metric"], how="left")
-    control = comparisons[comparisons.claim == "differs_from_control"]
-    control = control.rename(columns={"mean": "gain", "low": "gain_low", "high": "gain_high", "seeds": "gain_seeds"})
-    to_first = comparisons[comparisons.against.str.startswith("first order")].rename(columns={"mean": "to_first"})
     cells = cells.fillna({"other_settings": "", "paper_id": "", "seeds": 0})
-    cells = cells.merge(control[[*keys, "gain", "gain_low", "gain_high", "gain_seeds"]], on=keys, how="left").merge(
-        to_first[[*keys, "to_first"]], on=keys, how="left"
-    )
+    gain = {"mean": "gain", "low": "gain_low", "high": "gain_high", "seeds": "gain_seeds"}
+    control = comparisons[comparisons.claim == "differs_from_control"].rename(columns=gain)
+    to_first = comparisons[comparisons.against.str.startswith("first order")].rename(columns={"mean": "to_first"})
+    for of_comparison in (control[[*keys, *gain.values()]], to_first[[*keys, "to_first"]]):
+        cells = cells.merge(of_comparison, on=keys, how="left")
     is_zeroth = ~cells.variant.isin(WITHOUT_ZEROTH)
     cells["difference"] = cells["mean"] - cells.paper
     cells["paper_to_first"] = (cells.paper - cells.pop("paper_first")).where(is_zeroth)
