@@ -16,8 +16,6 @@ from dist_vlcl.dist.agree import ReplicaDivergedError, agree, agree_on_tensors, 
 from dist_vlcl.experiment import Experiment, PlannedStep, steps_per_epoch
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, describe
-from dist_vlcl.report.figures import plot_run
-from dist_vlcl.report.tables import summarize_run
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.files import read_lines, replace_file
 from dist_vlcl.run.folder import RunFolder
@@ -210,6 +208,10 @@ class Session:
         """Write the summary, the plots and the final accuracy; return it."""
         path, plots = self.folder.path, self.cfg.run.plots
         if self.world.is_main:
+            # pandas and matplotlib take a second to import, and only rank 0 needs them.
+            from dist_vlcl.report.figures import plot_run
+            from dist_vlcl.report.tables import summarize_run
+
             replace_file(path / "summary.md", summarize_run(path))
             if plots:
                 plot_run(path)

@@ -3,16 +3,17 @@
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from dist_vlcl.report.records import Records, read_records
-
-if TYPE_CHECKING:  # these take half a second each to import, and not every run draws
-    import pandas as pd
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, with Tol's wine as purple, since theirs is too pale for a thin line. Line styles repeat the distinction.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#882255", "#595959"
@@ -35,35 +36,27 @@ MAX_NUMBERED = 22  # columns of a matrix; with more, a cell has no room for its 
 
 def plot_run(folder: Path | str) -> list[Path]:
     """Draw every picture for which a run's metrics.jsonl has data into its folder plots/, and return the paths."""
-    import matplotlib
-
-    records = read_records(folder)
-    plots = Path(folder) / "plots"
+    records, plots = read_records(folder), Path(folder) / "plots"
     plots.mkdir(exist_ok=True)
+    names = {"accuracy_matrix": plot_matrix, "accuracy": plot_accuracy, "loss": plot_loss, "projected_gradient": plot_projected_gradients}
+    drawn = []
     with matplotlib.rc_context(STYLE):
-        figures = {
-            "accuracy_matrix": plot_matrix(records),
-            "accuracy": plot_accuracy(records),
-            "loss": plot_loss(records),
-            "projected_gradient": plot_projected_gradients(records),
-        }
-        drawn = {plots / f"{name}.png": figure for name, figure in figures.items() if figure}
-        for path, figure in drawn.items():
-            write_picture(figure, path)
-        return list(drawn)
+        for name, plot in names.items():
+            if figure := plot(records):
+                drawn.append(plots / f"{name}.png")
+                write_picture(figure, drawn[-1])
+    return drawn
 
 
-def plot_matrix(records: Records) -> "Figure | None":
+def plot_matrix(records: Records) -> Figure | None:
     """Draw the accuracy on task j after task i as a heat map with numbers, and A_t in a column beside it; None without data."""
-    import pandas as pd
-
     matrix = percents(pd.DataFrame(records.matrix))  # rows that end at the newest task are filled up with NaN
     num_rows, num_tasks = matrix.shape
     if not num_tasks:
         return None
     cells = np.column_stack([matrix, np.full(num_rows, np.nan), percents(records.of_tasks("seen"))])  # an empty column, and A_t
     low = np.floor(np.nanmin(cells) / 10) * 10
-    figure = new_figure(min(0.5 * num_tasks + 2.7, 12), np.clip(0.5 * num_rows + 1.4, 2.6, 11))
+    figure = Figure(figsize=(min(0.5 * num_tasks + 2.7, 12), np.clip(0.5 * num_rows + 1.4, 2.6, 11)))
     axes = figure.subplots()
     image = axes.imshow(cells, cmap="cividis", vmin=low, vmax=100, aspect="auto")
     axes.grid(False)
@@ -81,12 +74,12 @@ def plot_matrix(records: Records) -> "Figure | None":
     return figure
 
 
-def plot_accuracy(records: Records) -> "Figure | None":
+def plot_accuracy(records: Records) -> Figure | None:
     """Draw A_t after every task, and the zero-shot accuracy on the same classes if it is known; None without data."""
     seen, zero_shot = percents(records.of_tasks("seen")), percents(records.of_tasks("zero_shot"))
     if not np.isfinite(seen).any():
         return None
-    figure = new_figure(6.4, 3.8)
+    figure = Figure(figsize=(6.4, 3.8))
     axes = figure.subplots()
     after = np.array(records.of_tasks("task")) + 1
     axes.plot(after, seen, color=BLUE, marker="o", label="after training")
@@ -99,12 +92,12 @@ def plot_accuracy(records: Records) -> "Figure | None":
     return figure
 
 
-def plot_loss(records: Records) -> "Figure | None":
+def plot_loss(records: Records) -> Figure | None:
     """Draw the base loss of every step, raw and smoothed, with the tasks' borders; None without data."""
     steps = _step_values(records, lambda record: record.get("loss"))
     if steps.empty:
         return None
-    figure = new_figure(7.2, 3.8)
+    figure = Figure(figsize=(7.2, 3.8))
     axes = figure.subplots()
     axes.plot(steps.step, steps.value, color=BLUE, alpha=0.35, linewidth=0.7, label="every step")
     for index, (_, part) in enumerate(steps.groupby("task")):  # a loss jumps where a task begins
@@ -116,14 +109,14 @@ def plot_loss(records: Records) -> "Figure | None":
     return figure
 
 
-def plot_projected_gradients(records: Records) -> "Figure | None":
+def plot_projected_gradients(records: Records) -> Figure | None:
     """Draw the size of each branch's projected gradient, and the share of its moves that were accepted; None without zeroth-order steps."""
     branches = sorted({branch for record in records.steps for branch in record.get("zo") or {}}, reverse=True)
     gradients = {branch: _zo_values(records, branch, "projected_gradient") for branch in branches}
     gradients = {branch: steps[steps.value > 0] for branch, steps in gradients.items() if (steps.value > 0).any()}
     if not gradients:
         return None
-    figure = new_figure(7.2, 5.4)
+    figure = Figure(figsize=(7.2, 5.4))
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     for branch, sizes in gradients.items():
         color, line = LOOKS.get(branch, OTHER_LOOK)
@@ -142,17 +135,8 @@ def plot_projected_gradients(records: Records) -> "Figure | None":
     return figure
 
 
-def new_figure(width: float, height: float) -> "Figure":
-    """Return an empty figure of a size in inches."""
-    from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
-
-    return Figure(figsize=(width, height))
-
-
-def write_picture(figure: "Figure", path: Path) -> None:
+def write_picture(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG of 96 colours. It has a third of the size, and documentation keeps such files."""
-    from PIL import Image
-
     drawn = BytesIO()
     figure.savefig(drawn, pil_kwargs={"compress_level": 1})  # it is only read again below
     Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path)
@@ -163,16 +147,14 @@ def percents(fractions: Any) -> np.ndarray:
     return 100 * np.array(fractions, dtype=float)
 
 
-def _step_values(records: Records, value_of: Callable[[dict[str, Any]], Any]) -> "pd.DataFrame":
+def _step_values(records: Records, value_of: Callable[[dict[str, Any]], Any]) -> pd.DataFrame:
     """Return step, task and a value of every step that has one; values that are not finite are left out."""
-    import pandas as pd
-
     steps = [(record["step"], record.get("task", 0), value_of(record)) for record in records.steps]
     frame = pd.DataFrame(steps, columns=["step", "task", "value"]).astype({"value": float})
     return frame[np.isfinite(frame.value)]
 
 
-def _zo_values(records: Records, branch: str, name: str) -> "pd.DataFrame":
+def _zo_values(records: Records, branch: str, name: str) -> pd.DataFrame:
     """Return step, task and the size of one number of a branch's zeroth-order move."""
     steps = _step_values(records, lambda record: ((record.get("zo") or {}).get(branch) or {}).get(name))
     return steps.assign(value=steps.value.abs())
@@ -184,17 +166,15 @@ def smoothed(values: Any, at_least: int = 1) -> Any:
     return values.rolling(2 * reach + 1, center=True, min_periods=1).mean()
 
 
-def put_legend(figure: "Figure", axes: "Axes", columns: int | None = None) -> None:
+def put_legend(figure: Figure, axes: Axes, columns: int | None = None) -> None:
     """Put the legend of `axes` above all axes of the figure, in one line or in so many columns."""
     handles, labels = axes.get_legend_handles_labels()
     # Outside the axes, because data may be anywhere inside.
     figure.legend(handles, labels, loc="outside upper right", ncols=columns or len(labels), fontsize=9)
 
 
-def draw_borders(axes: "Axes", steps: "pd.DataFrame", labels: bool = True) -> None:
+def draw_borders(axes: Axes, steps: pd.DataFrame, labels: bool = True) -> None:
     """Draw a line where each task but the first begins, given `step` and `task` of all steps, with as many numbers as there is room for."""
-    from matplotlib.ticker import MaxNLocator
-
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     above: dict[str, Any] = {"xytext": (2, 3), "textcoords": "offset points", "fontsize": 8, "color": GREY}
     begins = steps.groupby("task").step.min()

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
+from markdown_it import MarkdownIt
 
 from dist_vlcl.report import tables
 from dist_vlcl.report.figures import write_picture
@@ -129,8 +130,6 @@ def to_html(page: str, pictures: Mapping[str, bytes]) -> str:
 
     `pictures` maps the address of each picture that the report has written to its PNG. Any other picture that the page names stays text.
     """
-    from markdown_it import MarkdownIt
-
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("autolink")
     tokens = markdown.parse(page)
     for image in (child for token in tokens for child in token.children or () if child.type == "image"):

@@ -6,21 +6,19 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, new_figure, put_legend, smoothed
+from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, put_legend, smoothed
 from dist_vlcl.report.records import CELL, TASKS, gather, read_units, step_frame
 from dist_vlcl.report.statistics import CLAIMS, GROUP, METHOD, in_paper_order, paired_test
 from dist_vlcl.report.tables import DATASETS, METRICS, method_label, tasks_label
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    Drawn = tuple[Figure, pd.DataFrame, str]  # the data that the figure shows, and its caption
+Drawn = tuple[Figure, pd.DataFrame, str]  # the data that the figure shows, and its caption
 # Colour, line and marker each distinguish the curves: for colour-blind readers, in grey print, and where curves cross.
 LOOKS: tuple[tuple[str, Any, str], ...] = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, (0, (1, 1)), "D"))
 LABEL_WIDTH = 40  # characters of a line beside a row
@@ -41,16 +39,16 @@ class Picture:
     name: str
     title: str
     caption: str
-    figure: "Figure"
+    figure: Figure
     data: pd.DataFrame
 
 
-def draw_losses(runs: pd.DataFrame, methods: Sequence[str]) -> "Drawn | None":
+def draw_losses(runs: pd.DataFrame, methods: Sequence[str]) -> Drawn | None:
     """Draw the base loss of every step, smoothed within a task: the mean over seeds, and the range of the seeds as a band."""
     data = gather(runs, step_frame).drop(columns="peak_gib", errors="ignore").dropna()
     if data.empty:
         return None
-    figure = new_figure(6.9, 3.9)
+    figure = Figure(figsize=(6.9, 3.9))
     axes = figure.subplots()
     for (color, line, _), method in zip(LOOKS, methods, strict=False):
         for index, (_, curves) in enumerate(data[data.method == method].groupby("task")):
@@ -64,14 +62,12 @@ def draw_losses(runs: pd.DataFrame, methods: Sequence[str]) -> "Drawn | None":
     return figure, data, caption
 
 
-def draw_units(
-    runs: pd.DataFrame, methods: Sequence[str], names: Sequence[str] = ("coordinate_variance", "norm_variance")
-) -> "Drawn | None":
+def draw_units(runs: pd.DataFrame, methods: Sequence[str], names: Sequence[str] = ("coordinate_variance", "norm_variance")) -> Drawn | None:
     """Draw statistics of every unit's gradient or estimate by layer, one column per tower."""
     data = gather(runs, unit_statistics)
     if data.empty:
         return None
-    figure = new_figure(6.9, 0.9 + 2.0 * len(names))
+    figure = Figure(figsize=(6.9, 0.9 + 2.0 * len(names)))
     grid = figure.subplots(len(names), len(TOWERS), sharex="col", sharey="row", squeeze=False)
     every = -(-int(data.layer.max()) // 12)
     for (name, tower), axes in zip(itertools.product(names, TOWERS), grid.flat, strict=True):
@@ -102,7 +98,7 @@ def unit_statistics(folder: Any) -> pd.DataFrame:
     return known.groupby(["tower", "layer", "order"]).agg(steps=("step", "size"), **statistics).reset_index()
 
 
-def _draw_unit_curve(axes: "Axes", units: pd.DataFrame, name: str, look: tuple[str, Any, str], offset: float) -> None:
+def _draw_unit_curve(axes: Axes, units: pd.DataFrame, name: str, look: tuple[str, Any, str], offset: float) -> None:
     color, line, marker = look
     over_seeds = units.groupby(["method", "layer", "order"])[name].agg(["mean", "min", "max"]).reset_index()
     for number, ((method, order), part) in enumerate(over_seeds.groupby(["method", "order"])):
@@ -120,7 +116,7 @@ def _first_and_each_branch(layers: str) -> list[str]:
 FOUR_PLANS = [f"language {plan}, conservative" for plan in ("hop_odd", "hop_even", "prefix", "suffix")]
 MOZO_OR_NOT = [f"dual {plan}, {variant}" for plan in ("hop_odd", "hop_even") for variant in ("conservative", "mozo")]
 draw_units_and_updates = partial(draw_units, names=tuple(UNIT_STATISTICS))
-FIGURES: dict[int, tuple[str, Callable[[pd.DataFrame, Sequence[str]], "Drawn | None"], list[str]]] = {  # title, function, methods
+FIGURES: dict[int, tuple[str, Callable[[pd.DataFrame, Sequence[str]], Drawn | None], list[str]]] = {  # title, function, methods
     2: ("Loss by the branch that learns by zeroth order", draw_losses, _first_and_each_branch("all")),
     3: ("Loss with hop_odd", draw_losses, ["dual hop_odd, conservative", "language hop_odd, conservative"]),
     4: ("Gradient variance by layer, four layer plans of the language branch", draw_units, FOUR_PLANS),
@@ -130,14 +126,14 @@ FIGURES: dict[int, tuple[str, Callable[[pd.DataFrame, Sequence[str]], "Drawn | N
 }
 
 
-def draw_seeds(results: pd.DataFrame) -> "Drawn | None":
+def draw_seeds(results: pd.DataFrame) -> Drawn | None:
     """Draw Last of every seed of every method, with the mean and its 95 % interval."""
     trained = in_paper_order(results[results.variant != "zero_shot"], METHOD)
     methods = list(trained.groupby(METHOD, sort=False))
     if max((len(seeds) for _, seeds in methods), default=0) < 2:
         return None
     labels = [_row_label(method_label(*key[:4]), key[4]) for key, _ in methods]
-    figure = new_figure(6.9, 1.1 + len(labels) * _row_height(labels))
+    figure = Figure(figsize=(6.9, 1.1 + len(labels) * _row_height(labels)))
     axes = figure.subplots()
     for row, (_, seeds) in enumerate(methods):
         first = row == 0
@@ -152,7 +148,7 @@ def draw_seeds(results: pd.DataFrame) -> "Drawn | None":
     return figure, trained[[*CELL, "other_settings", "run", "seed", "last"]], caption
 
 
-def _draw_interval(axes: "Axes", place: float, test: Any, color: str, marker: str, face: str, label: str = "") -> None:
+def _draw_interval(axes: Axes, place: float, test: Any, color: str, marker: str, face: str, label: str = "") -> None:
     reach = None if np.isnan(test["low"]) else [[test["mean"] - test["low"]], [test["high"] - test["mean"]]]
     looks: dict[str, Any] = {"color": color, "fmt": marker, "markerfacecolor": face, "markersize": 5, "capsize": 2.5}
     axes.errorbar([test["mean"]], [place], xerr=reach, label=label, **looks)
@@ -168,14 +164,14 @@ def _row_height(labels: Sequence[str]) -> float:
     return 0.27 + 0.17 * max(label.count("\n") for label in labels)
 
 
-def draw_claims(comparisons: pd.DataFrame) -> "Drawn":
+def draw_claims(comparisons: pd.DataFrame) -> Drawn:
     """Draw the differences that bear on each claim of the paper: one row of axes per claim, one column per data set."""
     rows = comparisons.assign(label=[_row_label(method_label(*key[:4]), key[4]) for key in comparisons[METHOD].to_numpy()])
     columns = list(rows.groupby(TASKS, sort=False))
     claims = [name for name in CLAIMS if name in set(rows.claim)]
     labels = {name: list(rows[rows.claim == name].label.unique()) for name in claims}
     heights = [0.5 + _row_height(labels[name]) * len(labels[name]) for name in claims]
-    figure = new_figure(max(6.9, 2.3 + 2.6 * len(columns)), 0.7 + sum(heights))
+    figure = Figure(figsize=(max(6.9, 2.3 + 2.6 * len(columns)), 0.7 + sum(heights)))
     grid = figure.subplots(len(claims), len(columns), sharex="row", sharey="row", squeeze=False, height_ratios=heights)
     for name, row in zip(claims, grid, strict=True):
         for axes, (_, of_column) in zip(row, columns, strict=True):
@@ -194,7 +190,7 @@ def draw_claims(comparisons: pd.DataFrame) -> "Drawn":
     return figure, comparisons, caption
 
 
-def _draw_claim(axes: "Axes", comparisons: pd.DataFrame, labels: list[str], bound: float) -> None:
+def _draw_claim(axes: Axes, comparisons: pd.DataFrame, labels: list[str], bound: float) -> None:
     axes.axvline(bound, color=GREY, linewidth=1, linestyle="--" if bound else "-")
     axes.tick_params(labelsize=8)
     for metric, (offset, color, marker, face, theirs) in CLAIM_MARKS.items():
@@ -211,7 +207,7 @@ def pictures_of(complete: pd.DataFrame, results: pd.DataFrame, comparisons: pd.D
     """Return every picture that has data: the claims and Figures 2 to 8, each per data set and group of settings."""
     found: dict[str, Picture] = {}
 
-    def add(name: str, title: str, settings: str, drawn: "Drawn | None") -> None:
+    def add(name: str, title: str, settings: str, drawn: Drawn | None) -> None:
         if drawn:
             figure, data, caption = drawn
             name = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
@@ -233,7 +229,7 @@ def pictures_of(complete: pd.DataFrame, results: pd.DataFrame, comparisons: pd.D
     return list(found.values())
 
 
-def draw_figure(number: int, runs: pd.DataFrame) -> "Drawn | None":
+def draw_figure(number: int, runs: pd.DataFrame) -> Drawn | None:
     """Draw Figure 2 to 7 from the runs of one group; None without a run of the variant that it is about: that of its last method."""
     _, draw, methods = FIGURES[number]
     runs = runs.assign(method=[method_label("", *fields) for fields in runs[CELL[3:]].to_numpy()])

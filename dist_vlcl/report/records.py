@@ -6,15 +6,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+import pyarrow
+import pyarrow.parquet
 import yaml
 
 from dist_vlcl.options import flatten
-
-if TYPE_CHECKING:  # training reads its own records and does not need these
-    import pandas as pd
-    import pyarrow
 
 TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
@@ -66,8 +65,8 @@ def read_records(folder: Path | str) -> Records:
     return Records(by_kind["step"], by_kind["task"])
 
 
-def read_units(folder: Path | str) -> "pyarrow.Table":
-    """Return the records of every unit of a run folder in the order of the steps; a table without rows where there are none.
+def read_units(folder: Path | str) -> pyarrow.Table:
+    """Return the records of every unit of a run folder in the order of the steps; an empty table where there are none.
 
     Columns: step (int64, from 1), task (int32, from 0), branch, layer (int32, from 1), order (first, zeroth, frozen), numel (int32: the
     unit's parameters), and as float32
@@ -77,13 +76,11 @@ def read_units(folder: Path | str) -> "pyarrow.Table":
     projected_gradient: its size, mean over probes; null for a unit that does not learn by zeroth order.
     A skipped step has no rows.
     """
-    import pyarrow.parquet
-
     parts = sorted(Path(folder, "units").glob("step-*.parquet"))
     return pyarrow.parquet.read_table(parts) if parts else pyarrow.table({})
 
 
-def run_frame(folders: Iterable[Path], realise: Realise) -> tuple["pd.DataFrame", dict[str, str]]:
+def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, dict[str, str]]:
     """Return one row per run folder, and for every other folder its name with the reason why it could not be read.
 
     `realise` maps a resolved configuration to the cell that it realises (a mapping with the fields CELL) and to the configuration of that
@@ -91,8 +88,6 @@ def run_frame(folders: Iterable[Path], realise: Realise) -> tuple["pd.DataFrame"
     "model.name=small_clip; zo.lr_scale=3.0". It is also split: `method_settings` (adapter, orders, zo), `shared_settings` (all others;
     runs are only compared where these are equal) and `model_settings` (the shared ones that matter without training).
     """
-    import pandas as pd
-
     rows, unreadable = [], {}
     for folder in dict.fromkeys(folders):
         try:
@@ -168,17 +163,13 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(key, pattern) for pattern in patterns)
 
 
-def step_frame(folder: Path) -> "pd.DataFrame":
+def step_frame(folder: Path) -> pd.DataFrame:
     """Return one row per step of a run: step, task, loss, and peak_gib (NaN where a step did not record it)."""
-    import pandas as pd
-
     return pd.DataFrame(read_records(folder).steps).reindex(columns=["step", "task", "loss", "peak_gib"])
 
 
-def gather(runs: "pd.DataFrame", read: Callable[[Path], "pd.DataFrame"]) -> "pd.DataFrame":
+def gather(runs: pd.DataFrame, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:
     """Return the rows that `read` finds in the folder (column `path`) of every run, each with the other columns of `runs`."""
-    import pandas as pd
-
     about = runs.drop(columns="path")
     parts = [about[index : index + 1].merge(read(path), how="cross") for index, path in enumerate(runs.path)]
     return pd.concat(parts, ignore_index=True) if parts else about

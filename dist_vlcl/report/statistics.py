@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from dist_vlcl.report.records import CELL, TASKS, UNTRAINED, WITHOUT_ZEROTH
 from dist_vlcl.report.tables import DATASETS, METRICS, UNKNOWN, method_label
@@ -148,8 +149,6 @@ def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
 
 def paired_test(differences: Sequence[float] | np.ndarray) -> dict[str, Any]:
     """Return seeds, mean, low, high, p of a t-test of paired differences."""
-    from scipy import stats
-
     found = {"seeds": len(differences), "mean": float(np.mean(differences)) if len(differences) else np.nan}
     if len(differences) < 2 or np.allclose(differences, differences[0], rtol=0, atol=1e-9):
         return {**found, "low": np.nan, "high": np.nan, "p": np.nan}

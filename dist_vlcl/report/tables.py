@@ -3,12 +3,11 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas as pd
 
 from dist_vlcl.report.records import CELL, TASKS, WITHOUT_ZEROTH, read_records
-
-if TYPE_CHECKING:  # the summary of a run does not need it
-    import pandas as pd
 
 Row = Sequence[float | None]
 UNKNOWN = "–"
@@ -103,7 +102,7 @@ def _ours(cell: Any) -> str:
     return f"{cell.mean:.2f}{deviation} ({cell.seeds})" if cell.seeds else UNKNOWN
 
 
-def _by_metric(frame: "pd.DataFrame", more: Sequence[str], heads: Sequence[str], texts_of: Callable[[Any], list[str]]) -> str:
+def _by_metric(frame: pd.DataFrame, more: Sequence[str], heads: Sequence[str], texts_of: Callable[[Any], list[str]]) -> str:
     """Return a table with one row per method and settings (and columns `more`), with the texts of Last and of Avg side by side."""
     rows = []
     for keys, both in frame.groupby([*CELL, "other_settings", *more], sort=False):
@@ -114,7 +113,7 @@ def _by_metric(frame: "pd.DataFrame", more: Sequence[str], heads: Sequence[str],
     return markdown_table(columns[:shown], [row[:shown] for row in rows], num_left=2)
 
 
-def result_table(ours: "pd.DataFrame") -> str:
+def result_table(ours: pd.DataFrame) -> str:
     """Return our results, of each data set the best Last first, each with its paired differences to its control."""
     is_zeroth, is_whole = ~ours.variant.isin(WITHOUT_ZEROTH), (ours.branch == "dual") & (ours.layers == "all")
     ours = ours.assign(control=is_whole.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
@@ -125,7 +124,7 @@ def result_table(ours: "pd.DataFrame") -> str:
     return _by_metric(ours, ["control"], heads, lambda c: [_ours(c), signed(c.gain), _interval(c.gain_low, c.gain_high)])
 
 
-def comparison_table(comparisons: "pd.DataFrame") -> str:
+def comparison_table(comparisons: pd.DataFrame) -> str:
     """Return one row per comparison: mean difference, interval, and the verdict with the paper's difference (of a claim) or p."""
     comparisons = comparisons.rename(columns={"against": "compared with"})
     is_claim = bool(comparisons.claim.iloc[0])
@@ -138,7 +137,7 @@ def comparison_table(comparisons: "pd.DataFrame") -> str:
     return _by_metric(comparisons, ["compared with", "seeds"], ["Δ {}", "95 % interval", *more], texts)
 
 
-def paper_table(cells: "pd.DataFrame", number: int) -> str:
+def paper_table(cells: pd.DataFrame, number: int) -> str:
     """Return Table 1, 2, 3 or 4 of the paper with our results; "" without a run. Only data sets and adapters with a run are shown."""
     published = cells[cells.paper_id != ""].query(PAPER_TABLES[number][1])
     run = published[(published.table == number) & (published.seeds > 0)]
@@ -152,10 +151,8 @@ def paper_table(cells: "pd.DataFrame", number: int) -> str:
     return _by_metric(shown, [], heads, texts) if len(shown) else ""
 
 
-def memory_of(steps: "pd.DataFrame", published_gb: Mapping[str, Mapping[str, float]]) -> "pd.DataFrame":
+def memory_of(steps: pd.DataFrame, published_gb: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     """Return Table 5, one row per adapter and setting: the paper's GB, and the most GiB that a step of ours has held, by other settings."""
-    import pandas as pd
-
     rows = [(adapter, setting, gb) for adapter, settings in published_gb.items() for setting, gb in settings.items()]
     paper = pd.DataFrame(rows, columns=["adapter", "setting", "paper_gb"])
     ours = steps.assign(setting=steps.branch.mask(steps.branch == "none", "fo"), peak_gib=steps.get("peak_gib"))
@@ -164,7 +161,7 @@ def memory_of(steps: "pd.DataFrame", published_gb: Mapping[str, Mapping[str, flo
     return paper.merge(peaks, on=["adapter", "setting"], how="left").fillna({"other_settings": "", "runs": 0}).astype({"runs": int})
 
 
-def memory_table(memory: "pd.DataFrame") -> str:
+def memory_table(memory: pd.DataFrame) -> str:
     """Return Table 5 with one row per setting."""
     rows = []
     for row in memory.itertuples():

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import matplotlib
 import pandas as pd
+from matplotlib.figure import Figure
 
-from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, STYLE, new_figure, put_legend, write_picture
+from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, STYLE, put_legend, write_picture
 from dist_vlcl.report.tables import UNKNOWN, markdown_table
 
 LINES = (("-.", ORANGE), ("--", GREEN))
@@ -41,7 +42,7 @@ def plot_trials(path: Path, trials: pd.DataFrame, choices: pd.DataFrame, referen
     options: Sequence[str] = list(choices.columns[:-5])
     shown = choices[choices.seeds > 0]
     with matplotlib.rc_context(STYLE):
-        figure = new_figure(8.0, 1.4 + 0.26 * max(len(shown), 4))
+        figure = Figure(figsize=(8.0, 1.4 + 0.26 * max(len(shown), 4)))
         axes = figure.subplots()
         rows = shown[options].to_dict("records")
         for place, choice in enumerate(rows):

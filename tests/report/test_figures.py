@@ -92,8 +92,7 @@ def test_smoothing_equals_the_mean_of_the_neighbours():
     assert np.allclose(smoothed(values), slow)
 
 
-def test_what_training_imports_of_the_report_needs_neither_matplotlib_nor_pandas():
+def test_training_starts_without_matplotlib_pandas_and_wandb():
     slow = {"matplotlib", "pandas", "wandb"}
-    modules = "dist_vlcl.report.figures, dist_vlcl.report.tables, dist_vlcl.run.trackers"
-    code = f"import sys, {modules}; sys.exit(bool({slow} & set(sys.modules)))"
+    code = f"import sys, dist_vlcl.train; sys.exit(bool({slow} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
