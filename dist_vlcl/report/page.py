@@ -37,7 +37,7 @@ class Report:
         in_table = (runs.variant == "none") | ((runs.layers == "all") & (runs.variant == "conservative"))
         whole = runs.loc[runs.is_complete & in_table, ["adapter", "branch", "other_settings", "run", "path"]]
         memory = tables.memory_of(gather(whole, step_frame), memory_gb)
-        missing = missing_of(cells, comparisons)
+        missing = missing_of(cells)
         shown = complete.drop(columns=["path", "shared_settings", "method_settings", "model_settings"])
         self.pictures = pictures_of(complete, results, comparisons)
         self.data = {"runs": shown, "cells": cells, "comparisons": comparisons, "memory": memory, "missing": missing}

@@ -183,12 +183,11 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     return in_paper_order(cells.astype({"seeds": int}), keys)
 
 
-def missing_of(cells: pd.DataFrame, comparisons: pd.DataFrame) -> pd.DataFrame:
+def missing_of(cells: pd.DataFrame) -> pd.DataFrame:
     """Return one row per published cell that has no run with the paper's settings, and per zeroth-order result without its control."""
     once = cells[cells.metric == "last"]
     run = once[(once.seeds > 0) & (once.other_settings == "")]
     cell = once[(once.paper_id != "") & ~once.paper_id.isin(run.paper_id)].drop_duplicates("paper_id").assign(missing="run")
-    compared = comparisons[comparisons.claim == "differs_from_control"][[*CELL, "other_settings"]].drop_duplicates()
-    zeroth = once[(once.seeds > 0) & ~once.variant.isin(WITHOUT_ZEROTH)]
-    control = zeroth.merge(compared, how="left", indicator=True).query("_merge == 'left_only'").assign(missing="control")
+    is_zeroth = (once.seeds > 0) & ~once.variant.isin(WITHOUT_ZEROTH)
+    control = once[is_zeroth & once.gain_seeds.isna()].assign(missing="control")
     return pd.concat([cell.assign(other_settings=""), control])[["missing", *CELL, "other_settings", "paper_id"]]
