@@ -38,9 +38,7 @@ def class_order(spec: str | Sequence[int], num_classes: int, paper: Sequence[int
         return list(range(num_classes))
     if spec == "paper":
         if paper is None or len(paper) != num_classes:
-            raise ValueError(
-                f"tasks.order='paper': no published order of these {num_classes} classes; choose natural, seed:N or a list"
-            )
+            raise ValueError(f"tasks.order='paper': no published order of these {num_classes} classes; choose natural, seed:N or a list")
         return list(paper)
     if match := re.fullmatch(r"seed:(\d+)", spec):
         import numpy as np
