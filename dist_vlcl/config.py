@@ -182,7 +182,10 @@ def default_name(config: Config) -> str:
 
 
 def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:
-    """Call `work` with the composed configuration. A user's error becomes one line on rank 0 and exit status 2."""
+    """Call `work` with the composed configuration. A user's error becomes one line on rank 0 and exit status 2.
+
+    `--help` prints the command's `document` before the options.
+    """
     import hydra
     from hydra.errors import HydraException
 
@@ -195,6 +198,8 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
     except ValueError as error:
         refuse(error, is_main)
 
+    if document and {"--help", "-h"} & set(sys.argv[1:]):
+        print(document)
     asks_for_full_error = FULL_ERROR in os.environ
 
     @hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="config")
