@@ -18,6 +18,7 @@ from PIL import Image
 
 from benchmarks.common import Table, interleaved, positive, run
 from dist_vlcl.data.loader import Loader
+from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, decode, read_shard
 from dist_vlcl.data.tasks import TaskStream
 from dist_vlcl.data.transforms import TrainTransform
@@ -57,7 +58,7 @@ def ways(args: argparse.Namespace, index: Index) -> dict[str, Callable[[], Any]]
     """Return what is timed on the shards of an index."""
     task = TaskStream(index.class_names, CLASSES)[0]
     shards = [shard for of_class in index.shards["train"] for shard in of_class]
-    warm = Loader(index, num_workers=0)
+    warm = Loader(index, DataConfig(num_workers=0))
 
     def load(loader: Loader) -> None:
         for _ in loader.train(task, batch_size=args.images, seed=0, epoch=0, transform=TrainTransform(args.size)):
@@ -65,7 +66,7 @@ def ways(args: argparse.Namespace, index: Index) -> dict[str, Callable[[], Any]]
 
     return {
         "read, decode": lambda: [decode(data, key) for shard in shards for key, data in read_shard(index, shard)[0]],
-        "read, decode, crop, resize": lambda: load(Loader(index, num_workers=0)),
+        "read, decode, crop, resize": lambda: load(Loader(index, DataConfig(num_workers=0))),
         "crop, resize (images in memory)": lambda: load(warm),
     }
 

@@ -193,7 +193,10 @@ def default_name(config: Config) -> str:
 
 
 def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:
-    """Call `work` with the composed configuration. A user's error becomes one line on rank 0 and exit status 2."""
+    """Call `work` with the composed configuration. A user's error becomes one line on rank 0 and exit status 2.
+
+    `--help` prints the command's `document` before the options.
+    """
     import hydra
 
     is_main = os.environ.get("RANK", "0") == "0"
@@ -205,6 +208,8 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
     except ValueError as error:
         refuse(error, is_main)
 
+    if document and {"--help", "-h"} & set(sys.argv[1:]):
+        print(document)
     asks_for_full_error = FULL_ERROR in os.environ
 
     @hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="config")

@@ -73,14 +73,7 @@ class Experiment:
         code = code_digest()
         facts = {"configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code}
         agree(world, facts, "Start every rank with the same command and the same files.")
-        loader = Loader(
-            index,
-            device=world.device,
-            num_workers=cfg.data.num_workers,
-            cache_gib=cfg.data.cache_gib,
-            on_error=cfg.data.on_error,
-        )
-        return cls(cfg, world, index, tasks, loader, build_towers(cfg, world), code)
+        return cls(cfg, world, index, tasks, Loader(index, cfg.data, world.device), build_towers(cfg, world), code)
 
     def num_steps(self, task: Task) -> int:
         """Return the number of steps of a task."""
@@ -147,7 +140,7 @@ class Experiment:
             held_out=held_out_samples(cfg, self.index, task),
         )
         noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
-        shown = progress(batches, total=batches.num_batches, description=described)
+        shown = progress(batches, total=len(batches), description=described)
         return count_correct(self.towers, shown, task.names, prefixes, world, noise).tolist()
 
 
@@ -164,7 +157,7 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
         kind, message = outcome
         raise kind(message)
     index = open_index(cfg.data)
-    order = class_order(cfg.tasks.order, index.num_classes, paper_order(index.reader))
+    order = class_order(cfg.tasks.order, len(index.class_names), paper_order(index.reader))
     names = prompt_names(index.class_names, cfg.data.underscore_names)
     return index, TaskStream(names, cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
 

@@ -17,8 +17,8 @@ from dist_vlcl.config import CONFIG_FOLDER, Config, compose_config
 from dist_vlcl.data.shards import decode, make_shards, read_shard
 from dist_vlcl.data.transforms import TestTransform
 from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import Experiment, build_towers, open_tasks
 from dist_vlcl.model.clip import SMALL
-from dist_vlcl.train import build_towers, count, evaluate, make_loader, open_tasks
 from dist_vlcl.zo.noise import Key, StepNoise
 
 NAMES = ["cat", "very long winded otter", "dog"]
@@ -183,15 +183,14 @@ def test_router_noise_at_evaluation_is_the_baseline_s_and_off_by_default(root):
 
 def evaluated(cfg: Config):
     """Evaluate after the first task; return the counts, and the image features' inputs and noise as the evaluation gave them."""
-    world, seen = World.alone(), []
-    index, tasks = open_tasks(cfg, world)
-    towers, loader = build_towers(cfg, world), make_loader(cfg, index, world)
+    experiment, seen = Experiment.open(cfg, World.alone()), []
+    towers = experiment.towers
     features = towers.features
     towers.features = lambda branch, inputs, noise=None: seen.append((branch, inputs, noise)) or features(branch, inputs, noise)
-    counts = evaluate(cfg, towers, loader, tasks, tasks[0], world, lambda batches, **_: batches)
-    again = count(cfg, towers, loader, tasks.seen(1), [1, 2], world, lambda batches, **_: batches, "")
+    counts = experiment.evaluate(experiment.tasks[0])
+    again = experiment.count(experiment.tasks.seen(1), [1, 2], "")
     assert counts == again[0][:1] + again[1][1:]  # noise and crops are seeded (Q3 is not copied)
-    return index, tasks, seen
+    return experiment.index, experiment.tasks, seen
 
 
 def test_the_evaluation_takes_the_quirks_where_it_is_told_and_only_there(root):

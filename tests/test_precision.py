@@ -193,5 +193,5 @@ def test_in_bf16_two_ranks_agree_to_the_bit():
 def test_deepspeed_is_refused_in_bf16():
     from types import SimpleNamespace
 
-    with pytest.raises(ValueError, match=r"model.precision=bf16: DeepSpeed holds one precision only"):
+    with pytest.raises(ValueError, match=r"model.precision=bf16: DeepSpeed trains in fp32 only"):
         build_towers(SimpleNamespace(model=SimpleNamespace(precision="bf16")), World(engine="zero2"))

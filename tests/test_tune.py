@@ -23,7 +23,7 @@ def test_held_out_images_are_a_part_of_every_class_and_never_trained_on(tmp_path
     sizes = index.sizes("train", task.classes)
     for class_id, shards in sizes.items():
         assert sum(s.class_id == class_id for s in kept) == round(0.2 * sum(shards))
-    loader, shared = Loader(index), {"batch_size": 50, "transform": TestTransform(8)}
+    loader, shared = Loader(index, cfg.data), {"batch_size": 50, "transform": TestTransform(8)}
     batches = loader.train(task, seed=0, epoch=0, without=kept, **shared)
     trained = [key for batch in batches for key in batch.samples]
     judged = [key for batch in loader.test(task.classes, held_out=kept, **shared) for key in batch.samples]
@@ -31,7 +31,7 @@ def test_held_out_images_are_a_part_of_every_class_and_never_trained_on(tmp_path
     everything = [key for batch in loader.train(task, seed=0, epoch=0, **shared) for key in batch.samples]
     assert len(judged) == len(kept) and sorted(trained + judged) == sorted(everything)
     assert not set(tested) & set(judged) and not set(tested) & set(trained)
-    assert batches.num_batches == steps_per_epoch(cfg, index, task)
+    assert len(batches) == steps_per_epoch(cfg, index, task)
 
 
 def test_what_is_held_out_is_a_function_of_class_and_seed_alone():

@@ -3,25 +3,21 @@
 Duration: one or two minutes for CIFAR-100 or Tiny-ImageNet on disk. Result: data/cifar100/index.json and one folder for each split.
 """
 
-import sys
-from pathlib import Path
 from urllib.error import URLError
 
 from rich.console import Console
 from rich.progress import track
 
-from dist_vlcl.config import Config, hydra_main
+from dist_vlcl.config import Config, hydra_main, refuse
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.shards import Index, make_shards
-from dist_vlcl.masking import masked
+from dist_vlcl.data.shards import make_shards
 
 
-def build(data: DataConfig) -> Path:
-    """Write the shards with a progress bar, and return their folder."""
-    folder = make_shards(data, lambda work: track(work, description=f"{data.name}: classes"))
-    index = Index.load(str(folder))
-    Console().print(f"{folder}: {index.num_classes} classes, {index.count('train')} training and {index.count('test')} test images")
-    return folder
+def build(data: DataConfig) -> None:
+    """Write the shards with a progress bar."""
+    index = make_shards(data, lambda work: track(work, description=f"{data.name}: classes"))
+    counts = f"{index.count('train')} training and {index.count('test')} test images"
+    Console().print(f"{index.location}: {len(index.class_names)} classes, {counts}")
 
 
 def run(config: Config) -> None:
@@ -29,14 +25,11 @@ def run(config: Config) -> None:
     try:
         build(config.data)
     except (ValueError, OSError, RuntimeError) as error:
-        print(masked(f"error: {error}"), file=sys.stderr)
-        if isinstance(error, URLError):
-            print(
-                f"This machine cannot download it. Get the official archive on another machine, then add data.source=PATH: "
-                f"python -m dist_vlcl.commands.build_data data={config.data.name} data.source=PATH",
-                file=sys.stderr,
-            )
-        sys.exit(2)
+        advice = (
+            "\nThis machine cannot download it. Get the official archive on another machine, then add data.source=PATH: "
+            f"python -m dist_vlcl.commands.build_data data={config.data.name} data.source=PATH"
+        )
+        refuse(OSError(f"{error}{advice}") if isinstance(error, URLError) else error)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Read a whole file from a folder, a web server or, if allowed, a command. Network reads end within a given time."""
+"""Read a whole file from a folder, a web server or, if allowed, the output of a command. Network reads end within a given time."""
 
 import logging
+import math
 import os
 import signal
 import ssl
@@ -12,7 +13,7 @@ from urllib.request import url2pathname
 
 from dist_vlcl.masking import masked
 
-ATTEMPTS = 3  # of a command; each has a third of the time
+COMMAND_ATTEMPTS = 3  # each has a third of the time
 SILENCE = 1 / 10  # part of the time after which a server that sends nothing is asked again
 TRY_AGAIN = (408, 429, *range(500, 600))  # HTTP statuses: too slow, too many requests, an error of the server
 
@@ -20,45 +21,39 @@ log = logging.getLogger(__name__)
 
 
 def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, timeout_s: float = 120) -> bytes:
-    """Return the content of a local file, an http(s) address, or the output of a command or tool (pipe:, gs:, ...).
+    """Return the content of a local file or an http(s) address, or the output of a `pipe:` command; at most `limit` bytes.
 
-    Returns at most `limit` bytes. Raises OSError if it cannot be read; from http(s) or a `pipe:` within `timeout_s` seconds. Raises
-    ValueError for a command that `allow_pipe` does not allow.
+    Raises OSError if it cannot be read, from http(s) and a `pipe:` within `timeout_s` seconds. Raises ValueError for another kind of
+    address, and for a command that `allow_pipe` does not allow.
     """
     parts = urlparse(url)
     if parts.scheme in ("http", "https"):
         return _with_retries(lambda deadline: _get(url, limit, timeout_s * SILENCE, deadline), url, timeout_s)
     if parts.scheme in ("", "file"):
         with open(url2pathname(parts.path) if parts.scheme else url, "rb") as file:
-            return file.read(-1 if limit is None else limit)
+            return file.read(limit)
+    if parts.scheme != "pipe":
+        raise ValueError(f"data.url={masked(url)!r}: give a folder, an http(s) address or a `pipe:` command")
     if not allow_pipe:
         raise ValueError(f"data.url={masked(url)!r}: reading this runs a command; set data.allow_pipe=true to allow it")
-    if parts.scheme == "pipe":
-        return _with_retries(lambda _: _run(url.removeprefix("pipe:"), limit, timeout_s / ATTEMPTS), url, timeout_s, ATTEMPTS)
-    import webdataset
-
-    with webdataset.gopen(url) as stream:
-        return stream.read(-1 if limit is None else limit)
+    command = url.removeprefix("pipe:")
+    return _with_retries(lambda _: _run(command, limit, timeout_s / COMMAND_ATTEMPTS), url, timeout_s, COMMAND_ATTEMPTS)
 
 
-def _with_retries(read: Callable[[float], bytes], url: str, timeout_s: float, attempts: int | None = None) -> bytes:
+def _with_retries(read: Callable[[float], bytes], url: str, timeout_s: float, attempts: float = math.inf) -> bytes:
     """Return `read(deadline)`, tried again with growing pauses while there is time. Raises the last OSError."""
-    from urllib3.util import Retry
-
-    deadline = time.monotonic() + timeout_s
-    # Only its counts and pauses are used. Inside requests, it would know no deadline, and log addresses with the secrets in them.
-    retry = Retry(total=attempts, backoff_factor=0.25, backoff_max=5)
+    deadline, pause_s, failures = time.monotonic() + timeout_s, 0.25, 0
     while True:
         try:
             return read(deadline)
         except OSError as error:
-            retry = retry.increment("GET", url, error=error)
-            pause_s = retry.get_backoff_time()
+            failures += 1
             is_late = time.monotonic() + pause_s > deadline - timeout_s * SILENCE
-            if is_late or _is_final(error) or retry.total == 0:
+            if is_late or failures == attempts or _is_final(error):
                 raise
-            log.warning("%s: attempt %d failed: %s", masked(url), len(retry.history), masked(str(error)))
+            log.warning("%s: attempt %d failed: %s", masked(url), failures, masked(str(error)))
             time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 5)
 
 
 def _is_final(error: OSError) -> bool:
@@ -76,15 +71,15 @@ def _get(url: str, limit: int | None, silence_s: float, deadline: float) -> byte
 
     # One attempt waits for a connection, for the headers, then for each part of the content.
     wait_s = min(silence_s, (deadline - time.monotonic()) / 3)
-    pieces, size = [], 0
+    content = bytearray()
     with requests.Session() as session:
         certificates = ssl.get_default_verify_paths()
         session.verify = certificates.cafile or certificates.capath or True  # the system's or SSL_CERT_FILE, not only those of requests
         with session.get(url, stream=True, timeout=wait_s, headers={"Accept-Encoding": "identity"}) as response:
             response.raise_for_status()
-            while limit is None or size < limit:
+            while limit is None or len(content) < limit:
                 if time.monotonic() + wait_s > deadline:
-                    raise TimeoutError(f"only {size:,} bytes arrived in time")
+                    raise TimeoutError(f"only {len(content):,} bytes arrived in time")
                 try:
                     # `iter_content` would wait for a whole chunk, however slowly it arrives. `read1` returns what is there.
                     piece = response.raw.read1(1 << 16)
@@ -92,9 +87,8 @@ def _get(url: str, limit: int | None, silence_s: float, deadline: float) -> byte
                     raise OSError(str(error.args[0])) from error
                 if not piece:
                     break
-                pieces.append(piece)
-                size += len(piece)
-    return b"".join(pieces)[:limit]
+                content += piece
+    return bytes(content[:limit])
 
 
 def _run(command: str, limit: int | None, timeout_s: float) -> bytes:

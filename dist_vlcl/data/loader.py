@@ -5,7 +5,7 @@
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, is_ppm, log, ppm, read_shard
 from dist_vlcl.data.tasks import SampleId, Task, generator, plain_order, rank_slice, train_order
 from dist_vlcl.data.transforms import Transform
@@ -61,8 +62,9 @@ class Request:
     pass_index: int = 0  # number of the epoch or evaluation in the run
 
 
-def _requests(order: Sequence[SampleId], labels: Mapping[int, int], batch_size: int, rank: int, size: int, **shared: Any) -> list[Request]:
+def _requests(order: Sequence[SampleId], classes: Sequence[int], batch_size: int, rank: int, size: int, **shared: Any) -> list[Request]:
     """Return a rank's part of order[i * batch_size : (i + 1) * batch_size] for every i. The last global batch may be smaller."""
+    labels = {class_id: label for label, class_id in enumerate(classes)}
     requests = []
     for index, first in enumerate(range(0, len(order), batch_size)):
         batch = order[first : first + batch_size]
@@ -78,67 +80,29 @@ class CachedShard(NamedTuple):
     problem: ShardError | None
     pass_index: int  # in which it was read
 
-
-class ImageCache:
-    """Reads images by their place in the shards. Shards and decoded pixels stay in memory up to `limit_bytes`."""
-
-    def __init__(self, index: Index, limit_bytes: float) -> None:
-        self.index, self.limit, self.bytes = index, limit_bytes, 0
-        self._shards: OrderedDict[tuple[str, int, int], CachedShard] = OrderedDict()
-
-    def image(self, request: Request, sample: SampleId, is_strict: bool) -> tuple[str, np.ndarray]:
-        """Return key and pixels, uint8 [H, W, 3].
-
-        Raises ShardError if the sample cannot be read, and with `is_strict` also if anything else is wrong with its shard.
-        """
-        stored, problem, _ = self._shard(request, sample)
-        if problem and (is_strict or sample.position >= len(stored)):
-            raise type(problem)(f"{problem}; needed: sample {sample.position}")
-        key, data = stored[sample.position]
-        pixels = decode(data, key)
-        if not is_ppm(data) and self.bytes + pixels.nbytes <= self.limit:
-            stored[sample.position] = StoredSample(key, ppm(pixels))
-            self.bytes += len(stored[sample.position].image) - len(data)
-        return key, pixels
-
-    def _shard(self, request: Request, sample: SampleId) -> CachedShard:
-        name = (request.split, sample.class_id, sample.shard)
-        cached = self._shards.get(name)
-        if cached and cached.problem and cached.pass_index != request.pass_index:
-            self._drop(name)  # try again: the network may have been down
-            cached = None
-        if cached is None:
-            shard = self.index.shards[request.split][sample.class_id][sample.shard]
-            cached = self._shards[name] = CachedShard(*read_shard(self.index, shard), request.pass_index)
-            if cached.problem:
-                log.warning("%s", cached.problem)
-            self.bytes += _num_bytes(cached.samples)
-            while self.bytes > self.limit and len(self._shards) > request.min_shards:
-                self._drop(next(iter(self._shards)))
-        self._shards.move_to_end(name)
-        return cached
-
-    def _drop(self, name: tuple[str, int, int]) -> None:
-        self.bytes -= _num_bytes(self._shards.pop(name).samples)
-
-
-def _num_bytes(samples: Sequence[StoredSample]) -> int:
-    return sum(len(sample.image) for sample in samples)
+    @property
+    def bytes(self) -> int:
+        return sum(len(sample.image) for sample in self.samples)
 
 
 class Reader(Dataset[Batch]):
-    """Turns requests into batches, in the trainer or in loading processes."""
+    """Turns requests into batches, in the trainer or in loading processes.
 
-    def __init__(self, cache: ImageCache, on_error: str) -> None:
-        self.cache, self.on_error = cache, on_error
+    Shards and decoded pixels stay in memory up to `limit_bytes`. If a sample cannot be read, `is_strict` raises ShardError; otherwise the
+    sample is skipped.
+    """
+
+    def __init__(self, index: Index, limit_bytes: float, is_strict: bool = True) -> None:
+        self.index, self.limit, self.is_strict, self.bytes = index, limit_bytes, is_strict, 0
+        self._shards: OrderedDict[tuple[str, int, int], CachedShard] = OrderedDict()
 
     def __getitem__(self, request: Request) -> Batch:
         images, labels, positions, keys = [], [], [], []
         for sample, position, label in zip(request.samples, request.positions, request.labels, strict=True):
             try:
-                key, pixels = self.cache.image(request, sample, is_strict=self.on_error == "stop")
+                key, pixels = self.image(request, sample)
             except ShardError as error:
-                if self.on_error == "stop":
+                if self.is_strict:
                     raise
                 log.warning("skipped: %s", error)
                 continue
@@ -152,30 +116,68 @@ class Reader(Dataset[Batch]):
         places = torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
         return Batch(stacked, *places, request.count, request.index, keys)
 
+    def image(self, request: Request, sample: SampleId) -> tuple[str, np.ndarray]:
+        """Return key and pixels, uint8 [H, W, 3].
+
+        Raises ShardError if the sample cannot be read, and with `is_strict` also if anything else is wrong with its shard.
+        """
+        stored, problem, _ = self._shard(request, sample)
+        if problem and (self.is_strict or sample.position >= len(stored)):
+            raise type(problem)(f"{problem}; needed: sample {sample.position}")
+        key, data = stored[sample.position]
+        pixels = decode(data, key)
+        if not is_ppm(data) and self.bytes + pixels.nbytes <= self.limit:
+            stored[sample.position] = StoredSample(key, ppm(pixels))
+            self.bytes += len(stored[sample.position].image) - len(data)
+        return key, pixels
+
+    def _shard(self, request: Request, sample: SampleId) -> CachedShard:
+        name = (request.split, sample.class_id, sample.shard)
+        cached = self._shards.get(name)
+        if cached and cached.problem and cached.pass_index != request.pass_index:
+            self.bytes -= self._shards.pop(name).bytes  # try again: the network may have been down
+            cached = None
+        if cached is None:
+            shard = self.index.shards[request.split][sample.class_id][sample.shard]
+            cached = self._shards[name] = CachedShard(*read_shard(self.index, shard), request.pass_index)
+            if cached.problem:
+                log.warning("%s", cached.problem)
+            self.bytes += cached.bytes
+            while self.bytes > self.limit and len(self._shards) > request.min_shards:
+                self.bytes -= self._shards.popitem(last=False)[1].bytes
+        self._shards.move_to_end(name)
+        return cached
+
+
+@dataclass(frozen=True)
+class Batches:
+    """One rank's batches of an epoch or evaluation. Each iteration loads them again."""
+
+    loader: "Loader"
+    requests: Sequence[Request]
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.loader.load(self.requests)
+
 
 class Loader:
     """Loads all batches of a run, with one set of loading processes and one cache for all epochs, tasks and evaluations.
 
-    `num_workers=None` means up to 4 loading processes for a GPU and none for a CPU. `cache_gib` is the memory of this rank for images.
-    `on_error` is `stop` or `skip`. Only one iterator is active: a new one ends the one before.
+    The options `data` say how many processes load, how much memory they use, and what happens if a sample is damaged. Only one iterator is
+    active: a new one ends the one before.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        *,
-        device: torch.device | str = "cpu",
-        num_workers: int | None = None,
-        cache_gib: float = 1.0,
-        on_error: str = "stop",
-    ) -> None:
+    def __init__(self, index: Index, data: DataConfig, device: torch.device | str = "cpu") -> None:
         self.index, self.device = index, torch.device(device)
         is_on_gpu = self.device.type == "cuda"
-        workers = _default_workers(is_on_gpu) if num_workers is None else num_workers
+        workers = _default_workers(is_on_gpu) if data.num_workers is None else data.num_workers
         self._requests: list[Request] = []  # of the current pass
         self._passes = 0
         self._loader = DataLoader(
-            Reader(ImageCache(index, cache_gib * 2**30 / max(1, workers)), on_error),
+            Reader(index, data.cache_gib * 2**30 / max(1, workers), data.on_error == "stop"),
             batch_size=None,
             sampler=self._requests,
             num_workers=workers,
@@ -200,13 +202,13 @@ class Loader:
         size: int = 1,
         start: int = 0,
         without: Sequence[SampleId] = (),
-    ) -> "Batches":
+    ) -> Batches:
         """Return one epoch of a task from batch `start` on. `batch_size` counts the samples of all ranks. `without` is left out."""
         left_out = set(without)
         order = [s for s in train_order(self.index.sizes("train", task.classes), seed, task.index, epoch) if s not in left_out]
         min_shards = 2 * len(task.classes)  # a batch may span two windows, each with about one shard of every class
         shared = {"split": "train", "transform": transform, "seeds": (seed, task.index, epoch), "min_shards": min_shards}
-        return Batches(self, _requests(order, task.labels, batch_size, rank, size, **shared), start)
+        return Batches(self, _requests(order, task.classes, batch_size, rank, size, **shared)[start:])
 
     def test(
         self,
@@ -217,15 +219,14 @@ class Loader:
         rank: int = 0,
         size: int = 1,
         held_out: Sequence[SampleId] = (),
-    ) -> "Batches":
+    ) -> Batches:
         """Return every test sample of the classes exactly once over all ranks, or instead the training samples `held_out`.
 
         The label of a class is its place in `classes`.
         """
         order = held_out or plain_order(self.index.sizes("test", classes))
-        labels = {class_id: label for label, class_id in enumerate(classes)}
         shared = {"split": "train" if held_out else "test", "transform": transform, "seeds": (), "min_shards": 8}
-        return Batches(self, _requests(order, labels, batch_size, rank, size, **shared))
+        return Batches(self, _requests(order, classes, batch_size, rank, size, **shared))
 
     def load(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Yield the batches of some requests, with all tensors on the device."""
@@ -242,26 +243,6 @@ class Loader:
             if batch is None:
                 return
             yield replace(batch.to(self.device, non_blocking=True), waited_s=time.perf_counter() - started)
-
-
-class Batches:
-    """One rank's batches of an epoch or evaluation, from batch `start` on."""
-
-    def __init__(self, loader: Loader, requests: Sequence[Request], start: int = 0) -> None:
-        assert 0 <= start <= len(requests)
-        self._loader, self._requests, self._start = loader, requests, start
-
-    @property
-    def num_batches(self) -> int:
-        """Batches of the whole epoch."""
-        return len(self._requests)
-
-    def __len__(self) -> int:
-        """Batches from `start` on."""
-        return self.num_batches - self._start
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self._loader.load(self._requests[self._start :])
 
 
 def _default_workers(is_on_gpu: bool) -> int:

@@ -10,10 +10,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 
-def known_classes(reader: str) -> dict[str, str] | None:
-    """Return raw folder -> class name in the order of the class ids, or None for a data set without a list."""
-    path = FOLDER / "names" / f"{reader}.txt"
-    return dict(line.split("\t") for line in _lines(path)) if path.exists() else None
+def known_classes(reader: str) -> dict[str, str]:
+    """Return raw folder -> class name, in the order of the class ids, of a data set that has a list."""
+    return dict(line.split("\t") for line in _lines(FOLDER / "names" / f"{reader}.txt"))
 
 
 def prompt_names(class_names: Sequence[str], underscores: bool = False) -> list[str]:
@@ -39,8 +38,7 @@ def class_order(spec: str | Sequence[int], num_classes: int, paper: Sequence[int
         return list(range(num_classes))
     if spec == "paper":
         if paper is None or len(paper) != num_classes:
-            listed = "no published order" if paper is None else f"a published order of {len(paper)} classes"
-            raise ValueError(f"tasks.order='paper': there is {listed} for these {num_classes} classes; choose from natural, seed:N, a list")
+            raise ValueError(f"tasks.order='paper': no published order of these {num_classes} classes; choose natural, seed:N or a list")
         return list(paper)
     if match := re.fullmatch(r"seed:(\d+)", spec):
         import numpy as np

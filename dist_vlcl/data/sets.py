@@ -6,9 +6,9 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -57,88 +57,12 @@ class Found(NamedTuple):
 
 
 def read_raw(data: DataConfig) -> RawSet:
-    """List the raw data set that the options name. Every class has training and test images.
+    """List the raw data set that the options name. The samples are sorted, so that the kind of source does not matter.
 
-    Raises FileNotFoundError or ValueError, naming the option, if the source does not hold what the reader expects.
+    Raises FileNotFoundError or ValueError, naming the option, if the source does not hold what the reader expects. Every class needs
+    training and test images.
     """
-    raw = _READERS[data.reader_name](data)
-    for split in ("train", "test"):
-        present = {sample.class_id for sample in raw.samples if sample.split == split}
-        empty = [name for class_id, name in enumerate(raw.class_names) if class_id not in present]
-        if empty:
-            raise ValueError(f"data.source={data.source!r}: {len(empty)} classes have no {split} images, such as {empty[0]!r}")
-    return raw
-
-
-def digits(data: DataConfig) -> RawSet:
-    """scikit-learn's 1797 handwritten digits: 8x8 pixels, white on black, enlarged to 32x32."""
-    from sklearn.datasets import load_digits
-
-    loaded = load_digits()
-    found = [
-        Found(None, DIGITS[label], f"{DIGITS[label]}/{number:04d}.png", partial(_digit_png, image))
-        for number, (image, label) in enumerate(zip(loaded.images, loaded.target, strict=True))
-    ]
-    return _raw_set(found, {name: f"handwritten digit {name}" for name in DIGITS}, data)
-
-
-def cifar100(data: DataConfig) -> RawSet:
-    """The official archive, downloaded or given, or images below `<class>/`."""
-    source = None if data.source is None else Path(data.source)
-    if source is not None and source.name == CIFAR_FOLDER and (source / "train").is_file():
-        source = source.parent  # the unpacked folder itself was given
-    if source is not None and source.name != f"{CIFAR_FOLDER}.tar.gz" and not (source / CIFAR_FOLDER).is_dir():
-        return _known_set(data, source)
-    folder = source if source is not None and source.is_dir() else _unpack_cifar(data, source)
-    classes = known_classes("cifar100")
-    assert classes is not None  # ships with the package
-    found = [image for split in ("train", "test") for image in _official_cifar(folder, split, list(classes))]
-    return _raw_set(found, classes, data)
-
-
-def archive(data: DataConfig) -> RawSet:
-    """Read Tiny-ImageNet or ImageNet-R: the official archive, downloaded or given, or images below `<wnid>/`.
-
-    Tiny-ImageNet's labelled val split is the test split. ImageNet-R has no split: `split_file` gives it, or `test_fraction` of each class
-    is drawn. ImageNet-R's class names and their order are RAPF's, an open choice: the paper does not state its own.
-    """
-    return _known_set(data, Path(data.source) if data.source else _download(data))
-
-
-def folder(data: DataConfig) -> RawSet:
-    """Any images below `<class>/`. Names come from `class_names` or classnames.json, otherwise from the folders."""
-    if data.source is None:
-        raise ValueError("data.source=None: reader=folder needs the folder, .tar or .zip of the images")
-    source = Path(data.source)
-    found = _find_images(data, source)
-    beside = source / "classnames.json"
-    names_file = data.class_names or (str(beside) if beside.is_file() else None)
-    classes = _read_class_names(names_file) if names_file else {name: name for name in sorted({image.folder for image in found})}
-    return _raw_set(found, classes, data)
-
-
-_READERS: dict[str, Callable[[DataConfig], RawSet]] = {
-    "digits": digits,
-    "cifar100": cifar100,
-    "tiny_imagenet": archive,
-    "imagenet_r": archive,
-    "folder": folder,
-}
-
-
-# From found images to a raw data set
-
-
-def _known_set(data: DataConfig, source: Path) -> RawSet:
-    classes = known_classes(data.reader_name)
-    assert classes is not None  # ships with the package
-    if data.class_names:
-        classes |= {name: text for name, text in _read_class_names(data.class_names).items() if name in classes}
-    return _raw_set(_find_images(data, source, classes), classes, data)
-
-
-def _raw_set(found: list[Found], classes: Mapping[str, str], data: DataConfig) -> RawSet:
-    """Assign class ids (the order of `classes`) and splits. The samples are sorted, so that the kind of source does not matter."""
+    found, classes = _READERS[data.reader_name](data)
     folders = {image.folder for image in found}
     missing, unknown = [name for name in classes if name not in folders], sorted(folders - set(classes))
     if missing or unknown:
@@ -153,7 +77,73 @@ def _raw_set(found: list[Found], classes: Mapping[str, str], data: DataConfig) -
         for image in sorted(found, key=lambda image: (image.short, image.path))
         if image.path in split_of
     ]
+    for split in ("train", "test"):
+        present = {sample.class_id for sample in samples if sample.split == split}
+        if empty := [name for class_id, name in enumerate(classes.values()) if class_id not in present]:
+            raise ValueError(f"data.source={data.source!r}: {len(empty)} classes have no {split} images, such as {empty[0]!r}")
     return RawSet(list(classes.values()), samples)
+
+
+# Readers
+
+
+def digits(_: DataConfig) -> tuple[list[Found], dict[str, str]]:
+    """scikit-learn's 1797 handwritten digits: 8x8 pixels, white on black, enlarged to 32x32."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    found = [
+        Found(None, DIGITS[label], f"{DIGITS[label]}/{number:04d}.png", partial(_digit_png, image))
+        for number, (image, label) in enumerate(zip(loaded.images, loaded.target, strict=True))
+    ]
+    return found, {name: f"handwritten digit {name}" for name in DIGITS}
+
+
+def cifar100(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
+    """The official archive, downloaded or given, or images below `<class>/`."""
+    downloads = Path(data.root) / "downloads"
+    source = Path(data.source or downloads)
+    if source.name == f"{CIFAR_FOLDER}.tar.gz" and source.is_file():
+        _unpack_cifar(source, downloads)
+        source = downloads
+    elif source.name == CIFAR_FOLDER and (source / "train").is_file():
+        source = source.parent  # the unpacked folder itself was given
+    if data.source and not (source / CIFAR_FOLDER).is_dir():
+        return known_images(data, source)
+    classes = known_classes("cifar100")
+    return [image for split in ("train", "test") for image in _official_cifar(source, split, list(classes))], classes
+
+
+def archive(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
+    """Read Tiny-ImageNet or ImageNet-R: the official archive, downloaded or given, or images below `<wnid>/`.
+
+    Tiny-ImageNet's labelled val split is the test split. ImageNet-R has no split: `split_file` gives it, or `test_fraction` of each class
+    is drawn. ImageNet-R's class names and their order are RAPF's, an open choice: the paper does not state its own.
+    """
+    return known_images(data, Path(data.source) if data.source else _download(data))
+
+
+def known_images(data: DataConfig, source: Path) -> tuple[list[Found], dict[str, str]]:
+    """Images of a data set with a list of class names, which `class_names` can change."""
+    classes = known_classes(data.reader_name)
+    own_names = _read_class_names(data.class_names) if data.class_names else {}
+    return _find_images(data, source, classes), {name: own_names.get(name, text) for name, text in classes.items()}
+
+
+def folder(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
+    """Any images below `<class>/`. Names come from `class_names` or classnames.json, otherwise from the folders."""
+    if data.source is None:
+        raise ValueError("data.source=None: reader=folder needs the folder, .tar or .zip of the images")
+    found, beside = _find_images(data, Path(data.source)), Path(data.source) / "classnames.json"
+    if data.class_names or beside.is_file():
+        return found, _read_class_names(data.class_names or str(beside))
+    return found, {name: name for name in sorted({image.folder for image in found})}
+
+
+_READERS = {"digits": digits, "cifar100": cifar100, "tiny_imagenet": archive, "imagenet_r": archive, "folder": folder}
+
+
+# Splits and names
 
 
 def _splits(found: list[Found], data: DataConfig) -> dict[str, str]:
@@ -168,11 +158,9 @@ def _splits(found: list[Found], data: DataConfig) -> dict[str, str]:
 
 
 def _drawn_splits(found: list[Found], data: DataConfig) -> dict[str, str]:
-    by_class: dict[str, list[Found]] = defaultdict(list)
-    for image in sorted(found, key=lambda image: image.short):
-        by_class[image.folder].append(image)
     splits: dict[str, str] = {}
-    for name, images in by_class.items():
+    for name, of_class in groupby(sorted(found, key=lambda image: image.short), key=lambda image: image.folder):
+        images = list(of_class)
         generator(data.split_seed, "split", name).shuffle(images)
         num_test = max(1, round(len(images) * data.test_fraction))
         splits |= {image.path: "test" if place < num_test else "train" for place, image in enumerate(images)}
@@ -301,17 +289,13 @@ def _download(data: DataConfig) -> Path:
     return downloads / PurePosixPath(url).name
 
 
-def _unpack_cifar(data: DataConfig, archive: Path | None) -> Path:
-    """Return the folder that torchvision reads or downloads to; unpack a given official archive there."""
+def _unpack_cifar(archive: Path, folder: Path) -> None:
     from torchvision.datasets import CIFAR100
     from torchvision.datasets.utils import calculate_md5, extract_archive
 
-    downloads = Path(data.root) / "downloads"
-    if archive is not None:
-        if (found := calculate_md5(archive)) != CIFAR100.tgz_md5:
-            raise ValueError(f"data.source={str(archive)!r}: damaged, or not the official archive: MD5 {found}, not {CIFAR100.tgz_md5}")
-        extract_archive(str(archive), str(downloads))
-    return downloads
+    if (found := calculate_md5(archive)) != CIFAR100.tgz_md5:
+        raise ValueError(f"data.source={str(archive)!r}: damaged, or not the official archive: MD5 {found}, not {CIFAR100.tgz_md5}")
+    extract_archive(str(archive), str(folder))
 
 
 def _official_cifar(folder: Path, split: str, class_names: list[str]) -> Iterable[Found]:

@@ -14,13 +14,14 @@ import hashlib
 import io
 import json
 import logging
+import math
 import re
 import shutil
 import tarfile
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,12 +71,9 @@ def is_ppm(data: bytes) -> bool:
 
 def decode(data: bytes, key: str) -> np.ndarray:
     """PNG, JPEG, WebP or our PPM -> RGB pixels, uint8 [H, W, 3]. Raises ShardError for anything else."""
-    if header := PPM_HEADER.match(data):
-        width, height, found = int(header[1]), int(header[2]), len(data) - header.end()
-        if found != width * height * 3:
-            raise ShardError(f"{key}: no image: {width} x {height} pixels need {width * height * 3} bytes, found {found}")
-        return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3)
     try:
+        if header := PPM_HEADER.match(data):  # 80 times faster than Pillow
+            return np.frombuffer(data, np.uint8, offset=header.end()).reshape(int(header[2]), int(header[1]), 3)
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
@@ -118,10 +116,6 @@ class Index:
     timeout_s: float = 120  # to read one shard from http(s) or a pipe:, all attempts together
 
     @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    @property
     def fingerprint(self) -> str:
         """SHA-256 of the content, including the shards' hashes: equal only if the data are equal."""
         return hashlib.sha256(self._text().encode()).hexdigest()
@@ -132,11 +126,8 @@ class Index:
 
     def count(self, split: str, classes: Iterable[int] | None = None) -> int:
         """Return the number of samples of some classes, or of all."""
-        classes = range(self.num_classes) if classes is None else classes
+        classes = range(len(self.class_names)) if classes is None else classes
         return sum(sum(sizes) for sizes in self.sizes(split, classes).values())
-
-    def url(self, path: str) -> str:
-        return self.location.replace("{}", path) if "{}" in self.location else f"{self.location.rstrip('/')}/{path}"
 
     def verify(self, track: Track = iter) -> None:
         """Read every shard. Raises ShardError that names the shards whose samples or bytes differ from the index."""
@@ -153,8 +144,7 @@ class Index:
     @classmethod
     def load(cls, location: str, allow_pipe: bool = False, timeout_s: float = 120) -> "Index":
         """Read index.json below a folder or address. Raises OSError, or ValueError if it is not an index of this format."""
-        empty = cls("", "", (), (), {}, location, allow_pipe, timeout_s)
-        url = empty.url("index.json")
+        url = _address(location, "index.json")
         try:
             text = read_bytes(url, allow_pipe, MAX_INDEX_BYTES, timeout_s)
         except OSError as error:
@@ -168,9 +158,13 @@ class Index:
             if any(len(shards[split]) != len(names) for split in SPLITS):
                 raise ValueError(f"{len(names)} names, but shards for {[len(shards[split]) for split in SPLITS]} classes")
             encodings = tuple(content["encodings"])
-            return replace(empty, name=content["name"], reader=content["reader"], class_names=names, encodings=encodings, shards=shards)
+            return cls(content["name"], content["reader"], names, encodings, shards, location, allow_pipe, timeout_s)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(masked(f"{url}: damaged ({type(error).__name__}: {error}); copy it, or build the shards, again")) from error
+
+
+def _address(location: str, path: str) -> str:
+    return location.replace("{}", path) if "{}" in location else f"{location.rstrip('/')}/{path}"
 
 
 def _checked(entry: dict[str, Any]) -> Shard:
@@ -200,44 +194,32 @@ def open_index(data: DataConfig) -> Index:
 
 def build_command(data: DataConfig) -> str:
     """Return the command that builds these shards."""
-    defaults, named = DataConfig(), ("name", "reader")
-    options = {f.name: getattr(data, f.name) for f in fields(data) if f.name not in named}
-    changed = [f"data.{name}={value}" for name, value in options.items() if value != getattr(defaults, name)]
-    name = [] if data.name == data.reader_name else [f"data.name={data.name}"]
+    defaults = asdict(DataConfig(name=data.reader_name, reader=data.reader))
+    changed = [f"data.{name}={value}" for name, value in asdict(data).items() if value != defaults[name]]
     source = ["data.source=FOLDER_OR_TAR"] if data.reader_name == "folder" and data.source is None else []
-    return " ".join(["python -m dist_vlcl.commands.build_data", f"data={data.reader_name}", *name, *changed, *source])
+    return " ".join(["python -m dist_vlcl.commands.build_data", f"data={data.reader_name}", *changed, *source])
 
 
 # Writing
 
 
-def make_shards(data: DataConfig, track: Track = iter) -> Path:
-    """Write the shards of the data set that the options name, and return their folder.
+def make_shards(data: DataConfig, track: Track = iter) -> Index:
+    """Write the shards of the data set that the options name.
 
     Raises FileExistsError if there are shards already, since they are not compared with the source.
     """
     folder = Path(data.root) / data.name
     if (folder / "index.json").exists():
         raise FileExistsError(f"{folder} has shards already: remove it to build them again, or choose another data.root")
-    options: dict[str, Any] = {"samples_per_shard": data.samples_per_shard, "pixels": data.stores_pixels, "track": track}
-    write_shards(read_raw(data), folder, name=data.name, reader=data.reader_name, **options)
-    return folder
+    return write_shards(read_raw(data), data, track)
 
 
-def write_shards(
-    raw: RawSet,
-    folder: Path,
-    *,
-    name: str,
-    reader: str,
-    samples_per_shard: int = 64,
-    pixels: bool = False,
-    track: Track = iter,
-) -> Index:
-    """Write the shards and index of a raw data set into `folder`, which appears complete or not at all.
+def write_shards(raw: RawSet, data: DataConfig, track: Track = iter) -> Index:
+    """Write the shards and index of a raw data set into the folder root/name, which appears complete or not at all.
 
-    Equal images give equal bytes. `pixels` stores decoded images. If another process finishes first, its folder stays.
+    Equal images give equal bytes. If another process finishes first, its folder stays.
     """
+    folder = Path(data.root) / data.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     by_class: dict[tuple[str, int], list[RawSample]] = defaultdict(list)
@@ -245,11 +227,11 @@ def write_shards(
         by_class[sample.split, sample.class_id].append(sample)
     classes = range(len(raw.class_names))
     work = [(split, class_id) for split in SPLITS for class_id in classes]
-    encodings = (PIXELS,) if pixels else tuple(sorted({sample.suffix for sample in raw.samples}))
+    encodings = (PIXELS,) if data.stores_pixels else tuple(sorted({sample.suffix for sample in raw.samples}))
     try:
-        written = {key: _write_class(aside, key, by_class[key], samples_per_shard, pixels) for key in track(work)}
+        written = {(split, number): _write_class(aside, split, number, by_class[split, number], data) for split, number in track(work)}
         shards = {split: tuple(written[split, class_id] for class_id in classes) for split in SPLITS}
-        index = Index(name, reader, tuple(raw.class_names), encodings, shards, str(folder))
+        index = Index(data.name, data.reader_name, tuple(raw.class_names), encodings, shards, str(folder))
         (aside / "index.json").write_text(index._text() + "\n", encoding="utf-8")
         aside.chmod(0o755)  # mkdtemp allows only the owner
         try:
@@ -262,20 +244,19 @@ def write_shards(
     return index
 
 
-def _write_class(
-    folder: Path, split_and_class: tuple[str, int], samples: Sequence[RawSample], samples_per_shard: int, pixels: bool
-) -> tuple[Shard, ...]:
+def _write_class(folder: Path, split: str, class_id: int, samples: Sequence[RawSample], data: DataConfig) -> tuple[Shard, ...]:
     """Write the shards of one class. They have equal sizes, so that each window of train_order mixes the classes in equal parts."""
-    split, class_id = split_and_class
     (folder / split).mkdir(exist_ok=True)
-    num_shards, keys, written = -(-len(samples) // samples_per_shard), unique_keys(samples), []
+    num_shards, keys, written = math.ceil(len(samples) / data.samples_per_shard), unique_keys(samples), []
     for number in range(num_shards):
         path, members = f"{split}/{class_id:04d}-{number:03d}.tar", rank_slice(len(samples), number, num_shards)
         stream = io.BytesIO()
         with webdataset.TarWriter(stream, encoder=False, user="", group="", mtime=0) as tar:
             for sample in (samples[place] for place in members):
-                image = ppm(decode(sample.read(), sample.key)) if pixels else sample.read()
-                tar.write({"__key__": next(keys), "cls": str(class_id).encode(), PIXELS if pixels else sample.suffix: image})
+                image, suffix = sample.read(), sample.suffix
+                if data.stores_pixels:
+                    image, suffix = ppm(decode(image, sample.key)), PIXELS
+                tar.write({"__key__": next(keys), "cls": str(class_id).encode(), suffix: image})
         content = stream.getvalue()
         (folder / path).write_bytes(content)
         written.append(Shard(path, len(members), len(content), hashlib.sha256(content).hexdigest()))
@@ -284,10 +265,10 @@ def _write_class(
 
 def unique_keys(samples: Sequence[RawSample]) -> Iterator[str]:
     """Yield each sample's key without what tar or webdataset cannot hold: dots, special characters, great length, repetition."""
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for sample in samples:
         key = re.sub(r"[^A-Za-z0-9_/-]+", "_", sample.key)[-80:].strip("_/") or "sample"
-        seen[key] = seen.get(key, 0) + 1
+        seen[key] += 1
         yield key if seen[key] == 1 else f"{key}--{seen[key]}"
 
 
@@ -299,7 +280,7 @@ def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], ShardErr
 
     Raises ShardError for members that our shards never hold: only text labels and images are ever opened.
     """
-    url = index.url(shard.path)
+    url = _address(index.location, shard.path)
     try:
         content = read_bytes(url, index.allow_pipe, shard.bytes + 1, index.timeout_s)
     except OSError as error:
@@ -314,38 +295,31 @@ def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], ShardErr
 
 
 def _parse(content: bytes, shard: Shard) -> tuple[list[StoredSample], str]:
-    """Return the complete samples before the first damage, and a description of the damage."""
-    found: dict[str, dict[str, bytes]] = {}  # key -> suffix -> content
+    """Return the complete samples before the first damage, and a description of the damage.
+
+    Raises ShardError for a member that would need more memory than the shard has bytes.
+    """
+    found: dict[str, dict[str, bytes]] = defaultdict(dict)  # key -> suffix -> content
     damage = ""
     try:
-        for name, data in _members(content, shard):
-            match = MEMBER.fullmatch(name)
-            if not match:
-                continue  # like webdataset, which ignores names without a suffix
+        # Mode `r:` never decompresses: a compressed tar is damage.
+        for member in tarfile.open(fileobj=io.BytesIO(content), mode="r:"):  # noqa: SIM115 - a buffer
+            if member.size > max(len(content), shard.bytes) or member.sparse is not None:
+                raise ShardError(f"{shard.path}: refused, the member {member.name!r} claims {member.size:,} bytes")
+            match, end = MEMBER.fullmatch(member.name), member.offset_data + member.size
+            if not match or not member.isreg():
+                continue  # like webdataset, which ignores folders and names without a suffix
+            if end > len(content):
+                raise tarfile.ReadError("unexpected end of data")
             key, suffix = match[1], match[2].lower()
-            if suffix in found.setdefault(key, {}):
-                raise ValueError(f"{name}: duplicate file name")
-            found[key][suffix] = data
+            if suffix in found[key]:
+                raise ValueError(f"{member.name}: duplicate file name")
+            found[key][suffix] = content[member.offset_data : end]
     except ShardError:
         raise
     except Exception as error:  # tarfile raises many types of errors for damaged bytes
         damage = f" ({type(error).__name__}: {error})"
     return [StoredSample(key, image) for key, files in found.items() for image in _images(key, files, shard)], damage
-
-
-def _members(content: bytes, shard: Shard) -> Iterator[tuple[str, bytes]]:
-    """Yield name and content of the files in a tar. A compressed tar is damage: mode `r:` never decompresses.
-
-    Raises ShardError for a member that would need more memory than the shard has bytes.
-    """
-    for member in tarfile.open(fileobj=io.BytesIO(content), mode="r:"):  # noqa: SIM115 - a buffer
-        if member.size > max(len(content), shard.bytes) or member.sparse is not None:
-            raise ShardError(f"{shard.path}: refused, the member {member.name!r} claims {member.size:,} bytes")
-        if member.isreg():
-            end = member.offset_data + member.size
-            if end > len(content):
-                raise tarfile.ReadError("unexpected end of data")
-            yield member.name, content[member.offset_data : end]
 
 
 def _images(key: str, files: dict[str, bytes], shard: Shard) -> list[bytes]:

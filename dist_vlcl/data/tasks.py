@@ -6,9 +6,10 @@ depend on the number of ranks or of loading processes.
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 ShardSizes = Mapping[int, Sequence[int]]  # class id -> number of samples in each of its shards
 
@@ -21,54 +22,37 @@ class Task:
     classes: tuple[int, ...]  # class ids of the data set, in the stream's order
     names: tuple[str, ...]  # for prompts, in the same order
 
-    @property
-    def labels(self) -> dict[int, int]:
-        """Class id -> label."""
-        return {class_id: label for label, class_id in enumerate(self.classes)}
 
-
-class TaskStream(Sequence[Task]):
-    """Cut an order of classes into tasks of `increment` classes; the last task may be smaller.
+class TaskStream(list[Task]):
+    """The tasks of a run: an order of classes, cut into tasks of `increment` classes; the last task may be smaller.
 
     The first task has `base` classes, or `increment` if `base` is 0. `num_tasks` keeps only the first tasks.
     Raises ValueError, naming the option, if a value does not fit the classes.
     """
 
     def __init__(
-        self,
-        class_names: Sequence[str],
-        increment: int,
-        order: Sequence[int] | None = None,
-        base: int = 0,
-        num_tasks: int | None = None,
+        self, class_names: Sequence[str], increment: int, order: Sequence[int] | None = None, base: int = 0, num_tasks: int | None = None
     ) -> None:
         num_classes = len(class_names)
-        order = list(range(num_classes)) if order is None else list(order)
-        _require_permutation(order, num_classes)
+        order = range(num_classes) if order is None else order
+        once, given = Counter(range(num_classes)), Counter(order)
+        if once != given:
+            raise ValueError(
+                f"tasks.order: list each class id from 0 to {num_classes - 1} once; "
+                f"missing {sorted(once - given)[:5]}, unknown or repeated {sorted(given - once)[:5]}"
+            )
         _require_between("increment", increment, 1, num_classes, "the number of classes")
         _require_between("base", base, 0, num_classes, "the number of classes")
         starts = [0, *range(base or increment, num_classes, increment)]
         if num_tasks is not None:
             _require_between("num_tasks", num_tasks, 1, len(starts), "the number of tasks in the stream")
-        parts = [order[start:stop] for start, stop in zip(starts, [*starts[1:], num_classes], strict=True)]
-        self._tasks = [
-            Task(index, tuple(classes), tuple(class_names[class_id] for class_id in classes))
-            for index, classes in enumerate(parts[:num_tasks])
-        ]
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Task]: ...
-    def __getitem__(self, index: int | slice) -> Task | list[Task]:
-        return self._tasks[index]
+        for index, (start, stop) in enumerate(zip(starts[:num_tasks], [*starts[1:], num_classes], strict=False)):
+            classes = tuple(order[start:stop])
+            self.append(Task(index, classes, tuple(class_names[class_id] for class_id in classes)))
 
     def seen(self, index: int) -> Task:
         """Return all classes up to and including task `index` as one task."""
-        tasks = self._tasks[: self._tasks[index].index + 1]
+        tasks = self[: self[index].index + 1]
         classes = tuple(class_id for task in tasks for class_id in task.classes)
         names = tuple(name for task in tasks for name in task.names)
         return Task(tasks[-1].index, classes, names)
@@ -77,18 +61,6 @@ class TaskStream(Sequence[Task]):
 def _require_between(option: str, value: int, low: int, high: int, meaning: str) -> None:
     if not low <= value <= high:
         raise ValueError(f"tasks.{option}={value}: choose from {low} to {high}, {meaning}")
-
-
-def _require_permutation(order: Sequence[int], num_classes: int) -> None:
-    if sorted(order) == list(range(num_classes)):
-        return
-    missing = sorted(set(range(num_classes)) - set(order))
-    unknown = sorted(set(order) - set(range(num_classes)))
-    repeated = sorted({class_id for class_id in order if order.count(class_id) > 1})
-    raise ValueError(
-        f"tasks.order: list each class id from 0 to {num_classes - 1} once; "
-        f"missing {missing[:5]}, unknown {unknown[:5]}, repeated {repeated[:5]}"
-    )
 
 
 class SampleId(NamedTuple):

@@ -5,52 +5,34 @@
 import math
 import random
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-
-class Box(NamedTuple):
-    """A rectangle of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-class Transform(Protocol):
-    """A crop and resize to `size` x `size` pixels."""
-
-    @property
-    def size(self) -> int: ...
-
-    def __call__(self, pixels_HWC: np.ndarray, draw: random.Random) -> Tensor:
-        """uint8 [H, W, 3] -> uint8 [3, S, S]. All randomness comes from `draw`."""
-        ...
+RATIO = (3 / 4, 4 / 3)  # of width to height of a training crop, torchvision's default
 
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """torchvision's RandomResizedCrop without a flip. `draw` makes a crop independent of the worker that computes it."""
+    """torchvision's RandomResizedCrop without a flip: uint8 [H, W, 3] -> uint8 [3, S, S].
+
+    All randomness comes from `draw`, so that a crop does not depend on the process that computes it.
+    """
 
     size: int
     scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __call__(self, pixels_HWC: np.ndarray, draw: random.Random) -> Tensor:
         height, width = pixels_HWC.shape[:2]
-        box = crop_box(height, width, self.scale, self.ratio, draw)
-        cropped = pixels_HWC[box.top : box.top + box.height, box.left : box.left + box.width]
-        return _to_tensor(resize(cropped, self.size, self.size))
+        top, left, tall, wide = crop_box(height, width, self.scale, draw)
+        return _to_tensor(resize(pixels_HWC[top : top + tall, left : left + wide], self.size, self.size))
 
 
 @dataclass(frozen=True)
 class TestTransform:
-    """torchvision's Resize of the shorter side to `size`, then CenterCrop."""
+    """torchvision's Resize of the shorter side to `size`, then CenterCrop: uint8 [H, W, 3] -> uint8 [3, S, S]. `draw` is not used."""
 
     __test__ = False  # not a pytest class
 
@@ -64,17 +46,20 @@ class TestTransform:
         return _to_tensor(resized[top : top + self.size, left : left + self.size])
 
 
-def crop_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draw: random.Random) -> Box:
-    """Return a random box with the distribution of torchvision's RandomResizedCrop.get_params."""
+Transform = TrainTransform | TestTransform
+
+
+def crop_box(height: int, width: int, scale: tuple[float, float], draw: random.Random) -> tuple[int, int, int, int]:
+    """Return a random box (top, left, height, width), in pixels, with the distribution of RandomResizedCrop.get_params of torchvision."""
     for _ in range(10):
         area = height * width * draw.uniform(*scale)
-        aspect = math.exp(draw.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(draw.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            return Box(draw.randint(0, height - crop_height), draw.randint(0, width - crop_width), crop_height, crop_width)
-    aspect = min(max(width / height, ratio[0]), ratio[1])
+            return draw.randint(0, height - crop_height), draw.randint(0, width - crop_width), crop_height, crop_width
+    aspect = min(max(width / height, RATIO[0]), RATIO[1])
     crop_height, crop_width = min(height, round(width / aspect)), min(width, round(height * aspect))
-    return Box((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
 def resize(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -27,7 +27,7 @@ import yaml
 
 from dist_vlcl.dist.world import World
 from dist_vlcl.masking import masked_values
-from dist_vlcl.options import option
+from dist_vlcl.options import flatten, option
 from dist_vlcl.run.checkpoint import is_of_version_1
 from dist_vlcl.run.environment import describe_environment, is_restart
 from dist_vlcl.run.files import make_folder, read_json, replace_file
@@ -145,15 +145,6 @@ class RunFolder:
         if self._lock:
             self._lock.close()
             self._lock = None
-
-
-def flatten(nested: dict[str, Any], separator: str = ".", prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a nested dictionary by joined key: {"a": {"b": 1}} gives {"a.b": 1}."""
-    leaves: dict[str, Any] = {}
-    for key, value in nested.items():
-        is_inner = isinstance(value, dict) and value
-        leaves |= flatten(value, separator, f"{prefix}{key}{separator}") if is_inner else {f"{prefix}{key}": value}
-    return leaves
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

@@ -26,13 +26,8 @@ class Preemption:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self.requested = False  # whether a signal has arrived
         self._previous: dict[signal.Signals, Any] = {}
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.received is not None
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
@@ -45,7 +40,7 @@ class Preemption:
             self._restore(number)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self.requested = True
         if number == signal.SIGINT:
             self._restore(signal.SIGINT)
 

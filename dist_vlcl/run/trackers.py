@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dist_vlcl.options import flatten
 from dist_vlcl.run.files import read_json, replace_file
-from dist_vlcl.run.folder import RunConfig, flatten
+from dist_vlcl.run.folder import RunConfig
 
 
 class Trackers:
@@ -57,7 +58,7 @@ class Trackers:
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:
     """Return the numbers of a nested record; joined keys begin with its kind: {"kind": "task", "seen": 1} gives {"task/seen": 1}."""
     own = {key: value for key, value in record.items() if key not in ("kind", "step", "time")}
-    return {name: value for name, value in flatten({record["kind"]: own}, "/").items() if isinstance(value, int | float)}
+    return {name.replace(".", "/"): value for name, value in flatten({record["kind"]: own}).items() if isinstance(value, int | float)}
 
 
 # Each returns the tracker, started, and the id that continues its run. They import late: a tracker is optional, and slow to import.

@@ -17,6 +17,7 @@ from PIL import Image
 
 from dist_vlcl.data import loader
 from dist_vlcl.data.loader import Loader
+from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import ShardError, decode
 from dist_vlcl.data.tasks import TaskStream, plain_order, train_order
 from dist_vlcl.data.transforms import TestTransform, TrainTransform
@@ -39,10 +40,14 @@ def task(index):
 OF_LOADER = ("num_workers", "cache_gib", "on_error")
 
 
+def loader_of(index, **options):
+    return Loader(index, DataConfig(**options))
+
+
 def train(index, task, rank=0, size=1, **options):
     settings = {"batch_size": 8, "seed": 0, "epoch": 0, "transform": TrainTransform(16)} | options
     of_loader = {name: settings.pop(name) for name in OF_LOADER if name in settings}
-    return Loader(index, **of_loader).train(task, rank=rank, size=size, **settings)
+    return loader_of(index, **of_loader).train(task, rank=rank, size=size, **settings)
 
 
 def joined(parts):
@@ -83,7 +88,7 @@ def test_global_batches_are_the_same_for_every_number_of_ranks(index, task, size
 @pytest.mark.parametrize("size", WORLDS)
 def test_ranks_have_equally_many_batches_as_predicted(index, task, size):
     loaders = [train(index, task, rank, size) for rank in range(size)]
-    assert [loader.num_batches for loader in loaders] == [len(loader) for loader in loaders] == [3] * size
+    assert [len(loader) for loader in loaders] == [3] * size
     batches = [list(loader) for loader in loaders]
     assert [len(of_rank) for of_rank in batches] == [3] * size
     assert [batch.count for batch in batches[0]] == [8, 8, 5]
@@ -117,7 +122,7 @@ def test_order_and_crops_change_with_epoch_and_seed_and_repeat_for_equal_ones(in
 def test_a_resume_continues_with_the_next_batch(index, task, start, num_workers):
     whole = list(train(index, task))
     rest = train(index, task, start=start, num_workers=num_workers)
-    assert (len(rest), rest.num_batches) == (3 - start, 3)
+    assert len(rest) == 3 - start
     assert_equal_batches(rest, whole[start:])
 
 
@@ -174,7 +179,7 @@ def test_each_shard_is_read_once_per_epoch(index, task, monkeypatch):
 @pytest.mark.parametrize("size", WORLDS)
 def test_evaluation_sees_every_test_sample_once(index, size):
     options = {"batch_size": 4, "transform": TestTransform(16)}
-    ranks = [list(Loader(index).test([3, 1, 0], rank=rank, size=size, **options)) for rank in range(size)]
+    ranks = [list(loader_of(index).test([3, 1, 0], rank=rank, size=size, **options)) for rank in range(size)]
     assert {len(batches) for batches in ranks} == {3}
     keys = [key for batches in ranks for batch in batches for key in batch.samples]
     assert sorted(keys) == [f"class{class_id}/test_{number:02d}" for class_id in (0, 1, 3) for number in range(3)]
@@ -198,20 +203,20 @@ def test_pixels_do_not_depend_on_where_they_are_stored_or_decoded(tmp_path, inde
     """Original or decoded shards, cached or not, with workers or without: the same bits."""
     decoded = make_index(tmp_path, pixels=True)
     assert decoded.encodings == ("ppm",) and index.encodings == ("png",)
-    loaders = [Loader(data_set, cache_gib=gib) for data_set in (index, decoded) for gib in (0, 1)]
-    first, *others = of_digits(*loaders, Loader(decoded, num_workers=2))
+    loaders = [loader_of(data_set, cache_gib=gib) for data_set in (index, decoded) for gib in (0, 1)]
+    first, *others = of_digits(*loaders, loader_of(decoded, num_workers=2))
     assert len(first) == 14 and first[0].images.shape == (8, 3, 16, 16)
     for other in others:
         assert_equal_batches(other, first)
 
 
 def test_one_set_of_workers_serves_epochs_tasks_and_evaluations(index, task):
-    loader, seen = Loader(index, num_workers=2), set()
+    loader, seen = loader_of(index, num_workers=2), set()
     for epoch in range(2):
         batches = iter(loader.train(task, batch_size=4, seed=0, epoch=epoch, transform=TrainTransform(16)))
         expected = list(train(index, task, batch_size=4, epoch=epoch))
         assert_equal_batches([next(batches), next(batches)], expected[:2])  # left in mid-epoch, as max_steps does
-        assert_equal_batches(*(by.test([0], batch_size=2, transform=TestTransform(16)) for by in (loader, Loader(index))))
+        assert_equal_batches(*(by.test([0], batch_size=2, transform=TestTransform(16)) for by in (loader, loader_of(index))))
         seen |= {worker.pid for worker in multiprocessing.active_children()}
     assert len(seen) == 2
 
@@ -234,7 +239,7 @@ def reads(monkeypatch):
 @pytest.mark.parametrize("pixels", [False, True])
 def test_what_fits_in_memory_is_read_and_decoded_once_a_run(tmp_path, reads, pixels):
     index = make_index(tmp_path, pixels=pixels)
-    of_digits(Loader(index))
+    of_digits(loader_of(index))
     assert len(reads) == len(set(reads)) == 16 + (0 if pixels else 40)
 
 
@@ -248,15 +253,15 @@ def request(split="train", min_shards=8, pass_index=0):
 
 def test_memory_stays_within_its_bound(index, reads):
     limit = 20_000  # six images of 32 x 32
-    cache = loader.ImageCache(index, limit)
+    cache = loader.Reader(index, limit)
     for sample in plain_order(index.sizes("train", range(4))) * 2:
-        key, pixels = cache.image(request(min_shards=1), sample, is_strict=True)
+        key, pixels = cache.image(request(min_shards=1), sample)
         assert key.startswith(f"class{sample.class_id}/") and pixels.shape == (32, 32, 3)
         assert cache.bytes == cached_bytes(cache) <= limit
     assert len(reads) > 2 * 28  # nothing of the first pass was left in the second
-    small = loader.ImageCache(index, 0)
+    small = loader.Reader(index, 0)
     for sample in train_order(index.sizes("train", range(4)), 0, 0, 0):
-        small.image(request(), sample, is_strict=True)  # two windows of a shuffled order stay in memory whatever the limit
+        small.image(request(), sample)  # two windows of a shuffled order stay in memory whatever the limit
     assert len([path for path in reads[-40:] if path.endswith(".tar")]) == 12
 
 
@@ -332,17 +337,17 @@ def test_a_read_that_fails_once_costs_one_evaluation(tmp_path, index, monkeypatc
         return ([], ShardError("the network was down")) if is_first and shard.path == "test/0001-000.tar" else whole(index, shard)
 
     monkeypatch.setattr(loader, "read_shard", fails_once)
-    of_run = Loader(index, on_error="skip", num_workers=num_workers)
+    of_run = loader_of(index, on_error="skip", num_workers=num_workers)
     seen = [[len(b.labels) for b in of_run.test([0, 1, 2, 3], batch_size=2, transform=TestTransform(16))] for _ in range(3)]
     assert [sum(counts) for counts in seen] == [9, 12, 12]
     assert tries.read_text().split().count("test/0001-000.tar") == 2 and tries.read_text().split().count("test/0002-000.tar") == 1
 
 
 def test_what_is_read_again_is_counted_again(truncated):
-    cache = loader.ImageCache(truncated, 1e9)
+    cache = loader.Reader(truncated, 1e9, is_strict=False)
     sample = next(s for s in plain_order(truncated.sizes("train", [2])) if s.shard == 0)
     for pass_index in (1, 1, 2, 3):
-        cache.image(request(pass_index=pass_index), sample, is_strict=False)
+        cache.image(request(pass_index=pass_index), sample)
         assert cache.bytes == cached_bytes(cache)
 
 
@@ -385,13 +390,14 @@ GROUP_SIGNAL = """
 import os, signal, sys
 from pathlib import Path
 from dist_vlcl.data.loader import Loader
+from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.transforms import TestTransform
 from dist_vlcl.run.signals import Preemption
 from tests.helpers.shards import make_index
 
 if __name__ == "__main__":
     index = make_index(Path(sys.argv[1]), num_classes=4, train=7, test=6)
-    batches = Loader(index, num_workers=1).test(range(4), batch_size=2, transform=TestTransform(32))
+    batches = Loader(index, DataConfig(num_workers=1)).test(range(4), batch_size=2, transform=TestTransform(32))
     with Preemption() as preemption:
         seen = 0
         for number, batch in enumerate(batches):

@@ -40,8 +40,8 @@ def test_other_orders():
     [
         ("papr", None, "choose from natural, paper, seed:N"),
         ("seed:x", None, "choose from natural, paper, seed:N"),
-        ("paper", None, "no published order"),
-        ("paper", [1, 0], "a published order of 2 classes for these 3 classes"),
+        ("paper", None, "no published order of these 3 classes"),
+        ("paper", [1, 0], "no published order of these 3 classes"),
     ],
 )
 def test_impossible_orders_are_refused(spec, paper, words):

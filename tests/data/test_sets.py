@@ -42,7 +42,7 @@ def listed(raw):
 
 def test_digits_are_ten_classes_of_1797_images_built_on_the_spot(tmp_path):
     index = open_index(DataConfig(root=str(tmp_path)))
-    assert (index.num_classes, index.class_names[0], index.class_names[9]) == (10, "handwritten digit zero", "handwritten digit nine")
+    assert (len(index.class_names), index.class_names[0], index.class_names[9]) == (10, "handwritten digit zero", "handwritten digit nine")
     assert (index.count("train"), index.count("test")) == (1438, 359)
     assert all(34 <= index.count("test", [class_id]) <= 37 for class_id in range(10))
 
@@ -226,12 +226,12 @@ def test_build_writes_once_and_a_run_opens_it(tmp_path, capsys):
         FileNotFoundError, match=r"-m dist_vlcl\.commands\.build_data data=folder data\.name=mine data\.root=.* data\.source="
     ):
         open_index(config)
-    folder = build(config)
+    build(config)
     assert "2 classes, 8 training and 2 test images" in " ".join(capsys.readouterr().out.split())
     index = open_index(config)
     index.verify()
-    assert (folder, index.name, index.reader) == (tmp_path / "data/mine", "mine", "folder")
-    assert open_index(DataConfig(name="elsewhere", reader="folder", url=str(folder))).fingerprint == index.fingerprint
+    assert (index.location, index.name, index.reader) == (str(tmp_path / "data/mine"), "mine", "folder")
+    assert open_index(DataConfig(name="elsewhere", reader="folder", url=index.location)).fingerprint == index.fingerprint
     with pytest.raises(FileExistsError, match="has shards already"):
         build(config)
 

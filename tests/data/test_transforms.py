@@ -31,7 +31,7 @@ def test_test_images_are_torchvisions(size):
 
 
 def test_a_train_image_is_torchvisions_crop_of_our_box():
-    box = crop_box(40, 50, (0.5, 1.0), (3 / 4, 4 / 3), generator(7))
+    box = crop_box(40, 50, (0.5, 1.0), generator(7))
     expected = T.functional.pil_to_tensor(T.functional.resized_crop(image(), *box, [24, 24], BICUBIC))
     actual = transformed(TrainTransform(24, scale=(0.5, 1.0)), image(), generator(7))
     assert torch.equal(actual, expected)
@@ -49,7 +49,7 @@ def test_columns_are_resized_before_rows():
 def test_boxes_are_distributed_as_torchvisions(height, width, scale):
     torch.manual_seed(0)
     draw, blank = random.Random(0), Image.new("RGB", (width, height))
-    ours = [crop_box(height, width, scale, (3 / 4, 4 / 3), draw) for _ in range(3000)]
+    ours = [crop_box(height, width, scale, draw) for _ in range(3000)]
     theirs = [T.RandomResizedCrop.get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(3000)]
     for mine, other in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
         spread = max(statistics.pstdev(other), 0.1)
@@ -59,5 +59,5 @@ def test_boxes_are_distributed_as_torchvisions(height, width, scale):
 
 def test_boxes_lie_inside_the_image():
     for seed in range(200):
-        top, left, height, width = crop_box(7, 31, (0.9, 1.0), (3 / 4, 4 / 3), generator(seed))
+        top, left, height, width = crop_box(7, 31, (0.9, 1.0), generator(seed))
         assert top >= 0 and left >= 0 and top + height <= 7 and left + width <= 31 and height > 0 and width > 0

@@ -10,6 +10,7 @@ save_s      how long a checkpoint takes (written by the test)
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def main() -> None:
         def _note(self, number: int, frame: FrameType | None) -> None:
             super()._note(number, frame)
             # not replaced whole: a second signal may come in the midst of this
-            (pace.folder / f"signal-{rank}").write_text(f"{start} {self.received}")
+            (pace.folder / f"signal-{rank}").write_text(f"{start} {signal.Signals(number).name}")
 
     def slow_save(*arguments: Any, **options: Any) -> Any:
         time.sleep(float(pace.read("save_s") or 0))

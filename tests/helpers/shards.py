@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dist_vlcl.data.sets import RawSample, RawSet
+from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, write_shards
 from dist_vlcl.data.tasks import generator
 
@@ -49,7 +50,9 @@ def make_index(
 ) -> Index:
     """Write a tiny set's shards into tmp_path/name."""
     raw = raw_set(num_classes, train, test, size)
-    return write_shards(raw, tmp_path / name, name=name, reader="folder", samples_per_shard=samples_per_shard, pixels=pixels)
+    encoding = "pixels" if pixels else "original"
+    options = {"samples_per_shard": samples_per_shard, "encoding": encoding}
+    return write_shards(raw, DataConfig(name=name, reader="folder", root=str(tmp_path), **options))
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def test_a_run_goes_through_everything_that_a_cluster_does_to_it_and_ends_as_if_
     ended = slurm.wait(lives.job)
     assert (ended["JobState"], ended["Restarts"], ended["NumNodes"]) == ("FAILED", "2", "2")
     assert "not started again: MAX_RESTARTS=2" in lives.said() and "2 x cpu (ddp)" in lives.said()
-    assert steps(lives.run) == 4 and lives.said().count("saved and stopped on a signal") == 2
+    assert steps(lives.run) == 4 and lives.said().count("saved and stopped after a signal") == 2
 
     lives.submit("run.trackers=[]", "cluster.num_processes=2")
     lives.train_until(4, restarts=0)
