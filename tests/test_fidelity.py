@@ -228,4 +228,4 @@ def test_the_faithful_run_is_the_baseline_s_configuration():
     assert (plain.adapter.noise_at_eval, plain.eval.train_transform, plain.data.underscore_names) == (False, False, False)
     assert (cfg.orders.branch, cfg.train.batch_size, cfg.tasks.increment, cfg.tasks.order) == ("none", 128, 10, "paper")
     words = " ".join(["paper=t1-moe-cifar10-fo", *FAITHFUL])
-    assert words in (CONFIG_FOLDER.parent / "docs" / "REPRODUCTION.md").read_text()
+    assert words in (CONFIG_FOLDER.parent / "docs" / "reproduction.md").read_text()
