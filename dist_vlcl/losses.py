@@ -144,7 +144,7 @@ class BatchLosses:
             part.cached_inputs[branch],
             inputs,
             start=self.start[branch],
-            stacked_params=flat.stacked_params(values),
+            stacked_params=flat.views(values),
             noise=part.noise,
         )
         return torch.cat([base, base + moved.change if is_delta else moved])
