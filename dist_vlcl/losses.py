@@ -87,6 +87,7 @@ class BatchLosses:
         self.delta_branches, self.stop = delta_branches, stop
         self.start = {branch: min(unit.layer for unit in flat.slices) for branch, flat in flats.items()}
         self.micro_batches: list[MicroBatch] = []
+        self.first: LossReport | None = None  # count and stop do not change within a step: they travel with its first losses
 
     def add(self, images: Tensor, labels: Tensor, noise: StepNoise, base: Mapping[str, tuple], real: int) -> None:
         """Add a micro-batch with its base evaluation, as `TwoTowers.forward` returns it. Only the first `real` samples count."""
@@ -98,7 +99,8 @@ class BatchLosses:
     def __call__(self, candidates: Sequence[Candidate]) -> LossReport:
         """Return the mean loss of each candidate over the global batch. All ranks call this with the same candidates.
 
-        One all-reduce of int64 `[K + 3]`: the sums, then the number of samples, of ranks asked to stop, and of ranks with unusable losses.
+        One all-reduce of int64 `[K + 3]`: the sums, then the number of ranks with unusable losses, of samples, and of ranks asked to stop.
+        The last two are sent once per batch.
         """
         sums_K = torch.zeros(len(candidates), dtype=torch.int64, device=self.world.device)
         is_faulty_K = torch.zeros(len(candidates), dtype=torch.bool, device=self.world.device)
@@ -144,7 +146,7 @@ class BatchLosses:
             part.cached_inputs[branch],
             inputs,
             start=self.start[branch],
-            stacked_params=flat.stacked_params(values),
+            stacked_params=flat.views(values),
             noise=part.noise,
         )
         return torch.cat([base, base + moved.change if is_delta else moved])
@@ -156,13 +158,19 @@ class BatchLosses:
         return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum()
 
     def _report(self, sums_K: Tensor, is_faulty_K: Tensor) -> LossReport:
-        own = torch.tensor([sum(part.real for part in self.micro_batches), self.stop], device=sums_K.device)
-        vector = torch.cat([sums_K, own, is_faulty_K.any()[None].long()])
-        *sums, count, stops, faults = self.world.sum_exact(vector, "losses").tolist()
-        count //= self.world.direction_groups  # each group has the whole batch
+        own = [] if self.first else [sum(part.real for part in self.micro_batches), int(self.stop)]
+        vector = torch.cat([sums_K, is_faulty_K.any()[None].long(), torch.tensor(own, dtype=torch.int64, device=sums_K.device)])
+        totals = self.world.sum_exact(vector, "losses").tolist()
+        sums, (faults, *shared) = totals[: len(sums_K)], totals[len(sums_K) :]
+        if self.first:
+            count, stop = self.first.count, self.first.stop
+        else:
+            count, stop = shared[0] // self.world.direction_groups, shared[1] > 0  # each group has the whole batch
         losses, faulty_ranks = [total / (RESOLUTION * max(count, 1)) for total in sums], []
         if faults:
             by_rank = self.world.gather_objects(is_faulty_K.tolist(), "the ranks whose loss is not finite")
             losses = [math.nan if any(faulty) else loss for loss, *faulty in zip(losses, *by_rank, strict=True)]
             faulty_ranks = [rank for rank, faulty in enumerate(by_rank) if any(faulty)]
-        return LossReport(losses, count, stops > 0, faulty_ranks)
+        report = LossReport(losses, count, stop, faulty_ranks)
+        self.first = self.first or report
+        return report

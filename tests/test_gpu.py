@@ -12,7 +12,7 @@ from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.precision import MAX_SLOPE_NOISE
 from dist_vlcl.step import HybridStep
-from dist_vlcl.zo.noise import Key, NoiseField, Segment, dropout_mask_by_row, normals_by_row, philox4x32
+from dist_vlcl.zo.noise import Key, NoiseField, dropout_mask_by_row, normals_by_row, philox4x32
 from tests.helpers.tiny_clip import LORA, MOE, NAMES, batch_of, pictures, tiny_clip
 from tests.test_step import STRATEGIES, in_float64
 from tests.test_train import TINY, configured, last_tensors, run_once
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 KEY, LR, CLASSES = Key(0x9ABC_DEF0_1234_5678, 7), 0.01, NAMES[:3]
 ADAPTERS = {"moe": MOE, "top 2 of 3": MoEConfig(experts=3, top_k=2, bottleneck=4), "lora": LORA}
 QUIET = MoEConfig(bottleneck=4, router_noise=False)  # the rest of a draw has the bits of the CPU
-SEGMENTS = [Segment("vision.1/up_weight", 5, 1_500_003), Segment("language.2/router", 0, 6)]
+PARAMETERS = [("vision.1/up_weight", 1_500_003), ("language.2/router", 6)]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def test_words_signs_and_masks_have_the_bits_of_the_cpu_and_normals_nearly(seed)
     counter = (torch.arange(1000)[None], 2**32 - 1, 0, 256 * rows[:, None] + 255)
     on_gpu = tuple(c.cuda() if isinstance(c, torch.Tensor) else c for c in counter)
     assert torch.equal(philox4x32(on_gpu, seed).cpu(), philox4x32(counter, seed))
-    fields = [NoiseField(SEGMENTS, device) for device in ("cpu", "cuda")]
+    fields = [NoiseField(PARAMETERS, device) for device in ("cpu", "cuda")]
     assert torch.equal(*[field.signs(key, 2).cpu() for field in fields])
     torch.testing.assert_close(*[field.normals(key, 2).cpu() for field in fields], rtol=0, atol=1e-6)
     assert torch.equal(*[dropout_mask_by_row("a", rows.to(device), 1001, 0.1, key, 255).cpu() for device in ("cpu", "cuda")])

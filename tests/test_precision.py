@@ -36,7 +36,7 @@ def numbers(plan, zeroth, evaluation, **options):
     """Return the slopes of a step, and the losses that its acceptance looked at."""
     step = step_of(plan, dataclasses.replace(zeroth, evaluation=evaluation, clip=None), **options)
     moves = step([batch_of(4, len(CLASSES))], KEY, LR).moves
-    slopes = [s for move in moves for probes in move.estimate.projected_gradient.values() for s in probes]
+    slopes = [s for move in moves for probes in move.projected_gradient.values() for s in probes]
     return torch.tensor(slopes, dtype=torch.float64), torch.tensor(
         [loss for move in moves for loss in move.losses or ()], dtype=torch.float64
     )

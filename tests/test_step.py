@@ -142,7 +142,7 @@ def test_in_fp32_losses_and_slopes_are_those_of_float64_nearly(branch, layers):
     slopes, losses, zeroth = [], [], dataclasses.replace(STRATEGIES["conservative"], probes=4)
     for double in (False, True):
         report = hybrid(OrderPlan(branch, layers), zeroth, double=double)([images()], Key(9, 0), LR)
-        slopes.append([s for move in report.moves for probes in move.estimate.projected_gradient.values() for s in probes])
+        slopes.append([s for move in report.moves for probes in move.projected_gradient.values() for s in probes])
         losses.append([report.loss, *(loss for move in report.moves for loss in move.losses)])
     assert slopes[0] == pytest.approx(slopes[1], abs=0.01 * max(map(abs, slopes[1])))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
@@ -255,7 +255,7 @@ def test_joint_moves_both_branches_by_one_loss_difference():
             moved[name] = twin.values[name] + z * config.epsilon[name.split(".")[0]]
         difference = float(twin.loss(batch, key, moved)) - float(twin.loss(batch, key))
     for branch, epsilon in config.epsilon.items():
-        assert move.estimate.projected_gradient[branch][0] == pytest.approx(difference / epsilon, abs=1e-5)
+        assert move.projected_gradient[branch][0] == pytest.approx(difference / epsilon, abs=1e-5)
 
 
 def test_a_probe_of_one_tower_does_not_compute_the_other(monkeypatch):
@@ -396,7 +396,7 @@ def test_an_observed_step_tells_every_unit_s_gradient_and_update(strategy, granu
         for branch, part in move.group.slices.items():
             for name in names_in(step.flats[branch], part):
                 z = normals(name, before[name].numel(), key, 0)
-                expected[name] = z.double() * move.estimate.projected_gradient[branch][0]
+                expected[name] = z.double() * move.projected_gradient[branch][0]
     after = step.towers.units.state_dict()
     for id, row in zip(step.towers.units, report.unit_statistics.double(), strict=True):
         names = [f"{id}/{name}" for name in step.towers.units[id].names]

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from dist_vlcl.config import Config, load_config
 from dist_vlcl.masking import masked
-from dist_vlcl.model.units import UnitId
+from dist_vlcl.model.units import FlatTensors, UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.log import JOURNAL, read_journal
-from dist_vlcl.zo.flat import StoredUnits
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder
 
@@ -47,7 +46,7 @@ def rebuild(folder: Path, start: int | None = None, stop: int | None = None, dev
     reached = saved.step + len(records)
     if stop is not None and reached < stop:
         raise ValueError(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, so step {stop} cannot be rebuilt")
-    flats = {branch: StoredUnits(tensors) for branch, tensors in _zeroth_order(cfg, saved.tensors, device).items()}
+    flats = {branch: FlatTensors(tensors) for branch, tensors in _zeroth_order(cfg, saved.tensors, device).items()}
     if not flats:
         raise ValueError(f"{folder} has no zeroth-order units (orders.branch={cfg.orders.branch}, orders.order={cfg.orders.order})")
     zeroth, task = ZerothOrder(flats, cfg.zo), saved.state["task"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_vlcl.dist.world import World
+from dist_vlcl.options import flatten
 
 
 class DisagreementError(RuntimeError):
@@ -34,7 +35,7 @@ def agree(world: World, facts: Mapping[str, Any], hint: str = "") -> None:
     Dictionaries are compared entry by entry, so the message can name `configuration.train.batch_size`. The `hint` says what the user can do
     about a difference.
     """
-    values = world.gather_objects(dict(_flattened(facts)), " and ".join(facts))
+    values = world.gather_objects(flatten(facts), " and ".join(facts))
     problems = []
     for name in dict.fromkeys(name for own in values for name in own):
         odd = [rank for rank, own in enumerate(values) if own.get(name) != values[0].get(name)]
@@ -58,14 +59,6 @@ def agree_on_tensors(world: World, what: str, tensors: Mapping[str, Tensor]) -> 
     odd = {rank: [name for name in each[rank] if each[rank][name] != each[usual].get(name)] for rank in range(world.size)}
     where = [f"{world.collectives.named(rank)} in {_listed(names)}" for rank, names in odd.items() if names]
     raise ReplicaDivergedError(f"{what}: ranks {[rank for rank in odd if odd[rank]]} differ from rank {usual}: {'; '.join(where)}")
-
-
-def _flattened(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return (dotted name, value) of every fact, with nested dictionaries taken apart."""
-    result = []
-    for name, value in facts.items():
-        result += _flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
-    return result
 
 
 def _listed(names: list[str]) -> str:

@@ -1,9 +1,10 @@
 """First-order units: AdamW and gradient synchronisation, by accelerate."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class FirstOrder:
         self.group: Any = None  # of the gradients' all-reduce
         self.under_way: list[dist.Work] = []
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.wrapped: nn.Module = model
+        self.wrapped: Any = model
         self.optimizer: torch.optim.Optimizer | None = None
 
     def begin(self) -> None:
@@ -58,7 +59,7 @@ class FirstOrder:
         self.optimizer = optimizer
         if self.overlap and isinstance(self.wrapped, DistributedDataParallel):
             # The all-reduce has its own group. Collectives of one group run one after another, so DDP's own would wait for the gradients.
-            self.group = self.group or dist.new_group(timeout=self.world.timeout)
+            self.group = self.group or dist.new_group(timeout=timedelta(seconds=self.world.collectives.timeout_s))
             self.wrapped.register_comm_hook(self, _start_all_reduce)
 
     def _adamw(self) -> torch.optim.AdamW:
@@ -73,14 +74,11 @@ class FirstOrder:
             self.world.accelerator.free_memory()
         self.wrapped, self.optimizer = self.model, None
 
-    @contextlib.contextmanager
-    def accumulate(self, is_last: bool) -> Iterator[None]:
-        """Wrap forward and backward of one micro-batch. Only the last one synchronises gradients."""
-        if is_last or self.wrapped is self.model or self.world.accelerator is None:
-            yield
-        else:
-            with self.world.accelerator.no_sync(self.wrapped):
-                yield
+    def accumulate(self, is_last: bool) -> AbstractContextManager:
+        """Return the context of one micro-batch's forward and backward pass. Only the last one synchronises gradients."""
+        if is_last or self.wrapped is self.model:
+            return nullcontext()
+        return self.world.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate, and start the all-reduce of gradients."""
@@ -129,10 +127,9 @@ class FirstOrder:
         for p in self.parameters:
             p.grad = None
 
-    @contextlib.contextmanager
-    def gathered_parameters(self, writes: bool = False) -> Iterator[None]:
+    def gathered_parameters(self, writes: bool = False) -> AbstractContextManager:
         """Gather sharded parameters for reading or, with `writes`, writing. DDP does not shard them. All ranks call this."""
-        yield
+        return nullcontext()
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Return AdamW's moments under `name/exp_avg` and so on. `names` are those of `parameters`."""

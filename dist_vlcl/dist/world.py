@@ -45,7 +45,6 @@ class World:
     accelerator: Any = None
     engine: str = "ddp"  # of the first-order units; or zero0, zero1, zero2, zero3, zero3_offload
     direction_groups: int = 1
-    timeout: timedelta = timedelta(seconds=600)  # of a collective
     collectives: Collectives = field(default_factory=lambda: Collectives(0, ["this host"], 0))
 
     @classmethod
@@ -60,15 +59,15 @@ class World:
         Raises RuntimeError if accelerate sees another launch than the launcher made: without gradient synchronisation, every process would
         train alone and report success.
         """
-        announced, timeout = int(os.environ.get("WORLD_SIZE", 1)), timedelta(seconds=config.timeout_s)
+        announced = int(os.environ.get("WORLD_SIZE", 1))
         check_launch(config, announced)
-        accelerator, engine = join(config, announced, timeout)
+        accelerator, engine = join(config, announced)
         groups = config.direction_groups
         if groups > 1 and engine.startswith("zero3"):
             raise RuntimeError(
                 "cluster.direction_groups: not possible under ZeRO-3, where all ranks must evaluate the same candidates; use another engine"
             )
-        world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups, timeout)
+        world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups)
         world.collectives = Collectives(world.rank, ["?"] * world.size, config.timeout_s)
         world.collectives.hosts = world.gather_objects(socket.gethostname(), "host names")
         return world
@@ -115,8 +114,7 @@ class World:
             moved = tensor.to(self.device)
             with self.collectives(f"broadcast of {what}"):
                 dist.broadcast(moved, src=0)
-            if moved is not tensor:
-                tensor.copy_(moved)
+            tensor.copy_(moved)
         return tensor
 
     def share(self, value: Any, what: str = "rank 0's value") -> Any:
@@ -144,14 +142,9 @@ class World:
 
     def close(self) -> None:
         """Leave the process group. Without this, the end of this process would look like a crash to the others."""
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
             self.collectives.wait_for_readers()
-
-
-def runs_on_cpu(config: ClusterConfig) -> bool:
-    """Return whether ranks compute on the CPU."""
-    return config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
 
 
 def check_launch(config: ClusterConfig, announced: int) -> None:
@@ -168,18 +161,19 @@ def check_launch(config: ClusterConfig, announced: int) -> None:
         raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
 
 
-def join(config: ClusterConfig, announced: int, timeout: timedelta) -> tuple["Accelerator", str]:
+def join(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
     """Meet the other ranks; return the Accelerator and the engine's name: ddp, or a ZeRO stage. All ranks call this.
 
-    Sets torch's number of threads and turns TF32 off for the whole process. Raises RuntimeError if a rank is missing after `timeout`, or
-    for a launch whose gradients would not be synchronised.
+    Sets torch's number of threads and turns TF32 off for the whole process. Raises RuntimeError if a rank is missing after
+    `cluster.timeout_s`, or for a launch whose gradients would not be synchronised.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     from dist_vlcl.dist import zero
 
-    on_cpu, on_deepspeed = runs_on_cpu(config), zero.is_requested()
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    on_deepspeed = zero.is_requested()
     if on_cpu:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
@@ -188,7 +182,7 @@ def join(config: ClusterConfig, announced: int, timeout: timedelta) -> tuple["Ac
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     # The rounding of TF32, bf16 and fp16 would hide the finite differences (METHOD 2.2), so accelerate's own settings are overridden.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    process_group = InitProcessGroupKwargs(timeout=timeout)
+    process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
     if on_deepspeed:
         zero.prepare_deepspeed(on_cpu)
         process_group.backend = "gloo" if on_cpu else "nccl"
@@ -211,22 +205,16 @@ def join(config: ClusterConfig, announced: int, timeout: timedelta) -> tuple["Ac
 
 
 def check_joined(accelerator: "Accelerator", announced: int, on_cpu: bool, on_deepspeed: bool) -> None:
-    """Raise RuntimeError if gradients would not be synchronised, or accelerate is configured for another kind of training."""
-    from accelerate.utils import DistributedType
-
-    kind = accelerator.distributed_type
-    if accelerator.num_processes != announced or (announced > 1 and kind == DistributedType.NO):
+    """Raise RuntimeError if accelerate made another launch of it, whose gradients would not be synchronised or be in lower precision."""
+    several = ("MULTI_GPU", "MULTI_CPU")
+    kinds = ("DEEPSPEED",) if on_deepspeed else several if announced > 1 else ("NO", *several)
+    size, kind = accelerator.num_processes, accelerator.distributed_type.value
+    compiler, backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(), "gloo" if on_cpu else "nccl"
+    group = dist.get_backend() if announced > 1 and dist.is_initialized() else backend
+    if size != announced or kind not in kinds or compiler != "no" or backend not in group:
         raise RuntimeError(
-            f"the launcher announced {announced} processes, accelerate sees {accelerator.num_processes} "
-            f"({kind}): gradients would not be synchronised. Start with accelerate launch --multi_gpu or torchrun."
+            f"accelerate sees {size} processes of kind {kind}, dynamo backend {compiler}, process group {group}. The launcher announced "
+            f"{announced}; they must be of kind {' or '.join(kinds)}, dynamo backend no, process group {backend}. Otherwise gradients "
+            "would not be synchronised, or be in lower precision. Start with accelerate launch --multi_gpu --dynamo_backend no, torchrun, "
+            "or a file of launch/, and unset other ACCELERATE_* settings."
         )
-    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-    if kind not in ((DistributedType.DEEPSPEED,) if on_deepspeed else plain) or compiler.lower() != "no":
-        raise RuntimeError(
-            f"accelerate is configured for {kind} with dynamo backend {compiler}; only plain data parallelism and DeepSpeed are supported. "
-            "Start with accelerate launch --multi_gpu --dynamo_backend no, or with a file of launch/."
-        )
-    backend = "gloo" if on_cpu else "nccl"
-    if announced > 1 and backend not in dist.get_backend():
-        raise RuntimeError(f"the process group uses {dist.get_backend()!r} instead of {backend!r}: unset ACCELERATE_* backend settings")

@@ -4,13 +4,13 @@ Zeroth-order units are buffers, which no stage changes. The model is wrapped onc
 model when the engine is deleted.
 """
 
-import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
@@ -63,61 +63,50 @@ class ZeroFirstOrder(FirstOrder):
 
     def __init__(self, world: World, config: FirstOrderConfig, model: Any):
         super().__init__(world, config, model)
-        self.zero3_modules: list[nn.Module] = model.zero3_modules()
-        self.towers = (model.vision, model.language)
+        self.stage = world.accelerator.deepspeed_plugin.zero_stage
         self.updates = 0  # in this task
         self.has_gradients = False
 
     @property
-    def engine(self) -> Any:
-        return self.wrapped
-
-    @property
     def is_sharded(self) -> bool:
         """Return whether a ZeRO optimiser holds the state. At stage 0 torch's own does, with unsharded gradients."""
-        return self.optimizer is not None and self.engine.zero_optimization()
+        return self.optimizer is not None and self.stage > 0
 
     def begin(self) -> None:
         """Start a task: wrap the model if it is not wrapped, and set the moments to zero. All ranks call this."""
         self.updates = 0
-        if not self.parameters:
-            return
-        if self.optimizer is None:
+        if self.parameters and self.optimizer is None:
             self._wrap()
-        self._set_moments(0, {})
+        if self.is_sharded:
+            self._clear_moments()
+        elif self.optimizer is not None:
+            self.optimizer.state.clear()
 
     def _wrap(self) -> None:
-        accelerator = self.world.accelerator
-        accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.0 if self._stage == 0 else self.config.max_grad_norm or 0.0
-        self.wrapped, _ = accelerator.prepare(self.model, self._adamw())
-        if self._stage == 3:
+        accelerator, model = self.world.accelerator, cast(Any, self.model)
+        accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.0 if self.stage == 0 else self.config.max_grad_norm or 0.0
+        self.wrapped, _ = accelerator.prepare(model, self._adamw())
+        if self.stage == 3:
             import deepspeed
 
-            for tower in self.towers:
-                tower.in_slices = False
+            model.vision.in_slices = model.language.in_slices = False
             # DeepSpeed's "leaf modules" fail here: their gradient hook finds parameters that are sharded again (0.19.8).
-            for module in self.zero3_modules:
+            for module in model.zero3_modules():
                 for parameter in module.parameters():
                     deepspeed.zero.register_external_parameter(module, parameter)
-        self.optimizer = self.engine.optimizer  # the optimiser that accelerate returns is a wrapper whose step does nothing
-
-    @property
-    def _stage(self) -> int:
-        return self.world.accelerator.deepspeed_plugin.zero_stage
+        self.optimizer = self.wrapped.optimizer  # the optimiser that accelerate returns is a wrapper whose step does nothing
 
     def end(self) -> None:
         """Do nothing: the model stays wrapped until the run ends."""
 
-    @contextlib.contextmanager
-    def accumulate(self, is_last: bool) -> Iterator[None]:
+    def accumulate(self, is_last: bool) -> AbstractContextManager:
         if self.optimizer is not None:
-            self.engine.set_gradient_accumulation_boundary(is_last)
-        with self.world.collectives("ZeRO's collectives in the forward and backward pass"):
-            yield
+            self.wrapped.set_gradient_accumulation_boundary(is_last)
+        return self.world.collectives("ZeRO's collectives in the forward and backward pass")
 
     def backward(self, loss: Tensor) -> None:
         if self.optimizer is not None:
-            self.engine.backward(loss)
+            self.wrapped.backward(loss)
             self.has_gradients = True
 
     def gradients(self) -> list[Tensor]:
@@ -125,10 +114,9 @@ class ZeroFirstOrder(FirstOrder):
             return super().gradients()
         from deepspeed.utils import safe_get_full_grad
 
-        return [self._zeros(p) if (g := safe_get_full_grad(p)) is None else g for p in self.parameters]
-
-    def _zeros(self, parameter: Tensor) -> Tensor:
-        return torch.zeros(getattr(parameter, "ds_shape", parameter.shape), device=self.world.device)
+        shapes = [getattr(p, "ds_shape", p.shape) for p in self.parameters]  # ds_shape: of a parameter that stage 3 has sharded
+        found = map(safe_get_full_grad, self.parameters)
+        return [torch.zeros(shape, device=self.world.device) if g is None else g for g, shape in zip(found, shapes, strict=True)]
 
     def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
         if not self.is_sharded:
@@ -139,14 +127,14 @@ class ZeroFirstOrder(FirstOrder):
         if gradient_scale != 1.0:  # a loss scale of 1/s multiplies the gradients by s
             zero.override_loss_scale(1 / gradient_scale)
         with self.world.collectives("ZeRO's collectives in its step"):
-            self.engine.step()
+            self.wrapped.step()
         self.has_gradients = False
         if gradient_scale != 1.0:
             zero.override_loss_scale(1.0)
         if zero.overflow:
             return None
         self.updates += 1
-        return float(self.engine.get_global_grad_norm())
+        return float(self.wrapped.get_global_grad_norm())
 
     def zero_grad(self) -> None:
         """Drop the gradients: take a step of the engine in which AdamW does nothing.
@@ -160,12 +148,12 @@ class ZeroFirstOrder(FirstOrder):
             zero: Any = self.optimizer
             zero.optimizer.step = lambda *_, **__: None
             try:
-                self.engine.step()
+                self.wrapped.step()
             finally:
                 del zero.optimizer.step  # this uncovers the method of the class
             self.has_gradients = False
 
-    @contextlib.contextmanager
+    @contextmanager
     def gathered_parameters(self, writes: bool = False) -> Iterator[None]:
         """Gather the first-order parameters on every rank. With `writes`, rank 0's changes to them are kept. All ranks call this."""
         if self.optimizer is None:
@@ -195,27 +183,22 @@ class ZeroFirstOrder(FirstOrder):
     def load_state_dict(self, state: dict[str, Tensor], names: Sequence[str]) -> None:
         if not self.is_sharded:
             return super().load_state_dict(state, names)
-        if state:
-            self.updates = int(state[f"{names[0]}/step"])
-            self._set_moments(self.updates, {key: [state[f"{name}/{key}"] for name in names] for key in MOMENTS})
-
-    def _set_moments(self, updates: int, moments: dict[str, list[Tensor]]) -> None:
-        """Set AdamW's state: zeros, then the given moments per parameter. AdamW would make its state only in its first step."""
-        zero: Any = self.optimizer
-        if not self.is_sharded:
-            zero.state.clear()
+        if not state:
             return
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        partitions = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
-        for flat in partitions:
-            zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(updates)),
-                **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
-            }
-        if self._stage != 3:  # make the views of the state that belong to each parameter; only DeepSpeed's first step does that
+        self.updates = int(state[f"{names[0]}/step"])
+        self._clear_moments()
+        for name, parameter in zip(names, self.parameters, strict=True):
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"{name}/{key}"].to(self.world.device), key)
+
+    def _clear_moments(self) -> None:
+        """Set AdamW's moments to zero, after `updates` updates. AdamW would make them only in its first step."""
+        zero: Any = self.optimizer
+        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+            moments = {key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS}
+            zero.optimizer.state[flat] = {"step": torch.tensor(float(self.updates)), **moments}
+        if self.stage != 3:  # make the views of the state that belong to each parameter; only DeepSpeed's first step does that
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
-        for key, values in moments.items():
-            for parameter, value in zip(self.parameters, values, strict=True):
-                safe_set_full_optimizer_state(parameter, value.to(self.world.device), key)

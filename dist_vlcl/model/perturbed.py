@@ -18,29 +18,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-REARRANGING = {
-    "cat",
-    "chunk",
-    "clone",
-    "contiguous",
-    "detach",
-    "expand",
-    "flatten",
-    "getitem",
-    "neg",
-    "permute",
-    "reshape",
-    "select",
-    "split",
-    "squeeze",
-    "stack",
-    "tensor_split",
-    "transpose",
-    "unbind",
-    "unflatten",
-    "unsqueeze",
-    "view",
-}
+RESHAPING = {"expand", "flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view"}
+DIVIDING = {"chunk", "getitem", "select", "split", "tensor_split", "unbind"}
+REARRANGING = {"cat", "clone", "contiguous", "detach", "neg", "stack"} | RESHAPING | DIVIDING
 
 
 class Perturbed:

@@ -1,6 +1,6 @@
 """Units: the adapters of both towers, addressed by branch and layer, and the flat buffers of the zeroth-order ones."""
 
-# K parameter sets, n parameters of a branch
+# n parameters of a branch
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -79,7 +79,36 @@ class Units(Mapping[UnitId, Unit]):
             tensor.copy_(state[name])
 
 
-class FlatUnits:
+class FlatTensors:
+    """The tensors of some units of one branch, by names such as `vision.3/router`, as one flat tensor. Replay works on these."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.values_n = torch.cat([tensor.flatten() for tensor in tensors.values()])
+        self.shapes: dict[UnitId, dict[str, torch.Size]] = {}
+        for place, tensor in tensors.items():
+            unit, name = place.split("/")
+            self.shapes.setdefault(UnitId.parse(unit), {})[name] = tensor.shape
+        self.slices: dict[UnitId, slice] = {}
+        stop = 0
+        for id, shapes in self.shapes.items():
+            start, stop = stop, stop + sum(shape.numel() for shape in shapes.values())
+            self.slices[id] = slice(start, stop)
+
+    def names(self) -> list[tuple[str, int]]:
+        """Return (qualified name, number of elements) in flat order."""
+        return [(f"{id}/{name}", shape.numel()) for id, shapes in self.shapes.items() for name, shape in shapes.items()]
+
+    def views(self, values: Tensor) -> dict[UnitId, dict[str, Tensor]]:
+        """Return values `[..., n]` as tensors `[..., *shape]` by unit and name. They are views."""
+        parts = iter(values.split([numel for _, numel in self.names()], -1))
+        return {id: {name: next(parts).unflatten(-1, shape) for name, shape in shapes.items()} for id, shapes in self.shapes.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by qualified name; they are views of `values_n`."""
+        return {f"{id}/{name}": t for id, tensors in self.views(self.values_n).items() for name, t in tensors.items()}
+
+
+class FlatUnits(FlatTensors):
     """Zeroth-order units of one branch, as views of one flat fp32 buffer that no optimiser sees.
 
     Their parameters become module buffers with the same names. DDP and every ZeRO stage ignore buffers, whereas DeepSpeed silently reverts
@@ -87,23 +116,12 @@ class FlatUnits:
     """
 
     def __init__(self, units: list[Unit]):
-        self.units = units
-        self.slices: dict[UnitId, slice] = {}
-        self.layout: list[tuple[Unit, str, torch.Size, int]] = []
-        stop = 0
+        self.units = Units(units)
+        super().__init__({name: tensor.float() for name, tensor in self.units.state_dict().items()})
         for unit in units:
-            start = stop
-            for name, tensor in unit.tensors().items():
-                self.layout.append((unit, name, tensor.shape, stop))
-                stop += tensor.numel()
-            self.slices[unit.id] = slice(start, stop)
-        device = next(iter(units[0].tensors().values())).device if units else None
-        self.values_n = torch.empty(stop, dtype=torch.float32, device=device)
-        for unit, name, shape, offset in self.layout:
-            parameter = getattr(unit.adapter, name)
-            self.values_n[offset : offset + shape.numel()] = parameter.detach().flatten()
-            delattr(unit.adapter, name)
-            unit.adapter.register_buffer(name, None)
+            for name in unit.names:
+                delattr(unit.adapter, name)
+                unit.adapter.register_buffer(name, None)
         self.rebind_views()
 
     def rebind_views(self) -> None:
@@ -111,23 +129,9 @@ class FlatUnits:
 
         Call it after anything that may replace buffers, such as accelerate's `prepare`. Otherwise updates would not reach the model.
         """
-        for unit, name, shape, offset in self.layout:
-            setattr(unit.adapter, name, self.values_n[offset : offset + shape.numel()].view(shape))
-
-    @property
-    def numel(self) -> int:
-        return self.values_n.numel()
-
-    def names(self) -> list[tuple[str, int]]:
-        """Return (qualified name, number of elements) in flat order."""
-        return [(f"{unit.id}/{name}", shape.numel()) for unit, name, shape, _ in self.layout]
-
-    def stacked_params(self, values_Kn: Tensor) -> dict[UnitId, dict[str, Tensor]]:
-        """Return K sets of values `[K, n]` as tensors `[K, ...]` by unit and name. They are views."""
-        result: dict[UnitId, dict[str, Tensor]] = {unit.id: {} for unit in self.units}
-        for unit, name, shape, offset in self.layout:
-            result[unit.id][name] = values_Kn[:, offset : offset + shape.numel()].view(-1, *shape)
-        return result
+        for id, tensors in self.views(self.values_n).items():
+            for name, tensor in tensors.items():
+                setattr(self.units[id].adapter, name, tensor)
 
 
 def freeze(unit: Unit) -> None:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dist_vlcl.zo.flat import Flat, Group, restricted
-from dist_vlcl.zo.noise import Key, NoiseField, Segment
+from dist_vlcl.zo.noise import Key, NoiseField
 
 Candidate = Mapping[str, Tensor]
+Slopes = Mapping[str, tuple[float, ...]]  # the projected gradients of one group: per branch, one number per probe
 Evaluate = Callable[[Sequence[Candidate]], list[float]]
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
@@ -25,20 +26,12 @@ class Directions:
 
     def __init__(self, flats: Mapping[str, Flat], distribution: str):
         self.distribution = distribution
-        self.fields = {b: NoiseField([Segment(n, 0, k) for n, k in flat.names()], flat.values_n.device) for b, flat in flats.items()}
+        self.fields = {b: NoiseField(flat.names(), flat.values_n.device) for b, flat in flats.items()}
 
     def draw(self, branch: str, key: Key, probe: int) -> Tensor:
         """Return direction number `probe` of a branch `[n]`, fp32: standard normals, or signs +-1 ("rademacher")."""
         field = self.fields[branch]
         return field.signs(key, probe) if self.distribution == "rademacher" else field.normals(key, probe)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The projected gradients of one group: per branch, one scalar per probe. Together with the key they define the gradient estimate."""
-
-    group: Group
-    projected_gradient: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -59,16 +52,15 @@ class FiniteDifference:
             for sign in ((1,) if self.sides == 1 else (1, -1))
         ]
 
-    def estimates(self, groups: Sequence[Group], base: float, losses: Sequence[float]) -> list[Estimate]:
-        """Return the estimate of each group. `losses` are those of `candidates`, in the same order; `base` is the unperturbed loss."""
+    def projected_gradients(self, groups: Sequence[Group], base: float, losses: Sequence[float]) -> list[Slopes]:
+        """Return the slopes of each group. `losses` are those of `candidates`, in the same order; `base` is the unperturbed loss."""
         remaining = iter(losses)
-        result = []
+        result: list[Slopes] = []
         for group in groups:
             differences = [
                 next(remaining) - base if self.sides == 1 else (next(remaining) - next(remaining)) / 2 for _ in range(self.probes)
             ]
-            slopes = {b: tuple(self._clipped(d / self.epsilon[b]) for d in differences) for b in group.slices}
-            result.append(Estimate(group, slopes))
+            result.append({b: tuple(self._clipped(d / self.epsilon[b]) for d in differences) for b in group.slices})
         return result
 
     def _clipped(self, slope: float) -> float:

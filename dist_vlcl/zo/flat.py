@@ -4,51 +4,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
 class Flat(Protocol):
-    """The zeroth-order parameters of one branch. `model.units.FlatUnits` holds those of a model, `StoredUnits` those of a checkpoint."""
+    """The zeroth-order parameters of one branch. `model.units` has those of a model and those of a checkpoint."""
 
     values_n: Tensor
-
-    @property
-    def slices(self) -> Mapping:
-        """Return the place of each unit in `values_n`."""
+    slices: dict[Any, slice]  # the place of each unit in `values_n`
 
     def names(self) -> list[tuple[str, int]]:
         """Return (name, number of elements) of each tensor in flat order. The noise of a tensor depends on its name."""
-
-
-class StoredUnits:
-    """The units of one branch from named tensors such as `vision.3/router`, without a model: replay works on these."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]):
-        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.values_n = torch.cat([tensor.flatten() for tensor in tensors.values()])
-
-    @property
-    def slices(self) -> dict[str, slice]:
-        """Return the place of each unit in `values_n`. The tensors of a unit must be neighbours."""
-        result: dict[str, slice] = {}
-        stop = 0
-        for name, numel in self.names():
-            unit = name.split("/")[0]
-            result[unit] = slice(result[unit].start if unit in result else stop, stop + numel)
-            stop += numel
-        return result
-
-    def names(self) -> list[tuple[str, int]]:
-        """Return (name, number of elements) of each tensor in flat order."""
-        return [(name, shape.numel()) for name, shape in self.shapes.items()]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name, in their shapes; they are views of `values_n`."""
-        parts = self.values_n.split([shape.numel() for shape in self.shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Counter-based noise: every number is a pure function of (seed, step, name, stream, row, element index).
 
-There is no state. The noise of a parameter does not depend on the order of draws, on other parameters, on the rank, on the number of ranks
-or on sharding. The generator is Philox4x32-10 (Salmon et al. 2011), with the constants that Random123, cuRAND and Triton use:
+There is no state. The noise of a parameter does not depend on the order of draws, on other parameters, on the rank or on the number of
+ranks. The generator is Philox4x32-10 (Salmon et al. 2011), with the constants that Random123, cuRAND and Triton use:
 
     counter = (element block, blake2s32(name), step, stream + 256 * row),   key = 64-bit seed.
 
@@ -44,20 +44,9 @@ class Key:
     step: int
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Elements `[start, stop)` of the parameter `name`, row-major and unsharded."""
-
-    name: str
-    start: int
-    stop: int
-
-
-class Streams:
-    """Numbers of the independent streams of a name. Direction number q is stream q."""
-
-    ROUTER, DROPOUT = 254, 255
-    MAX_PROBES = 254
+# Numbers of the independent streams of a name. Direction number q is stream q.
+MAX_PROBES = 254
+ROUTER_STREAM, DROPOUT_STREAM = 254, 255
 
 
 def name_id(name: str) -> int:
@@ -133,14 +122,12 @@ def _at_least(words: Tensor, least: int) -> Tensor:
 
 
 class NoiseField:
-    """Flat noise over a list of segments. Tables of counters are built once; each draw is then a few large operations."""
+    """Flat noise over (name, number of elements) of parameters. Tables of counters are built once; a draw is a few large operations."""
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device | str = "cpu"):
-        self.segments = tuple(segments)
-        self.numel = sum(s.stop - s.start for s in self.segments)
+    def __init__(self, parameters: Sequence[tuple[str, int]], device: torch.device | str = "cpu"):
+        self.parameters = list(parameters)
         self.device = torch.device(device)
-        ids = {s.name: name_id(s.name) for s in self.segments}
-        if len(set(ids.values())) != len(ids):
+        if len({name_id(name) for name, _ in self.parameters}) != len(self.parameters):
             raise ValueError("two parameter names have the same 32-bit hash, so their noise would be equal; rename one of them")
         self._tables: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
 
@@ -159,21 +146,20 @@ class NoiseField:
             convert(philox4x32((block, ids, key.step, stream), key.seed)).flatten()
             for block, ids in zip(block_M.split(chunk), id_M.split(chunk), strict=True)
         ]
-        flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         return flat if keep is None else flat[keep]
 
     def _table(self, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
         if width not in self._tables:
             blocks, ids, keep, drawn = [], [], [], 0
-            for s in self.segments:
-                first, last = s.start // width, -(-s.stop // width)
-                blocks.append(torch.arange(first, last))
-                ids.append(torch.full((last - first,), name_id(s.name)))
-                keep.append(torch.arange(s.start, s.stop) - first * width + drawn)
-                drawn += (last - first) * width
-            empty = [torch.zeros(0, dtype=torch.int64)]
-            index = None if drawn == self.numel else torch.cat(keep or empty).to(self.device)
-            self._tables[width] = torch.cat(blocks or empty).to(self.device), torch.cat(ids or empty).to(self.device), index
+            for name, numel in self.parameters:
+                counters = -(-numel // width)
+                blocks.append(torch.arange(counters))
+                ids.append(torch.full((counters,), name_id(name)))
+                keep.append(torch.arange(numel) + drawn)
+                drawn += counters * width
+            index = torch.cat(keep).to(self.device)
+            self._tables[width] = torch.cat(blocks).to(self.device), torch.cat(ids).to(self.device), index if len(index) < drawn else None
         return self._tables[width]
 
 
@@ -195,9 +181,7 @@ def dropout_mask_by_row(name: str, rows_R: Tensor, numel: int, drop: float, key:
         _at_least(_row_words([name], rows, -(-numel // UNIFORMS_PER_COUNTER), key, stream), min(round(drop * 65536), 65535))[:, :numel]
         for rows in rows_R.split(max(1, _chunk(rows_R.device) * UNIFORMS_PER_COUNTER // max(numel, 1)))
     ]
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else torch.zeros(0, numel, dtype=torch.bool, device=rows_R.device)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _row_words(names: Sequence[str], rows_R: Tensor, counters: int, key: Key, stream: int) -> Tensor:
@@ -228,7 +212,7 @@ class StepNoise:
         if ("router", branch, layer, experts) not in self._drawn:
             layers = range(1, self.depths[branch] + 1) if branch in self.depths else [layer]
             names = [_name("router", branch, number) for number in layers]
-            drawn = normals_by_row(names, self.rows[branch], experts, self.key, Streams.ROUTER)
+            drawn = normals_by_row(names, self.rows[branch], experts, self.key, ROUTER_STREAM)
             self._drawn |= {("router", branch, number, experts): noise for number, noise in zip(layers, drawn, strict=True)}
         return self._drawn["router", branch, layer, experts]
 
@@ -236,7 +220,7 @@ class StepNoise:
         """Return a dropout mask `[B, L, width]`. The mask of a truncated prompt is a prefix of the full prompt's."""
         purpose, rows = ("dropout", branch, layer), self.rows[branch]
         if purpose not in self._drawn:
-            self._drawn[purpose] = dropout_mask_by_row(_name(*purpose), rows, tokens * width, drop, self.key, Streams.DROPOUT)
+            self._drawn[purpose] = dropout_mask_by_row(_name(*purpose), rows, tokens * width, drop, self.key, DROPOUT_STREAM)
         return self._drawn[purpose].view(len(rows), tokens, width)  # fails if a step asks for two lengths
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from dist_vlcl.options import option
-from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, Estimate, Evaluate, FiniteDifference
+from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, Evaluate, FiniteDifference, Slopes
 from dist_vlcl.zo.flat import Flat, Group, groups_of, restricted
-from dist_vlcl.zo.noise import Key, Streams
+from dist_vlcl.zo.noise import MAX_PROBES, Key
 
 EVALUATIONS = ("auto", "whole", "delta")
 # Losses are rounded to 2^-32. With a smaller epsilon the difference of two losses would be mostly that rounding.
@@ -35,7 +35,7 @@ class ZerothOrderConfig:
     )
     epsilon: dict[str, float] = option({"language": 1e-3, "vision": 5e-4}, "Size of the perturbation, per branch.", min=MIN_EPSILON)
     sides: int = option(1, "1: compare with the base loss; 2: compare the two sides of the base.", choices=(1, 2))
-    probes: int = option(1, "Number of directions that are averaged in a step.", min=1, max=Streams.MAX_PROBES)
+    probes: int = option(1, "Number of directions that are averaged in a step.", min=1, max=MAX_PROBES)
     directions: str = option("gaussian", "Distribution of the directions.", choices=DISTRIBUTIONS)
     granularity: str = option(
         "branch", "What one loss difference moves: a branch, a unit, or both branches.", choices=("branch", "unit", "joint")
@@ -77,20 +77,17 @@ class Move:
     Tensors `[n]` are per branch and zero outside the group's slice.
     """
 
-    estimate: Estimate
+    group: Group
+    projected_gradient: Slopes
     gradients: Mapping[str, Tensor]  # the gradient estimate, before the transform
     directions: Mapping[str, Tensor]  # the same after transform and optimiser
-    coefficient: float
-    losses: tuple[float, float, float] | None  # of staying, of -step and of +step, if the acceptance rule compared them
-
-    @property
-    def group(self) -> Group:
-        return self.estimate.group
+    coefficient: float = 0.0
+    losses: tuple[float, float, float] | None = None  # of staying, of -step and of +step, if the acceptance rule compared them
 
     @property
     def sizes(self) -> dict[str, float]:
         """Return the mean absolute projected gradient over the probes, per branch."""
-        return {branch: sum(map(abs, slopes)) / len(slopes) for branch, slopes in self.estimate.projected_gradient.items()}
+        return {branch: sum(map(abs, slopes)) / len(slopes) for branch, slopes in self.projected_gradient.items()}
 
     def offsets(self, coefficient: float) -> dict[str, Tensor]:
         """Return the candidate that moves by `coefficient`. `apply` adds exactly these numbers."""
@@ -100,7 +97,7 @@ class Move:
         """Return the move as a journal entry. With the step's key it is enough to repeat the move."""
         return {
             "group": self.group.name,
-            "projected_gradient": {b: list(s) for b, s in self.estimate.projected_gradient.items()},
+            "projected_gradient": {b: list(s) for b, s in self.projected_gradient.items()},
             "coefficient": self.coefficient,
             **({} if self.losses is None else {"losses": list(self.losses)}),
         }
@@ -162,7 +159,7 @@ class ZerothOrder:
         base, *perturbed = evaluate([{}, *self.difference.candidates(self.groups, directions)])
         if not all(map(math.isfinite, (base, *perturbed))):
             return base, None
-        moves = self._proposed(self.difference.estimates(self.groups, base, perturbed), directions)
+        moves = self._proposed(self.difference.projected_gradients(self.groups, base, perturbed), directions)
         step = lr * self.config.lr_scale
         if self.config.acceptance == "always" or not moves:
             return base, [replace(move, coefficient=-step) for move in moves]
@@ -193,22 +190,21 @@ class ZerothOrder:
         if moved != expected:
             raise ValueError(f"the journal moves {', '.join(moved)} where the configuration has {', '.join(expected)}")
         slopes = [{b: tuple(s) for b, s in record["projected_gradient"].items()} for record in records]
-        estimates = [Estimate(group, s) for group, s in zip(self.groups, slopes, strict=True)]
-        moves = self._proposed(estimates, self._draw(key))
+        moves = self._proposed(slopes, self._draw(key))
         self.apply([replace(move, coefficient=record["coefficient"]) for move, record in zip(moves, records, strict=True)])
 
     def _draw(self, key: Key) -> dict[tuple[str, int], Tensor]:
         """Return the directions of a step by branch and probe, `[n]` each."""
         return {(branch, q): self.directions.draw(branch, key, q) for branch in self.flats for q in range(self.config.probes)}
 
-    def _proposed(self, estimates: Sequence[Estimate], drawn: Mapping[tuple[str, int], Tensor]) -> list[Move]:
-        """Return a move per estimate, with coefficient 0 for now. Its tensors `[n]` are zero outside the group's slice."""
+    def _proposed(self, slopes: Sequence[Slopes], drawn: Mapping[tuple[str, int], Tensor]) -> list[Move]:
+        """Return a move per group, with coefficient 0 for now. Its tensors `[n]` are zero outside the group's slice."""
         moves = []
-        for e in estimates:
-            probes = {b: [restricted(drawn[b, q], part) for q in range(self.config.probes)] for b, part in e.group.slices.items()}
-            gradients = {b: gradient(e.projected_gradient[b], z) for b, z in probes.items()}
+        for group, own in zip(self.groups, slopes, strict=True):
+            probes = {b: [restricted(drawn[b, q], part) for q in range(self.config.probes)] for b, part in group.slices.items()}
+            gradients = {b: gradient(own[b], z) for b, z in probes.items()}
             directions = {b: g.sign() for b, g in gradients.items()} if self.config.transform == "sign" else gradients
-            moves.append(Move(e, gradients, directions, 0.0, None))
+            moves.append(Move(group, own, gradients, directions))
         return self._adapted(moves) if self.config.optimizer == "adam" else moves
 
     def _adapted(self, moves: Sequence[Move]) -> list[Move]:

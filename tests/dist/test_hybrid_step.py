@@ -245,9 +245,9 @@ def test_a_step_sends_48_bytes_and_its_first_order_gradients_in_at_most_three_ex
     check_wire("mozo", [("allreduce", 48)])
 
 
-def test_best_of_three_sends_four_sums_and_the_counts_in_an_exchange_more():
+def test_best_of_three_sends_four_sums_and_a_flag_in_an_exchange_more():
     """Its candidates are made from the first losses."""
-    check_wire("conservative", [("allreduce", 48), ("allreduce", 56)])
+    check_wire("conservative", [("allreduce", 48), ("allreduce", 40)])
 
 
 def check_wire(strategy: str, losses: list[tuple[str, int]]) -> None:

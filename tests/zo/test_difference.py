@@ -15,19 +15,19 @@ KEY = Key(3, 1)
 
 
 def slopes(problem, groups, epsilon, sides=1, probes=1, clip=None, law="gaussian", key=KEY):
-    """Return (estimates, directions)."""
+    """Return (projected gradients of each group, directions)."""
     difference = FiniteDifference(epsilon, sides, probes, clip)
     draws = Directions(problem.flats, law)
     directions = {(branch, q): draws.draw(branch, key, q) for branch in problem.flats for q in range(probes)}
     base, *losses = problem([{}, *difference.candidates(groups, directions)])
-    return difference.estimates(groups, base, losses), directions
+    return difference.projected_gradients(groups, base, losses), directions
 
 
 def error_along(loss, branch, epsilon, sides):
     flats = two_branches()
     problem = Problem(flats, loss)
-    (estimate,), z = slopes(problem, [g for g in groups_of(flats, "branch") if g.name == branch], dict.fromkeys(flats, epsilon), sides)
-    return estimate.projected_gradient[branch][0] - float(problem.gradient()[branch] @ z[branch, 0].double())
+    (found,), z = slopes(problem, [g for g in groups_of(flats, "branch") if g.name == branch], dict.fromkeys(flats, epsilon), sides)
+    return found[branch][0] - float(problem.gradient()[branch] @ z[branch, 0].double())
 
 
 @pytest.mark.parametrize("branch", SIZES)
@@ -55,9 +55,9 @@ def test_the_mean_estimate_is_the_gradient(law):
     probes, steps = 250, 6
     total = {branch: torch.zeros_like(flat.values_n) for branch, flat in flats.items()}
     for step in range(steps):
-        estimates, z = slopes(problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-4), 2, probes, law=law, key=Key(9, step))
-        for estimate in estimates:
-            for branch, s in estimate.projected_gradient.items():
+        found, z = slopes(problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-4), 2, probes, law=law, key=Key(9, step))
+        for own in found:
+            for branch, s in own.items():
                 total[branch] += torch.stack([z[branch, q] for q in range(probes)]).double().T @ torch.tensor(s, dtype=torch.float64)
     for branch, g in problem.gradient().items():
         mean = total[branch] / (probes * steps)
@@ -107,16 +107,16 @@ def test_a_unit_touches_only_its_slice_and_has_its_own_slope():
     flats = two_branches()
     problem = Problem(flats, quadratic)
     groups = groups_of(flats, "unit")
-    estimates, z = slopes(problem, groups, dict.fromkeys(flats, 1e-5), 2)
+    found, z = slopes(problem, groups, dict.fromkeys(flats, 1e-5), 2)
     g = problem.gradient()
-    assert len({e.projected_gradient[b][0] for e in estimates for b in e.projected_gradient}) == len(groups)
-    for estimate, plus, minus in zip(estimates, problem.asked[1::2], problem.asked[2::2], strict=True):
-        ((branch, part),) = estimate.group.slices.items()
+    assert len({slope for own in found for (slope,) in own.values()}) == len(groups)
+    for own, group, plus, minus in zip(found, groups, problem.asked[1::2], problem.asked[2::2], strict=True):
+        ((branch, part),) = group.slices.items()
         inside = torch.zeros(flats[branch].values_n.numel(), dtype=torch.bool)
         inside[part] = True
         for offset in (plus[branch], minus[branch]):
             assert bool((offset[inside] != 0).all()) and bool((offset[~inside] == 0).all())
-        assert estimate.projected_gradient[branch][0] == pytest.approx(float(g[branch][part] @ z[branch, 0][part].double()), abs=1e-6)
+        assert own[branch][0] == pytest.approx(float(g[branch][part] @ z[branch, 0][part].double()), abs=1e-6)
 
 
 @pytest.mark.parametrize("sides", [1, 2])
@@ -124,13 +124,13 @@ def test_joint_divides_one_loss_difference_by_each_branch_s_eps(sides):
     flats = two_branches()
     problem = Problem(flats, smooth)
     epsilon = {"language": 1e-3, "vision": 2.5e-4}
-    (estimate,), z = slopes(problem, groups_of(flats, "joint"), epsilon, sides)
+    (found,), z = slopes(problem, groups_of(flats, "joint"), epsilon, sides)
     moved = {branch: z[branch, 0] * epsilon[branch] for branch in flats}
     plus = float(smooth(problem.at(moved)))
     minus = float(smooth(problem.at({branch: -offset for branch, offset in moved.items()})))
     difference = plus - float(smooth(problem.at({}))) if sides == 1 else (plus - minus) / 2
     for branch, eps in epsilon.items():
-        assert estimate.projected_gradient[branch][0] == pytest.approx(difference / eps, rel=1e-9)
+        assert found[branch][0] == pytest.approx(difference / eps, rel=1e-9)
     assert len(problem.asked) == 1 + sides
 
 
@@ -141,9 +141,9 @@ def test_a_slope_is_clipped_on_both_sides():
         free, _ = slopes(problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-3))
         clipped, _ = slopes(problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-3), clip=10)
         for a, b in zip(free, clipped, strict=True):
-            for branch, (s,) in a.projected_gradient.items():
+            for branch, (s,) in a.items():
                 assert abs(s) > 10
-                assert b.projected_gradient[branch] == (math.copysign(10, s),)
+                assert b[branch] == (math.copysign(10, s),)
 
 
 def test_each_branch_is_moved_by_its_own_eps():

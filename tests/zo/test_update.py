@@ -10,8 +10,9 @@ import math
 import pytest
 import torch
 
+from dist_vlcl.model.units import FlatTensors
 from dist_vlcl.options import validate
-from dist_vlcl.zo.flat import StoredUnits, groups_of
+from dist_vlcl.zo.flat import groups_of
 from dist_vlcl.zo.naive import naive_step
 from dist_vlcl.zo.noise import Key, normals
 from dist_vlcl.zo.update import ZerothOrder, ZerothOrderConfig
@@ -106,7 +107,7 @@ def test_probes_average():
     before = values(problem)
     _, moves = step(problem, row("naive", probes=3), lr=0.1)
     for move, (branch, names) in zip(moves, SIZES.items(), strict=True):
-        slopes = move.estimate.projected_gradient[branch]
+        slopes = move.projected_gradient[branch]
         z = [torch.cat([normals(name, n, KEY, q) for name, n in names]) for q in range(3)]
         assert len(set(slopes)) == 3
         expected = -0.1 * sum(s * z_n.double() for s, z_n in zip(slopes, z, strict=True)) / 3
@@ -202,7 +203,7 @@ def test_adam_takes_the_steps_of_torch_on_the_same_estimates(granularity):
             v.grad = torch.zeros_like(v)
         _, moves = step(problem, config, Key(0, k), 0.05, zeroth)
         for move in moves:
-            for branch, (s,) in move.estimate.projected_gradient.items():
+            for branch, (s,) in move.projected_gradient.items():
                 z = torch.cat([normals(name, n, Key(0, k), 0) for name, n in SIZES[branch]])
                 part = move.group.slices[branch]
                 theirs[branch].grad[part] = (z * s)[part].double()
@@ -288,7 +289,7 @@ def test_records_rebuild_units_and_moments_however_these_lie_in_memory(strategy,
     for branch, flat in problem.flats.items():
         parts = flat.values_n.clone().split([n for _, n in SIZES[branch]])
         named = dict(zip([name for name, _ in SIZES[branch]], parts, strict=True))
-        stored[branch] = StoredUnits({name: named[name] for name in sorted(named, key=lambda name: (name.split("/")[0], -ord(name[-1])))})
+        stored[branch] = FlatTensors({name: named[name] for name in sorted(named, key=lambda name: (name.split("/")[0], -ord(name[-1])))})
     replayed = ZerothOrder(stored, config)
     replayed.load_state_dict({name: t.clone() for name, t in zeroth.state_dict().items()})
     for k in range(2, 5):
