@@ -1,6 +1,6 @@
 """Order plans: which unit learns by first order (back-propagation), by zeroth order (loss differences), or not at all.
 
-Layers count from 1, as in the paper (METHOD 2.5).
+Layers count from 1, as in the paper (concepts.md 2.5).
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The learning rate within a task (METHOD 1.6)."""
+"""The learning rate within a task (concepts.md 1.6)."""
 
 import math
 

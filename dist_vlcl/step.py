@@ -1,4 +1,4 @@
-"""One update of a hybrid step: first-order and zeroth-order units together (METHOD 2.9)."""
+"""One update of a hybrid step: first-order and zeroth-order units together (concepts.md 2.9)."""
 
 # B samples of this rank, U units, F statistics
 

@@ -75,7 +75,7 @@ def test_the_strategy_files_are_the_rows_of_the_table():
 
 
 def test_first_order_is_the_baseline_s_optimiser():
-    """METHOD 1.6."""
+    """concepts.md 1.6."""
     config = configured("data=cifar100")
     first = config.first_order
     assert (first.lr, first.weight_decay, first.betas, first.max_grad_norm) == (1e-3, 0.0, [0.9, 0.999], None)
@@ -104,7 +104,7 @@ def test_a_published_run_is_what_its_row_says(id):
     assert (config.data.name, config.tasks.increment, config.tasks.base) == (run["dataset"], run["increment"], 0)
     assert config.tasks.order == ("natural" if run["dataset"] == "imagenet_r" else "paper")
     assert (config.model.name, config.model.pretrained) == ("ViT-B-16-quickgelu", "openai")
-    assert config.train.batch_size == (64 if run["dataset"] == "tiny_imagenet" else 128)  # METHOD 1.6
+    assert config.train.batch_size == (64 if run["dataset"] == "tiny_imagenet" else 128)  # concepts.md 1.6
     assert (config.train.epochs, config.train.warmup_steps, config.first_order.lr) == (1, 30, 1e-3)
     assert config.adapter == (MoEConfig() if run["adapter"] == "moe" else LoRAConfig())
     orders = assign(UNITS, config.orders)

@@ -1,4 +1,4 @@
-"""The baseline's published formulas, written again from METHOD 1.1, 1.2 and 1.10 on open_clip's modules; only the weights are ours.
+"""The baseline's published formulas, written again from concepts.md 1.1, 1.2 and 1.10 on open_clip's modules; only the weights are ours.
 
 Also its defects: each is an option, off by default, and on it does what the baseline does.
 """

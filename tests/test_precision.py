@@ -86,7 +86,7 @@ def noise_of(branch, evaluation, adapter=MOE, directions=16):
     return float((slopes - true).norm() / true.norm())
 
 
-@pytest.mark.parametrize("adapter", ["moe", "lora", "lora at the mlp"])  # top 2 of 3 has choices near a tie: docs/PERFORMANCE.md
+@pytest.mark.parametrize("adapter", ["moe", "lora", "lora at the mlp"])  # top 2 of 3 has choices near a tie: docs/performance.md
 def test_in_bf16_a_slope_by_delta_forward_has_little_rounding_and_one_by_two_evaluations_much(adapter):
     assert noise_of("vision", "auto", ADAPTERS[adapter]) < MAX_SLOPE_NOISE
     assert noise_of("vision", "whole", ADAPTERS[adapter]) > 3 * MAX_SLOPE_NOISE

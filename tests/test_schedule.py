@@ -19,7 +19,7 @@ def test_the_rate_warms_up_linearly_and_then_falls_as_a_cosine():
 
 @pytest.mark.parametrize(("steps", "total"), [(40, 21.0), (79, 40.5), (157, 79.5), (38, 20.0)])
 def test_the_sum_of_rates_is_that_of_the_baseline(steps, total):
-    """METHOD 1.6. (At 19 steps the baseline's extra one, defect Q4, still warms up: 7.0 there, 6.3 here.)"""
+    """concepts.md 1.6. (At 19 steps the baseline's extra one, defect Q4, still warms up: 7.0 there, 6.3 here.)"""
     assert sum(rates(steps)) == pytest.approx(total)
 
 

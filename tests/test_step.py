@@ -12,9 +12,9 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import PLAN_LAYERS, Order, OrderPlan, assign
 from dist_vlcl.step import HybridStep
-from dist_vlcl.zo.naive import naive_step
 from dist_vlcl.zo.noise import Key, StepNoise, normals
 from dist_vlcl.zo.update import ZerothOrderConfig
+from tests.helpers.naive_step import naive_step
 from tests.helpers.tiny_clip import MLP_LORA, MOE, NAMES, WholeCLIP, adapter_values, batch_of, tiny_clip
 
 CLASSES, IMAGES, LR = NAMES[:3], 4, 0.01
@@ -138,7 +138,7 @@ def test_other_adapters_too_are_those_of_the_whole_model(adapter):
 @pytest.mark.parametrize("layers", PLAN_LAYERS)
 @pytest.mark.parametrize("branch", ["vision", "language", "dual"])
 def test_in_fp32_losses_and_slopes_are_those_of_float64_nearly(branch, layers):
-    """Slopes to a percent: what fp32 with common random numbers costs at eps 1e-3 (METHOD 2.2). In float64 they are the whole model's."""
+    """Slopes to a percent: what fp32 with common random numbers costs at eps 1e-3 (concepts.md 2.2). In float64 they are the whole model's."""
     slopes, losses, zeroth = [], [], dataclasses.replace(STRATEGIES["conservative"], probes=4)
     for double in (False, True):
         report = hybrid(OrderPlan(branch, layers), zeroth, double=double)([images()], Key(9, 0), LR)
@@ -161,7 +161,7 @@ def test_every_learning_unit_moves_and_nothing_else_does(plan):
 
 
 def test_the_frozen_control_trains_the_other_units_as_first_order_alone_does():
-    """Units that are not trained stay bit for bit; the others take the steps they take beside units that stay (METHOD 0.1)."""
+    """Units that are not trained stay bit for bit; the others take the steps they take beside units that stay (concepts.md 0.1)."""
     step = hybrid(OrderPlan("dual", "hop_odd", order="frozen"))
     twin = Twin(step)
     before = adapter_values(step.towers)

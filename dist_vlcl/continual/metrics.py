@@ -1,4 +1,4 @@
-"""Metrics of continual learning, computed from counts of correct answers (METHOD 1.8)."""
+"""Metrics of continual learning, computed from counts of correct answers (concepts.md 1.8)."""
 
 # T tasks, C classes in the order of the stream
 

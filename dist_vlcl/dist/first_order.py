@@ -19,7 +19,7 @@ from dist_vlcl.options import option
 
 @dataclass
 class FirstOrderConfig:
-    """AdamW (METHOD 1.6). It is made anew for each task."""
+    """AdamW (concepts.md 1.6). It is made anew for each task."""
 
     lr: float = option(1e-3, "Peak learning rate.", above=0)
     weight_decay: float = option(0.0, "AdamW's weight decay.", min=0)

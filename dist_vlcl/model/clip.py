@@ -53,7 +53,7 @@ class ModelConfig:
 
 
 class AdapterConfig(Protocol):
-    """The configuration of adapters: MoEConfig, LoRAConfig, or a user's own dataclass (docs/EXTENDING.md)."""
+    """The configuration of adapters: MoEConfig, LoRAConfig, or a user's own dataclass (docs/extending.md)."""
 
     def make(self, width: int, generator: torch.Generator) -> nn.Module: ...
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: the paper's variant with LoRA instead of experts (METHOD 1.10)."""
+"""Low-rank adapters: the paper's variant with LoRA instead of experts (concepts.md 1.10)."""
 
 # K parameter sets, B samples, L tokens, D width
 

@@ -1,4 +1,4 @@
-"""Mixture-of-experts adapters, as in MoE-Adapters4CL's class-incremental code (METHOD 1.1 to 1.4)."""
+"""Mixture-of-experts adapters, as in MoE-Adapters4CL's class-incremental code (concepts.md 1.1 to 1.4)."""
 
 # K parameter sets, B samples, L tokens, D width, O outputs, E experts, k chosen experts, r bottleneck; an axis of size 1 serves every K
 
@@ -16,7 +16,7 @@ from dist_vlcl.options import option
 
 @dataclass
 class MoEConfig:
-    """Number and size of the experts of a block (METHOD 1.1)."""
+    """Number and size of the experts of a block (concepts.md 1.1)."""
 
     experts: int = option(2, "Number of experts of a block.", min=1)
     top_k: int = option(2, "Number of experts that act on a sample.", min=1)

@@ -1,4 +1,4 @@
-"""Per step and unit: norm, mean and variance of its gradient and of its update, and the norm of its parameters (METHOD 2.11)."""
+"""Per step and unit: norm, mean and variance of its gradient and of its update, and the norm of its parameters (concepts.md 2.11)."""
 
 # U units, n parameters of a unit, F statistics
 

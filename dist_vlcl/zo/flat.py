@@ -31,7 +31,7 @@ class Group:
 def groups_of(flats: Mapping[str, Flat], granularity: str) -> list[Group]:
     """Return one group per branch, one per unit, or one for all ("joint").
 
-    The default is per branch: with sign steps, one group for all would give both branches a single bit (METHOD 2.6).
+    The default is per branch: with sign steps, one group for all would give both branches a single bit (concepts.md 2.6).
     """
     whole = {branch: slice(0, flat.values_n.numel()) for branch, flat in flats.items()}
     if granularity == "joint":

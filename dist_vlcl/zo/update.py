@@ -1,4 +1,4 @@
-"""The zeroth-order update: a finite difference, a transform and an acceptance rule combined (docs/METHOD.md, section 2)."""
+"""The zeroth-order update: a finite difference, a transform and an acceptance rule combined (docs/concepts.md, section 2)."""
 
 # n parameters of a branch
 
@@ -25,7 +25,7 @@ BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 
 @dataclass
 class ZerothOrderConfig:
-    """A row of the strategy table (configs/zo) and the options of METHOD 2."""
+    """A row of the strategy table (configs/zo) and the options of concepts.md 2."""
 
     name: str = option("mozo", "Name of the strategy in tables and logs; it changes nothing else.")
     estimator: str = option("finite_difference", "The gradient estimator: finite_difference, or module:Class of your own class.")
@@ -109,7 +109,7 @@ def gradient(slopes: Sequence[float], directions: Sequence[Tensor]) -> Tensor:
 
 
 def best_of_three(base: float, minus: float, plus: float, step: float) -> float:
-    """Return the coefficient with the lowest loss: 0 (stay), -step (the ordinary step) or +step (the mirrored step); METHOD 2.4.
+    """Return the coefficient with the lowest loss: 0 (stay), -step (the ordinary step) or +step (the mirrored step); concepts.md 2.4.
 
     For equal losses, staying comes before the ordinary step, and that before the mirrored one. ZO-LLM never stays for equal losses: if
     staying and minus are equal and below plus, it takes the ordinary step; in the three other ties it takes the mirrored one.
@@ -208,7 +208,7 @@ class ZerothOrder:
         return self._adapted(moves) if self.config.optimizer == "adam" else moves
 
     def _adapted(self, moves: Sequence[Move]) -> list[Move]:
-        """Return the moves with Adam's directions. There is one set of moments per branch, whatever the granularity (METHOD 2.8)."""
+        """Return the moves with Adam's directions. There is one set of moments per branch, whatever the granularity (concepts.md 2.8)."""
         for branch in self.flats:
             total_n = functools.reduce(torch.add, (m.directions[branch] for m in moves if branch in m.directions))
             old = self.moments.get(branch) or Moments(torch.zeros_like(total_n), torch.zeros_like(total_n), 0)

@@ -96,7 +96,7 @@ def batch_of(count: int = 6, classes: int = len(NAMES), seed: int = 0) -> Batch:
 
 
 def moe_by_loop(u: Tensor, values: Mapping[str, Tensor], config: MoEConfig, noise: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
-    """Return sum_e gate_e A_e(u) for u `[B, L, D]`, sample by sample and expert by expert, as METHOD 1.1 and 1.2 write it."""
+    """Return sum_e gate_e A_e(u) for u `[B, L, D]`, sample by sample and expert by expert, as concepts.md 1.1 and 1.2 write it."""
     rows = []
     for b, u_LD in enumerate(u):
         logits = u_LD[0] @ values["router"]

@@ -22,7 +22,7 @@ def vit_b16():
 
 
 def test_vit_b16_has_the_published_number_of_expert_parameters(vit_b16):
-    """METHOD 1.3, from running the baseline's own class."""
+    """concepts.md 1.3, from running the baseline's own class."""
     by_branch = {b: sum(unit.numel for id, unit in vit_b16.units.items() if id.branch == b) for b in ("vision", "language")}
     assert by_branch == {"vision": 2_416_128, "language": 1_611_264}
     assert sum(p.numel() for p in vit_b16.parameters() if p.requires_grad) == 4_027_392
@@ -36,7 +36,7 @@ def test_vit_b16_has_the_published_number_of_expert_parameters(vit_b16):
     ids=["kv, rank 10", "kv, rank 8", "mlp, rank 64"],
 )
 def test_vit_b16_has_the_published_number_of_lora_parameters(vit_b16, config, expected):
-    """METHOD 1.10."""
+    """concepts.md 1.10."""
     widths = [block.block.attn.embed_dim for tower in (vit_b16.vision, vit_b16.language) for block in tower.blocks]
     assert widths == [768] * 12 + [512] * 12
     adapters = [LoRAAdapter(width, config, torch.Generator()) for width in widths]

@@ -1,4 +1,4 @@
-"""The mixture of experts against METHOD 1.1 and 1.2, written as a loop."""
+"""The mixture of experts against concepts.md 1.1 and 1.2, written as a loop."""
 
 # K parameter sets, B samples, L tokens, D width, E experts, r bottleneck
 
@@ -52,7 +52,7 @@ def test_k_sets_at_once_are_k_sets_one_by_one(top_k, shared_input):
 
 
 def test_only_token_0_routes():
-    """Vision routes by the class token, text by the start of text (METHOD 1.2)."""
+    """Vision routes by the class token, text by the start of text (concepts.md 1.2)."""
     adapter = adapter_of()
     values, u, noise = sets_of(adapter, 1), draw(1, B, L, D, seed=50), draw(B, 2, seed=51)
     moved = u.clone()
@@ -70,7 +70,7 @@ def test_gates_are_a_softmax_over_the_chosen_and_zero_elsewhere():
 
 
 def test_fresh_gates_are_softmax_of_0_703_times_normal_noise():
-    """sigma = softplus(0) + 0.01 (METHOD 1.2)."""
+    """sigma = softplus(0) + 0.01 (concepts.md 1.2)."""
     adapter, noise = adapter_of(), draw(B, 2, seed=3)
     fresh = {name: p.detach()[None] for name, p in adapter.named_parameters()}
     expected = torch.softmax((math.log(2) + 0.01) * noise, -1)

@@ -164,7 +164,7 @@ def test_gradients_flow_to_first_order_units_only(first):
 
 
 def test_nothing_is_kept_for_backward_below_the_first_first_order_unit():
-    """Why prefix plans save memory (METHOD 2.5): the cached_input of the first block has no history."""
+    """Why prefix plans save memory (concepts.md 2.5): the cached_input of the first block has no history."""
     from dist_vlcl.model.units import FlatUnits
 
     towers = tiny_clip()

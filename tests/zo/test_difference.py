@@ -82,7 +82,7 @@ def test_a_direction_is_redrawn_bit_for_bit_and_each_probe_has_its_own(law):
 
 
 def test_branches_do_not_share_a_probe():
-    """With one bit for both, vision would be right only 65 % of the time at eps_v = eps_l / 2 (METHOD 2.6)."""
+    """With one bit for both, vision would be right only 65 % of the time at eps_v = eps_l / 2 (concepts.md 2.6)."""
     flats = two_branches()
     problem = Problem(flats, quadratic)
     slopes(problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-3))
