@@ -138,7 +138,7 @@ def test_other_adapters_too_are_those_of_the_whole_model(adapter):
 @pytest.mark.parametrize("layers", PLAN_LAYERS)
 @pytest.mark.parametrize("branch", ["vision", "language", "dual"])
 def test_in_fp32_losses_and_slopes_are_those_of_float64_nearly(branch, layers):
-    """Slopes to a percent: what fp32 with common random numbers costs at eps 1e-3 (concepts.md 2.2). In float64 they are the whole model's."""
+    """Slopes agree to a percent: the rounding of fp32 at eps 1e-3 (concepts.md 2.2). In float64 they equal those of the whole model."""
     slopes, losses, zeroth = [], [], dataclasses.replace(STRATEGIES["conservative"], probes=4)
     for double in (False, True):
         report = hybrid(OrderPlan(branch, layers), zeroth, double=double)([images()], Key(9, 0), LR)
