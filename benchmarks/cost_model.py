@@ -122,7 +122,7 @@ def tower_shapes(towers: TwoTowers, prompt_tokens: int) -> dict[str, TowerShape]
         tower = towers.tower(branch)
         adapter = tower.block(1).adapter
         config: MoEConfig | LoRAConfig = adapter.config
-        visual = towers.vision.ends.visual
+        visual = towers.vision.stem_and_head.visual
         patches = len(visual.positional_embedding) - 1
         is_vision = branch == "vision"
         width = tower.block(1).block.attn.embed_dim

@@ -109,7 +109,7 @@ class NaiveStep:
     def features(self, branch: str, inputs: Tensor, noise: StepNoise) -> Tensor:
         """Return unit features `[B, F]` of uint8 images or of tokens."""
         tower = self.towers.tower(branch)
-        x_BLD = tower.ends.embed(inputs)
+        x_BLD = tower.stem_and_head.embed(inputs)
         mask_LL = None
         if branch == "language":
             length = x_BLD.shape[1]
@@ -117,9 +117,9 @@ class NaiveStep:
         for block in tower:
             random = block.adapter.draw(noise, branch, block.unit.id.layer, x_BLD.shape[1], True)
             x_BLD = self._block(block, x_BLD, mask_LL, *random)
-        rows = tower.ends.reads(inputs)
+        rows = tower.stem_and_head.reads(inputs)
         last = x_BLD[:, :1] if rows is None else x_BLD[torch.arange(len(x_BLD), device=x_BLD.device)[:, None], rows]
-        return F.normalize(tower.ends.pool(last), dim=-1)
+        return F.normalize(tower.stem_and_head.pool(last), dim=-1)
 
     def _block(self, block: AdaptedBlock, x: Tensor, mask: Tensor | None, router: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
         clip = block.block

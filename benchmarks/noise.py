@@ -111,7 +111,7 @@ def slopes(workload: Workload, directions: int, arithmetic: str = "") -> torch.T
     """Return projected gradients `[directions]` of the first zeroth-order branch, at the same point along the same directions."""
     device = workload.device
     towers = workload.towers(device)
-    towers.language.ends.clip.logit_scale.fill_(math.log(LOGIT_SCALE))
+    towers.language.stem_and_head.clip.logit_scale.fill_(math.log(LOGIT_SCALE))
     step = workload.step(towers, World.alone(device))
     if arithmetic == "fp64":
         towers.double()

@@ -1,3 +1,3 @@
 """Continual learning of CLIP on many nodes with hybrid zeroth- and first-order optimisation."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

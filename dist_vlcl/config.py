@@ -44,6 +44,11 @@ class TaskConfig:
     order: Any = option("natural", "Order of the classes: natural, paper, seed:N for a random order, or a list of class ids.")
     num_tasks: int | None = option(None, "Train only the first tasks; null trains all.", min=1)
 
+    def check(self) -> None:
+        """Raise ValueError for an order that is no list and has no known name."""
+        if isinstance(self.order, str) and not re.fullmatch(r"natural|paper|seed:\d+", self.order):
+            raise ValueError(f"tasks.order={self.order!r}: choose from natural, paper, seed:N, or a list of class ids")
+
 
 @dataclass
 class TrainConfig:
@@ -128,7 +133,7 @@ def compose_config(overrides: Iterable[str]) -> Config:
         raise ValueError(format_error(error)) from error
 
 
-def from_hydra(options: DictConfig) -> Config:
+def from_hydra(options: Any) -> Config:
     """Return a composed configuration as dataclasses, validated. Raises ValueError that names the option."""
     try:
         config = OmegaConf.to_object(options)
@@ -162,9 +167,7 @@ def load_config(path: Path) -> Config:
         saved.adapter = _custom_adapter(saved.adapter)
     else:
         schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
-    merged = OmegaConf.merge(schema, saved)
-    assert isinstance(merged, DictConfig)
-    return from_hydra(merged)
+    return from_hydra(OmegaConf.merge(schema, saved))
 
 
 def _custom_adapter(options: Any) -> DictConfig:
@@ -241,7 +244,7 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
 def format_error(error: Exception) -> str:
     """Return Hydra's message about an option in one line, without its search path."""
     causes = [error, *([error.__cause__] if isinstance(error.__cause__, OmegaConfBaseException) else [])]
-    messages = [re.split("Config search path|\n    full_key|See https", str(cause))[0] for cause in causes]
+    messages = [re.split("To append to your config|Config search path|\n    full_key|See https", str(cause))[0] for cause in causes]
     return ": ".join(" ".join(message.split()) for message in messages)
 
 

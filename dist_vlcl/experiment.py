@@ -11,6 +11,7 @@ import torch
 
 from dist_vlcl.config import Config
 from dist_vlcl.continual.evaluator import count_correct
+from dist_vlcl.continual.metrics import Counts
 from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
 from dist_vlcl.data.shards import Index, open_index
@@ -26,7 +27,6 @@ from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.zo.noise import Key, derive_seed
 
 Progress = Callable[..., Iterable[Batch]]  # shows how far an iterable of batches is, such as RunLog.progress
-Counts = list[list[int]]  # (correct, total) for each class
 
 
 @dataclass
@@ -151,7 +151,8 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
         try:
             open_index(cfg.data)
         except (OSError, ValueError, RuntimeError) as error:
-            outcome = OSError if isinstance(error, OSError) else ValueError, str(error)
+            kinds = (FileNotFoundError, FileExistsError, OSError)
+            outcome = next((kind for kind in kinds if isinstance(error, kind)), ValueError), str(error)
     outcome = world.share(outcome, "the data set as rank 0 finds it")
     if outcome:
         kind, message = outcome

@@ -87,7 +87,7 @@ class BatchLosses:
         self.delta_branches, self.stop = delta_branches, stop
         self.start = {branch: min(unit.layer for unit in flat.slices) for branch, flat in flats.items()}
         self.micro_batches: list[MicroBatch] = []
-        self.first: LossReport | None = None  # count and stop do not change within a step: they travel with its first losses
+        self.first_report: LossReport | None = None  # the ranks exchange count and stop with the first losses of a step only
 
     def add(self, images: Tensor, labels: Tensor, noise: StepNoise, base: Mapping[str, tuple], real: int) -> None:
         """Add a micro-batch with its base evaluation, as `TwoTowers.forward` returns it. Only the first `real` samples count."""
@@ -106,7 +106,7 @@ class BatchLosses:
         is_faulty_K = torch.zeros(len(candidates), dtype=torch.bool, device=self.world.device)
         places: dict[int, dict[str, int]] = {}  # of each candidate that this rank evaluates: its row in the features of each branch
         offsets: dict[str, list[Tensor]] = {branch: [] for branch in self.flats}
-        for k in self._own(candidates):
+        for k in self._own_candidates(candidates):
             places[k] = dict.fromkeys(BRANCHES, 0)
             for branch, offset in candidates[k].items():
                 offsets[branch].append(offset)
@@ -120,15 +120,15 @@ class BatchLosses:
                 sums_K[k] += (torch.where(is_usable, total, 0.0) * RESOLUTION).long()
         return self._report(sums_K, is_faulty_K)
 
-    def _own(self, candidates: Sequence[Candidate]) -> list[int]:
+    def _own_candidates(self, candidates: Sequence[Candidate]) -> list[int]:
         """Return the candidates of this rank's direction group: every G-th of those that perturb the same branches."""
-        turns: dict[tuple[str, ...], int] = {}
+        next_group: dict[tuple[str, ...], int] = {}  # which group evaluates the next candidate of a kind
         own = []
         for k, candidate in enumerate(candidates):
-            turn = turns.get(tuple(candidate), k)  # the first of a kind goes to the group after the one before it
-            if turn % self.world.direction_groups == self.world.direction_group:
+            group = next_group.get(tuple(candidate), k)  # the first of a kind goes to the group after the one before it
+            if group % self.world.direction_groups == self.world.direction_group:
                 own.append(k)
-            turns[tuple(candidate)] = turn + 1
+            next_group[tuple(candidate)] = group + 1
         return own
 
     def _features(self, branch: str, offsets: list[Tensor], part: MicroBatch) -> Tensor:
@@ -158,12 +158,12 @@ class BatchLosses:
         return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum()
 
     def _report(self, sums_K: Tensor, is_faulty_K: Tensor) -> LossReport:
-        own = [] if self.first else [sum(part.real for part in self.micro_batches), int(self.stop)]
+        own = [] if self.first_report else [sum(part.real for part in self.micro_batches), int(self.stop)]
         vector = torch.cat([sums_K, is_faulty_K.any()[None].long(), torch.tensor(own, dtype=torch.int64, device=sums_K.device)])
         totals = self.world.sum_exact(vector, "losses").tolist()
         sums, (faults, *shared) = totals[: len(sums_K)], totals[len(sums_K) :]
-        if self.first:
-            count, stop = self.first.count, self.first.stop
+        if self.first_report:
+            count, stop = self.first_report.count, self.first_report.stop
         else:
             count, stop = shared[0] // self.world.direction_groups, shared[1] > 0  # each group has the whole batch
         losses, faulty_ranks = [total / (RESOLUTION * max(count, 1)) for total in sums], []
@@ -172,5 +172,5 @@ class BatchLosses:
             losses = [math.nan if any(faulty) else loss for loss, *faulty in zip(losses, *by_rank, strict=True)]
             faulty_ranks = [rank for rank, faulty in enumerate(by_rank) if any(faulty)]
         report = LossReport(losses, count, stop, faulty_ranks)
-        self.first = self.first or report
+        self.first_report = self.first_report or report
         return report

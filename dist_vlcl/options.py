@@ -1,5 +1,6 @@
 """Options declared once: default, allowed values and meaning stand beside the field, and one function checks them all."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
 from typing import Any
@@ -35,7 +36,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def allowed_values(metadata: Any) -> str:
-    """Return in words what a field's metadata allows; "" where it says nothing."""
+    """Return as text what a field's metadata allows; "" where it says nothing."""
     if metadata.get("choices"):
         return f"choose from {', '.join(map(str, metadata['choices']))}"
     words = {"min": "at least", "above": "more than", "max": "at most", "below": "less than"}
@@ -72,7 +73,7 @@ def _is_allowed(value: Any, metadata: Any) -> bool:
     if all(bound is None for bound in bounds):
         return True
     low, above, high, below = bounds
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return is_number and not (
         (low is not None and not value >= low)
         or (above is not None and not value > above)

@@ -39,11 +39,13 @@ class OrderPlan:
     rest: str = option("first", "Order of all other units.", choices=ORDERS)
 
     def check(self) -> None:
+        """Raise ValueError for layers that have no known name and are no list, or of a branch that is not chosen."""
         branches = PLAN_BRANCHES[self.branch]
         by_branch = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(BRANCHES, self.layers)
         if isinstance(self.layers, Mapping) and (unplanned := sorted(set(by_branch) - set(branches))):
             raise ValueError(
-                f"orders.layers.{unplanned[0]}: orders.branch={self.branch} chooses from {' and '.join(branches) or 'no branch'} only"
+                f"orders.layers.{unplanned[0]}: orders.branch={self.branch} chooses from {' and '.join(branches) or 'no branch'} only; "
+                "leave this out, or use orders.branch=dual"
             )
         if not all(map(_names_layers, by_branch.values())):
             raise ValueError(

@@ -79,7 +79,10 @@ class Session:
         )
         shortest = min(map(self.experiment.num_steps, self.tasks))
         if self.step.learns and shortest < 2 * cfg.train.warmup_steps:
-            self.log.say(f"the shortest task has {shortest} steps: few for train.warmup_steps={cfg.train.warmup_steps}")
+            self.log.say(
+                f"the shortest task has {shortest} steps: few for train.warmup_steps={cfg.train.warmup_steps}; "
+                f"use at most {max(1, shortest // 2)}"
+            )
 
     def evaluate_untrained(self) -> None:
         """Measure the zero-shot accuracy, unless an earlier start has."""
@@ -274,6 +277,5 @@ def sizes_by_unit(step: HybridStep, moves: list[Move]) -> list[float | None]:
     sizes: dict[UnitId, float] = {}
     for move in moves:
         for branch, part in move.group.slices.items():
-            own = step.flats[branch].slices.items()
-            sizes |= {id: move.sizes[branch] for id, place in own if part.start <= place.start < part.stop}
+            sizes |= dict.fromkeys(step.flats[branch].units_in(part), move.sizes[branch])
     return [sizes.get(id) for id in step.towers.units]

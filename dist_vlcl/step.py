@@ -170,8 +170,7 @@ class HybridStep:
         assert self.statistics is not None
         for move in moves:
             for branch, part in move.group.slices.items():
-                ids = [id for id, own in self.flats[branch].slices.items() if part.start <= own.start < part.stop]
-                self.statistics.observe(ids, [move.gradients[branch][part]])
+                self.statistics.observe(self.flats[branch].units_in(part), [move.gradients[branch][part]])
         with self.first.gathered_parameters():
             return self.statistics.compute()
 

@@ -115,7 +115,8 @@ def run_and_report(cfg: Config) -> None:
         report_failure(error, world.is_main)
         if cfg.cluster.traceback:
             raise
-        advice = ". Repair the cause; the same command then continues from the newest checkpoint" if isinstance(error, OSError) else ""
+        can_continue = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | FileExistsError)
+        advice = "\nRepair the cause; the same command then continues from the newest checkpoint." if can_continue else ""
         print(f"error on rank {world.rank} of {world.size}: {masked(str(error))}{advice}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     finally:

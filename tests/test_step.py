@@ -304,7 +304,7 @@ def test_a_probe_whose_loss_is_not_finite_skips_and_counts_the_step_too(strategy
 
 def test_a_loss_too_large_to_be_added_exactly_skips_the_step():
     step = hybrid(OrderPlan("dual", "hop_odd"))
-    step.towers.language.ends.clip.logit_scale.fill_(math.log(1e9))
+    step.towers.language.stem_and_head.clip.logit_scale.fill_(math.log(1e9))
     report = step([images()], Key(9, 0), LR)
     assert report.skipped == "the loss is not finite, or too large, on rank [0]" and not report.moves
 

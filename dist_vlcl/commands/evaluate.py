@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from dist_vlcl.config import load_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
-from dist_vlcl.dist.world import World
+from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.experiment import Experiment
 from dist_vlcl.masking import HIDDEN, masked
 from dist_vlcl.run import checkpoint
@@ -50,7 +49,7 @@ def main() -> None:
     world = World.alone()
     try:
         cluster = load_config(folder / "config.yaml").cluster
-        world = World.from_environment(replace(cluster, num_processes=None, direction_groups=1))  # any number of ranks
+        world = World.from_environment(ClusterConfig(timeout_s=cluster.timeout_s, traceback=cluster.traceback))  # any ranks, any device
         accuracy = evaluate_run(folder, world)
         if world.is_main:
             print(f"Last {100 * accuracy.last:.2f}  Avg {100 * accuracy.average:.2f}  forgetting {100 * accuracy.forgetting:.2f}")

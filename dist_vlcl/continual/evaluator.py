@@ -20,7 +20,7 @@ def count_correct(
     """Return (correct, total) per true class, int64 `[P, C, 2]`, if only the first `prefixes[p]` classes can be predicted.
 
     The `batches` are this rank's part of the test samples, on the device. Over all ranks each sample occurs once. The prompts are encoded
-    once. With a key as `noise`, router noise is drawn as the baseline does (concepts.md 1.4, Q1), but only once for the text. The counts are
+    once. With a key as `noise`, router noise is drawn as the baseline does (concepts.md 1.4), but only once for the text. The counts are
     integers and are summed over ranks. All ranks call this.
     """
     tokens = towers.prompts(class_names).to(world.device)

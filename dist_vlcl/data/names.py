@@ -30,7 +30,7 @@ def class_order(spec: str | Sequence[int], num_classes: int, paper: Sequence[int
     """Return the class ids in the order in which they are learned.
 
     `spec` is `natural`, `paper` (the list `paper`), `seed:N`, or the list itself, which TaskStream checks. `seed:N` is numpy's legacy
-    `RandomState(N).permutation`, as in PILOT and PROOF. Raises ValueError for another word, or if `paper` has no list for these classes.
+    `RandomState(N).permutation`, as in PILOT and PROOF. Raises ValueError if `paper` has no list for these classes.
     """
     if not isinstance(spec, str):
         return [int(class_id) for class_id in spec]
@@ -40,11 +40,10 @@ def class_order(spec: str | Sequence[int], num_classes: int, paper: Sequence[int
         if paper is None or len(paper) != num_classes:
             raise ValueError(f"tasks.order='paper': no published order of these {num_classes} classes; choose natural, seed:N or a list")
         return list(paper)
-    if match := re.fullmatch(r"seed:(\d+)", spec):
-        import numpy as np
+    import numpy as np
 
-        return [int(class_id) for class_id in np.random.RandomState(int(match[1])).permutation(num_classes)]
-    raise ValueError(f"tasks.order={spec!r}: choose from natural, paper, seed:N, or a list of class ids")
+    seed = int(spec.removeprefix("seed:"))
+    return [int(class_id) for class_id in np.random.RandomState(seed).permutation(num_classes)]
 
 
 def _lines(path: Path) -> list[str]:

@@ -127,6 +127,7 @@ class Collectives:
 
         def call() -> None:
             with suppress(Exception):  # any error means that the store is gone
+                # torch has no public way to reach the store of the default process group
                 answers.append(work(self._reason_store or dist.distributed_c10d._get_default_store()))
 
         thread = threading.Thread(target=call, daemon=True)

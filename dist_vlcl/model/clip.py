@@ -55,6 +55,8 @@ class ModelConfig:
 class AdapterConfig(Protocol):
     """The configuration of adapters: MoEConfig, LoRAConfig, or a user's own dataclass (docs/extending.md)."""
 
+    label: str  # in the names of runs
+
     def make(self, width: int, generator: torch.Generator) -> nn.Module: ...
 
 
@@ -140,17 +142,17 @@ class TextStemAndHead(nn.Module):
 
     def reads(self, tokens: Tensor) -> Tensor:
         """Return the positions of start and end of text `[C, 2]`. The router looks at the first, the last is pooled."""
-        ends = tokens.argmax(-1)
-        return torch.stack([torch.zeros_like(ends), ends], 1)
+        end_of_text_C = tokens.argmax(-1)
+        return torch.stack([torch.zeros_like(end_of_text_C), end_of_text_C], 1)
 
     def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         return self.embed(tokens) if hidden is None else self.pool(hidden)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Return features `[C, F]` of the last block's output."""
-        ends = self.clip.ln_final(hidden[:, -1])
+        last_CD = self.clip.ln_final(hidden[:, -1])
         projection = self.clip.text_projection
-        return projection(ends) if isinstance(projection, nn.Module) else ends @ projection
+        return projection(last_CD) if isinstance(projection, nn.Module) else last_CD @ projection
 
 
 class TwoTowers(nn.Module):
@@ -164,7 +166,7 @@ class TwoTowers(nn.Module):
 
     def zero3_modules(self) -> list[nn.Module]:
         """Return the modules that ZeRO-3 gathers one at a time. Each parameter is read inside the call of one of them."""
-        return [module for tower in (self.vision, self.language) for module in (tower.ends, *tower)]
+        return [module for tower in (self.vision, self.language) for module in (tower.stem_and_head, *tower)]
 
     def record(self) -> None:
         """Replay CUDA graphs from now on. The model must be on a GPU and not sharded."""
@@ -181,8 +183,8 @@ class TwoTowers(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """Return the factor of the cosine similarities, ()."""
-        ends: Any = self.language.ends
-        return ends.clip.logit_scale.exp()
+        language: Any = self.language.stem_and_head
+        return language.clip.logit_scale.exp()
 
     def prompts(self, names: Sequence[str], multiple: int = 1) -> Tensor:
         """Return the tokens `[C, L]` of one prompt per class name. L is the longest length, rounded up to a multiple of `multiple`.
@@ -225,9 +227,8 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
     clip.eval().float()
     scale = clip.logit_scale
     del clip.logit_scale
-    clip.register_buffer(
-        "logit_scale", scale.detach()
-    )  # a buffer, because ZeRO-3 shards parameters, and this is read outside a module's call
+    # A buffer, because ZeRO-3 shards parameters, and this one is read outside a module's call.
+    clip.register_buffer("logit_scale", scale.detach())
     for parameter in clip.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -262,13 +263,10 @@ def unit_ids(model: ModelConfig) -> list[UnitId]:
         )
     config = open_clip.get_model_config(model.name)
     towers = {"language": config["text_cfg"], "vision": config["vision_cfg"]}
-    foreign = {
-        "language": "hf_model_name",
-        "vision": "timm_model_name",
-    }  # set for a tower of another library; a ResNet has a list of layers
+    foreign = {"language": "hf_model_name", "vision": "timm_model_name"}  # the names of towers that come from another library
     depths = {branch: tower.get("layers", 12) for branch, tower in towers.items()}
     for branch, tower in towers.items():
-        if tower.get(foreign[branch]) or not isinstance(depths[branch], int):
+        if tower.get(foreign[branch]) or not isinstance(depths[branch], int):  # a ResNet has a list of layers
             raise _without_blocks(model.name, branch)
     return [UnitId(branch, layer) for branch, depth in depths.items() for layer in range(1, depth + 1)]
 

@@ -141,18 +141,18 @@ def select_positions(x_KBLD: Tensor, reads_BR: Tensor) -> Tensor:
 class Tower(nn.Module):
     """One branch of CLIP: blocks between a stem and a head. Everything but the adapters is frozen.
 
-    `ends` is the module with stem and head: `ends(inputs) -> [B, L, D]` embeds, `ends(inputs, hidden) -> [K*B, F]` pools, and
-    `ends.length(inputs)` is L. `ends.reads(inputs) -> [B, R]` are the only positions of the last block's output that adapter and pooling
-    read (first position 0, where the router looks), or None for all; `hidden` then has only these.
+    `stem_and_head(inputs)` embeds, `[B, L, D]`. `stem_and_head(inputs, hidden)` pools, `[K*B, F]`. `stem_and_head.length(inputs)` is L.
+    `stem_and_head.reads(inputs)` are the positions `[B, R]` of the last block's output that adapter and pooling read, or None for all. The
+    first is position 0, where the router looks. `hidden` then has only these.
     """
 
-    def __init__(self, branch: str, blocks: list[AdaptedBlock], ends: Any, checkpoint: bool = False):
+    def __init__(self, branch: str, blocks: list[AdaptedBlock], stem_and_head: Any, checkpoint: bool = False):
         super().__init__()
         self.branch, self.checkpoint = branch, checkpoint
         self.graphs: Graphs | None = None
         self.in_slices = True  # False under ZeRO-3: each call of a block is a collective, so all ranks must make equally many
         self.blocks = nn.ModuleList(blocks)
-        self.ends: Any = ends
+        self.stem_and_head: Any = stem_and_head
 
     def __iter__(self) -> Iterator[AdaptedBlock]:
         return (self.block(layer) for layer in range(1, self.depth + 1))
@@ -172,7 +172,7 @@ class Tower(nn.Module):
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Return the input of the first block `[1, B, L, D]`."""
-        return self.ends(inputs)[None].to(self.dtype)
+        return self.stem_and_head(inputs)[None].to(self.dtype)
 
     def run(
         self,
@@ -191,7 +191,7 @@ class Tower(nn.Module):
         their own. noise: the step's `StepNoise`. Without gradients a few samples at a time run through all blocks, so that the peak memory
         does not grow with the batch.
         """
-        length = self.ends.length(inputs)
+        length = self.stem_and_head.length(inputs)
         drawn = [self.block(layer).adapter.draw(noise, self.branch, layer, length, training) for layer in range(start, self.depth + 1)]
         if torch.is_grad_enabled() or not self.in_slices:
             features, *cached_input = self._call(hidden, inputs, drawn, stacked_params, start, cache_layer)
@@ -235,7 +235,7 @@ class Tower(nn.Module):
         drawn: (router noise, dropout mask) of each block from `start` on. The K axis appears at the first block with stacked parameters.
         See `run` for the other arguments.
         """
-        read = self.ends.reads(inputs)
+        read = self.stem_and_head.reads(inputs)
         reads = {} if read is None else {self.depth: read}
         cached: tuple[Tensor, ...] = ()
         recompute = self.checkpoint and torch.is_grad_enabled()
@@ -252,11 +252,11 @@ class Tower(nn.Module):
             if layer == cache_layer:
                 cached = cached_input
             del arguments, cached_input  # keep the peak memory within a block
-        return unit_features(hidden, inputs, self.ends), *cached
+        return unit_features(hidden, inputs, self.stem_and_head), *cached
 
 
 @perturbable(difference)
-def unit_features(hidden: Any, inputs: Tensor, ends: Any) -> Tensor:
+def unit_features(hidden: Any, inputs: Tensor, stem_and_head: Any) -> Tensor:
     """Return the pooled hidden state `[K, B, R, D]` scaled to length 1, `[K, B, F]`, in float32 or wider."""
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    return F.normalize(ends(inputs, hidden.flatten(0, 1)), dim=-1).unflatten(0, hidden.shape[:2])
+    return F.normalize(stem_and_head(inputs, hidden.flatten(0, 1)), dim=-1).unflatten(0, hidden.shape[:2])

@@ -98,6 +98,10 @@ class FlatTensors:
         """Return (qualified name, number of elements) in flat order."""
         return [(f"{id}/{name}", shape.numel()) for id, shapes in self.shapes.items() for name, shape in shapes.items()]
 
+    def units_in(self, part: slice) -> list[UnitId]:
+        """Return the units that lie in a part of the flat values."""
+        return [id for id, place in self.slices.items() if part.start <= place.start < part.stop]
+
     def views(self, values: Tensor) -> dict[UnitId, dict[str, Tensor]]:
         """Return values `[..., n]` as tensors `[..., *shape]` by unit and name. They are views."""
         parts = iter(values.split([numel for _, numel in self.names()], -1))

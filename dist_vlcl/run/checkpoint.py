@@ -73,7 +73,7 @@ def load_newest(folder: Path | str) -> Checkpoint | None:
 
     Raises ValueError for a run folder of version 0.1.
     """
-    if is_of_version_1(folder):
+    if is_of_version_0_1(folder):
         raise ValueError(f"{folder} has checkpoints of version 0.1, which this version cannot read: use version 0.1, or train again")
     skipped, found = [], None
     for step in reversed(saved_steps(folder)):
@@ -81,10 +81,10 @@ def load_newest(folder: Path | str) -> Checkpoint | None:
             found = load(folder, step)
             break
         except (BrokenCheckpoint, OSError) as error:
-            skipped.append(f"{_path(folder, step).name}: {error}")
+            skipped.append(str(error))
     if skipped:
         outcome = f"using {found.path.name} instead" if found else "no intact checkpoint is left"
-        warnings.warn(f"skipped in {folder}: {'; '.join(skipped)}; {outcome}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"skipped: {'; '.join(skipped)}; {outcome}", RuntimeWarning, stacklevel=2)
     return found
 
 
@@ -101,7 +101,7 @@ def saved_steps(folder: Path | str) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def is_of_version_1(folder: Path | str) -> bool:
+def is_of_version_0_1(folder: Path | str) -> bool:
     """Whether a run folder has checkpoints in the format of version 0.1: a folder for each."""
     return any((Path(folder) / "checkpoints").glob("step-*/manifest.json"))
 
@@ -116,11 +116,11 @@ def _read(path: Path, step: int) -> Checkpoint:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
     except SafetensorError as error:
-        raise BrokenCheckpoint(f"it cannot be read ({error})") from None
+        raise BrokenCheckpoint(f"{path} cannot be read ({error})") from None
     if metadata.pop("sha256", None) != _digest(metadata, tensors):
-        raise BrokenCheckpoint("its content differs from its SHA-256")
+        raise BrokenCheckpoint(f"{path}: its content differs from its SHA-256")
     if metadata.get("step") != str(step):
-        raise BrokenCheckpoint(f"it is the checkpoint of step {metadata.get('step')}")
+        raise BrokenCheckpoint(f"{path} is the checkpoint of step {metadata.get('step')}")
     return Checkpoint(step, tensors, json.loads(metadata["state"]), path)
 
 

@@ -28,7 +28,7 @@ import yaml
 from dist_vlcl.dist.world import World
 from dist_vlcl.masking import masked_values
 from dist_vlcl.options import flatten, option
-from dist_vlcl.run.checkpoint import is_of_version_1
+from dist_vlcl.run.checkpoint import is_of_version_0_1
 from dist_vlcl.run.environment import describe_environment, is_restart
 from dist_vlcl.run.files import make_folder, read_json, replace_file
 
@@ -214,7 +214,7 @@ def _set_aside(path: Path, lock: TextIO) -> tuple[TextIO, Path]:
 
 def _check_configuration(path: Path, settings: RunConfig, config: dict[str, Any]) -> list[str]:
     """Return one text per change that a resume accepts; raise RunRefused for any other change."""
-    if is_of_version_1(path):
+    if is_of_version_0_1(path):
         raise RunRefused(f"{path} was started by version 0.1, whose checkpoints this version cannot read; {ADVICE}")
     if not settings.resume and not is_restart():
         raise RunRefused(f"{path} exists: run.resume=true continues it; {ADVICE}")

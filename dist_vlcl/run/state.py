@@ -44,7 +44,7 @@ class TrainState:
         names = [field.name for field in fields(cls)]
         missing = [name for name in names if name not in saved]
         if missing:
-            raise ValueError(f"the saved state lacks {', '.join(missing)}: it was written by another version")
+            raise ValueError(f"the saved state lacks {', '.join(missing)}: run.overwrite=true starts anew")
         state = cls(**{name: saved[name] for name in names})
         state.zero_shot = {int(task): value for task, value in state.zero_shot.items()}  # JSON has made the keys texts
         return state

@@ -45,13 +45,12 @@ class ZerothOrderConfig:
     )
     clip: float | None = option(10.0, "Largest absolute value of a projected gradient; null: no limit.", above=0)
     optimizer: str = option("sgd", "How directions become steps.", choices=("sgd", "adam"))
-    lr_scale: float = option(1.0, "Ratio of the zeroth-order to the first-order learning rate.", above=0, below=math.inf)
+    lr_scale: float = option(1.0, "Ratio of the zeroth-order to the first-order learning rate.", above=0)
 
     def check(self) -> None:
         """Raise ValueError for a branch without epsilon or an estimator that Python cannot import."""
-        for branch in ("language", "vision"):
-            if branch not in self.epsilon:
-                raise ValueError(f"zo.epsilon.{branch} is missing: give a number of at least {MIN_EPSILON:g}, such as 1e-3")
+        if set(self.epsilon) != {"language", "vision"}:
+            raise ValueError(f"zo.epsilon={self.epsilon}: give zo.epsilon.language and zo.epsilon.vision, and no other")
         self.make_estimator()
 
     def make_estimator(self) -> FiniteDifference:

@@ -146,7 +146,7 @@ def poisoned(world: World) -> tuple[str, str, str]:
     step = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"], max_skips=3)
     before = digest(step.towers.units.state_dict())
     if world.rank == 1:  # a broken vision projection, on one rank only
-        step.towers.vision.ends.visual.proj.data.fill_(float("nan"))
+        step.towers.vision.stem_and_head.visual.proj.data.fill_(float("nan"))
     report = step(part_of(world, 0, 8), Key(1, 0), lr=1e-2)
     return report.skipped, before, digest(step.towers.units.state_dict())
 
@@ -289,7 +289,7 @@ def overlapped_or_not(world: World) -> list[tuple[str, list[int]]]:
         step.zeroth.decide = lambda *a, s=step, u=under_way, d=decide: (u.append(len(s.first.under_way)), d(*a))[1]
         for k in range(4):
             if k == 2 and world.rank == 0:  # a step that all skip, with gradients under way
-                weight = towers.vision.ends.visual.proj.data
+                weight = towers.vision.stem_and_head.visual.proj.data
                 original, weight[0, 0] = weight[0, 0].clone(), float("nan")
             report = step(part_of(world, k, 10, micro_batches), Key(1000 + k, k), lr=1e-2, observe=k == 3)
             assert (report.skipped is not None) == (k == 2)

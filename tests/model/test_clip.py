@@ -97,7 +97,7 @@ def test_fresh_adapters_leave_open_clip_s_features_unchanged(adapter):
 
 def test_a_real_vit_b16_leaves_open_clip_s_features_unchanged_too(vit_b16, monkeypatch):
     """QuickGELU, 224 pixels, 12 blocks: the same blocks, put back into open_clip's own forward."""
-    visual, clip = vit_b16.vision.ends.visual, vit_b16.language.ends.clip
+    visual, clip = vit_b16.vision.stem_and_head.visual, vit_b16.language.stem_and_head.clip
     monkeypatch.setitem(visual.transformer._modules, "resblocks", nn.ModuleList([block.block for block in vit_b16.vision]))
     monkeypatch.setitem(clip.transformer._modules, "resblocks", nn.ModuleList([block.block for block in vit_b16.language]))
     images = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

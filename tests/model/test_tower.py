@@ -180,7 +180,7 @@ def test_nothing_is_kept_for_backward_below_the_first_first_order_unit():
 def test_a_model_that_pools_from_all_positions_computes_all_of_them():
     towers, whole = tiny_clip(double=True), WholeCLIP(double=True)
     class_token = towers.features("vision", pictures(4))
-    towers.vision.ends.visual.pool_type = whole.clip.visual.pool_type = "avg"
+    towers.vision.stem_and_head.visual.pool_type = whole.clip.visual.pool_type = "avg"
     pooled = towers.features("vision", pictures(4))
     torch.testing.assert_close(pooled, whole.features("vision", pictures(4), adapter_values(towers)), **EXACT)
     assert not torch.allclose(pooled, class_token)
