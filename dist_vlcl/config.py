@@ -31,7 +31,11 @@ from dist_vlcl.run.signals import report_status
 from dist_vlcl.zo.update import ZerothOrderConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-REMOVED = {"zo.update": "simultaneous", "zo.steps_per_fo_step": 1}  # options of version 0.1 with the value that is the only one now
+REMOVED = {
+    "zo.update": "simultaneous",
+    "zo.steps_per_fo_step": 1,
+    "zo.optimizer": "sgd",
+}  # options of version 0.1 with the value that is the only one now
 IGNORED = ("train.on_disagreement", "run.wandb", "run.wandb_project")  # options of version 0.1 that did not affect results
 
 
@@ -114,14 +118,10 @@ class Config:
         return asdict(self)
 
 
-def _register() -> None:
-    store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    store.store(group="adapter", name="moe_schema", node=MoEConfig)
-    store.store(group="adapter", name="lora_schema", node=LoRAConfig)
-
-
-_register()
+_store = ConfigStore.instance()
+_store.store(name="schema", node=Config)
+_store.store(group="adapter", name="moe_schema", node=MoEConfig)
+_store.store(group="adapter", name="lora_schema", node=LoRAConfig)
 
 
 def compose_config(overrides: Iterable[str]) -> Config:

@@ -84,13 +84,13 @@ class Experiment:
         cfg, world = self.cfg, self.world
         steps, per_epoch = self.num_steps(task), steps_per_epoch(cfg, self.index, task)
         # Rank 0 draws the seeds of the task's steps and sends them once.
-        seeds = torch.tensor([derive_seed(state.run_seed, "step", task.index, k) for k in range(steps)])
+        seeds = torch.tensor([derive_seed(cfg.seed, "step", task.index, k) for k in range(steps)])
         world.broadcast(seeds, f"the seeds of task {task.index + 1}")
         while (done := state.epoch * per_epoch + state.batch) < steps:
             batches = self.loader.train(
                 task,
                 batch_size=cfg.train.batch_size,
-                seed=state.run_seed,
+                seed=cfg.seed,
                 epoch=state.epoch,
                 start=state.batch,
                 rank=world.data_rank,

@@ -1,7 +1,8 @@
 """Options declared once: default, allowed values and meaning stand beside the field, and one function checks them all."""
 
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, fields, is_dataclass
 from typing import Any
 
@@ -35,12 +36,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "min": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "max": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
+
+
 def allowed_values(metadata: Any) -> str:
     """Return as text what a field's metadata allows; "" where it says nothing."""
     if metadata.get("choices"):
         return f"choose from {', '.join(map(str, metadata['choices']))}"
-    words = {"min": "at least", "above": "more than", "max": "at most", "below": "less than"}
-    bounds = [f"{word} {metadata[bound]:g}" for bound, word in words.items() if metadata.get(bound) is not None]
+    bounds = [f"{word} {metadata[bound]:g}" for bound, (word, _) in BOUNDS.items() if metadata.get(bound) is not None]
     return f"give a number of {' and '.join(bounds)}" if bounds else ""
 
 
@@ -69,14 +77,6 @@ def validate(config: Any, name: str = "") -> None:
 def _is_allowed(value: Any, metadata: Any) -> bool:
     if metadata.get("choices") is not None:
         return value in metadata["choices"]
-    bounds = [metadata.get(bound) for bound in ("min", "above", "max", "below")]
-    if all(bound is None for bound in bounds):
-        return True
-    low, above, high, below = bounds
+    limits = [(holds, metadata[bound]) for bound, (_, holds) in BOUNDS.items() if metadata.get(bound) is not None]
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return is_number and not (
-        (low is not None and not value >= low)
-        or (above is not None and not value > above)
-        or (high is not None and not value <= high)
-        or (below is not None and not value < below)
-    )
+    return not limits or (is_number and all(holds(value, limit) for holds, limit in limits))

@@ -44,7 +44,7 @@ class Session:
         self.cfg, self.world, self.tasks = experiment.cfg, experiment.world, experiment.tasks
         world = self.world
         self.saved = world.share(checkpoint.load_newest(folder.path) if world.is_main and not folder.is_new else None, "the checkpoint")
-        self.state = TrainState.from_dict(self.saved.state) if self.saved else TrainState(self.cfg.seed)
+        self.state = TrainState.from_dict(self.saved.state) if self.saved else TrainState()
         self.journalled = self._read_journal()
         message = self._note_moves() + folder.message + (f", continuing after step {self.state.step}" if self.state.step else "")
         self.accuracy = AccuracyMatrix([len(task.classes) for task in self.tasks], [[tuple(c) for c in row] for row in self.state.accuracy])
@@ -119,7 +119,8 @@ class Session:
 
     def is_time_to_save(self) -> bool:
         """Whether a checkpoint is due after this step."""
-        return self.folder.is_time_to_save(self.state.step)
+        every = self.cfg.run.save_every_steps
+        return every > 0 and self.state.step % every == 0
 
     def is_time_to_compare(self) -> bool:
         """Whether the ranks are to compare their adapters after this step."""
@@ -226,7 +227,7 @@ class Session:
         )
         state = self.state
         ended = {"zero_shot": state.zero_shot, "seconds": state.seconds, "steps": state.step}
-        self.folder.complete({**self.accuracy.summary(), "rows": self.accuracy.rows, **ended})
+        self.folder.write_accuracy({**self.accuracy.summary(), "rows": self.accuracy.rows, **ended}, complete=True)
         return self.accuracy
 
     def _read_journal(self) -> list[dict[str, Any]]:

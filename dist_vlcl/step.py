@@ -90,7 +90,6 @@ class HybridStep:
         self.first.begin()
         for flat in self.flats.values():
             flat.rebind_views()
-        self.zeroth.begin()
 
     def __call__(self, batches: Sequence[Any], key: Key, lr: float, stop: bool = False, observe: bool = False) -> StepReport:
         """Update on one global batch. Its part on this rank, on the device, comes as micro-batches (data.loader.Batch).
@@ -186,15 +185,11 @@ class HybridStep:
             return {name: t.clone() for name, t in self.towers.units.state_dict().items()}
 
     def state_dict(self, optimizers: bool = True) -> dict[str, Tensor]:
-        """Return everything that a resume needs: the adapters and, if `optimizers`, the moments of both optimisers. All ranks call this."""
+        """Return everything that a resume needs: the adapters and, if `optimizers`, AdamW's moments. All ranks call this."""
         adapters = {f"adapters/{name}": t for name, t in self.adapters().items()}
         if not optimizers:
             return adapters
-        return {
-            **adapters,
-            **{f"adamw/{name}": t for name, t in self.first.state_dict(self.first_names).items()},
-            **{f"zo/{name}": t for name, t in self.zeroth.state_dict().items()},
-        }
+        return adapters | {f"adamw/{name}": t for name, t in self.first.state_dict(self.first_names).items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a state. Call `begin` first, because it makes the optimisers. All ranks call this."""
@@ -205,4 +200,3 @@ class HybridStep:
         with self.first.gathered_parameters(writes=True):
             self.towers.units.load_state_dict(under("adapters/"))
         self.first.load_state_dict(under("adamw/"), self.first_names)
-        self.zeroth.load_state_dict(under("zo/"))

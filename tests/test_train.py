@@ -65,8 +65,8 @@ def records(cfg: Config, file: str = "metrics.jsonl") -> list[dict]:
 
 @pytest.mark.parametrize(
     ("size", "overrides"),
-    [(3, ["zo=mozo"]), (2, ["zo=conservative", "zo.optimizer=adam", "train.micro_batches=2", "data.num_workers=1"])],
-    ids=["mozo", "adam"],
+    [(3, ["zo=mozo"]), (2, ["zo=conservative", "train.micro_batches=2", "data.num_workers=1"])],
+    ids=["mozo", "conservative"],
 )
 def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path, size, overrides):
     unbroken = configured(tmp_path, *TINY, *overrides, "run.name=unbroken")

@@ -49,12 +49,8 @@ def rebuild(folder: Path, start: int | None = None, stop: int | None = None, dev
     flats = {branch: FlatTensors(tensors) for branch, tensors in _zeroth_order(cfg, saved.tensors, device).items()}
     if not flats:
         raise ValueError(f"{folder} has no zeroth-order units (orders.branch={cfg.orders.branch}, orders.order={cfg.orders.order})")
-    zeroth, task = ZerothOrder(flats, cfg.zo), saved.state["task"]
-    zeroth.load_state_dict({name.removeprefix("zo/"): t for name, t in saved.tensors.items() if name.startswith("zo/")})
+    zeroth = ZerothOrder(flats, cfg.zo)
     for record in track(records, "replay", disable=not sys.stdout.isatty()):
-        if record["task"] != task:
-            zeroth.begin()
-            task = record["task"]
         zeroth.replay(record["moves"], Key(record["seed"], record["step"] - 1))
     return Rebuilt(saved.step, reached, {f"adapters/{name}": t.cpu() for flat in flats.values() for name, t in flat.tensors().items()})
 

@@ -1,15 +1,10 @@
-"""Report on runs: python -m dist_vlcl.commands.report runs/* [--out report] [--into PAGE.md]
+"""Report on runs: python -m dist_vlcl.commands.report runs/* [--out report]
 
 Writes OUT/report.html (one file with its pictures inside), OUT/report.md, OUT/images/*.png, and every number as tidy CSV in OUT/data/.
 The report shows all complete runs, the differences between them, what these say about the paper's claims, and the paper's numbers.
-
-With --into PAGE.md, results, claims and figures also replace the part of that page between its lines <!-- report --> and
-<!-- /report -->.
 """
 
 import argparse
-import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -24,10 +19,6 @@ from dist_vlcl.paper import Cell, cell_of, paper_runs, published
 from dist_vlcl.report.figures import STYLE
 from dist_vlcl.report.page import Report
 from dist_vlcl.report.records import run_frame
-from dist_vlcl.run.files import replace_file
-
-BEGIN, END = "<!-- report -->", "<!-- /report -->"
-MARKED = re.compile(f"{BEGIN}.*{END}", re.DOTALL)
 
 
 def realise(config: dict[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -42,15 +33,6 @@ def configuration_of(cell: Cell) -> dict[str, Any]:
     return compose_config(cell.overrides()).as_dict()
 
 
-def write_into(page: Path, report: Report, images: Path) -> None:
-    """Put a report's digest between the marks of a page, with the pictures that it shows in the folder images beside the page."""
-    digest = re.sub(r"^#", "##", report.digest, flags=re.M)  # the page has headings of its own
-    replace_file(page, MARKED.sub(lambda _: f"{BEGIN}\n{digest}\n{END}", page.read_text()))
-    (page.parent / "images").mkdir(exist_ok=True)
-    for picture in report.pictures:
-        shutil.copy(images / f"{picture.name}.png", page.parent / "images")
-
-
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(
@@ -58,20 +40,15 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, such as runs/*; others are skipped and named")
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="where to write (default: report)")
-    parser.add_argument("--into", type=Path, metavar="PAGE.md", help="also put results, claims and figures into this page")
     arguments = parser.parse_args()
     if absent := [str(folder) for folder in arguments.runs if not folder.exists()]:
         parser.error(f"no such folder: {', '.join(absent)}; give run folders, such as runs/*")
-    if arguments.into and not (arguments.into.is_file() and MARKED.search(arguments.into.read_text())):
-        parser.error(f"--into {arguments.into}: give a page that has the lines {BEGIN} and {END}")
     runs, unreadable = run_frame(arguments.runs, realise)
     if runs.empty:
         parser.error(f"none of these is a run folder: {'; '.join(f'{name}: {why}' for name, why in unreadable.items())}")
     with matplotlib.rc_context(STYLE):
         report = Report(runs, pd.DataFrame(map(asdict, paper_runs().values())), published()["table5_memory_gb"], unreadable)
         report.write(arguments.out)
-    if arguments.into:
-        write_into(arguments.into, report, arguments.out / "images")
     print(f"{int(runs.is_complete.sum())} complete runs of {len(runs)}, {len(report.pictures)} pictures: open {arguments.out}/report.html")
 
 

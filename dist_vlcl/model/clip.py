@@ -2,12 +2,11 @@
 
 # B images, C classes, L tokens, D width, F features
 
-import contextlib
 import copy
 import difflib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -282,13 +281,16 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
     if model.pretrained == "random":
         source = None
     try:
-        with warnings.catch_warnings(), _quiet():
+        logging.disable(logging.ERROR)  # open_clip logs errors on the root logger; users get one line from us instead
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             clip = open_clip.create_model(model.name, pretrained=source, require_pretrained=source is not None)
     except Exception as error:
         raise RuntimeError(
             f"model.pretrained={model.pretrained!r}: could not load the weights of {model.name} ({error}). {_how_to_get_weights(model)}"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     return clip, open_clip.get_tokenizer(model.name)
 
 
@@ -328,14 +330,3 @@ def _refuse_unknown_blocks(name: str, clip: Any) -> None:
 
 def _without_blocks(name: str, branch: str) -> ValueError:
     return ValueError(f"model.name={name!r}: its {branch} tower has no residual attention blocks; choose a ViT such as ViT-B-16-quickgelu")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip, which logs errors on the root logger. Users get one line from us instead."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(previous)

@@ -56,9 +56,8 @@ class Graphs:
         graphs = self.graphs[bool(learning)]
         if (bool(learning), key) not in self.seen:
             self.seen.add((bool(learning), key))
-            return of_tensors(
-                [t.clone() for t in tensors], {}
-            )  # clones: their alignment, by which libraries choose kernels, is that of a graph's inputs
+            # Clones: their alignment, by which libraries choose kernels, is that of a graph's inputs.
+            return of_tensors([t.clone() for t in tensors], {})
         if key not in graphs:
             graphs[key] = self._record(of_tensors, tensors, learning)
             while len(graphs) > MAX_GRAPHS[bool(learning)]:

@@ -2,7 +2,7 @@
 
 # n parameters of a branch
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,20 +44,11 @@ class Unit:
         return sum(t.numel() for t in self.tensors().values())
 
 
-class Units(Mapping[UnitId, Unit]):
+class Units(dict[UnitId, Unit]):
     """All units of a model, language first, each branch from layer 1 up."""
 
     def __init__(self, units: list[Unit]):
-        self._units = {unit.id: unit for unit in sorted(units, key=lambda u: u.id)}
-
-    def __getitem__(self, id: UnitId) -> Unit:
-        return self._units[id]
-
-    def __iter__(self) -> Iterator[UnitId]:
-        return iter(self._units)
-
-    def __len__(self) -> int:
-        return len(self._units)
+        super().__init__({unit.id: unit for unit in sorted(units, key=lambda unit: unit.id)})
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every tensor of every unit under `branch.layer/name`. The names do not depend on the order plan."""

@@ -1,7 +1,6 @@
 """Pictures of one run, drawn without a display, and the style of all pictures: readable for colour-blind readers and in grey print."""
 
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from dist_vlcl.report.records import Records, read_records
 
@@ -136,10 +134,8 @@ def plot_projected_gradients(records: Records) -> Figure | None:
 
 
 def write_picture(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG of 96 colours. It has a third of the size, and documentation keeps such files."""
-    drawn = BytesIO()
-    figure.savefig(drawn, pil_kwargs={"compress_level": 1})  # it is only read again below
-    Image.open(drawn).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path)
+    """Write a figure as a PNG."""
+    figure.savefig(path)
 
 
 def percents(fractions: Any) -> np.ndarray:

@@ -42,12 +42,12 @@ class Report:
         self.pictures = pictures_of(complete, results, comparisons)
         self.data = {"runs": shown, "cells": cells, "comparisons": comparisons, "memory": memory, "missing": missing}
         self.data |= {picture.name: picture.data for picture in self.pictures}
-        self.digest = _joined([TERMS, *_results(cells[cells.seeds > 0]), *_claims(comparisons), *self._figures()])
+        shown = [TERMS, *_results(cells[cells.seeds > 0]), *_claims(comparisons), *self._figures()]
         repeated = runs[runs.is_complete & ~runs.is_probe & ~runs.path.isin(complete.path)].run
         left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
         left_out |= {row.run: f"not complete, {row.tasks_done} tasks done" for row in runs[~runs.is_complete].itertuples()}
         rest = [*_tables(cells, memory), "## What is missing", _missing(missing, len(published), left_out)]
-        self.page = _joined(["# Report", self.digest, *rest])
+        self.page = _joined(["# Report", *shown, *rest])
 
     def write(self, out: Path) -> None:
         """Write the page, its pictures and its data into a folder."""

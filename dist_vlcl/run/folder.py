@@ -121,19 +121,10 @@ class RunFolder:
             raise outcome
         return cls(**outcome, settings=settings, is_main=world.is_main, _lock=lock)
 
-    def is_time_to_save(self, step: int) -> bool:
-        """Whether a checkpoint is due after step `step`, counted from 1."""
-        return self.settings.save_every_steps > 0 and step % self.settings.save_every_steps == 0
-
     def write_accuracy(self, accuracy: dict[str, Any], complete: bool = False) -> None:
         """Write accuracy.json."""
         if self.is_main:
             replace_file(self.path / "accuracy.json", json.dumps({**accuracy, "complete": complete}, indent=1) + "\n")
-
-    def complete(self, accuracy: dict[str, Any]) -> None:
-        """Write accuracy.json of a run in which every task is done."""
-        self.write_accuracy(accuracy, complete=True)
-        self.is_complete = True
 
     def request_requeue(self) -> None:
         """Leave the marker of a run that waits to be started again."""

@@ -8,7 +8,6 @@ from typing import Any
 class TrainState:
     """The position of a run in its tasks, epochs and batches, and its results so far."""
 
-    run_seed: int = 0
     task: int = 0
     epoch: int = 0
     batch: int = 0  # the next batch of this epoch

@@ -20,7 +20,6 @@ from dist_vlcl.zo.noise import MAX_PROBES, Key
 EVALUATIONS = ("auto", "whole", "delta")
 # Losses are rounded to 2^-32. With a smaller epsilon the difference of two losses would be mostly that rounding.
 MIN_EPSILON = 1e-7
-BETAS, ADAM_EPS = (0.9, 0.999), 1e-8
 
 
 @dataclass
@@ -44,7 +43,6 @@ class ZerothOrderConfig:
         "auto", "Compute a candidate's whole features, or only their change; auto: the change where the tower is bf16.", choices=EVALUATIONS
     )
     clip: float | None = option(10.0, "Largest absolute value of a projected gradient; null: no limit.", above=0)
-    optimizer: str = option("sgd", "How directions become steps.", choices=("sgd", "adam"))
     lr_scale: float = option(1.0, "Ratio of the zeroth-order to the first-order learning rate.", above=0)
 
     def check(self) -> None:
@@ -79,7 +77,7 @@ class Move:
     group: Group
     projected_gradient: Slopes
     gradients: Mapping[str, Tensor]  # the gradient estimate, before the transform
-    directions: Mapping[str, Tensor]  # the same after transform and optimiser
+    directions: Mapping[str, Tensor]  # the same after the transform
     coefficient: float = 0.0
     losses: tuple[float, float, float] | None = None  # of staying, of -step and of +step, if the acceptance rule compared them
 
@@ -117,23 +115,6 @@ def best_of_three(base: float, minus: float, plus: float, step: float) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Adam's running means of a branch's directions `[n]` and of their squares, after `steps` steps."""
-
-    first_n: Tensor
-    second_n: Tensor
-    steps: int
-
-    def advanced(self, g: Tensor) -> "Moments":
-        first_n, second_n = self.first_n.to(g.device), self.second_n.to(g.device)  # those of a checkpoint are on the CPU
-        return Moments(torch.lerp(first_n, g, 1 - BETAS[0]), torch.lerp(second_n, g * g, 1 - BETAS[1]), self.steps + 1)
-
-    def direction(self) -> Tensor:
-        first, second = (t / (1 - beta**self.steps) for t, beta in zip((self.first_n, self.second_n), BETAS, strict=True))
-        return first / (second.sqrt() + ADAM_EPS)
-
-
 class ZerothOrder:
     """Decides and applies the updates of the zeroth-order units. Losses come from `evaluate`, randomness from the key."""
 
@@ -142,12 +123,6 @@ class ZerothOrder:
         self.groups = groups_of(flats, config.granularity)
         self.difference = config.make_estimator()
         self.directions = Directions(flats, config.directions)
-        self.begin()
-
-    def begin(self) -> None:
-        """Start a task: forget Adam's moments."""
-        self.moments: dict[str, Moments] = {}
-        self._next_moments: dict[str, Moments] = {}  # of the moves that were decided and not yet applied
 
     def decide(self, evaluate: Evaluate, key: Key, lr: float) -> tuple[float, list[Move] | None]:
         """Return the base loss and one move per group, or None instead of the moves if a loss is not finite. Changes no value.
@@ -171,9 +146,7 @@ class ZerothOrder:
         ]
 
     def apply(self, moves: Sequence[Move]) -> None:
-        """Add each move to the values, in place, and keep the moments that it was made with."""
-        if moves:
-            self.moments |= self._next_moments
+        """Add each move to the values, in place."""
         for move in moves:
             for branch, offset in move.offsets(move.coefficient).items():
                 self.flats[branch].values_n.add_(offset)
@@ -204,31 +177,4 @@ class ZerothOrder:
             gradients = {b: gradient(own[b], z) for b, z in probes.items()}
             directions = {b: g.sign() for b, g in gradients.items()} if self.config.transform == "sign" else gradients
             moves.append(Move(group, own, gradients, directions))
-        return self._adapted(moves) if self.config.optimizer == "adam" else moves
-
-    def _adapted(self, moves: Sequence[Move]) -> list[Move]:
-        """Return the moves with Adam's directions. There is one set of moments per branch, whatever the granularity (concepts.md 2.8)."""
-        for branch in self.flats:
-            total_n = functools.reduce(torch.add, (m.directions[branch] for m in moves if branch in m.directions))
-            old = self.moments.get(branch) or Moments(torch.zeros_like(total_n), torch.zeros_like(total_n), 0)
-            self._next_moments[branch] = old.advanced(total_n)
-        directions = {branch: moments.direction() for branch, moments in self._next_moments.items()}
-        return [replace(m, directions={b: restricted(directions[b], part) for b, part in m.group.slices.items()}) for m in moves]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return Adam's moments under the names of the parameters; empty without Adam."""
-        state: dict[str, Tensor] = {}
-        for branch, moments in self.moments.items():
-            names = self.flats[branch].names()
-            for kind, flat_n in (("first", moments.first_n), ("second", moments.second_n)):
-                parts = flat_n.split([numel for _, numel in names])
-                state |= {f"{name}/{kind}": part for (name, _), part in zip(names, parts, strict=True)}
-            state[f"{branch}/steps"] = torch.tensor(moments.steps)
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` returned. The flat order of the parameters may be another one."""
-        for branch, flat in self.flats.items():
-            if f"{branch}/steps" in state:
-                first_n, second_n = (torch.cat([state[f"{name}/{kind}"] for name, _ in flat.names()]) for kind in ("first", "second"))
-                self.moments[branch] = Moments(first_n, second_n, int(state[f"{branch}/steps"]))
+        return moves

@@ -62,7 +62,7 @@ def write_run(
     if not num_tasks_done:
         before = {} if zero_shot is None else {t: zero_shot + 0.02 * (len(sizes) - 1 - t) for t in range(len(sizes))}
         end = {"zero_shot": before, "seconds": 1.0, "steps": len(sizes) * steps if learns else 0}
-        run.complete({**accuracy.summary(), "rows": accuracy.rows, **end})
+        run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows, **end}, complete=True)
     log.close()
     run.close()
     if records and learns:

@@ -190,27 +190,6 @@ def test_a_claim_is_answered_with_the_paper_s_own_difference_beside(report):
     assert text.count("dual hop_odd, frozen | first order | 2 |") == 1
 
 
-def test_results_claims_and_figures_go_into_another_page_between_its_marks(runs, tmp_path, monkeypatch, capsys):
-    other = tmp_path / "docs" / "PAGE.md"
-    other.parent.mkdir()
-    other.write_text("before\n<!-- report -->\nstale words\n<!-- /report -->\nafter\n")
-    chosen = [*runs.glob("cifar100-inc20-*seed*"), *runs.glob("digits-*seed0")]
-    report_of(monkeypatch, *chosen, "--out", tmp_path / "out", "--into", other)
-    text = other.read_text()
-    assert text.startswith("before\n<!-- report -->\n") and text.endswith("<!-- /report -->\nafter\n") and "stale words" not in text
-    assert "### What was run" in text and "| CIFAR-100 Inc20 |" in text and "Table 1" not in text
-    pictures = re.findall(r"\]\((images/[^)]+)\)", text)
-    assert all((other.parent / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
-    assert all((other.parent / picture).stat().st_size < 150_000 for picture in pictures)
-    assert set(pictures) == {f"images/{path.name}" for path in (tmp_path / "out" / "images").glob("*.png")}
-    assert {picture.split("-")[0] for picture in pictures} >= {"images/figure3", "images/figure7", "images/figure8", "images/claims"}
-    other.write_text("no marks")
-    with pytest.raises(SystemExit):
-        report_of(monkeypatch, *chosen, "--into", other)
-    assert "give a page that has the lines <!-- report --> and <!-- /report -->" in capsys.readouterr().err
-    assert other.read_text() == "no marks"
-
-
 def test_memory_is_the_most_that_a_step_of_a_probe_has_held(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "runs", "paper=t5-moe-dual", last=0.9, avg=0.9, records=True, peak_gib=1.25)
     report_of(monkeypatch, folder, "--out", tmp_path / "out")

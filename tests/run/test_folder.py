@@ -151,16 +151,16 @@ def test_a_root_that_cannot_be_made_is_an_error_on_every_rank(tmp_path):
 def test_ranks_but_the_first_write_nothing(tmp_path):
     shared = {"path": tmp_path / "runs/a", "is_new": True, "is_complete": False, "message": ""}
     run = RunFolder.open(settings(tmp_path), CONFIG, Follower(shared))
-    run.complete({"last": 0.5})
+    run.write_accuracy({"last": 0.5}, complete=True)
     run.request_requeue()
-    assert run.is_complete and list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_complete_run_says_so_and_where_to_look(tmp_path):
     run = RunFolder.open(settings(tmp_path), CONFIG, World.alone())
     run.write_accuracy({"last": 0.4})
     assert not RunFolder.open(settings(tmp_path), CONFIG, World.alone()).is_complete
-    run.complete({"last": 0.5})
+    run.write_accuracy({"last": 0.5}, complete=True)
     again = RunFolder.open(settings(tmp_path), CONFIG, World.alone())
     assert again.is_complete and "complete" in again.message and "summary.md" in again.message
     assert json.loads((run.path / "accuracy.json").read_text()) == {"last": 0.5, "complete": True}
@@ -172,13 +172,6 @@ def test_the_wish_for_a_requeue_ends_with_the_next_start(tmp_path):
     assert (run.path / "REQUEUE").exists()
     RunFolder.open(settings(tmp_path), CONFIG, World.alone())
     assert not (run.path / "REQUEUE").exists()
-
-
-def test_checkpoints_are_due_every_so_many_steps_or_never(tmp_path):
-    run = RunFolder.open(settings(tmp_path, save_every_steps=3), CONFIG, World.alone())
-    assert [step for step in range(1, 10) if run.is_time_to_save(step)] == [3, 6, 9]
-    run.settings.save_every_steps = 0
-    assert not any(map(run.is_time_to_save, range(1, 10)))
 
 
 HOLD = """

@@ -20,7 +20,7 @@ from tests.test_train import configured, records
 
 TINY = [f"model.name={architecture(3, 3)}", "model.pretrained=random", "eval.zero_shot=false"]
 DUAL = [*TINY, "orders=dual_all"]
-EVERY_OPTION = ["orders.layers=[2]", "orders.rest=frozen", "zo=conservative", "zo.optimizer=adam", "zo.probes=2", "run.save_every_steps=2"]
+EVERY_OPTION = ["orders.layers=[2]", "orders.rest=frozen", "zo=conservative", "zo.probes=2", "run.save_every_steps=2"]
 
 
 @pytest.mark.parametrize("module", ["dist_vlcl.commands.replay", "dist_vlcl.commands.evaluate"])
@@ -105,7 +105,7 @@ def damage(folder: Path, step: int) -> None:
 
 
 def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_damage(tmp_path):
-    cfg = configured(tmp_path, *TINY, "orders=dual_hop_odd", "zo=conservative", "zo.optimizer=adam", "run.save_every_steps=3", "run.keep=9")
+    cfg = configured(tmp_path, *TINY, "orders=dual_hop_odd", "zo=conservative", "run.save_every_steps=3", "run.keep=9")
     run_ranks(counted, 2, cfg)
     folder = run_folder(cfg)
     end = checkpoint.load_newest(folder)

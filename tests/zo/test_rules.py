@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from dist_vlcl.zo.update import Moments, best_of_three, gradient
+from dist_vlcl.zo.update import best_of_three, gradient
 
 Z = [torch.tensor([1.0, -2.0, 0.5]), torch.tensor([-3.0, 1.0, 0.5])]
 
@@ -26,16 +26,3 @@ def test_the_lowest_of_three_wins_and_ties_go_to_staying_then_minus_then_plus(ba
 
 def test_at_rate_zero_it_stays():
     assert best_of_three(3.0, 2.0, 1.0, 0.0) == 0.0
-
-
-def test_adam_moves_as_torch_does_on_the_same_gradients():
-    generator = torch.Generator().manual_seed(0)
-    values_n = torch.randn(5, generator=generator, dtype=torch.float64)
-    theirs = values_n.clone().requires_grad_()
-    torch_adam, moments = torch.optim.Adam([theirs], lr=0.1), Moments(torch.zeros_like(values_n), torch.zeros_like(values_n), 0)
-    for step in range(20):
-        theirs.grad = torch.randn(5, generator=generator, dtype=torch.float64) * 10 ** (step % 4 - 2)
-        moments = moments.advanced(theirs.grad.clone())
-        values_n -= 0.1 * moments.direction()
-        torch_adam.step()
-    torch.testing.assert_close(values_n, theirs.detach(), rtol=1e-12, atol=1e-12)

@@ -33,7 +33,6 @@ OPTIONS = {
     "per_unit": {"granularity": "unit"},
     "joint": {"granularity": "joint"},
     "best_of": {"acceptance": "best_of_three"},
-    "adam": {"optimizer": "adam"},
 }
 KEY = Key(11, 4)
 
@@ -62,7 +61,7 @@ def test_every_strategy_goes_downhill(strategy, option):
     problem = Problem(two_branches(), bowl)
     start = float(bowl(problem.at({})))
     zeroth = ZerothOrder(problem.flats, config)
-    bounded = config.transform != "identity" or config.optimizer == "adam"
+    bounded = config.transform != "identity"
     for k in range(300):
         step(problem, config, Key(1, k), 0.02 if bounded else 0.05, zeroth)
     assert float(bowl(problem.at({}))) < start / 10
@@ -152,12 +151,10 @@ def test_the_candidate_whose_loss_was_accepted_is_bit_for_bit_what_apply_gives(g
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_decide_changes_no_value(strategy, optimizer):
+def test_decide_changes_no_value(strategy):
     problem = Problem(two_branches(), smooth)
     before = values(problem)
-    config = row(strategy, optimizer=optimizer)
-    ZerothOrder(problem.flats, config).decide(problem, KEY, 0.1)
+    ZerothOrder(problem.flats, row(strategy)).decide(problem, KEY, 0.1)
     for branch, flat in problem.flats.items():
         assert torch.equal(flat.values_n, before[branch])
 
@@ -192,54 +189,11 @@ def test_lr_scale_multiplies_the_rate():
     assert torch.equal(*moved)
 
 
-@pytest.mark.parametrize("granularity", ["branch", "unit", "joint"])
-def test_adam_takes_the_steps_of_torch_on_the_same_estimates(granularity):
-    config = row("naive", optimizer="adam", granularity=granularity)
-    problem = Problem(two_branches(), smooth)
-    theirs = {branch: v.requires_grad_() for branch, v in values(problem).items()}
-    torch_adam, zeroth = torch.optim.Adam(theirs.values(), lr=0.05), ZerothOrder(problem.flats, config)
-    for k in range(5):
-        for v in theirs.values():
-            v.grad = torch.zeros_like(v)
-        _, moves = step(problem, config, Key(0, k), 0.05, zeroth)
-        for move in moves:
-            for branch, (s,) in move.projected_gradient.items():
-                z = torch.cat([normals(name, n, Key(0, k), 0) for name, n in SIZES[branch]])
-                part = move.group.slices[branch]
-                theirs[branch].grad[part] = (z * s)[part].double()
-        torch_adam.step()
-    for branch, v in theirs.items():
-        torch.testing.assert_close(problem.flats[branch].values_n, v.detach(), rtol=1e-5, atol=1e-7)
-
-
-def test_a_decision_that_is_not_applied_leaves_no_moment_behind():
-    problem = Problem(two_branches(), smooth)
-    zeroth = ZerothOrder(problem.flats, row("conservative", optimizer="adam"))
-    problem.fail_at = {3: math.inf}  # a candidate of the acceptance rule
-    _, moves = zeroth.decide(problem, KEY, 0.1)
-    assert not moves
-    zeroth.apply([])
-    assert zeroth.moments == {}
-
-
 def test_without_zeroth_order_units_only_the_base_is_evaluated():
     asked = []
     for strategy in STRATEGIES.values():
         assert ZerothOrder({}, strategy).decide(lambda candidates: asked.append(candidates) or [2.5], KEY, 0.1) == (2.5, [])
     assert asked == [[{}]] * len(STRATEGIES)
-
-
-def test_begin_forgets_adam_s_moments():
-    """The first step of a task is the first step of a run."""
-    config = row("naive", optimizer="adam")
-    zeroth, moved = ZerothOrder(two_branches(), config), []
-    for _ in range(2):
-        problem = Problem(two_branches(), smooth)
-        zeroth.flats = problem.flats
-        step(problem, config, zeroth=zeroth)
-        moved.append(problem.at({}))
-        zeroth.begin()
-    assert torch.equal(*moved)
 
 
 def replay(flats, journal, config, key):
@@ -279,8 +233,8 @@ def take(zeroth, problem, key, lr=0.1):
 
 @pytest.mark.parametrize("granularity", ["branch", "unit"])
 @pytest.mark.parametrize("strategy", ["mozo", "conservative"])
-def test_records_rebuild_units_and_moments_however_these_lie_in_memory(strategy, granularity):
-    config = row(strategy, granularity=granularity, optimizer="adam", probes=2)
+def test_records_rebuild_units_however_these_lie_in_memory(strategy, granularity):
+    config = row(strategy, granularity=granularity, probes=2)
     problem = Problem(two_branches(), smooth)
     zeroth = ZerothOrder(problem.flats, config)
     for k in range(2):
@@ -291,7 +245,6 @@ def test_records_rebuild_units_and_moments_however_these_lie_in_memory(strategy,
         named = dict(zip([name for name, _ in SIZES[branch]], parts, strict=True))
         stored[branch] = FlatTensors({name: named[name] for name in sorted(named, key=lambda name: (name.split("/")[0], -ord(name[-1])))})
     replayed = ZerothOrder(stored, config)
-    replayed.load_state_dict({name: t.clone() for name, t in zeroth.state_dict().items()})
     for k in range(2, 5):
         replayed.replay(take(zeroth, problem, Key(2, k)), Key(2, k))
     for branch, flat in problem.flats.items():
@@ -341,7 +294,6 @@ def test_a_step_is_that_of_the_naive_twin(strategy, options):
         ({"sides": 3}, "zo.sides=3: choose from 1, 2"),
         ({"directions": "cauchy"}, "zo.directions='cauchy': choose from gaussian, rademacher"),
         ({"granularity": "layer"}, "zo.granularity='layer': choose from branch, unit, joint"),
-        ({"optimizer": "lion"}, "zo.optimizer='lion': choose from sgd, adam"),
         ({"epsilon": {"language": 1e-3}}, "zo.epsilon.vision is missing: give a number of at least 1e-07"),
         ({"epsilon": {"language": -1e-3, "vision": 1e-3}}, "zo.epsilon.language=-0.001: give a number of at least 1e-07"),
         ({"epsilon": {"language": math.nan, "vision": 1e-3}}, "zo.epsilon.language=nan: give a number of at least 1e-07"),
