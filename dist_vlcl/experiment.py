@@ -146,17 +146,7 @@ class Experiment:
 
 def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
     """Return the index of the shards, which rank 0 builds if it can, and the tasks. All ranks call this and raise rank 0's error."""
-    outcome = None
-    if world.is_main:
-        try:
-            open_index(cfg.data)
-        except (OSError, ValueError, RuntimeError) as error:
-            kinds = (FileNotFoundError, FileExistsError, OSError)
-            outcome = next((kind for kind in kinds if isinstance(error, kind)), ValueError), str(error)
-    outcome = world.share(outcome, "the data set as rank 0 finds it")
-    if outcome:
-        kind, message = outcome
-        raise kind(message)
+    world.on_main(lambda: bool(open_index(cfg.data)), "the data set as rank 0 finds it")
     index = open_index(cfg.data)
     order = class_order(cfg.tasks.order, len(index.class_names), paper_order(index.reader))
     names = prompt_names(index.class_names, cfg.data.underscore_names)

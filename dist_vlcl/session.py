@@ -43,10 +43,10 @@ class Session:
         self.experiment, self.step, self.folder = experiment, step, folder
         self.cfg, self.world, self.tasks = experiment.cfg, experiment.world, experiment.tasks
         world = self.world
-        self.saved = world.share(checkpoint.load_newest(folder.path) if world.is_main and not folder.is_new else None, "the checkpoint")
+        self.saved = None if folder.is_new else world.on_main(lambda: checkpoint.load_newest(folder.path), "the checkpoint")
         self.state = TrainState.from_dict(self.saved.state) if self.saved else TrainState()
         self.journalled = self._read_journal()
-        message = self._note_moves() + folder.message + (f", continuing after step {self.state.step}" if self.state.step else "")
+        message = self._note_moves() + folder.message + (f", after step {self.state.step}" if self.state.step else "")
         self.accuracy = AccuracyMatrix([len(task.classes) for task in self.tasks], [[tuple(c) for c in row] for row in self.state.accuracy])
         self.agreed_step = self.state.step  # the last step after which the ranks had the same adapters
         self.busy_s: list[float] = []  # since then
@@ -70,7 +70,8 @@ class Session:
         cfg, world, index, orders = self.cfg, self.world, self.experiment.index, self.step.orders
         numel = {order: sum(unit.numel for id, unit in self.step.towers.units.items() if orders[id] is order) for order in Order}
         groups = f" in {world.data_size} parts, {world.direction_groups} direction groups" if world.direction_groups > 1 else ""
-        self.log.table("orders: 1 first (back-propagation), 0 zeroth (loss differences), - frozen", ["branch", "layers"], describe(orders))
+        self.log.say("orders: 1 first (back-propagation), 0 zeroth (loss differences), - frozen")
+        self.log.table("", ["branch", "layers"], describe(orders))
         self.log.say(
             f"{cfg.model.name}: {numel[Order.FIRST]:,} parameters learn by first order, {numel[Order.ZEROTH]:,} by zeroth order "
             f"({cfg.zo.name}), {numel[Order.FROZEN]:,} adapter parameters are frozen\n"
@@ -239,7 +240,7 @@ class Session:
         state, folder = self.state, self.folder
         if folder.is_new or self.step.first.parameters or not self.tasks_left():
             return []
-        records = self.world.share(journalled_steps(folder.path, state) if self.world.is_main else None, "the journal")
+        records = self.world.on_main(lambda: journalled_steps(folder.path, state), "the journal")
         if self.saved and state.device != self.world.device.type and self.cfg.zo.directions != "rademacher":
             return []
         per_epoch = steps_per_epoch(self.cfg, self.experiment.index, self.tasks[state.task])

@@ -34,7 +34,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
         folder = open_folder(experiment)
         if folder.is_complete:
             if world.is_main:
-                print(f"{folder.message}\nDelete it, or choose another run.name or seed, to train again.")
+                print(folder.message)
             return None
         with Session(experiment, step, folder) as session:
             session.describe()

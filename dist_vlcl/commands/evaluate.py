@@ -28,7 +28,7 @@ def evaluate_run(folder: Path, world: World) -> AccuracyMatrix:
             f"{folder}/config.yaml: data.url={cfg.data.url!r} had a secret, which was not saved; insert it for this evaluation"
         )
     experiment = Experiment.open(cfg, world)
-    saved = world.share(checkpoint.load_newest(folder) if world.is_main else None)
+    saved = world.on_main(lambda: checkpoint.load_newest(folder), "the checkpoint")
     if saved is None:
         raise FileNotFoundError(f"{folder}/checkpoints has no intact checkpoint; train first")
     rows = [[tuple(counts) for counts in row] for row in saved.state["accuracy"]]

@@ -34,11 +34,6 @@ class AccuracyMatrix:
         """Return A_t: the accuracy over the test images of all classes seen after task t."""
         return _accuracy(self.rows[after][: sum(self.task_sizes[: after + 1])]) or 0.0
 
-    def class_mean(self, after: int) -> float:
-        """Return the mean of the accuracies of all classes seen (for imbalanced sets such as ImageNet-R)."""
-        row = self.rows[after][: sum(self.task_sizes[: after + 1])]
-        return _mean([correct / total for correct, total in row if total])
-
     @property
     def last(self) -> float:
         """Return Last: A_T of the newest row."""
@@ -82,7 +77,6 @@ class AccuracyMatrix:
         return {
             "per_task": [self.task_accuracy(after, j) for j in range(after + 1)],
             "seen": self.seen(after),
-            "seen_class_mean": self.class_mean(after),
             "last": self.last,
             "avg": self.average,
             "forgetting": self.forgetting,

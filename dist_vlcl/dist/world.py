@@ -4,6 +4,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,19 @@ class World:
         with self.collectives(f"broadcast of {what}"):
             dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
+
+    def on_main(self, work: Callable[[], Any], what: str) -> Any:
+        """Return rank 0's result of `work`, a picklable object, on every rank. If it raises an error there, every rank raises it."""
+        outcome = None
+        if self.is_main:
+            try:
+                outcome = work()
+            except (OSError, ValueError, RuntimeError) as error:
+                outcome = error  # the other ranks wait for an answer
+        outcome = self.share(outcome, what)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def gather_objects(self, value: Any, what: str = "objects") -> list[Any]:
         """Return every rank's value, a small picklable object, in rank order."""

@@ -108,18 +108,16 @@ class RunFolder:
         Raises RunRefused on all ranks if the folder cannot be used.
         """
         lock: TextIO | None = None
-        outcome: Any = None
-        if world.is_main:
+
+        def prepare() -> dict[str, Any]:
+            nonlocal lock
             try:
-                lock, outcome = _prepare(settings, _as_saved(config), {"data": data, "code_digest": code}, wait_s)
-            except RunRefused as error:
-                outcome = error  # the other ranks are waiting for an answer
+                lock, prepared = _prepare(settings, _as_saved(config), {"data": data, "code_digest": code}, wait_s)
             except (OSError, yaml.YAMLError) as error:
-                outcome = RunRefused(f"run folder {settings.folder}: {error}")
-        outcome = world.share(outcome, "the run folder")
-        if isinstance(outcome, RunRefused):
-            raise outcome
-        return cls(**outcome, settings=settings, is_main=world.is_main, _lock=lock)
+                raise RunRefused(f"run folder {settings.folder}: {error}") from error
+            return prepared
+
+        return cls(**world.on_main(prepare, "the run folder"), settings=settings, is_main=world.is_main, _lock=lock)
 
     def write_accuracy(self, accuracy: dict[str, Any], complete: bool = False) -> None:
         """Write accuracy.json."""
@@ -165,7 +163,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     is_complete = read_json(path / "accuracy.json", {}).get("complete") is True
     begin = f"{'starting' if is_new else 'continuing'} {path}"
     if is_complete:
-        begin = f"{path} is complete: see summary.md, accuracy.json and plots/ in it; run.overwrite=true starts anew"
+        begin = f"{path} is complete: see summary.md, accuracy.json and plots/ in it. To train again, choose another run.name or seed, or run.overwrite=true"
     return lock, {"path": path, "is_new": is_new, "is_complete": is_complete, "message": "; ".join([begin, *notes])}
 
 

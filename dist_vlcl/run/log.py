@@ -102,7 +102,7 @@ class RunLog:
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Print a table; the first column is aligned left, the others right."""
         if self._is_main:
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+            table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
             for index, column in enumerate(columns):
                 table.add_column(column, justify="right" if index else "left")
             for row in rows:

@@ -52,7 +52,11 @@ class Trackers:
             yield
         except Exception as error:  # whatever it is, training is more important
             self._trackers.pop(name, None)
-            warnings.warn(f"run.trackers: {name} is off for this run: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"run.trackers: {name} is off for this run, install it or leave it out: {type(error).__name__}: {error}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:

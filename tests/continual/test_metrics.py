@@ -35,12 +35,6 @@ def test_last_and_avg_are_a_t_and_the_mean_of_a(matrix):
     assert matrix.average == pytest.approx((11 / 15 + 27 / 35 + 28 / 45) / 3)
 
 
-def test_class_weighted_differs_from_sample_weighted_where_classes_are_unequal(matrix):
-    assert matrix.class_mean(2) == pytest.approx((7 / 10 + 3 / 5 + 10 / 20 + 2 / 2 + 6 / 8) / 5)
-    assert matrix.class_mean(0) == pytest.approx((8 / 10 + 3 / 5) / 2)
-    assert matrix.class_mean(2) != pytest.approx(matrix.seen(2))
-
-
 def test_forgetting_is_the_best_ever_less_the_newest(matrix):
     assert matrix.forgetting == pytest.approx(((11 / 15 - 10 / 15) + (18 / 20 - 10 / 20)) / 2)
 
@@ -76,7 +70,7 @@ def test_forgetting_looks_at_every_earlier_row_not_only_the_first():
 def test_classes_without_test_samples_do_not_count():
     matrix = AccuracyMatrix([2])
     matrix.append([(3, 4), (0, 0)])
-    assert (matrix.seen(0), matrix.class_mean(0)) == (0.75, 0.75)
+    assert matrix.seen(0) == 0.75
 
 
 def test_too_few_classes_are_refused(matrix):
@@ -87,7 +81,7 @@ def test_too_few_classes_are_refused(matrix):
 def test_the_summary_holds_the_metrics_and_the_counts_of_the_newest_row(matrix):
     summary = matrix.summary()
     assert summary["last"] == summary["seen"] == matrix.last
-    assert summary["avg"] == matrix.average and summary["seen_class_mean"] == matrix.class_mean(2)
+    assert summary["avg"] == matrix.average
     assert summary["per_task"] == pytest.approx([10 / 15, 10 / 20, 8 / 10])
     assert (summary["correct"], summary["total"]) == ([7, 3, 10, 2, 6], [10, 5, 20, 2, 8])
     assert [summary[k] for k in ("forgetting", "backward_transfer", "forward_transfer")] == [
