@@ -1,4 +1,4 @@
-"""Choose zeroth-order options on the first task: python -m dist_vlcl.commands.tune [OPTION=VALUE[,VALUE...] ...]
+"""Choose zeroth-order options on the first task: `python -m dist_vlcl.commands.tune [OPTION=VALUE[,VALUE...] ...]`.
 
     python -m dist_vlcl.commands.tune data=cifar100 orders=dual_hop_odd zo=mozo
     python -m dist_vlcl.commands.tune paper=t3-moe-cifar10-mozo-hop_odd seed=0,1 zo.lr_scale=0.3,1,3 zo.epsilon.language=1e-3
@@ -6,11 +6,14 @@
 
 Every combination of the options with several values is trained on the first task and evaluated on held-out images of its training set.
 Test images are never read. With several seeds, a combination counts with their mean. These options are searched unless you give them one
-value: zo.lr_scale=0.1,1,10 (the zeroth-order learning rate over the first-order one), zo.epsilon.BRANCH=1e-3,1e-4 (vision: 5e-4,1e-4) and
-zo.acceptance=always,best_of_three.
+value:
 
-Writes tuning/NAME/: tuned.yaml, which a run or a sweep takes as tuned=FILE; tuning.md, tuning.csv and tuning.png, which compare the
-combinations with the same units frozen and with zero-shot CLIP; and the runs. Complete runs are not repeated; failed ones are left out.
+    zo.lr_scale=0.1,1,10                   the zeroth-order learning rate over the first-order one
+    zo.epsilon.BRANCH=1e-3,1e-4            vision: 5e-4,1e-4
+    zo.acceptance=always,best_of_three
+
+The folder tuning/NAME/ gets the runs and tuned.yaml, which a run or a sweep takes as tuned=FILE. Its tuning.md, tuning.csv and tuning.png
+compare the combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
 """
 
 import argparse

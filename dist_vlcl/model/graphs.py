@@ -180,7 +180,7 @@ def _parts(leaf: Any) -> tuple[Tensor, ...]:
 
 
 def _rebuilt(leaf: Any, tensors: Iterator[Tensor]) -> Any:
-    """Return the leaf with the next tensors instead of its own."""
+    """Return the leaf with the next tensors in place of the old ones."""
     if isinstance(leaf, Perturbed):
         return Perturbed(next(tensors), next(tensors), leaf.dtype)
     return next(tensors) if isinstance(leaf, Tensor) else leaf
