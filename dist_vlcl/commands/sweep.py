@@ -64,7 +64,7 @@ class Item:
         return self.accuracy.get("complete") is True
 
 
-def plan(words: Sequence[str], controls: bool = False) -> list[tuple[str, ...]]:
+def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[str, ...]]:
     """Return the options of every run that a command line asks for, each run once. Raises ValueError for a wrong command line."""
     options = split_options(words)
     chosen = dict(options)
@@ -190,7 +190,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     console = Console()
     try:
-        commands = plan(arguments.words, arguments.controls)
+        commands = command_lines(arguments.words, arguments.controls)
         if arguments.item is not None:
             if not 0 <= arguments.item < len(commands):
                 raise ValueError(f"--item {arguments.item}: choose from 0 to {len(commands) - 1}")
