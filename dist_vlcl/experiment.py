@@ -16,7 +16,7 @@ from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
 from dist_vlcl.data.shards import Index, open_index
 from dist_vlcl.data.tasks import SampleId, Task, TaskStream, held_out
-from dist_vlcl.data.transforms import TestTransform, TrainTransform
+from dist_vlcl.data.transforms import EvalTransform, TrainTransform
 from dist_vlcl.dist.agree import agree
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers, build_clip, unit_ids
@@ -136,7 +136,7 @@ class Experiment:
             batch_size=cfg.eval.batch_size,
             rank=world.rank,
             size=world.size,
-            transform=(TrainTransform if cfg.eval.train_transform else TestTransform)(self.towers.image_size),
+            transform=(TrainTransform if cfg.eval.train_transform else EvalTransform)(self.towers.image_size),
             held_out=held_out_samples(cfg, self.index, task),
         )
         noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None

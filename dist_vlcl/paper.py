@@ -1,10 +1,10 @@
 """The paper's catalogue of runs, their controls and some runs beyond it, by id. `paper=ID` and `tuned=FILE` are translated here.
 
-t2-moe-cifar10-dual-hop_odd      a published cell, one line of configs/paper_runs.yaml
-t5-moe-dual                      a memory probe of Table 5: five steps
-x2-lora-cifar10-dual-hop_odd     not published: Table 2 with LoRA
-frozen-moe-cifar10-dual-hop_odd  the control of every run that trains these units by zeroth order: here they are not trained
-zero-shot-cifar10                CLIP without training; also the control of dual-all, where no other unit learns
+`t2-moe-cifar10-dual-hop_odd`      A published cell: one line of configs/paper_runs.yaml.
+`t5-moe-dual`                      A memory probe of Table 5: five steps.
+`x2-lora-cifar10-dual-hop_odd`     Not published: Table 2 with LoRA.
+`frozen-moe-cifar10-dual-hop_odd`  The control of every run that trains these units by zeroth order. Here they are frozen.
+`zero-shot-cifar10`                CLIP without training. Also the control of dual-all, where no other unit learns.
 """
 
 import difflib
@@ -106,7 +106,7 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
     if layers in ("prefix", "suffix") and orders.get("span") not in (None, HALF):
         layers += str(orders["span"])
     kind = "lora" if "rank" in adapter else "moe" if "experts" in adapter else "other"
-    kind = adapter.get("kind", "").replace(":", ".") or kind  # an adapter of the user's own, whatever its options are called
+    kind = adapter.get("kind", "").replace(":", ".") or kind  # a user's adapter may have options of any name
     cell = Cell("", config["data"]["name"], config["tasks"]["increment"], kind, branch, layers, config["zo"]["name"])
     if branch == "none":
         order = rest

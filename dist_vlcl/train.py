@@ -1,6 +1,6 @@
-"""Train CLIP continually:  accelerate launch --multi_gpu --num_processes 2 -m dist_vlcl.train [OPTION=VALUE ...]
+"""Train CLIP continually:  `accelerate launch --multi_gpu --num_processes 2 -m dist_vlcl.train [OPTION=VALUE ...]`.
 
---help lists the options. --check validates the options, prints one line and exits: with status 0 if they are valid, otherwise with 2.
+`--help` lists the options. `--check` validates the options, prints one line and exits: with status 0 if they are valid, otherwise with 2.
 """
 
 import sys

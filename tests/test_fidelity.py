@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dist_vlcl.config import CONFIG_FOLDER, Config, compose_config
 from dist_vlcl.data.shards import decode, make_shards, read_shard
-from dist_vlcl.data.transforms import TestTransform
+from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import Experiment, build_towers, open_tasks
 from dist_vlcl.model.clip import SMALL
@@ -194,7 +194,7 @@ def evaluated(cfg: Config):
 
 
 def test_the_evaluation_takes_the_quirks_where_it_is_told_and_only_there(root):
-    tested = TestTransform(build_towers(configured(root), World.alone()).image_size)
+    tested = EvalTransform(build_towers(configured(root), World.alone()).image_size)
     for quirks in ([], FAITHFUL):
         index, tasks, seen = evaluated(configured(root, "data=digits", "tasks.increment=1", *quirks))
         assert all((noise is not None) == bool(quirks) for _, _, noise in seen)

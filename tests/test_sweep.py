@@ -33,7 +33,7 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     words = ["paper=t1-moe-cifar20-fo,t1-moe-cifar20-dual", *SHORT, *QUIET, *PYTHON]
-    first, second = (item.folder for item in sweep.prepare(sweep.plan(words[:-2])))
+    first, second = (item.folder for item in sweep.prepare(sweep.command_lines(words[:-2])))
     first.mkdir(parents=True)
     (first / "config.yaml").write_text(yaml.safe_dump({"seed": 1}))  # another run's
     status, said = swept(monkeypatch, capfd, *words)
@@ -78,9 +78,9 @@ def test_a_signal_stops_the_sweep_with_its_run_saved(tmp_path):
 
 
 def test_seeds_controls_and_groups_are_planned_each_once():
-    assert len(sweep.plan(["paper=all,figure8"])) == 116
-    assert len(sweep.plan(["paper=figure8"])) == 30 and len(sweep.plan(["paper=figure8", "seed=7"])) == 6
-    planned = sweep.plan(["paper=t3-*-cifar10-*,t2-moe-cifar10-dual-hop_odd", "seed=0,1", "train.epochs=2"], controls=True)
+    assert len(sweep.command_lines(["paper=all,figure8"])) == 116
+    assert len(sweep.command_lines(["paper=figure8"])) == 30 and len(sweep.command_lines(["paper=figure8", "seed=7"])) == 6
+    planned = sweep.command_lines(["paper=t3-*-cifar10-*,t2-moe-cifar10-dual-hop_odd", "seed=0,1", "train.epochs=2"], controls=True)
     ids = [words[0].removeprefix("paper=") for words in planned]
     assert ids == [
         *("t3-moe-cifar10-mozo-hop_odd", "t3-moe-cifar10-mozo-hop_even") * 2,

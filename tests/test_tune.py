@@ -10,7 +10,7 @@ from dist_vlcl.commands import tune
 from dist_vlcl.config import compose_config, load_config
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.tasks import held_out, plain_order
-from dist_vlcl.data.transforms import TestTransform
+from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import held_out_samples, open_tasks, steps_per_epoch
 from dist_vlcl.report.trials import ranked, trial_table
@@ -23,7 +23,7 @@ def test_held_out_images_are_a_part_of_every_class_and_never_trained_on(tmp_path
     sizes = index.sizes("train", task.classes)
     for class_id, shards in sizes.items():
         assert sum(s.class_id == class_id for s in kept) == round(0.2 * sum(shards))
-    loader, shared = Loader(index, cfg.data), {"batch_size": 50, "transform": TestTransform(8)}
+    loader, shared = Loader(index, cfg.data), {"batch_size": 50, "transform": EvalTransform(8)}
     batches = loader.train(task, seed=0, epoch=0, without=kept, **shared)
     trained = [key for batch in batches for key in batch.samples]
     judged = [key for batch in loader.test(task.classes, held_out=kept, **shared) for key in batch.samples]

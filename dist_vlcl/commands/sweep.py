@@ -1,14 +1,15 @@
-"""Train many runs of the paper, one after another: python -m dist_vlcl.commands.sweep paper=GROUP [OPTION=VALUE ...]
+"""Train many runs of the paper, one after another: `python -m dist_vlcl.commands.sweep paper=GROUP [OPTION=VALUE ...]`.
 
-    python -m dist_vlcl.commands.sweep paper=table2                     train what is missing of Table 2
+    python -m dist_vlcl.commands.sweep paper=table2                     train the runs of Table 2 that are not complete
     python -m dist_vlcl.commands.sweep paper=all,figure8 --controls     116 trainings, and their controls
     python -m dist_vlcl.commands.sweep paper='t1-moe-cifar*' seed=0,1,2 model=small train.epochs=2 --processes 2
     python -m dist_vlcl.commands.sweep paper=table2 --list              only print the commands
     python -m dist_vlcl.commands.sweep paper=table2 --count             check every run and print their number: 48
     sbatch --array=0-47 ...  python -m dist_vlcl.commands.sweep paper=table2 --item "$SLURM_ARRAY_TASK_ID"
 
-paper=  ids, wildcards and groups, separated by commas. Groups: table1 to table4, table5 (memory probes), figure8 (five seeds), all (the 92
-        published trainings), lora-layers (Table 2 with LoRA, not published), frozen and zero-shot (the controls).
+paper=  ids, wildcards and groups, separated by commas.
+        Groups of published runs: table1 to table4, table5 (memory probes), figure8 (five seeds), all (the 92 trainings).
+        Other groups: lora-layers (Table 2 with LoRA), frozen and zero-shot (the controls).
 seed=   one or several, separated by commas.
 Every other OPTION=VALUE goes to every run. A run's folder is named after its id, its seed and these options.
 
@@ -63,7 +64,7 @@ class Item:
         return self.accuracy.get("complete") is True
 
 
-def plan(words: Sequence[str], controls: bool = False) -> list[tuple[str, ...]]:
+def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[str, ...]]:
     """Return the options of every run that a command line asks for, each run once. Raises ValueError for a wrong command line."""
     options = split_options(words)
     chosen = dict(options)
@@ -122,7 +123,7 @@ def launcher_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def train(command: Sequence[str], stop: Preemption) -> int:
-    """Train one run in a process of its own and return its exit status. A signal to us stops it; it saves a checkpoint."""
+    """Train one run in a new process and return its exit status. A signal to us stops it; it saves a checkpoint."""
     process = subprocess.Popen(
         command,
         start_new_session=True,  # a signal to our process group then reaches the ranks once, through us
@@ -136,7 +137,7 @@ def train(command: Sequence[str], stop: Preemption) -> int:
 
 
 def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) -> dict[Item, str]:
-    """Train what is missing, in order, and return the outcome of each run: LEFT only if a signal has stopped us.
+    """Train the runs that are not complete, in order. Return the outcome of each run: LEFT only if a signal has stopped us.
 
     A failed run does not stop the others.
     """
@@ -189,7 +190,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     console = Console()
     try:
-        commands = plan(arguments.words, arguments.controls)
+        commands = command_lines(arguments.words, arguments.controls)
         if arguments.item is not None:
             if not 0 <= arguments.item < len(commands):
                 raise ValueError(f"--item {arguments.item}: choose from 0 to {len(commands) - 1}")

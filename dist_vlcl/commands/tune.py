@@ -1,4 +1,4 @@
-"""Choose zeroth-order options on the first task: python -m dist_vlcl.commands.tune [OPTION=VALUE[,VALUE...] ...]
+"""Choose zeroth-order options on the first task: `python -m dist_vlcl.commands.tune [OPTION=VALUE[,VALUE...] ...]`.
 
     python -m dist_vlcl.commands.tune data=cifar100 orders=dual_hop_odd zo=mozo
     python -m dist_vlcl.commands.tune paper=t3-moe-cifar10-mozo-hop_odd seed=0,1 zo.lr_scale=0.3,1,3 zo.epsilon.language=1e-3
@@ -6,11 +6,14 @@
 
 Every combination of the options with several values is trained on the first task and evaluated on held-out images of its training set.
 Test images are never read. With several seeds, a combination counts with their mean. These options are searched unless you give them one
-value: zo.lr_scale=0.1,1,10 (the zeroth-order learning rate over the first-order one), zo.epsilon.BRANCH=1e-3,1e-4 (vision: 5e-4,1e-4) and
-zo.acceptance=always,best_of_three.
+value:
 
-Writes tuning/NAME/: tuned.yaml, which a run or a sweep takes as tuned=FILE; tuning.md, tuning.csv and tuning.png, which compare the
-combinations with the same units frozen and with zero-shot CLIP; and the runs. Complete runs are not repeated; failed ones are left out.
+    zo.lr_scale=0.1,1,10                   the zeroth-order learning rate over the first-order one
+    zo.epsilon.BRANCH=1e-3,1e-4            vision: 5e-4,1e-4
+    zo.acceptance=always,best_of_three
+
+The folder tuning/NAME/ gets the runs and tuned.yaml, which a run or a sweep takes as tuned=FILE. Its tuning.md, tuning.csv and tuning.png
+compare the combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
 """
 
 import argparse
@@ -24,8 +27,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from dist_vlcl.commands.sweep import LEFT, STOPPED, Item, add_launch_options, launcher_of, prepare, print_commands, run_all
-from dist_vlcl.commands.sweep import split_options as split
+from dist_vlcl.commands.sweep import LEFT, STOPPED, Item, add_launch_options, launcher_of, prepare, print_commands, run_all, split_options
 from dist_vlcl.config import Config, compose_config, refuse
 from dist_vlcl.masking import masked_command
 from dist_vlcl.orders import PLAN_BRANCHES
@@ -40,7 +42,7 @@ Choice = dict[str, str]  # option -> value
 
 def read_options(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
     """Return the options that all runs share, the options with several values, and the seeds."""
-    pairs = split(words)
+    pairs = split_options(words)
     several = {key: value.split(",") for key, value in pairs if "," in value and not value.startswith(("[", "{"))}
     seeds = several.pop("seed", None) or [dict(pairs).get("seed", "0")]
     return [f"{key}={value}" for key, value in pairs if key not in several and key != "seed"], several, seeds
@@ -54,14 +56,14 @@ def grid(cfg: Config, several: dict[str, list[str]], fixed: Sequence[str]) -> li
     searched = {"zo.lr_scale": ["0.1", "1", "10"]}
     searched |= {f"zo.epsilon.{branch}": EPSILONS[branch] for branch in PLAN_BRANCHES[cfg.orders.branch]}
     searched |= {"zo.acceptance": ["always", "best_of_three"]}
-    given_once = {key for key, _ in split(fixed)}
+    given_once = {key for key, _ in split_options(fixed)}
     searched = {key: values for key, values in (searched | several).items() if key not in given_once}
     if not searched:
         raise ValueError("every option has one value: give some of them several, such as zo.lr_scale=0.1,1,10")
     return [dict(zip(searched, values, strict=True)) for values in itertools.product(*searched.values())]
 
 
-def commands(fixed: Sequence[str], choice: Choice, seeds: Sequence[str], folder: Path, holdout: float) -> list[tuple[str, ...]]:
+def command_lines(fixed: Sequence[str], choice: Choice, seeds: Sequence[str], folder: Path, holdout: float) -> list[tuple[str, ...]]:
     """Return the options of a choice's runs, one per seed."""
     words = [f"{key}={value}" for key, value in choice.items()]
     ours = ["tasks.num_tasks=1", f"eval.holdout={holdout}", "run.trackers=[]", f"run.root={folder}/trials"]
@@ -91,7 +93,7 @@ def write(folder: Path, command: str, fixed: Sequence[str], trials: pd.DataFrame
     replace_file(folder / "tuning.md", f"# {folder.name}\n\n    {command}\n\n{table}\n{note}\n" + (f"\n**{doubt}**\n" if doubt else ""))
     trials.to_csv(folder / "tuning.csv", index=False)
     plot_trials(folder / "tuning.png", trials, choices, references)
-    options = dict(split([option for option in fixed if option.startswith("zo.")])) | dict(best[trials.columns[:-2]])
+    options = dict(split_options([option for option in fixed if option.startswith("zo.")])) | dict(best[trials.columns[:-2]])
     content = OmegaConf.from_dotlist([f"{key}={value}" for key, value in options.items()])
     head = f"# {command}\n# held-out accuracy {best.accuracy:.2f} %, the best of {len(choices)}\n" + (f"# {doubt}\n" if doubt else "")
     replace_file(folder / "tuned.yaml", head + OmegaConf.to_yaml(content))
@@ -117,7 +119,7 @@ def main() -> None:
         cfg = compose_config(fixed)
         folder = arguments.out or Path("tuning") / cfg.run.name
         choices = grid(cfg, several, fixed)
-        control, *items = (prepare(commands(fixed, choice, seeds, folder, arguments.holdout)) for choice in (CONTROL, *choices))
+        control, *items = (prepare(command_lines(fixed, choice, seeds, folder, arguments.holdout)) for choice in (CONTROL, *choices))
     except ValueError as error:
         refuse(error)
     runs, launcher = [*control, *itertools.chain(*items)], launcher_of(arguments)

@@ -1,7 +1,7 @@
 """Class-pure shards in webdataset's format and their index: write, open, read, verify.
 
-    index.json              names, and for every shard its number of samples, bytes and SHA-256
-    train/0003-000.tar      samples of class 3 only
+    `index.json`            Class names; for every shard its number of samples, bytes and SHA-256.
+    `train/0003-000.tar`    Samples of class 3 only.
 
 A sample is a label `<key>.cls` (text) and an image: `<key>.png` or `.jpg` (the original file) or `<key>.ppm` (pixels).
 A task is a choice of classes, so the same shards serve every class order and task size.

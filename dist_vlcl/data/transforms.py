@@ -31,10 +31,8 @@ class TrainTransform:
 
 
 @dataclass(frozen=True)
-class TestTransform:
+class EvalTransform:
     """torchvision's Resize of the shorter side to `size`, then CenterCrop: uint8 [H, W, 3] -> uint8 [3, S, S]. `draw` is not used."""
-
-    __test__ = False  # not a pytest class
 
     size: int
 
@@ -46,7 +44,7 @@ class TestTransform:
         return _to_tensor(resized[top : top + self.size, left : left + self.size])
 
 
-Transform = TrainTransform | TestTransform
+Transform = TrainTransform | EvalTransform
 
 
 def crop_box(height: int, width: int, scale: tuple[float, float], draw: random.Random) -> tuple[int, int, int, int]:

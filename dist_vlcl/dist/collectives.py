@@ -3,7 +3,7 @@
 Nothing is sent while all goes well. A rank whose collective failed leaves a note in the process group's store. It waits a few seconds for
 the notes of the others, then names the ranks without one. A rank that stops because of an error leaves a note with the reason.
 
-torch's `monitored_barrier` is not enough: it names missing ranks on rank 0 only, so it says nothing if rank 0 died.
+We do not use torch's `monitored_barrier`. It names missing ranks on rank 0 only, so it says nothing if rank 0 died.
 """
 
 import json

@@ -119,7 +119,7 @@ class World:
         return tensor
 
     def share(self, value: Any, what: str = "rank 0's value") -> Any:
-        """Return rank 0's value, a small picklable object."""
+        """Return rank 0's value, a picklable object."""
         if self.size == 1:
             return value
         box = [value]
@@ -219,16 +219,20 @@ def join(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
 
 
 def check_joined(accelerator: "Accelerator", announced: int, on_cpu: bool, on_deepspeed: bool) -> None:
-    """Raise RuntimeError if accelerate made another launch of it, whose gradients would not be synchronised or be in lower precision."""
+    """Raise RuntimeError unless accelerate sees all processes, plain data parallelism or DeepSpeed, no compiler, and our backend."""
     several = ("MULTI_GPU", "MULTI_CPU")
     kinds = ("DEEPSPEED",) if on_deepspeed else several if announced > 1 else ("NO", *several)
     size, kind = accelerator.num_processes, accelerator.distributed_type.value
     compiler, backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(), "gloo" if on_cpu else "nccl"
     group = dist.get_backend() if announced > 1 and dist.is_initialized() else backend
-    if size != announced or kind not in kinds or compiler != "no" or backend not in group:
+    facts = [
+        (size == announced, f"{size} processes, but the launcher announced {announced}"),
+        (kind in kinds, f"processes of kind {kind}, but they must be of kind {' or '.join(kinds)}"),
+        (compiler == "no", f"dynamo backend {compiler}, but it must be no"),
+        (backend in group, f"process group {group}, but it must be {backend}"),
+    ]
+    if wrong := [text for is_right, text in facts if not is_right]:
         raise RuntimeError(
-            f"accelerate sees {size} processes of kind {kind}, dynamo backend {compiler}, process group {group}. The launcher announced "
-            f"{announced}; they must be of kind {' or '.join(kinds)}, dynamo backend no, process group {backend}. Otherwise gradients "
-            "would not be synchronised, or be in lower precision. Start with accelerate launch --multi_gpu --dynamo_backend no, torchrun, "
-            "or a file of launch/, and unset other ACCELERATE_* settings."
+            f"accelerate sees {'; '.join(wrong)}. Otherwise gradients would not be synchronised, or be in lower precision. Start with "
+            "accelerate launch --multi_gpu --dynamo_backend no, torchrun, or a file of launch/, and unset other ACCELERATE_* settings."
         )

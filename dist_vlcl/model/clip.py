@@ -78,6 +78,7 @@ class VisionStemAndHead(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the embedded class token and patches `[B, L, D]` of uint8 images `[B, 3, S, S]`."""
+        # open_clip has no public function for the stem alone
         return self.visual._embeds((images.float() / 255 - self.mean) / self.std)
 
     def length(self, images: Tensor) -> int:
@@ -95,6 +96,7 @@ class VisionStemAndHead(nn.Module):
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Return features `[B, F]` of the last block's output."""
+        # open_clip has no public function for the pooling alone
         pooled = self.visual._pool(hidden)[0]
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 

@@ -95,8 +95,8 @@ class Graph:
             outputs = list(function(self.inputs, aliases))
             result: Any = outputs[0]
             if learning:
-                self.slope = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype, device=device).view_as(result)
-                found = torch.autograd.grad(result, [*aliases.values(), *learning.values()], self.slope, allow_unused=True)
+                self.grad_output = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype, device=device).view_as(result)
+                found = torch.autograd.grad(result, [*aliases.values(), *learning.values()], self.grad_output, allow_unused=True)
                 if missed := [name for name, g in zip(learning, found[len(aliases) :], strict=True) if g is not None]:
                     raise RuntimeError(f"{missed[0]} is read in another way than as a parameter of its module")
                 outputs += found[: len(aliases)]
@@ -113,7 +113,7 @@ class Graph:
         if learning:
             result = self.outputs[0]
             with torch.cuda.graph(self.backward, **options):
-                found = torch.autograd.grad(result, list(aliases.values()), self.slope, allow_unused=True)
+                found = torch.autograd.grad(result, list(aliases.values()), self.grad_output, allow_unused=True)
             self.outputs = (result.detach(), *self.outputs[1:])
             pairs = [(w, g) for w, g in zip(learning.values(), found, strict=True) if g is not None]
             self.learning, self.gradients = [w for w, _ in pairs], [g for _, g in pairs]
@@ -146,9 +146,9 @@ class _Replay(torch.autograd.Function):
         return graph.replayed()
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         graph = ctx.graph
-        graph.slope.copy_(slopes[0])
+        graph.grad_output.copy_(grad_outputs[0])
         graph.backward.replay()
         return None, *torch._foreach_mul(graph.gradients, 1.0)  # copies, because the next replay overwrites the gradients
 
@@ -179,7 +179,7 @@ def _parts(leaf: Any) -> tuple[Tensor, ...]:
 
 
 def _rebuilt(leaf: Any, tensors: Iterator[Tensor]) -> Any:
-    """Return the leaf with the next tensors instead of its own."""
+    """Return the leaf with the next tensors in place of the old ones."""
     if isinstance(leaf, Perturbed):
         return Perturbed(next(tensors), next(tensors), leaf.dtype)
     return next(tensors) if isinstance(leaf, Tensor) else leaf

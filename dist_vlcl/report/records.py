@@ -22,7 +22,7 @@ WITHOUT_ZEROTH = ("none", "zero_shot", "frozen")  # variants in which no unit le
 IMAGES_PER_CLASS = {"cifar100": (500, 100), "tiny_imagenet": (500, 50), "imagenet_r": (120, 30)}  # training, test; the last on average
 PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a part of the test images"
 
-# Options that change neither a result nor its meaning, and those that are the cell itself.
+# Options that do not change a result or its meaning, and those that are the cell itself.
 NOT_COMPARED = (
     *("seed", "paper", "run.*", "cluster.*", "eval.batch_size", "eval.zero_shot", "model.graphs"),
     *(f"data.{key}" for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "on_error")),
@@ -68,12 +68,21 @@ def read_records(folder: Path | str) -> Records:
 def read_units(folder: Path | str) -> pyarrow.Table:
     """Return the records of every unit of a run folder in the order of the steps; an empty table where there are none.
 
-    Columns: step (int64, from 1), task (int32, from 0), branch, layer (int32, from 1), order (first, zeroth, frozen), numel (int32: the
-    unit's parameters), and as float32
-    gradient_norm, gradient_mean, gradient_variance: of the first-order gradient, or of the zeroth-order estimate before its sign is taken;
-    NaN for a frozen unit;
-    update_norm, update_mean, update_variance: of the change that the step made; parameter_norm: after the step;
-    projected_gradient: its size, mean over probes; null for a unit that does not learn by zeroth order.
+    `step` (int64)                    From 1.
+    `task` (int32)                    From 0.
+    `branch` (string)                 The name of the tower.
+    `layer` (int32)                   From 1.
+    `order` (string)                  One of first, zeroth, frozen.
+    `numel` (int32)                   The number of the unit's parameters.
+    `gradient_norm` (float32)         Of the first-order gradient, or of the zeroth-order estimate before its sign. NaN for a frozen unit.
+    `gradient_mean` (float32)         Likewise.
+    `gradient_variance` (float32)     Likewise.
+    `update_norm` (float32)           Of the change that the step made.
+    `update_mean` (float32)           Likewise.
+    `update_variance` (float32)       Likewise.
+    `parameter_norm` (float32)        After the step.
+    `projected_gradient` (float32)    Its size, mean over probes. Null for a unit that does not learn by zeroth order.
+
     A skipped step has no rows.
     """
     parts = sorted(Path(folder, "units").glob("step-*.parquet"))
@@ -135,7 +144,7 @@ def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant:
     unread: tuple[str, ...] = ("zo.*",) if variant in WITHOUT_ZEROTH else ()
     unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
     ours, cell = flatten(config), flatten(reference)
-    # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to an adapter of the user's own.
+    # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to a user's adapter.
     keys = [key for key in ours if key in cell and not _matches(key, (*NOT_COMPARED, *unread))]
     return {key: f"{key}={_text(ours, key)}" for key in sorted(keys) if _text(ours, key) != _text(cell, key)}
 
@@ -143,7 +152,7 @@ def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant:
 def _text(config: Mapping[str, Any], key: str) -> str:
     value = config[key]
     if key == "tasks.order" and value == f"seed:{config['seed']}":
-        return "seed:N"  # every seed with a class order of its own is one setting
+        return "seed:N"  # a class order per seed counts as one setting
     return Path(value).name if isinstance(value, str) and "/" in value else str(value)
 
 

@@ -1,6 +1,6 @@
 """Checkpoints: one safetensors file per checkpoint, which is complete or absent.
 
-checkpoints/step-00000123.safetensors     tensors by name; in its metadata the state as JSON, and a SHA-256 of both
+`checkpoints/step-00000123.safetensors` holds tensors by name. Its metadata hold the state as JSON, and a SHA-256 of both.
 
 A file is written under another name, read back, and renamed. `load_newest` checks the SHA-256: safetensors loads a flipped bit silently.
 """

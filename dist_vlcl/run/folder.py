@@ -1,15 +1,15 @@
 """The folder of a run: created by rank 0, and refused if it belongs to another configuration or another data set.
 
-config.yaml     the configuration, resolved
-env.json        one entry per start: versions, host, code, command line
-metrics.jsonl   one line per step and per task                      (log.py)
-journal.jsonl   the seed and accepted coefficients of each step     (log.py)
-units/          gradient and update of every unit                   (unit_records.py)
-checkpoints/    the newest ones                                     (checkpoint.py)
-accuracy.json   the accuracy matrix; "complete": true when every task is done
-trackers.json   the ids of the run in wandb and MLflow              (trackers.py)
-plots/  summary.md                                                  (report/)
-REQUEUE         exists while the run waits to be started again
+`config.yaml`          The configuration, resolved.
+`env.json`             One entry per start: versions, host, code, command line.
+`metrics.jsonl`        One line per step and per task (log.py).
+`journal.jsonl`        The seed and accepted coefficients of each step (log.py).
+`units/`               Gradient and update of every unit (unit_records.py).
+`checkpoints/`         The newest ones (checkpoint.py).
+`accuracy.json`        The accuracy matrix; "complete": true when every task is done.
+`trackers.json`        The ids of the run in wandb and MLflow (trackers.py).
+`plots/`, `summary.md` Figures and a summary (report/).
+`REQUEUE`              Exists while the run waits to be started again.
 """
 
 import fcntl
@@ -103,8 +103,9 @@ class RunFolder:
     ) -> "RunFolder":
         """Create or reopen the folder of a run. All ranks call this.
 
-        config: the resolved configuration, nested. data: a digest of the data set, which must not change between starts. code: a digest of
-        the code; a change is reported. wait_s: how long a restart by a scheduler waits for a process that uses the folder.
+        `config`: the resolved configuration, nested. `data`: a digest of the data set, which must not change between starts.
+        `code`: a digest of the code; a change is reported. `wait_s`: how long a restart by a scheduler waits for a process that uses the
+        folder.
         Raises RunRefused on all ranks if the folder cannot be used.
         """
         lock: TextIO | None = None

@@ -38,7 +38,7 @@ MEANS = {"last": "Last", "avg": "Avg", "forgetting": "forgetting"}
 class RunLog:
     """The records of one run.
 
-    A resume from a state keeps the lines up to `state.step`, and the task lines of the tasks before `state.task`: except for times, the
+    A resume from a state keeps the lines up to `state.step`, and the task lines of the tasks before `state.task`. Except for times, the
     files become those of a run that was never interrupted. For that, a task is logged before the checkpoint that ends it.
     """
 

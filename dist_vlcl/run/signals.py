@@ -53,8 +53,8 @@ class Preemption:
 def report_status(word: str) -> None:
     """Write a word to the file that the batch script has named, if any: launchers do not pass on the exit codes of their processes.
 
-    training: steps are being taken. If the job ends with this word, a process has died; a new start continues from the checkpoint.
-    requeue: stopped by a signal and saved; start the run again. complete: every task is done. failed: a new start would fail, too.
+    `training`: steps are being taken. If the job ends with this word, a process has died. A new start continues from the checkpoint.
+    `requeue`: stopped by a signal and saved; start the run again. `complete`: every task is done. `failed`: a new start would fail, too.
     No word: the start itself has failed.
     """
     if path := os.environ.get(STATUS_FILE):

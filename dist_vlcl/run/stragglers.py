@@ -9,8 +9,8 @@ FACTOR, MARGIN_S = 1.5, 0.05  # a slow rank needs this many times the median of 
 def slowest_rank(busy_s: Sequence[float], names: Sequence[str], groups: int = 1) -> str | None:
     """Return a message about the slowest rank, or None if no rank is slow.
 
-    busy_s: for each rank, mean seconds of a step outside collectives, so without waiting for others. groups: the number of equal rows of
-    ranks that evaluate different candidates; a rank is compared within its row.
+    `busy_s`: for each rank, mean seconds of a step outside collectives, so without waiting for others. `groups`: the number of equal rows
+    of ranks that evaluate different candidates. A rank is compared within its row.
     """
     row = len(busy_s) // groups
     for rank in sorted(range(len(busy_s)), key=lambda rank: -busy_s[rank]):

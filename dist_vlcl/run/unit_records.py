@@ -1,6 +1,6 @@
 """Gradient and update of every unit in each step: units/*.parquet, one part per checkpoint interval.
 
-units/step-00000001.parquet     the records from step 1 to the first step of the next part
+`units/step-00000001.parquet` holds the records from step 1 to the first step of the next part.
 
 A part is written before the checkpoint that ends it. A resume drops the records after its checkpoint, so that no step appears twice. Steps
 that are replayed from the journal have no rows. `dist_vlcl.report.records.read_units` reads all parts as one table.

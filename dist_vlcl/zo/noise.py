@@ -1,9 +1,9 @@
 """Counter-based noise: every number is a pure function of (seed, step, name, stream, row, element index).
 
 There is no state. The noise of a parameter does not depend on the order of draws, on other parameters, on the rank or on the number of
-ranks. The generator is Philox4x32-10 (Salmon et al. 2011), with the constants that Random123, cuRAND and Triton use:
+ranks. The generator is Philox4x32-10 (Salmon et al. 2011), with the constants that Random123, cuRAND and Triton use.
 
-    counter = (element block, blake2s32(name), step, stream + 256 * row),   key = 64-bit seed.
+    `counter = (element block, blake2s32(name), step, stream + 256 * row)`,   `key = 64-bit seed`.
 
 One counter gives 4 normals (two Box-Muller pairs), 128 signs, or 8 uniform integers of 16 bits. The integers are the same on every device.
 Normals may differ in the last bits of log, sin and cos, so the ranks compare a first direction at the start (`dist.agree`).

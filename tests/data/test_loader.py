@@ -20,7 +20,7 @@ from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import ShardError, decode
 from dist_vlcl.data.tasks import TaskStream, plain_order, train_order
-from dist_vlcl.data.transforms import TestTransform, TrainTransform
+from dist_vlcl.data.transforms import EvalTransform, TrainTransform
 from tests.helpers.memory import peak_mib
 from tests.helpers.shards import make_index
 
@@ -178,7 +178,7 @@ def test_each_shard_is_read_once_per_epoch(index, task, monkeypatch):
 
 @pytest.mark.parametrize("size", WORLDS)
 def test_evaluation_sees_every_test_sample_once(index, size):
-    options = {"batch_size": 4, "transform": TestTransform(16)}
+    options = {"batch_size": 4, "transform": EvalTransform(16)}
     ranks = [list(loader_of(index).test([3, 1, 0], rank=rank, size=size, **options)) for rank in range(size)]
     assert {len(batches) for batches in ranks} == {3}
     keys = [key for batches in ranks for batch in batches for key in batch.samples]
@@ -194,7 +194,7 @@ def of_digits(*loaders):
     def run(loader):
         for epoch in (0, 1):
             yield from loader.train(task, batch_size=8, seed=0, epoch=epoch, transform=TrainTransform(16))
-            yield from loader.test(task.classes, batch_size=5, transform=TestTransform(16))
+            yield from loader.test(task.classes, batch_size=5, transform=EvalTransform(16))
 
     return [list(run(loader)) for loader in loaders]
 
@@ -216,7 +216,7 @@ def test_one_set_of_workers_serves_epochs_tasks_and_evaluations(index, task):
         batches = iter(loader.train(task, batch_size=4, seed=0, epoch=epoch, transform=TrainTransform(16)))
         expected = list(train(index, task, batch_size=4, epoch=epoch))
         assert_equal_batches([next(batches), next(batches)], expected[:2])  # left in mid-epoch, as max_steps does
-        assert_equal_batches(*(by.test([0], batch_size=2, transform=TestTransform(16)) for by in (loader, loader_of(index))))
+        assert_equal_batches(*(by.test([0], batch_size=2, transform=EvalTransform(16)) for by in (loader, loader_of(index))))
         seen |= {worker.pid for worker in multiprocessing.active_children()}
     assert len(seen) == 2
 
@@ -248,7 +248,7 @@ def cached_bytes(cache):
 
 
 def request(split="train", min_shards=8, pass_index=0):
-    return loader.Request(split, [], [], range(0), 0, 0, TestTransform(16), (), min_shards, pass_index)
+    return loader.Request(split, [], [], range(0), 0, 0, EvalTransform(16), (), min_shards, pass_index)
 
 
 def test_memory_stays_within_its_bound(index, reads):
@@ -338,7 +338,7 @@ def test_a_read_that_fails_once_costs_one_evaluation(tmp_path, index, monkeypatc
 
     monkeypatch.setattr(loader, "read_shard", fails_once)
     of_run = loader_of(index, on_error="skip", num_workers=num_workers)
-    seen = [[len(b.labels) for b in of_run.test([0, 1, 2, 3], batch_size=2, transform=TestTransform(16))] for _ in range(3)]
+    seen = [[len(b.labels) for b in of_run.test([0, 1, 2, 3], batch_size=2, transform=EvalTransform(16))] for _ in range(3)]
     assert [sum(counts) for counts in seen] == [9, 12, 12]
     assert tries.read_text().split().count("test/0001-000.tar") == 2 and tries.read_text().split().count("test/0002-000.tar") == 1
 
@@ -391,13 +391,13 @@ import os, signal, sys
 from pathlib import Path
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.transforms import TestTransform
+from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.run.signals import Preemption
 from tests.helpers.shards import make_index
 
 if __name__ == "__main__":
     index = make_index(Path(sys.argv[1]), num_classes=4, train=7, test=6)
-    batches = Loader(index, DataConfig(num_workers=1)).test(range(4), batch_size=2, transform=TestTransform(32))
+    batches = Loader(index, DataConfig(num_workers=1)).test(range(4), batch_size=2, transform=EvalTransform(32))
     with Preemption() as preemption:
         seen = 0
         for number, batch in enumerate(batches):

@@ -9,7 +9,7 @@ from torchvision import transforms as T
 
 from dist_vlcl.data.shards import decode
 from dist_vlcl.data.tasks import generator
-from dist_vlcl.data.transforms import TestTransform, TrainTransform, crop_box, resize
+from dist_vlcl.data.transforms import EvalTransform, TrainTransform, crop_box, resize
 from tests.helpers.shards import png
 
 BICUBIC = T.InterpolationMode.BICUBIC
@@ -27,7 +27,7 @@ def transformed(transform, picture, draw=None):
 def test_test_images_are_torchvisions(size):
     for picture in (image(), image(41, 80), image(64, 64)):
         expected = T.Compose([T.Resize(size, BICUBIC), T.CenterCrop(size), T.PILToTensor()])(picture)
-        assert torch.equal(transformed(TestTransform(size), picture), expected)
+        assert torch.equal(transformed(EvalTransform(size), picture), expected)
 
 
 def test_a_train_image_is_torchvisions_crop_of_our_box():

@@ -213,8 +213,8 @@ def test_a_recording_keeps_off_the_weights_own_nodes_which_belong_to_another_str
     monkeypatch.setattr(tower, "forward", lambda *a: (out := run(*a), reached.append(nodes_of(out[0])))[0])
     tower.record()
     features, _ = tower.run(tower.embed(inputs), inputs)
-    slope = torch.linspace(0.5, 1.5, features.numel()).view_as(features)
-    expected = dict(zip(weights, torch.autograd.grad(features, list(weights), slope, allow_unused=True), strict=True))
+    grad_output = torch.linspace(0.5, 1.5, features.numel()).view_as(features)
+    expected = dict(zip(weights, torch.autograd.grad(features, list(weights), grad_output, allow_unused=True), strict=True))
     assert reached.pop() <= held  # the first call, which is not recorded
     tower.run(tower.embed(inputs), inputs)
     [graph] = tower.graphs.graphs[True].values()
