@@ -222,9 +222,7 @@ class Session:
                 plot_run(path)
         self.log.say(
             f"Done. See {path}/summary.md{f' and {path}/plots/*.png' if plots else ''}; every step is in {path}/metrics.jsonl.\n"
-            "Next: compare with first order alone (orders=first), the untrained model (orders=zero_shot), or the same units frozen\n"
-            "(orders.order=frozen). Then use your own images: "
-            "python -m dist_vlcl.commands.build_data data=folder data.name=NAME data.source=FOLDER"
+            "Compare runs: python -m dist_vlcl.commands.report runs/*"
         )
         state = self.state
         ended = {"zero_shot": state.zero_shot, "seconds": state.seconds, "steps": state.step}

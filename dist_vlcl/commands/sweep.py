@@ -19,7 +19,6 @@ Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option
 """
 
 import argparse
-import os
 import shlex
 import signal
 import subprocess
@@ -101,7 +100,7 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
                 assign(unit_ids(config.model), config.orders)  # whether the plan fits the model's depth, which is the same for all runs
         except ValueError as error:
             raise ValueError(f"{masked_command(options)}: {error}") from error
-        folder = Path(config.run.root) / config.run.name
+        folder = config.run.folder
         if folder in items:
             both = f"{masked_command(items[folder].options)} and {masked_command(options)}"
             raise ValueError(f"{both} would share the folder {folder}: leave out run.name, and every run gets its own")
@@ -162,12 +161,10 @@ def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) ->
 
 
 def print_commands(items: Iterable[Item], launcher: Sequence[str]) -> None:
-    """Print the command line of every run, until the reader (such as `head`) has closed the pipe."""
-    try:
-        for item in items:
-            print(shlex.join([*launcher, *item.options]), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    """Print the command line of every run."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if the reader, such as `head`, closes the pipe
+    for item in items:
+        print(shlex.join([*launcher, *item.options]), flush=True)
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:

@@ -164,7 +164,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     is_complete = read_json(path / "accuracy.json", {}).get("complete") is True
     begin = f"{'starting' if is_new else 'continuing'} {path}"
     if is_complete:
-        begin = f"{path} is complete: see summary.md, accuracy.json and plots/ in it. To train again, choose another run.name or seed, or run.overwrite=true"
+        begin = f"{path} is complete: see its summary.md and plots/. To train again, choose another run.name or seed, or run.overwrite=true"
     return lock, {"path": path, "is_new": is_new, "is_complete": is_complete, "message": "; ".join([begin, *notes])}
 
 
