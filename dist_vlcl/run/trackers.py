@@ -52,11 +52,7 @@ class Trackers:
             yield
         except Exception as error:  # whatever it is, training is more important
             self._trackers.pop(name, None)
-            warnings.warn(
-                f"run.trackers: {name} is off for this run, install it or leave it out: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warnings.warn(f"run.trackers: {name} is off for this run: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
 
 
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:
@@ -72,12 +68,23 @@ def _start_wandb(folder: Path, settings: RunConfig, id: str | None) -> tuple[Any
     import wandb
     from accelerate.tracking import WandBTracker
 
-    # wandb reads WANDB_MODE itself, and waits 90 s for a network, which is long on a compute node that has none.
-    is_online = "WANDB_MODE" not in os.environ and wandb.login(prompt=False)
-    mode = {} if "WANDB_MODE" in os.environ else {"mode": "online" if is_online else "offline"}
-    own = wandb.Settings(console="off", silent=True, init_timeout=30)
-    tracker = WandBTracker(settings.project, dir=str(folder), name=settings.name, id=id, resume="allow", settings=own, **mode)
-    tracker.start()
+    def start(**mode: str) -> Any:
+        # wandb itself waits 90 s for a network, which is long on a compute node that has none.
+        own = wandb.Settings(console="off", silent=True, init_timeout=30)
+        tracker = WandBTracker(settings.project, dir=str(folder), name=settings.name, id=id, resume="allow", settings=own, **mode)
+        tracker.start()
+        return tracker
+
+    if os.environ.get("WANDB_MODE"):  # wandb reads it
+        tracker = start()
+    elif not wandb.login(prompt=False):
+        tracker = start(mode="offline")
+    else:
+        try:
+            tracker = start(mode="online")
+        except Exception as error:
+            warnings.warn(f"wandb continues offline: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
+            tracker = start(mode="offline")
     tracker.tracker.define_metric("global_step")
     tracker.tracker.define_metric("*", step_metric="global_step")
     return tracker, tracker.tracker.id

@@ -15,7 +15,6 @@ SUPPORTED: dict[str, tuple] = {
     "estimator": ("finite_difference",),
     "granularity": ("branch", "unit"),
     "directions": ("gaussian",),
-    "optimizer": ("sgd",),
 }
 Values = dict[str, Tensor]  # "vision.3/down_weight" -> tensor
 

@@ -127,20 +127,20 @@ def truncate(path):
     [
         (flip_a_bit_of_the_tensors, "its content differs from its SHA-256"),
         (change_the_state, "its content differs from its SHA-256"),
-        (truncate, "it cannot be read"),
-        (lambda path: path.write_bytes(b""), "it cannot be read"),
+        (truncate, "cannot be read"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tmp_path, damage, reason):
     save(tmp_path, 1, tensors(1), {"key": "a value"})
     damage(save(tmp_path, 2, tensors(2), {"key": "a value"}))
-    with pytest.warns(RuntimeWarning, match=f"step-00000002.safetensors: {reason}.*using step-00000001"):
+    with pytest.warns(RuntimeWarning, match=f"step-00000002.safetensors:? {reason}.*using step-00000001"):
         assert load_newest(tmp_path).step == 1
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_not_used(tmp_path):
     save(tmp_path, 1, tensors(1), {}).rename(tmp_path / "checkpoints/step-00000007.safetensors")
-    with pytest.warns(RuntimeWarning, match="step-00000007.*it is the checkpoint of step 1"):
+    with pytest.warns(RuntimeWarning, match="step-00000007.* is the checkpoint of step 1"):
         assert load_newest(tmp_path) is None
 
 

@@ -294,7 +294,7 @@ def test_a_step_is_that_of_the_naive_twin(strategy, options):
         ({"sides": 3}, "zo.sides=3: choose from 1, 2"),
         ({"directions": "cauchy"}, "zo.directions='cauchy': choose from gaussian, rademacher"),
         ({"granularity": "layer"}, "zo.granularity='layer': choose from branch, unit, joint"),
-        ({"epsilon": {"language": 1e-3}}, "zo.epsilon.vision is missing: give a number of at least 1e-07"),
+        ({"epsilon": {"language": 1e-3}}, "give zo.epsilon.language and zo.epsilon.vision, and no other"),
         ({"epsilon": {"language": -1e-3, "vision": 1e-3}}, "zo.epsilon.language=-0.001: give a number of at least 1e-07"),
         ({"epsilon": {"language": math.nan, "vision": 1e-3}}, "zo.epsilon.language=nan: give a number of at least 1e-07"),
         ({"clip": 0.0}, "zo.clip=0.0: give a number of more than 0, or null"),
