@@ -245,7 +245,7 @@ def format_error(error: Exception) -> str:
     """Return Hydra's message about an option in one line, without its search path."""
     causes = [error, *([error.__cause__] if isinstance(error.__cause__, OmegaConfBaseException) else [])]
     messages = [re.split("To append to your config|Config search path|\n    full_key|See https", str(cause))[0] for cause in causes]
-    return ": ".join(" ".join(message.split()) for message in messages)
+    return ": ".join(" ".join(message.split()).rstrip(".") for message in messages)
 
 
 def refuse(error: Exception, is_main: bool = True) -> NoReturn:

@@ -312,7 +312,7 @@ def test_a_loss_too_large_to_be_added_exactly_skips_the_step():
 @pytest.mark.parametrize("lr_scale", [1.0, 1e300], ids=["at the base", "at a candidate"])
 def test_a_skipped_step_leaves_the_moments_of_adamw_as_they_were(lr_scale):
     """A loss that is not finite, of a poisoned model or of a candidate far away."""
-    step = hybrid(OrderPlan("vision", "all"), STRATEGIES["conservative"])
+    step = hybrid(OrderPlan("vision", "all"), dataclasses.replace(STRATEGIES["conservative"]))  # its own copy, which is changed below
     step([images()], Key(9, 0), LR)
     before = {name: t.clone() for name, t in step.state_dict().items() if name.startswith("adamw/")}
     step.zeroth.config.lr_scale = lr_scale

@@ -220,7 +220,7 @@ def test_several_runs_in_one_launch_are_refused(tmp_path, how):
         ),
         (
             ["train.epoch=2"],
-            "Could not override 'train.epoch'. To append to your config use +train.epoch=2: Key 'epoch' not in 'TrainConfig'",
+            "Could not override 'train.epoch': Key 'epoch' not in 'TrainConfig'",
         ),
         (["orders=hop"], "Could not find 'orders/hop' Available options in 'orders': dual_all"),
         (["--multirun", "seed=0,1", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),

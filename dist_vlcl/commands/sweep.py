@@ -19,6 +19,7 @@ Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option
 """
 
 import argparse
+import os
 import shlex
 import signal
 import subprocess
@@ -161,10 +162,12 @@ def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) ->
 
 
 def print_commands(items: Iterable[Item], launcher: Sequence[str]) -> None:
-    """Print the command line of every run."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # no traceback if the reader, such as `head`, closes the pipe
-    for item in items:
-        print(shlex.join([*launcher, *item.options]), flush=True)
+    """Print the command line of every run, until the reader (such as `head`) has closed the pipe."""
+    try:
+        for item in items:
+            print(shlex.join([*launcher, *item.options]), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
