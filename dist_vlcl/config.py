@@ -31,12 +31,6 @@ from dist_vlcl.run.signals import report_status
 from dist_vlcl.zo.update import ZerothOrderConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-REMOVED = {
-    "zo.update": "simultaneous",
-    "zo.steps_per_fo_step": 1,
-    "zo.optimizer": "sgd",
-}  # options of version 0.1 with the value that is the only one now
-IGNORED = ("train.on_disagreement", "run.wandb", "run.wandb_project")  # options of version 0.1 that did not affect results
 
 
 @dataclass
@@ -150,24 +144,21 @@ def from_hydra(options: Any) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """Return the configuration that a run has written, validated. Raises FileNotFoundError or ValueError.
-
-    Options that version 0.1 had and this version has not are dropped if they cannot affect the result.
-    """
+    """Return the configuration that a run has written, validated. Raises FileNotFoundError, or ValueError if it is of another version."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: give the folder of a run")
-    saved = OmegaConf.create(yaml.safe_load(path.read_text()))
-    for key in (*REMOVED, *IGNORED):
-        group, name = key.split(".")
-        value = saved.get(group, {}).pop(name, REMOVED.get(key))
-        if value != REMOVED.get(key, value):
-            raise ValueError(f"{path}: {key}={value} is an option of version 0.1 that no longer exists; use version 0.1 for this run")
     schema = OmegaConf.structured(Config)
-    if "kind" in saved.adapter:
-        saved.adapter = _custom_adapter(saved.adapter)
-    else:
-        schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
-    return from_hydra(OmegaConf.merge(schema, saved))
+    try:
+        saved = OmegaConf.create(yaml.safe_load(path.read_text()))
+        if "kind" in saved.adapter:
+            saved.adapter = _custom_adapter(saved.adapter)
+        else:
+            schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
+        merged = OmegaConf.merge(schema, saved)
+    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or of another version of dist_vlcl, which can read it ({reason})") from error
+    return from_hydra(merged)
 
 
 def _custom_adapter(options: Any) -> DictConfig:
