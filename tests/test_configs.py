@@ -202,6 +202,9 @@ BAD = {
     "data.name=a+b data.reader=folder": "run.name='a+b-inc2-moe-mozo-dual-hop_odd-seed0': use letters",
     "run.trackers=[comet]": "run.trackers=['comet']: choose from wandb, tensorboard, mlflow",
     "run.keep=0": "run.keep=0: give a number of at least 1",
+    "tasks.order=papr": "tasks.order='papr': choose from natural, paper, seed:N, or a list of class ids",
+    "tasks.order=seed:x": "tasks.order='seed:x': choose from natural, paper, seed:N, or a list of class ids",
+    "first_order.lr=inf": "first_order.lr=inf: give a number of more than 0",
 }
 
 

@@ -38,8 +38,6 @@ def test_other_orders():
 @pytest.mark.parametrize(
     ("spec", "paper", "words"),
     [
-        ("papr", None, "choose from natural, paper, seed:N"),
-        ("seed:x", None, "choose from natural, paper, seed:N"),
         ("paper", None, "no published order of these 3 classes"),
         ("paper", [1, 0], "no published order of these 3 classes"),
     ],
