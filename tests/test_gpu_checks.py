@@ -120,7 +120,7 @@ def test_a_difference_between_ranks_graphs_or_one_rank_is_a_failure(tmp_path, mo
     )
     world = SimpleNamespace(gather_objects=lambda value: [value, ("another digest", value[1])], is_main=True, device="cpu")
     sizes, results = Sizes.of("cpu"), Results(tmp_path / "ranks.json", {})
-    compare_ranks(sizes, results, world, ("orders=dual_all", "model.precision=fp32", "zo=mozo"), 1)
+    compare_ranks(sizes, results, world, "dual_all", "fp32", 1)
     failures = "\n".join(results.failures)
     assert failures.count("the two ranks differ") == 2 and failures.count("differ from those without graphs") == 1
     assert failures.count("zeroth order alone differs from one rank") == 1  # the run without graphs
