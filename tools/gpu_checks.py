@@ -386,12 +386,10 @@ def compare_ranks(sizes: Sizes, results: Results, world: Any, orders: str, preci
         change = max(abs(a - b) / abs(b) for a, b in zip(losses, losses_alone, strict=True))
         row = {"model": workload.config.model.name, "orders": orders, "precision": precision, "micro-batches": micro_batches}
         row |= {"graphs": "on" if graphs else "off"}
+        case = ", ".join(f"{name} {value}" for name, value in row.items())
         row |= {"recordings": recorded, "ranks have the same bits": yes(is_same), "bits as without graphs": yes(is_replayed)}
         row |= {"bits as on one rank": yes(is_alone), "largest relative difference of a loss to one rank": change}
         results.add(f"Two ranks on one device, gloo, {images} images, {STEPS} steps", [row])
-        case = ", ".join(
-            f"{name} {value}" for name, value in row.items() if name in ("model", "orders", "precision", "micro-batches", "graphs")
-        )
         checks = [
             (is_same, "the two ranks differ"),
             (is_replayed, "the adapters differ from those without graphs"),
