@@ -415,7 +415,9 @@ def train(workload: Any, world: Any, micro_batches: int) -> tuple[dict[str, Any]
         losses.append(step(planned.micro_batches(micro_batches), planned.key, planned.lr).loss)
     towers = (step.towers.vision, step.towers.language)
     recorded = sum(len(graphs) for tower in towers if tower.graphs for graphs in tower.graphs.graphs.values())
-    return step.adapters(), losses, recorded
+    adapters = step.adapters()
+    step.first.end()  # accelerate would keep the model
+    return adapters, losses, recorded
 
 
 def yes(holds: bool) -> str:

@@ -119,15 +119,12 @@ class Graph:
             expected = [part.detach() for t in outputs for part in _parts(t)]
             del outputs, result
             torch.cuda.synchronize(device)
-            self._capture(function, aliases, learning, pool, stream)
+            # thread_local: other threads (the one that pins batches, NCCL's) may use CUDA meanwhile.
+            self._capture(function, aliases, learning, pool=pool, stream=stream, capture_error_mode="thread_local")
         self._verify(expected)
 
-    def _capture(
-        self, function: Callable[..., Outputs], aliases: Mapping[str, Tensor], learning: Mapping[str, Tensor], pool: Any, stream: Any
-    ) -> None:
-        """Record the forward pass and, with learning weights, the backward pass."""
-        # thread_local: other threads (the one that pins batches, NCCL's) may use CUDA meanwhile.
-        options: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+    def _capture(self, function: Callable, aliases: Mapping[str, Tensor], learning: Mapping[str, Tensor], **options: Any) -> None:
+        """Record the forward pass and, with learning weights, the backward pass. options: of `torch.cuda.graph`."""
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         Graph.unfinished.append((self.forward, self.backward))
         with torch.cuda.graph(self.forward, **options):
