@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -138,3 +139,17 @@ def test_wrong_input_is_refused_in_one_line(arguments, message, tmp_path, capsys
     with pytest.raises(SystemExit) as stopped:
         gpu_checks.main([str(tmp_path), *arguments])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_wheels_of_packages_that_are_missing_are_installed_and_others_are_not(tmp_path):
+    wheels, target = tmp_path / "wheels", tmp_path / "packages"
+    wheels.mkdir()
+    (wheels / "torch-99.0-py3-none-any.whl").write_text("torch is installed, so pip never sees this file")
+    with zipfile.ZipFile(wheels / "dist_vlcl_absent-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("dist_vlcl_absent.py", "answer = 42\n")
+        info = "dist_vlcl_absent-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: dist_vlcl_absent\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    gpu_checks.install_wheels(wheels, target)
+    assert (target / "dist_vlcl_absent.py").read_text() == "answer = 42\n" and not (target / "torch").exists()
