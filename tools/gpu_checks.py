@@ -193,7 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     (args.out / "parts").mkdir(parents=True, exist_ok=True)
     packages = args.out / "packages"
     if args.wheels:
-        install_wheels(args.wheels, packages)
+        try:
+            install_wheels(args.wheels, packages)
+        except OSError as error:
+            parser.error(str(error))
         sys.path.insert(0, str(packages))
     if missing := missing_packages():
         facts["missing"] = " ".join(missing)
