@@ -323,7 +323,8 @@ def read_shard(index: Index, shard: Shard) -> list[StoredSample]:
     except OSError as error:
         raise ShardUnavailableError(masked(f"{url}: cannot be read: {error}")) from None
     if len(content) != shard.bytes:
-        raise ShardError(f"{masked(url)}: the index says {shard.bytes} bytes, found {'more' if len(content) > shard.bytes else len(content)}")
+        found = "more" if len(content) > shard.bytes else len(content)
+        raise ShardError(f"{masked(url)}: the index says {shard.bytes} bytes, found {found}")
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise ShardError(f"{masked(url)}: the bytes differ from those that were written")
     try:

@@ -260,7 +260,7 @@ def test_sources_that_cannot_work_are_refused(tmp_path, names, options, words):
 def test_a_compressed_tar_is_refused(tmp_path):
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
         tar.add(images_below(tmp_path / "s", "cat/1.png"), "s")
-    with pytest.raises(ValueError, match="not an uncompressed .tar.*unpack it and give the folder"):
+    with pytest.raises(ValueError, match=r"not an uncompressed .tar.*unpack it and give the folder"):
         read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path / "x.tar.gz")))
 
 
