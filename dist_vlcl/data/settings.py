@@ -25,7 +25,7 @@ class DataConfig:
     split_seed: int = option(0, "Seed of the random split into training, test and held-out images.")
     class_names: str | None = option(None, 'JSON list of {"folder": ..., "name": ...}; with reader=folder its order gives the class ids.')
     underscore_names: bool = option(False, "Keep underscores of class names in prompts, as the baseline's code does.")
-    samples_per_shard: int = option(64, "Most samples in a shard; those of a class have equal sizes to within one, before bad images are left out.", min=1)
+    samples_per_shard: int = option(64, "Most samples in a shard; the shards of a class differ by at most one sample.", min=1)
     encoding: str = option("auto", "Images in shards: original files or pixels; auto: pixels if images are small.", choices=ENCODINGS)
     on_error: str = option("stop", "A damaged shard or image stops the run or the build, or is skipped and logged.", choices=ON_ERROR)
     allow_pipe: bool = option(False, "Allow a url that runs a command, such as `pipe:aws s3 cp s3://bucket/set/{} -`.")
