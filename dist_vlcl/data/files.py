@@ -56,12 +56,16 @@ def _read(source: Path, name: str, open_file: Callable[[], Any]) -> bytes:
 
 def _list_folder(source: Path) -> Listed:
     root = source.resolve()
-    for parent, folders, names in os.walk(source):
+    for parent, folders, names in os.walk(source, onerror=_fail):
         for path in (Path(parent, name) for name in (*folders, *names)):
             if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
                 raise ValueError(f"the link {str(path)!r} leads to a folder, out of the source or nowhere")
             if path.is_file():
                 yield path.relative_to(source).as_posix(), partial(path.open, "rb")
+
+
+def _fail(error: OSError) -> None:
+    raise error
 
 
 def _list_archive(source: Path) -> Listed:

@@ -4,7 +4,7 @@ import io
 import re
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
@@ -40,6 +40,8 @@ def open_image(data: bytes) -> np.ndarray:
         if header := PPM_HEADER.match(data):  # 80 times faster than Pillow
             return np.frombuffer(data, np.uint8, offset=header.end()).reshape(int(header[2]), int(header[1]), 3)
         return _decode(data)
+    except UnidentifiedImageError as error:  # its own message names an address in memory
+        raise ValueError("no image: neither PNG, JPEG, WebP nor PPM of 8 bits") from error
     except Exception as error:  # Pillow raises many types of errors for damaged bytes
         raise ValueError(f"no image: {error}") from error
 

@@ -1,6 +1,7 @@
 """Sources that may be damaged or hostile: every image that they hold is found, or the source is refused."""
 
 import io
+import os
 import random
 import tarfile
 import zipfile
@@ -126,6 +127,21 @@ def test_a_link_that_leads_out_of_a_folder_is_refused(tmp_path, target):
     assert sorted(read_all(tmp_path / "again")) == ["again.png", "cat/0.png"]  # so is a link to the source itself
     (tmp_path / "s/link").symlink_to(target)
     with pytest.raises(ValueError, match=r"the link '.*s/link' leads to a folder, out of the source or nowhere"):
+        open_source(tmp_path / "s")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
+    """os.walk passes over it in silence."""
+    (tmp_path / "s/cat").mkdir(parents=True)
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "cat":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"Permission denied: '.*s/cat'"):
         open_source(tmp_path / "s")
 
 
