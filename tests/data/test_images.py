@@ -51,8 +51,9 @@ def test_exif_turns_the_image_upright(orientation, format):
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
-def test_damaged_exif_does_not_cost_the_image(exif):
-    data = saved(Image.fromarray(NOISE), "JPEG", exif=exif)
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_damaged_exif_does_not_cost_the_image(exif, format):
+    data = saved(Image.fromarray(NOISE), format, exif=exif)
     assert np.array_equal(open_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
