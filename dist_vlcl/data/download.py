@@ -8,7 +8,8 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable
-from urllib.parse import urlparse
+from typing import Any
+from urllib.parse import urljoin, urlparse
 from urllib.request import url2pathname
 
 from dist_vlcl.masking import masked
@@ -75,6 +76,7 @@ def _get(url: str, limit: int | None, silence_s: float, deadline: float) -> byte
     with requests.Session() as session:
         certificates = ssl.get_default_verify_paths()
         session.verify = certificates.cafile or certificates.capath or True  # the system's or SSL_CERT_FILE, not only those of requests
+        session.hooks["response"].append(_refuse_other_host)
         with session.get(url, stream=True, timeout=wait_s, headers={"Accept-Encoding": "identity"}) as response:
             response.raise_for_status()
             while limit is None or len(content) < limit:
@@ -89,6 +91,16 @@ def _get(url: str, limit: int | None, silence_s: float, deadline: float) -> byte
                     break
                 content += piece
     return bytes(content[:limit])
+
+
+def _refuse_other_host(response: Any, **_: Any) -> None:
+    """Raise InvalidURL, which no other attempt follows, for a redirect to another host or from https to http."""
+    from requests.exceptions import InvalidURL
+
+    to, of = urlparse(urljoin(response.url, response.headers.get("Location", ""))), urlparse(response.url)
+    is_same = (to.scheme, to.netloc) == (of.scheme, of.netloc) or (to.scheme == "https" and to.hostname == of.hostname)
+    if response.is_redirect and not is_same:
+        raise InvalidURL(f"redirects to {to.scheme}://{to.hostname}; give that address as data.url, or use 'pipe:curl -L ADDRESS'")
 
 
 def _run(command: str, limit: int | None, timeout_s: float) -> bytes:
