@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # A kill that is not answered within the message time-out (processes have KillWait for their end) is sent once more a minute later, and hits
 # the same step of a job that has been started again by then. By default jobs wait 121 s for that.
-# Ranks have to take a step and to save within KillWait. The long test waits for it three times: 30 s is Slurm's default.
-TIMES = ("--kill-wait", 30, "--message-timeout", 35)
+# Ranks have to take a step and to save within KillWait (30 s by default), on a machine that may be busy.
+TIMES = ("--kill-wait", 60, "--message-timeout", 65)
 ASK_S = 2.0  # between two questions to Slurm, each of which costs a process or three
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
