@@ -255,7 +255,7 @@ def test_the_journal_s_steps_of_another_kind_of_device_are_taken_again(tmp_path,
     journal = [{k: v for k, v in line.items() if k != "crc"} for line in records(moved, "journal.jsonl")]
     for line in journal[start + 1 :]:  # the first step after the checkpoint was taken here, the others on a GPU
         line |= {"device": "cuda", "seed": line["seed"] + 1}
-    (folder_of(moved) / "journal.jsonl").write_text("".join(to_line(seal(line)) + "\n" for line in journal))
+    (folder_of(moved) / "journal.jsonl").write_text("".join(to_line(seal(line)) for line in journal))
     train(moved, World.alone())
     said = capsys.readouterr().out
     assert f"the steps from {start + 2} on were taken on cuda, and this start is on cpu" in said
