@@ -25,7 +25,7 @@ from dist_vlcl.run.folder import MAY_CHANGE
 # Beside the package in a checkout, inside of it in a wheel.
 CONFIG_FOLDER = next(p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs") if (p / "config.yaml").exists())
 # Options that do not change a run's result are not part of its name.
-NOT_NAMED = (*MAY_CHANGE, "data.source", "data.test_source", "data.allow_pipe")
+NOT_NAMED = (*MAY_CHANGE, "data.source", "data.allow_pipe")
 DATASET_IDS = {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr"}  # as the ids abbreviate them
 HALF = 6  # blocks of prefix and suffix in the paper; its ids say prefix6 and suffix6
 PROBE_STEPS = 5

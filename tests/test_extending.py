@@ -4,12 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.ranks import run_module
+from tests.helpers.ranks import run_module, warm_python
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 BLOCK = re.compile(r"```(python|yaml|sh)\n(.*?)```", re.DOTALL)
@@ -51,7 +50,7 @@ def on_one_core(folder: Path, *arguments: str, **options) -> subprocess.Complete
     core = min(os.sched_getaffinity(0))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     limits = {"preexec_fn": lambda: os.sched_setaffinity(0, {core}), "timeout": 900, "env": environment, "cwd": folder}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **limits, **options)
+    return subprocess.run([warm_python(), *arguments], capture_output=True, text=True, **limits, **options)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def main() -> None:
     world = World.alone()
     try:
         cluster = load_config(folder / "config.yaml").cluster
-        world = World.from_environment(ClusterConfig(timeout_s=cluster.timeout_s, traceback=cluster.traceback))  # any ranks, any device
+        world = World.from_environment(ClusterConfig(timeout_s=cluster.timeout_s))  # any ranks, any device
         accuracy = evaluate_run(folder, world)
         if world.is_main:
             print(f"Last {100 * accuracy.last:.2f}  Avg {100 * accuracy.average:.2f}  forgetting {100 * accuracy.forgetting:.2f}")

@@ -50,6 +50,8 @@ def main() -> None:
         report = Report(runs, pd.DataFrame(map(asdict, paper_runs().values())), published()["table5_memory_gb"], unreadable)
         report.write(arguments.out)
     print(f"{int(runs.is_complete.sum())} complete runs of {len(runs)}, {len(report.pictures)} pictures: open {arguments.out}/report.html")
+    for name, reason in sorted(report.left_out.items()):
+        print(f"left out: {name} ({reason})")
 
 
 if __name__ == "__main__":

@@ -210,9 +210,7 @@ def _find_images(data: DataConfig, source: Path, known: Mapping[str, str] | None
 
 
 def _parts(data: DataConfig, source: Path) -> list[tuple[str | None, Path]]:
-    """Return sources and their splits: two given ones, train.tar beside test.tar, or one source that may hold both."""
-    if data.test_source:
-        return [("train", source), ("test", Path(data.test_source))]
+    """Return sources and their splits: train.tar beside test.tar, or one source that may hold both."""
     for test in ("test", "val"):
         for suffix in (".tar", ".zip"):
             train_file, test_file = source / f"train{suffix}", source / f"{test}{suffix}"

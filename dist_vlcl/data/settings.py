@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dist_vlcl.data.download import check_scheme
 from dist_vlcl.options import option
 
 READERS = ("digits", "cifar100", "tiny_imagenet", "imagenet_r", "folder")
@@ -19,7 +20,6 @@ class DataConfig:
     root: str = option("data", "Folder for shards and downloads, relative to the working directory.")
     url: str | None = option(None, "Folder or http(s) address of the shards instead of root/name; `{}` in it stands for a shard's path.")
     source: str | None = option(None, "The raw data set: a folder, .tar or .zip; null downloads it where the reader can.")
-    test_source: str | None = option(None, "The raw test images, where they are not in the same source as the training images.")
     test_fraction: float = option(0.2, "Part of each class used for testing, for a source without a split.", above=0, below=1)
     split_file: str | None = option(None, "Text file: `train`, image paths, `test`, image paths; it replaces test_fraction.")
     split_seed: int = option(0, "Seed of the random split into training, test and held-out images.")
@@ -34,7 +34,9 @@ class DataConfig:
     cache_gib: float = option(1.0, "Memory of each rank for images that are used again, in GiB.", min=0)
 
     def check(self) -> None:
-        """Raise ValueError for a name that cannot be a folder, or that needs a reader."""
+        """Raise ValueError for a name that cannot be a folder, or that needs a reader, and for an address that cannot be read."""
+        if self.url:
+            check_scheme(self.url, self.allow_pipe)
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"data.name={self.name!r}: give a plain folder name")
         if self.reader_name not in READERS:

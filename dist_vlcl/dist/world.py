@@ -4,6 +4,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,7 +30,6 @@ class ClusterConfig:
     timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0)
     direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
     threads: int | None = option(None, "CPU threads of a rank; null: the cores of the machine divided by its ranks.", min=1)
-    traceback: bool = option(False, "Show the full traceback of an error, not only its message.")
 
 
 @dataclass
@@ -207,6 +207,7 @@ def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple["Acc
     # Without find_unused_parameters DDP reorders its buckets after the first backward pass. Sums over three or more ranks would then differ
     # in the last bits between a resumed run and an uninterrupted one.
     # One bucket, with gradients as views of it: its all-reduce runs while candidates are evaluated (first_order.py).
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch's new name for it is not known to accelerate
     data_parallel = DistributedDataParallelKwargs(
         broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=256
     )

@@ -25,7 +25,7 @@ PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a p
 # Options that do not change a result or its meaning, and those that are the cell itself.
 NOT_COMPARED = (
     *("seed", "paper", "run.*", "cluster.*", "eval.batch_size", "eval.zero_shot", "model.graphs"),
-    *(f"data.{key}" for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "on_error")),
+    *(f"data.{key}" for key in ("root", "url", "source", "reader", "allow_pipe", "on_error")),
     *(f"data.{key}" for key in ("num_workers", "cache_gib", "encoding", "samples_per_shard", "timeout_s")),
     *(f"train.{key}" for key in ("micro_batches", "max_skips", "check_every_steps")),
     *("orders.branch", "orders.layers", "orders.order", "orders.span", "zo.name"),

@@ -47,7 +47,6 @@ class RunConfig:
 
     name: str = option("default", "Name of the run, which is the name of its folder; auto derives it from the configuration.")
     root: str = option("runs", "Folder that holds the folders of all runs.")
-    resume: bool = option(True, "Continue an existing run folder that has the same configuration.")
     overwrite: bool = option(False, "Rename an existing run folder to <name>.old-N and start anew.")
     save_every_steps: int = option(0, "Steps between two checkpoints within a task; 0 saves at the end of each task only.", min=0)
     keep: int = option(2, "Number of checkpoints that are kept.", min=1)
@@ -84,7 +83,6 @@ class RunFolder:
     """The folder of one run. Methods that write do so on rank 0 and do nothing on other ranks."""
 
     path: Path
-    settings: RunConfig
     is_main: bool
     is_new: bool  # no earlier start of this run has left anything
     is_complete: bool
@@ -118,7 +116,7 @@ class RunFolder:
                 raise RunRefused(f"run folder {settings.folder}: {error}") from error
             return prepared
 
-        return cls(**world.on_main(prepare, "the run folder"), settings=settings, is_main=world.is_main, _lock=lock)
+        return cls(**world.on_main(prepare, "the run folder"), is_main=world.is_main, _lock=lock)
 
     def write_accuracy(self, accuracy: dict[str, Any], complete: bool = False) -> None:
         """Write accuracy.json."""
@@ -154,7 +152,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
         notes.append(f"the earlier run is now {aside}")
     is_new = not _is_used(path)
     if not is_new:
-        notes += [*_check_configuration(path, settings, config), *_check_facts(path, facts)]
+        notes += [*_check_configuration(path, config), *_check_facts(path, facts)]
     replace_file(path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     starts = read_json(path / "env.json", [])
     replace_file(path / "env.json", json.dumps([*starts, {**describe_environment(), **facts}], indent=1) + "\n")
@@ -202,12 +200,10 @@ def _set_aside(path: Path, lock: TextIO) -> tuple[TextIO, Path]:
     return _lock(path), aside
 
 
-def _check_configuration(path: Path, settings: RunConfig, config: dict[str, Any]) -> list[str]:
+def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
     """Return one text per change that a resume accepts; raise RunRefused for any other change."""
     if is_of_version_0_1(path):
         raise RunRefused(f"{path} was started by version 0.1, whose checkpoints this version cannot read; {ADVICE}")
-    if not settings.resume and not is_restart():
-        raise RunRefused(f"{path} exists: run.resume=true continues it; {ADVICE}")
     if not (path / "config.yaml").exists():
         raise RunRefused(f"{path} holds a run without its config.yaml: {ADVICE}")
     changes = differences(yaml.safe_load((path / "config.yaml").read_text()) or {}, config)

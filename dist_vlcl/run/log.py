@@ -1,8 +1,8 @@
 """What a run reports: to its files first, then to the trackers and the terminal. Rank 0 reports; the other ranks are silent.
 
 metrics.jsonl   {"kind": "step", "step": 7, "task": 0, "loss": ..., "lr": ..., "zo": {...}, ...}      kinds: run, step, task, note
-journal.jsonl   {"step": 7, "task": 0, "seed": 8, "lr": 0.1, "moves": [{"group": "vision", "projected_gradient": ..., "coefficient": ...}],
-                "crc": "..."}
+journal.jsonl   {"step": 7, "task": 0, "seed": 8, "lr": 0.1, "device": "cpu", "moves": [{"group": "vision", "projected_gradient": ...,
+                "coefficient": ...}], "crc": "..."}
 
 The zeroth-order units can be rebuilt from the journal. A step's journal line is written last and survives kill -9; a power cut may take
 the lines after the last checkpoint. The CRC-32 of the rest of the line detects a damaged line.

@@ -16,7 +16,6 @@ class TrainState:
     zero_shot: dict[int, float] = field(default_factory=dict)  # accuracy of the untrained model on the classes seen up to each task
     seconds: float = 0.0  # time spent in training steps, over all starts of the run
     world_size: int = 1  # of the start that saved this
-    device: str = "cpu"  # of the start that saved this: cpu or cuda
 
     def advance(self) -> None:
         """Count one batch, which is one optimiser step."""

@@ -52,7 +52,9 @@ class Trackers:
             yield
         except Exception as error:  # whatever it is, training is more important
             self._trackers.pop(name, None)
-            warnings.warn(f"run.trackers: {name} is off for this run: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+            # accelerate names another package than the one that is missing
+            why = f"pip install {name}" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            warnings.warn(f"run.trackers: {name} is off for this run: {why}", RuntimeWarning, stacklevel=3)
 
 
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:

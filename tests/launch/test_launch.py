@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from dist_vlcl.run import checkpoint
-from tests.helpers.ranks import free_port
+from tests.helpers.ranks import free_port, warm_python
 from tests.helpers.runs import QUICK_RUN
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -158,7 +158,7 @@ class Nodes:
                     *arguments,
                 ],
                 cwd=folder,
-                env=ENVIRONMENT,
+                env={**ENVIRONMENT, "PYTHON": warm_python()},
                 stdout=self.log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

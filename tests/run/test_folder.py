@@ -93,12 +93,6 @@ def test_other_code_goes_on_and_says_so(tmp_path):
     assert [start["code_digest"] for start in starts] == codes
 
 
-def test_without_resume_an_existing_run_is_refused(tmp_path):
-    RunFolder.open(settings(tmp_path), CONFIG, World.alone())
-    with pytest.raises(RunRefused, match=r"run\.resume=true"):
-        RunFolder.open(settings(tmp_path, resume=False), CONFIG, World.alone())
-
-
 def test_overwrite_sets_the_old_run_aside(tmp_path):
     for number in range(3):
         run = RunFolder.open(settings(tmp_path, overwrite=True), changed(zo={"epsilon": number}), World.alone())

@@ -6,7 +6,7 @@ from dist_vlcl.run.state import TrainState
 
 
 def test_a_state_survives_json():
-    state = TrainState(task=2, epoch=1, batch=3, step=40, accuracy=[[[3, 4]]], zero_shot={0: 0.5}, seconds=1.5, world_size=2, device="cuda")
+    state = TrainState(task=2, epoch=1, batch=3, step=40, accuracy=[[[3, 4]]], zero_shot={0: 0.5}, seconds=1.5, world_size=2)
     assert TrainState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
