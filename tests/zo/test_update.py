@@ -192,7 +192,7 @@ def test_lr_scale_multiplies_the_rate():
 def test_without_zeroth_order_units_only_the_base_is_evaluated():
     asked = []
     for strategy in STRATEGIES.values():
-        assert ZerothOrder({}, strategy).decide(lambda candidates: asked.append(candidates) or [2.5], KEY, 0.1) == (2.5, [])
+        assert ZerothOrder({}, strategy).decide(lambda candidates: asked.append(list(candidates)) or [2.5], KEY, 0.1) == (2.5, [])
     assert asked == [[{}]] * len(STRATEGIES)
 
 
