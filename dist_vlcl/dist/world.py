@@ -54,15 +54,16 @@ class World:
         return cls(device=torch.device(device))
 
     @classmethod
-    def from_environment(cls, config: ClusterConfig) -> "World":
+    def from_environment(cls, config: ClusterConfig, backend: str = "") -> "World":
         """Join the process group of the launcher. All ranks call this.
 
+        backend: of the process group; by default nccl on GPUs. With gloo, several ranks can share a GPU, for a check on one machine.
         Raises RuntimeError if accelerate sees another launch than the launcher made: without gradient synchronisation, every process would
         train alone and report success.
         """
         announced = int(os.environ.get("WORLD_SIZE", 1))
         check_launch(config, announced)
-        accelerator, engine = join(config, announced)
+        accelerator, engine = join(config, announced, backend)
         groups = config.direction_groups
         if groups > 1 and engine.startswith("zero3"):
             raise RuntimeError(
@@ -175,7 +176,7 @@ def check_launch(config: ClusterConfig, announced: int) -> None:
         raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
 
 
-def join(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
+def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple["Accelerator", str]:
     """Meet the other ranks; return the Accelerator and the engine's name: ddp, or a ZeRO stage. All ranks call this.
 
     Sets torch's number of threads and turns TF32 off for the whole process. Raises RuntimeError if a rank is missing after
@@ -188,6 +189,7 @@ def join(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
 
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     on_deepspeed = zero.is_requested()
+    backend = backend or ("gloo" if on_cpu else "nccl")
     if on_cpu:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
@@ -197,9 +199,10 @@ def join(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
     # The rounding of TF32, bf16 and fp16 would hide the finite differences (concepts.md 2.2), so accelerate's own settings are overridden.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
+    if on_deepspeed or announced > 1:  # one process without DeepSpeed has no process group
+        process_group.backend = backend
     if on_deepspeed:
         zero.prepare_deepspeed(on_cpu)
-        process_group.backend = "gloo" if on_cpu else "nccl"
     # broadcast_buffers would send the zeroth-order units in every forward pass, and overwrite a replica that diverged.
     # Without find_unused_parameters DDP reorders its buckets after the first backward pass. Sums over three or more ranks would then differ
     # in the last bits between a resumed run and an uninterrupted one.
@@ -214,16 +217,16 @@ def join(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
         if not is_network_error(error):
             raise
         raise RuntimeError(f"not all {announced} ranks joined within cluster.timeout_s={config.timeout_s:g}: {error}") from error
-    check_joined(accelerator, announced, on_cpu, on_deepspeed)
+    check_joined(accelerator, announced, backend, on_deepspeed)
     return accelerator, zero.engine_name(accelerator) if on_deepspeed else "ddp"
 
 
-def check_joined(accelerator: "Accelerator", announced: int, on_cpu: bool, on_deepspeed: bool) -> None:
+def check_joined(accelerator: "Accelerator", announced: int, backend: str, on_deepspeed: bool) -> None:
     """Raise RuntimeError unless accelerate sees all processes, plain data parallelism or DeepSpeed, no compiler, and our backend."""
     several = ("MULTI_GPU", "MULTI_CPU")
     kinds = ("DEEPSPEED",) if on_deepspeed else several if announced > 1 else ("NO", *several)
     size, kind = accelerator.num_processes, accelerator.distributed_type.value
-    compiler, backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(), "gloo" if on_cpu else "nccl"
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     group = dist.get_backend() if announced > 1 and dist.is_initialized() else backend
     facts = [
         (size == announced, f"{size} processes, but the launcher announced {announced}"),
