@@ -3,7 +3,7 @@
 # K candidates, B samples of this rank, C classes, F features, n parameters of a branch
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,13 +108,9 @@ class BatchLosses:
         size = max(MIN_PIECE, STACKED // max((flat.values_n.numel() for flat in self.flats.values()), default=1))
         evaluated: dict[int, tuple[Tensor, Tensor]] = {}  # of each candidate of this rank: its sum, and whether it is unusable
         piece: dict[int, Candidate] = {}
-        next_group: dict[tuple[str, ...], int] = {}  # which direction group evaluates the next candidate of a kind
         k = -1
-        for k, candidate in enumerate(candidates):
-            # Every G-th of those that perturb the same branches; the first of a kind goes to the group after the one before it.
-            group = next_group.get(tuple(candidate), k)
-            next_group[tuple(candidate)] = group + 1
-            if group % self.world.direction_groups == self.world.direction_group:
+        for k, (candidate, is_own) in enumerate(self._with_owner(candidates)):
+            if is_own:
                 piece[k] = candidate
             if len(piece) == size:
                 evaluated |= self._evaluate(piece)
@@ -123,6 +119,14 @@ class BatchLosses:
         zero = torch.zeros((), dtype=torch.int64, device=self.world.device)
         sums, faulty = zip(*(evaluated.get(number, (zero, zero.bool())) for number in range(k + 1)), strict=True)
         return self._report(torch.stack(sums), torch.stack(faulty))
+
+    def _with_owner(self, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, bool]]:
+        """Yield each candidate, and whether this rank's direction group evaluates it: every G-th of those that perturb the same branches."""
+        next_group: dict[tuple[str, ...], int] = {}  # which group evaluates the next candidate of a kind
+        for k, candidate in enumerate(candidates):
+            group = next_group.get(tuple(candidate), k)  # the first of a kind goes to the group after the one before it
+            next_group[tuple(candidate)] = group + 1
+            yield candidate, group % self.world.direction_groups == self.world.direction_group
 
     def _evaluate(self, piece: Mapping[int, Candidate]) -> dict[int, tuple[Tensor, Tensor]]:
         """Return of each candidate of a piece the sum of its losses on this rank, in units of 2^-32, and whether it is unusable."""
