@@ -121,7 +121,7 @@ class BatchLosses:
         return self._report(torch.stack(sums), torch.stack(faulty))
 
     def _with_owner(self, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, bool]]:
-        """Yield each candidate, and whether this rank's direction group evaluates it: every G-th of those that perturb the same branches."""
+        """Yield each candidate, and whether this rank evaluates it: each group has every G-th of a kind (the same branches)."""
         next_group: dict[tuple[str, ...], int] = {}  # which group evaluates the next candidate of a kind
         for k, candidate in enumerate(candidates):
             group = next_group.get(tuple(candidate), k)  # the first of a kind goes to the group after the one before it
