@@ -137,7 +137,7 @@ class HybridStep:
         """Return the report so far and the zeroth-order moves, or None for the moves if a loss is not finite."""
         found: list[LossReport] = []
 
-        def evaluate(candidates: Sequence[Candidate]) -> list[float]:
+        def evaluate(candidates: Iterable[Candidate]) -> list[float]:
             found.append(losses(candidates))
             return found[-1].losses
 
