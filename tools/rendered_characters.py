@@ -1,7 +1,5 @@
 """Draw digits and letters from the fonts that come with matplotlib, bent, thickened and blurred, as training images of the small CLIP.
 
-Some digits are written otherwise than in print, such as a seven with a bar. These forms are drawn from STROKES.
-
     python tools/rendered_characters.py characters.png     # look at 200 of them
 
 No data set is read. Half of the images are shrunk to 8x8 pixels and enlarged again, as scikit-learn's digits are.
@@ -27,14 +25,6 @@ FONTS = (
 )
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CLASSES = (*DIGITS, *string.ascii_lowercase)  # a letter is one class in both cases
-# Handwritten forms: digit -> lines through points (x, y) of the unit square, y downwards
-STROKES: dict[int, tuple[tuple[tuple[float, float], ...], ...]] = {
-    1: (((0.1, 0.4), (0.6, 0.05), (0.6, 0.95)),),
-    4: (((0.5, 0.05), (0.1, 0.65), (0.9, 0.65)), ((0.7, 0.3), (0.6, 0.95))),
-    6: (((0.5, 0.05), (0.15, 0.5), (0.15, 0.8), (0.5, 0.95), (0.85, 0.8), (0.5, 0.6), (0.2, 0.75)),),
-    7: (((0.1, 0.05), (0.85, 0.05), (0.4, 0.95)), ((0.2, 0.5), (0.9, 0.5))),
-    9: (((0.8, 0.15), (0.4, 0.05), (0.15, 0.3), (0.45, 0.5), (0.8, 0.2), (0.8, 0.6), (0.6, 0.95), (0.2, 0.9)),),
-}
 DIGIT_SHARE = 2 / 3
 S = 64
 
@@ -54,13 +44,6 @@ def glyphs() -> tuple[torch.Tensor, torch.Tensor]:
             glyph.paste(canvas.resize((width, S)), ((S - width) // 2, 0))
             images.append(np.asarray(glyph))
             labels.append(int(character) if character.isdigit() else 10 + string.ascii_lowercase.index(character.lower()))
-    for digit, lines in STROKES.items():
-        for thickness in (4, 7, 10, 13):  # as often as four fonts
-            glyph = Image.new("L", (S, S))
-            for line in lines:
-                ImageDraw.Draw(glyph).line([(12 + 40 * x, S * y) for x, y in line], fill=255, width=thickness, joint="curve")
-            images.append(np.asarray(glyph))
-            labels.append(digit)
     return torch.from_numpy(np.stack(images))[:, None].float() / 255, torch.tensor(labels)
 
 
