@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import tarfile
@@ -233,7 +234,9 @@ def write_shards(raw: RawSet, data: DataConfig, track: Track = iter) -> Index:
         shards = {split: tuple(written[split, class_id] for class_id in classes) for split in SPLITS}
         index = Index(data.name, data.reader_name, tuple(raw.class_names), encodings, shards, str(folder))
         (aside / "index.json").write_text(index._text() + "\n", encoding="utf-8")
-        aside.chmod(0o755)  # mkdtemp allows only the owner
+        mask = os.umask(0)
+        os.umask(mask)
+        aside.chmod(0o777 & ~mask)  # mkdtemp allows only the owner
         try:
             aside.rename(folder)
         except OSError:
