@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,9 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
         "run": folder.name,
         **{field: cell[field] for field in CELL},
         "seed": int(config["seed"]),
-        **{metric: 100 * accuracy[metric] if metric in accuracy else None for metric in ("last", "avg", "forgetting")},
-        "zero_shot_last": zero_shot[-1] if zero_shot else None,
-        "zero_shot_avg": sum(zero_shot) / len(zero_shot) if zero_shot else None,
+        **{metric: 100 * accuracy.get(metric, nan) for metric in ("last", "avg", "forgetting")},
+        "zero_shot_last": zero_shot[-1] if zero_shot else nan,
+        "zero_shot_avg": sum(zero_shot) / len(zero_shot) if zero_shot else nan,
         **{key: accuracy.get(key) for key in ("steps", "seconds")},
         "is_complete": accuracy.get("complete") is True,
         "is_probe": is_probe,  # stopped after a few steps: only its memory counts

@@ -211,8 +211,8 @@ def test_a_changed_digit_in_a_result_is_noticed(tmp_path, monkeypatch):
     kept, changed, moved = (write_run(tmp_path, f"run.name={name}", f"seed={seed}", last=0.9, avg=0.9) for seed, name in enumerate("abc"))
     text = (changed / "accuracy.json").read_text()
     (changed / "accuracy.json").write_text(text.replace('"last": 0.9', '"last": 0.8'))
-    (moved / "config.yaml").write_text((moved / "config.yaml").read_text().replace("epochs: 1", "epochs: 4"))
-    assert "epochs: 4" in (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text((moved / "config.yaml").read_text().replace("probes: 1", "probes: 2"))
+    assert "probes: 2" in (moved / "config.yaml").read_text()
     said = report_of(monkeypatch, tmp_path, kept, changed, moved)
     assert "b (could not read" in said and "CRC-32" in said
     assert "c (could not read" in said and "belongs to another configuration" in said and "a (could" not in said
