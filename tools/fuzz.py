@@ -355,16 +355,19 @@ def case(number: int, only: str | None) -> tuple[random.Random, str, str]:
     return draw, target, draw.choice(TARGETS[target])
 
 
-def fuzz(first: int, inputs: int, seconds: float, only: str | None = None, keep: Path | None = None) -> Counter:
+def fuzz(first: int, inputs: int, seconds: float, only: str | None = None, keep: Path | None = None, minutes: float = 1e9) -> Counter:
     """Return how often each outcome occurred, by (file, outcome). Prints each bad one."""
     torch.set_num_threads(1)
     outcomes: Counter = Counter()
+    begun = time.monotonic()
     cfg = compose_config([*OPTIONS, "run.name=stopped"])
     with tempfile.TemporaryDirectory() as temporary:
         base = Path(temporary) / "base"
         commands = sorted({case(number, only)[2] for number in range(first, first + inputs)})
         references = prepare(cfg, base, commands, seconds)
         for number in range(first, first + inputs):
+            if time.monotonic() - begun > 60 * minutes:
+                break
             draw, target, command = case(number, only)
             folder = (keep or Path(temporary)) / f"input-{number}"
             shutil.copytree(base, folder)
@@ -387,17 +390,18 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=2000, help="(default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="seed of the first input (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="a command that takes longer hangs (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=600, help="no more inputs after so long, however few (default: %(default)s)")
     parser.add_argument("--only", choices=("run", "data"), help="only files of run folders, or only data")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the files of every input there")
     options = parser.parse_args()
     begun = time.monotonic()
-    outcomes = fuzz(options.first, options.inputs, options.seconds, options.only, options.keep)
+    outcomes = fuzz(options.first, options.inputs, options.seconds, options.only, options.keep, options.minutes)
     total: Counter = Counter()
     for (target, outcome), count in sorted(outcomes.items()):
         total[outcome] += count
         print(f"{target:30} {outcome:15} {count}")
     print(
-        f"{options.inputs} inputs in {(time.monotonic() - begun) / 60:.1f} minutes: {', '.join(f'{n} {o}' for o, n in total.most_common())}"
+        f"{total.total()} inputs in {(time.monotonic() - begun) / 60:.1f} minutes: {', '.join(f'{n} {o}' for o, n in total.most_common())}"
     )
     sys.exit(1 if any(total[outcome] for outcome in BAD) else 0)
 
