@@ -9,6 +9,7 @@ import os
 import stat
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ def read_json(path: Path, form: Any, default: Any) -> Any:
         return default
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def or_warn(read: Callable[[], Any], default: Any) -> Any:
+    """Return what `read` returns; after an OSError or ValueError warn, and return the default."""
+    try:
+        return read()
+    except (OSError, ValueError) as error:
+        warn(f"{error}; the run goes on without it")
+        return default
 
 
 def read_lines(path: Path, form: Any) -> list[dict[str, Any]]:

@@ -18,7 +18,6 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,7 +28,7 @@ import yaml
 from dist_vlcl.dist.world import World
 from dist_vlcl.masking import masked_values
 from dist_vlcl.options import flatten, option
-from dist_vlcl.reading import read_json, seal, warn
+from dist_vlcl.reading import or_warn, read_json, seal, warn
 from dist_vlcl.run.checkpoint import is_of_version_0_1, load_newest
 from dist_vlcl.run.environment import describe_environment, is_restart
 from dist_vlcl.run.files import make_folder, replace_file
@@ -163,7 +162,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
         lock, aside = _set_aside(path, lock)
         notes.append(f"the earlier run is now {aside}")
     is_new = not _is_used(path)
-    starts = [] if is_new else _read_or_warn(lambda: read_json(path / "env.json", ENVIRONMENT, []), [])
+    starts = [] if is_new else or_warn(lambda: read_json(path / "env.json", ENVIRONMENT, []), [])
     if not is_new:
         notes += [*_check_configuration(path, settings, config), *_check_facts(path, facts, starts)]
     run = _id_of(path, starts) or uuid.uuid4().hex
@@ -174,7 +173,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     (path / "REQUEUE").unlink(missing_ok=True)
     for name in ("checkpoints", "plots"):
         make_folder(path / name)
-    is_complete = _read_or_warn(lambda: read_accuracy(path, config, run), {}).get("complete") is True
+    is_complete = or_warn(lambda: read_accuracy(path, config, run), {}).get("complete") is True
     begin = f"{'starting' if is_new else 'continuing'} {path}"
     if is_complete:
         begin = f"{path} is complete: see its summary.md and plots/. To train again, choose another run.name or seed, or run.overwrite=true"
@@ -231,14 +230,6 @@ def _check_configuration(path: Path, settings: RunConfig, config: dict[str, Any]
     if refused:
         raise RunRefused("\n".join([f"{path} was started with another configuration (was -> is):", *refused, ADVICE]))
     return [f"{key}: {change}" for key, change in allowed.items() if not key.startswith("run.")]
-
-
-def _read_or_warn(read: Callable[[], Any], default: Any) -> Any:
-    try:
-        return read()
-    except (OSError, ValueError) as error:
-        warn(f"{error}; the run goes on without it")
-        return default
 
 
 def _id_of(path: Path, starts: list[dict[str, Any]]) -> str | None:
