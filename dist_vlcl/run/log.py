@@ -64,10 +64,16 @@ class RunLog:
         self._journal = JsonLines(self._folder / JOURNAL, JOURNAL_FORM, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
         self._trackers = Trackers(self._folder, settings, masked_values(config))
-        steps = [record for record in self._metrics.kept if record["kind"] == "step"]
-        for name, kept in ((METRICS, steps), (JOURNAL, self._journal.kept)):
-            if wrong := odd_steps([record["step"] for record in kept], state.step):
-                self.say(f"warning: {self._folder / name} was damaged before the checkpoint of step {state.step}: {wrong}")
+        lines = {kind: [record for record in self._metrics.kept if record["kind"] == kind] for kind in ("run", "step")}
+        expected = [
+            (METRICS, "run lines", [0 for _ in lines["run"]], range(1)),
+            (METRICS, "steps", [record["step"] for record in lines["step"]], range(1, state.step + 1)),
+            (METRICS, "tasks", [record["task"] for record in self._tasks], range(state.task)),
+            (JOURNAL, "steps", [record["step"] for record in self._journal.kept], range(1, state.step + 1)),
+        ]
+        for name, kind, found, whole in expected if state.step or state.task else ():
+            if wrong := differing(found, whole):
+                self.say(f"warning: {self._folder / name} was damaged before the checkpoint of step {state.step}: {kind} {wrong}")
         if not self._metrics.kept:
             self._write("run", {"step": 0, "task": 0, "name": settings.name, "world_size": world.size})
 
@@ -184,11 +190,12 @@ def is_before(record: dict[str, Any], state: TrainState) -> bool:
     return record.get("kind") != "task" or record.get("task", 0) < state.task
 
 
-def odd_steps(steps: Sequence[int], last: int) -> str:
-    """Return which of the steps 1 to `last` are missing or occur twice, as text; "" if each occurs once."""
-    counts = Counter(steps)
-    kinds = {"missing": [k for k in range(1, last + 1) if not counts[k]], "doubled": [k for k, n in counts.items() if n > 1]}
-    return "; ".join(f"{len(found)} {kind} steps, the first is {found[0]}" for kind, found in kinds.items() if found)
+def differing(found: Sequence[int], expected: Sequence[int]) -> str:
+    """Return as text which expected numbers are missing, which occur twice, or that the order is another; "" if all is as expected."""
+    counts = Counter(found)
+    kinds = {"missing": [k for k in expected if not counts[k]], "doubled": [k for k, n in counts.items() if n > 1]}
+    texts = [f"{kind}: {len(numbers)}, the first is {numbers[0]}" for kind, numbers in kinds.items() if numbers]
+    return "; ".join(texts) or ("in another order" if list(found) != list(expected) else "")
 
 
 def read_journal(folder: Path, after: int) -> Iterator[dict[str, Any]]:

@@ -255,7 +255,8 @@ def test_damaged_records_of_units_are_set_aside_and_the_run_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("edit", "text"), [(lambda lines: lines[:1] + lines[2:], "1 missing"), (lambda lines: lines + lines[1:2], "1 doubled")]
+    ("edit", "text"),
+    [(lambda lines: lines[:1] + lines[2:], "missing: 1, the first is"), (lambda lines: lines + lines[1:2], "doubled: 1, the first is")],
 )
 def test_a_hole_or_a_doubled_line_before_the_checkpoint_is_named_at_a_resume(tmp_path, edit, text):
     log = open_log(tmp_path)
@@ -268,7 +269,7 @@ def test_a_hole_or_a_doubled_line_before_the_checkpoint_is_named_at_a_resume(tmp
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(b"".join(edit(whole.splitlines(keepends=True))))
         said = printed(open_log(tmp_path, TrainState(step=3)))
-        assert f"{name} was damaged before the checkpoint of step 3: {text} steps" in said
+        assert f"{name} was damaged before the checkpoint of step 3: steps {text}" in said
         (tmp_path / name).write_bytes(whole)
 
 
