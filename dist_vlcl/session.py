@@ -16,14 +16,16 @@ from dist_vlcl.dist.agree import ReplicaDivergedError, agree, agree_on_tensors, 
 from dist_vlcl.experiment import Experiment, PlannedStep, steps_per_epoch
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, describe
+from dist_vlcl.reading import read_lines
 from dist_vlcl.run import checkpoint
-from dist_vlcl.run.files import read_lines, replace_file
+from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import METRICS, RunLog, read_journal
 from dist_vlcl.run.signals import report_status
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.stragglers import slowest_rank
 from dist_vlcl.run.unit_records import UnitRecords
+from dist_vlcl.saved import METRICS_FORM
 from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.update import Move
 
@@ -43,7 +45,9 @@ class Session:
         self.experiment, self.step, self.folder = experiment, step, folder
         self.cfg, self.world, self.tasks = experiment.cfg, experiment.world, experiment.tasks
         world = self.world
-        self.saved = None if folder.is_new else world.on_main(lambda: checkpoint.load_newest(folder.path), "the checkpoint")
+        self.saved = None
+        if not folder.is_new:
+            self.saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
         self.state = TrainState.from_dict(self.saved.state) if self.saved else TrainState()
         self.notes: list[str] = []  # what differs between this start and those before
         self.journalled = self._read_journal()
@@ -51,7 +55,12 @@ class Session:
             self.notes.append(
                 f"resuming on {world.size} ranks what {self.state.world_size} have saved: the same batches, sums are rounded differently"
             )
-        self.state.world_size = world.size
+        threads = torch.get_num_threads() if world.device.type == "cpu" else 0
+        if self.saved and self.state.threads and threads and self.state.threads != threads:
+            self.notes.append(
+                f"resuming with {threads} CPU threads per rank what {self.state.threads} have computed: sums are rounded differently"
+            )
+        self.state.world_size, self.state.threads = world.size, threads
         self.notes.append(folder.message + (f", after step {self.state.step}" if self.state.step else ""))
         self.accuracy = AccuracyMatrix([len(task.classes) for task in self.tasks], [[tuple(c) for c in row] for row in self.state.accuracy])
         self.agreed_step = self.state.step  # the last step after which the ranks had the same adapters
@@ -196,9 +205,10 @@ class Session:
         state = self.state
         tensors = self.step.state_dict(optimizers=state.epoch > 0 or state.batch > 0)  # a new task begins with fresh optimisers
         if self.world.is_main:
+            self.folder.check_owner()
             self.log.sync()
             self.records.flush()
-            checkpoint.save(self.folder.path, state.step, tensors, state.to_dict(), self.cfg.run.keep)
+            checkpoint.save(self.folder.path, state.step, tensors, state.to_dict(), self.cfg.run.keep, self.folder.identity)
 
     def finish(self, task: Task) -> None:
         """Evaluate after a task, write the accuracy, and save."""
@@ -266,7 +276,7 @@ def journalled_steps(folder: Path, state: TrainState) -> list[dict[str, Any]]:
 
     A power cut may leave more of one file than of the other.
     """
-    measured = {record.get("step") for record in read_lines(folder / METRICS) if record.get("kind") == "step"}
+    measured = {record["step"] for record in read_lines(folder / METRICS, METRICS_FORM) if record["kind"] == "step"}
     records = itertools.takewhile(lambda record: record["step"] in measured, read_journal(folder, state.step))
     return [record for record in records if record["task"] == state.task]  # between two tasks there is an evaluation
 

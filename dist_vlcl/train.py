@@ -101,10 +101,11 @@ def check(cfg: Config) -> None:
 
 def run_and_report(cfg: Config) -> None:
     """Train; report the outcome to the user and to the batch script. Exits with status 2 after an error."""
-    world = World.alone()
+    world = World.announced()
     try:
         world = World.from_environment(cfg.cluster)
-        train(cfg, world)
+        with world.collectives("a collective of torch"):  # those that no name was given, such as DeepSpeed's own
+            train(cfg, world)
         if world.is_main:
             report_status("complete")
     except Requeued as stopped:

@@ -291,7 +291,7 @@ def test_an_evaluation_that_fails_tells_the_other_ranks_why(tmp_path, monkeypatc
     world, told = World.alone(), []
     monkeypatch.setattr(World, "from_environment", lambda _: world)
     monkeypatch.setattr(world.collectives, "stopped", told.append)
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path), f"data.root={tmp_path}"])
     with pytest.raises(SystemExit, match="2"):
         evaluate.main()
     assert "error on rank 0 of 1: " in (error := capsys.readouterr().err) and "index.json is missing" in error

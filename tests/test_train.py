@@ -58,7 +58,7 @@ def last_tensors(cfg: Config) -> dict[str, torch.Tensor]:
 
 def records(cfg: Config, file: str = "metrics.jsonl") -> list[dict]:
     lines = (Path(cfg.run.root) / cfg.run.name / file).read_text().splitlines()
-    timed = ("time", "seconds", "data_seconds", "images_per_second")
+    timed = ("time", "seconds", "data_seconds", "images_per_second", "crc")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 

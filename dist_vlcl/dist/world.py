@@ -29,7 +29,11 @@ class ClusterConfig:
     device: str = option("auto", "Where to compute; auto: on a GPU if there is one.", choices=("auto", "cpu", "cuda"))
     timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0)
     direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
-    threads: int | None = option(None, "CPU threads of a rank; null: the cores of the machine divided by its ranks.", min=1)
+    threads: int | None = option(
+        1,
+        "CPU threads of a rank, instead of OMP_NUM_THREADS; null: the cores divided by the ranks. The last bits of sums depend on it.",
+        min=1,
+    )
 
 
 @dataclass
@@ -52,6 +56,11 @@ class World:
     def alone(cls, device: str = "cpu") -> "World":
         """Return a world of one rank, without a process group."""
         return cls(device=torch.device(device))
+
+    @classmethod
+    def announced(cls) -> "World":
+        """Return the rank and size that the launcher has announced, to name this rank in an error before it has met the others."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
     @classmethod
     def from_environment(cls, config: ClusterConfig, backend: str = "") -> "World":

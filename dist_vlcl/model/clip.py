@@ -192,7 +192,7 @@ class TwoTowers(nn.Module):
 
         Truncation changes no feature, because the text tower is causal.
         """
-        tokens = self.tokenizer([self.config.prompt.format(name) for name in names])
+        tokens = self.tokenizer([self.config.prompt.replace("{}", name) for name in names])
         if self.config.context == "full":
             return tokens
         longest = int((tokens != 0).sum(1).max())

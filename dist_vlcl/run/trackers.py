@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vlcl.options import flatten
-from dist_vlcl.run.files import read_json, replace_file
+from dist_vlcl.reading import or_warn, read_json
+from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunConfig
 
 
@@ -21,7 +22,7 @@ class Trackers:
 
     def __init__(self, folder: Path, settings: RunConfig, config: dict[str, Any]) -> None:
         self._trackers: dict[str, Any] = {}
-        ids = read_json(folder / "trackers.json", {})
+        ids = or_warn(lambda: read_json(folder / "trackers.json", dict.fromkeys(START, (None, str)), {}), {})
         for name in settings.trackers:
             with self._dropped_if_it_fails(name):
                 self._trackers[name], id = START[name](folder, settings, ids.get(name))

@@ -22,6 +22,12 @@ def test_batches_epochs_and_tasks_count_up_and_their_parts_start_over():
     assert (state.task, state.epoch, state.batch, state.step) == (1, 0, 0, 3)
 
 
+@pytest.mark.parametrize("wrong", [{"task": "1"}, {"accuracy": [[["3", 4]]]}, {"zero_shot": []}, {"step": True}])
+def test_a_field_of_another_type_is_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TrainState.from_dict({**TrainState().to_dict(), **wrong})
+
+
 def test_a_missing_field_is_named():
     saved = TrainState().to_dict()
     del saved["epoch"]
