@@ -1,8 +1,10 @@
 """Every family of CLIP that open_clip has, tiny: its own configuration and classes, with few blocks and small widths."""
 
+import copy
 import functools
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import Tensor
 
 from dist_vlcl.model.clip import ModelConfig, TwoTowers, build_clip
-from tests.helpers.tiny_clip import CONTEXT, MOE, WIDTH, randomize_adapters
+from dist_vlcl.model.lora import LoRAConfig
+from dist_vlcl.zo.noise import StepNoise
+from tests.helpers.tiny_clip import MOE, WIDTH, moe_by_loop, randomize_adapters
 
 VIT = {"depth": 3, "embed_dim": WIDTH, "num_heads": 2, "img_size": 32}
 CONVOLUTIONS = VitCfg(
@@ -32,8 +36,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "vitamin": ("ViTamin-S", VIT | {"embed_cfg": CONVOLUTIONS}),
     "mobileclip": ("MobileCLIP-B", VIT),
     "mobileclip2": ("MobileCLIP2-L-14", VIT | {"patch_size": 8}),
-    "vit_medium": ("vit_medium_patch16_gap_256", VIT | {"patch_size": 8}),
-    "vit_relpos": ("vit_relpos_medium_patch16_cls_224", VIT | {"patch_size": 8}),
+    "vit_medium": ("vit_medium_patch16_gap_256", VIT | {"patch_size": 8, "init_values": 0.5}),
+    "vit_relpos": ("vit_relpos_medium_patch16_cls_224", VIT | {"patch_size": 8, "init_values": 0.5}),
     "clipa": ("ViT-L-14-CLIPA", {}),
     "metaclip2": ("ViT-L-14-worldwide", {}),
     "coca": ("coca_ViT-B-32", {}),
@@ -81,9 +85,14 @@ def _tiny(name: str, smaller: dict[str, Any]) -> str:
 
 
 def tiny(
-    family: str, adapter: Any = MOE, randomize: bool = True, double: bool = False, precision: str = "fp32", **options: Any
+    family: str, adapter: Any = MOE, randomize: bool = True, double: bool = False, precision: str = "fp32", loss: str = "cross_entropy"
 ) -> TwoTowers:
-    towers = build_clip(ModelConfig(name=architecture(family), pretrained="random", precision=precision, **options), adapter)
+    """Return towers whose weights are a function of the family; randomised adapters act, and have gradients."""
+    key = repr((family, adapter, precision, loss))
+    if key not in _built:
+        model = ModelConfig(name=architecture(family), pretrained="random", precision=precision, loss=loss)
+        _built[key] = build_clip(model, adapter)
+    towers = _built[key].copy()
     if double:
         towers.double()
     if randomize:
@@ -91,17 +100,14 @@ def tiny(
     return towers
 
 
-def library_model(family: str, double: bool = False) -> Any:
-    """Return open_clip's own model with the same weights."""
+_built: dict[str, TwoTowers] = {}
+
+
+@functools.cache
+def _library_model(family: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        clip = open_clip.create_model(architecture(family)).eval().requires_grad_(False)
-    return clip.double() if double else clip
-
-
-def normalized(clip: Any, images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(clip.visual.preprocess_cfg[k]).view(3, 1, 1) for k in ("mean", "std"))
-    return ((images.float() / 255 - mean) / std).to(clip.logit_scale.dtype)
+        return open_clip.create_model(architecture(family)).eval().requires_grad_(False)
 
 
 def images_of(towers: TwoTowers, count: int, seed: int = 0) -> Tensor:
@@ -109,4 +115,73 @@ def images_of(towers: TwoTowers, count: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, size, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-__all__ = ["CONTEXT", "FAMILIES", "TIMM", "images_of", "library_model", "normalized", "tiny"]
+class LibraryCLIP:
+    """open_clip's own model with the weights of `tiny(family)` and adapters on hooks: the twin that shares no code with the towers.
+
+    Experts are hung on every block. LoRA is added to the weights of the projections.
+    """
+
+    def __init__(self, family: str, adapter: Any = MOE, double: bool = False):
+        self.clip = copy.deepcopy(_library_model(family))
+        if double:
+            self.clip.double()
+        self.adapter, self.tokenizer = adapter, open_clip.get_tokenizer(architecture(family))
+        self.values: Mapping[str, Tensor] = {}
+        self.noise: StepNoise | None = None
+        visual, text = self.clip.visual, getattr(self.clip, "text", self.clip)
+        self.blocks = {"vision": visual.trunk.blocks if hasattr(visual, "trunk") else visual.transformer.resblocks}
+        self.blocks["language"] = text.transformer.resblocks
+        for branch, blocks in self.blocks.items():
+            for layer, block in enumerate(blocks, start=1):
+                block.register_forward_hook(functools.partial(self._add, branch, layer), with_kwargs=True)
+
+    def features(self, branch: str, inputs: Any, values: Mapping[str, Tensor], noise: StepNoise | None = None) -> Tensor:
+        """Return unit features of uint8 images, or of class names, from the library's own function."""
+        if values and isinstance(self.adapter, LoRAConfig) and self.adapter.targets != ["mlp"]:
+            return self._merged(values).features(branch, inputs, {}, noise)
+        self.values, self.noise = values, noise
+        if branch == "language":
+            return self.clip.encode_text(self.tokenizer([f"a bad photo of a {name}." for name in inputs]), normalize=True)
+        config, dtype = self.clip.visual.preprocess_cfg, self.clip.logit_scale.dtype
+        mean, std = (torch.tensor(config[k]).view(3, 1, 1).to(dtype) for k in ("mean", "std"))
+        return self.clip.encode_image((inputs.float() / 255 - mean) / std, normalize=True)
+
+    def _add(self, branch: str, layer: int, block: Any, inputs: tuple, options: dict, out: Tensor) -> Tensor:
+        prefix = f"{branch}.{layer}/"
+        own = {name.removeprefix(prefix): value for name, value in self.values.items() if name.startswith(prefix)}
+        if not own:
+            return out
+        u = inputs[0] + self._attention(block, inputs[0], options)
+        if isinstance(self.adapter, LoRAConfig):
+            return out + u @ own["mlp_down"].T @ own["mlp_up"].T * self.adapter.scale
+        config, router, dropout_mask = self.adapter, None, None
+        if self.noise is not None:
+            router = self.noise.router(branch, layer, config.experts)
+            dropout_mask = self.noise.dropout_mask(branch, layer, u.shape[1], config.top_k * config.bottleneck, config.dropout)
+        return out + moe_by_loop(u, own, config, router, dropout_mask)
+
+    def _attention(self, block: Any, x: Tensor, options: dict) -> Tensor:
+        """Return what a block adds to its input before its MLP."""
+        kind = type(block).__name__
+        if kind == "ResidualAttentionBlock":
+            return block.ls_1(block.attention(block.ln_1(x), attn_mask=options.get("attn_mask")))
+        if kind == "EvaBlockPostNorm":
+            return block.norm1(block.attn(x, **options))
+        y = block.attn(block.norm1(x), **options)
+        if kind == "EvaBlock":
+            return y if block.gamma_1 is None else block.gamma_1 * y
+        return block.ls1(y)
+
+    def _merged(self, values: Mapping[str, Tensor]) -> "LibraryCLIP":
+        """Return a copy with LoRA in the weights of its projections."""
+        merged = copy.deepcopy(self, {id(self.tokenizer): self.tokenizer})
+        for name in [name for name in values if name.endswith("_down")]:
+            place, target = name.removesuffix("_down").split("/")
+            branch, layer = place.split(".")
+            attention = merged.blocks[branch][int(layer) - 1].attn
+            separate = getattr(attention, f"{target}_proj", None)
+            fused = attention.in_proj_weight if hasattr(attention, "in_proj_weight") else attention.qkv and attention.qkv.weight
+            weight = fused if separate is None else separate.weight
+            rows = slice(None) if separate is not None else slice("qkv".index(target) * WIDTH, ("qkv".index(target) + 1) * WIDTH)
+            weight[rows] += values[f"{place}/{target}_up"] @ values[name] * self.adapter.scale
+        return merged
