@@ -169,7 +169,7 @@ class ImageStemAndHead(nn.Module):
         """Return None: every position sees all others."""
         return None
 
-    def forward(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def forward(self: Any, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         return self.embed(images) if hidden is None else self.pool(hidden)
 
 

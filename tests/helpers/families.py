@@ -54,6 +54,8 @@ def architecture(family: str) -> str:
     text, vision = config["text_cfg"], config["vision_cfg"]
     config["embed_dim"] = WIDTH
     text |= {"width": WIDTH, "heads": 2, "layers": 2, "vocab_size": 49408, "eos_id": 49407}
+    if family == "metaclip2":
+        text["eos_id"] = 269  # the full stop: the end that pooling looks for is another than the largest token
     text.pop("hf_tokenizer_name", None)  # the tokenizer of open_clip instead, which needs no download
     text.pop("tokenizer_kwargs", None)
     vision["image_size"] = 32
@@ -74,10 +76,17 @@ def _tiny(name: str, smaller: dict[str, Any]) -> str:
     """Make a smaller model known to timm and return its name."""
 
     def model(pretrained: bool = False, **options: Any) -> Any:
-        if name != "vit_base_mci_224":
-            return timm.create_model(name, **smaller, **options)
-        stem = ConvStem(channels=(8, 8, WIDTH), stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0, act_layer=torch.nn.GELU)
-        return _create_vision_transformer_hybrid(name, backbone=stem, embed_args={"proj": False}, no_embed_class=True, **smaller, **options)
+        if name == "vit_base_mci_224":
+            stem = ConvStem(channels=(8, 8, WIDTH), stride=(4, 2, 2), kernel_size=(4, 2, 2), padding=0, act_layer=torch.nn.GELU)
+            options |= {"backbone": stem, "embed_args": {"proj": False}, "no_embed_class": True}
+            trunk = _create_vision_transformer_hybrid(name, **smaller, **options)
+        else:
+            trunk = timm.create_model(name, **smaller, **options)
+        with torch.no_grad():
+            for parameter in trunk.blocks.parameters():
+                if parameter.ndim == 1:  # biases are zero otherwise, and scales one
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        return trunk
 
     model.__name__ = f"tiny_{name}"
     timm.models.register_model(model)
