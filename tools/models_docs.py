@@ -25,10 +25,11 @@ Every architecture in the table has adapters of both kinds, all order plans and 
 - **Blocks.** The columns give the number of units of each branch. `orders.layers` counts them from 1.
 - **Speed.** In the column `vision from`, `open_clip` means the fast path, and `timm` means that we call timm's own blocks. Then the last
   block computes all positions, its activations need more memory, and delta evaluation computes the base once for each candidate.
-  A LoRA candidate on timm's blocks computes its first block again. `python -m benchmarks.step --count` counts the FLOPs.
+  A LoRA candidate on timm's blocks computes its first block again. `benchmarks/step.py` counts the FLOPs.
 - **Tokenizer.** `transformers` means that the tokenizer comes from that package: `pip install 'dist-vlcl[transformers]'`. Its files come
   from the Hugging Face Hub, or from its cache on a machine without internet.
-- **Prompts.** Text towers without a causal mask read all tokens, so their prompts are not cut. The features are equal either way.
+- **Prompts.** Text towers without a causal mask read all tokens, so their prompts are not cut. CoCa's are not cut either.
+  All others are cut after the longest prompt of the task, which changes no feature.
 - **Router.** The experts' router reads the first token. In a vision tower without class token, that is the first patch.
 - **Loss.** `model.loss=cross_entropy` is the class-incremental loss over the classes of a task. `model.loss=sigmoid` trains SigLIP as it
   was trained, with its own scale and bias.

@@ -32,7 +32,7 @@ SMALL = Path(__file__).parent / "small"
 class ModelConfig:
     """Which CLIP model is adapted, and how it computes."""
 
-    name: str = option("small_clip", "An architecture of open_clip, or small_clip, which is part of dist_vlcl.")
+    name: str = option("small_clip", "An architecture of open_clip (docs/models.md), or small_clip, which is part of dist_vlcl.")
     pretrained: str = option(
         "shipped", "Its weights: a tag of open_clip such as openai, a local file, random, or shipped (only for small_clip)."
     )
