@@ -48,6 +48,14 @@ def step_noise(towers: TwoTowers, tokens: Tensor, positions: Tensor, key: Key) -
     return StepNoise(key, rows, {branch: towers.tower(branch).depth for branch in rows})
 
 
+def sample_losses(logits_BC: Tensor, labels: Tensor, loss: str) -> Tensor:
+    """Return the loss of each sample `[B]` (model.loss). That of sigmoid is the sum over the classes, as in SigLIP."""
+    if loss == "cross_entropy":
+        return F.cross_entropy(logits_BC, labels, reduction="none")
+    is_own_BC = F.one_hot(labels, logits_BC.shape[1]).to(logits_BC.dtype)
+    return F.binary_cross_entropy_with_logits(logits_BC, is_own_BC, reduction="none").sum(1)
+
+
 @dataclass(frozen=True)
 class LossReport:
     """What the ranks know together after evaluating some candidates. It is the same on every rank."""
@@ -169,8 +177,8 @@ class BatchLosses:
 
     def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: MicroBatch) -> Tensor:
         """Return the sum of the samples' losses, each rounded to 2^-32, float64 ()."""
-        logits_BC = (self.towers.logit_scale * image_BF @ text_CF.T).double()
-        losses_B = F.cross_entropy(logits_BC, part.labels, reduction="none")[: part.real]
+        logits_BC = self.towers.logits(image_BF, text_CF).double()
+        losses_B = sample_losses(logits_BC, part.labels, self.towers.config.loss)[: part.real]
         return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum()
 
     def _report(self, sums_K: Tensor, is_faulty_K: Tensor) -> LossReport:

@@ -166,7 +166,7 @@ BAD = {
     "zo.epsilon.vision=9e-8": "zo.epsilon.vision=9e-08: give a number of at least 1e-07",
     "zo.clip=-1": "zo.clip=-1.0: give a number of more than 0, or null",
     "zo.probes=0": "zo.probes=0: give a number of at least 1",
-    "zo.lr_scale=-1": "zo.lr_scale=-1.0",
+    "zo.lr_scale=-1": "zo.lr_scale=-1: give a number above 0, or auto",
     "zo.lr_scale=nan": "zo.lr_scale=nan",
     "zo.granularity=joint orders=vision_all": "zo.granularity=joint: moves both branches",
     "adapter.top_k=3": "adapter.top_k=3: choose from 1 to adapter.experts=2",

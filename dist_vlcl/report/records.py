@@ -30,7 +30,7 @@ NOT_COMPARED = (
     *("orders.branch", "orders.layers", "orders.order", "orders.span", "zo.name"),
 )
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")
-OF_TRAINING = ("train.*", "first_order.*", PART_OF_TRAINING)
+OF_TRAINING = ("train.*", "first_order.*", "model.loss", PART_OF_TRAINING)
 OF_PROBES = ("train.max_steps", "tasks.num_tasks", PART_OF_TRAINING, PART_OF_TEST)  # these do not change the memory of a step
 
 Realise = Callable[[dict[str, Any]], tuple[Mapping[str, Any], Mapping[str, Any]]]
