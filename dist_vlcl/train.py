@@ -45,7 +45,8 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                 session.begin(task)
                 for planned in session.steps_left(task):
                     batches, observe = planned.micro_batches(cfg.train.micro_batches), session.is_observed()
-                    report = step(batches, planned.key, planned.lr, stop=preemption.requested, observe=observe)
+                    stop = preemption.requested or folder.is_awaited
+                    report = step(batches, planned.key, planned.lr, stop=stop, observe=observe)
                     session.record(planned, report)
                     if report.stop or session.is_time_to_save():
                         session.save()

@@ -138,6 +138,8 @@ class Check:
     def change(self, kind: str, k: int) -> None:
         """Do something to host k, and wait until the hosts that are left take steps together."""
         begin, seen = time.monotonic(), self.log.stat().st_size
+        if kind == "cut" and len(self.expected) == 1:
+            seen = 0  # one host needs no link to train, so nothing starts anew
         if kind == "join":
             self.start(k)
         elif kind == "leave":
@@ -158,17 +160,30 @@ class Check:
         if kind in ("leave", "kill", "power", "agent"):
             self.expected.discard(k)
             self.agents.pop(k).wait(60)
-        self.wait_for_steps(seen, begin + self.args.patience)
+        parts = []
+        if kind == "join":
+            while not self.ranks(k) and time.monotonic() < begin + self.args.patience:
+                time.sleep(0.05)
+            parts = [time.monotonic() - begin]
+        parts.append(self.wait_for_steps(seen, begin + self.args.patience) - begin)
+        detail = f" (its rank started after {parts[0]:.1f} s, was ready to train after {parts[1]:.1f} s)" if kind == "join" else ""
         self.rows.append((f"{kind} h{k}", len(self.expected), time.monotonic() - begin))
-        print(f"{len(self.rows):3} {kind:6} h{k}: {len(self.expected)} hosts train after {self.rows[-1][2]:.0f} s", flush=True)
+        print(f"{len(self.rows):3} {kind:6} h{k}: {len(self.expected)} hosts train after {self.rows[-1][2]:.0f} s{detail}", flush=True)
 
     def ranks(self, k: int) -> list[psutil.Process]:
-        children = psutil.Process(self.agents[k].pid).children(recursive=True)
-        return [child for child in children if "dist_vlcl.train" in " ".join(child.cmdline())]
+        found = []
+        for child in psutil.Process(self.agents[k].pid).children(recursive=True):
+            with suppress(psutil.Error):  # it has ended
+                found += [child] if "dist_vlcl.train" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE else []
+        return found
 
-    def wait_for_steps(self, seen: int, deadline: float) -> None:
-        """Wait until the newest start in the log, after `seen` bytes, is one of all expected hosts and has taken five steps."""
+    def wait_for_steps(self, seen: int, deadline: float) -> float:
+        """Wait until the newest start in the log, after `seen` bytes, is one of all expected hosts and has taken five steps.
+
+        Return the moment at which that start was ready to train.
+        """
         since: int | None = None
+        ready = time.monotonic()
         while not self.is_complete():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"hosts {sorted(self.expected)} do not train together; see {self.log}")
@@ -179,10 +194,12 @@ class Check:
             said = self.log.read_bytes()[seen:].decode(errors="replace")
             sizes = [line.partition(" x cpu (ddp)")[0].split()[-1] for line in said.splitlines() if " x cpu (ddp)" in line]
             is_new = bool(sizes) and sizes[-1] == str(len(self.expected))
+            ready = ready if since is not None else time.monotonic()
             since = (since if since is not None else journalled(self.run)) if is_new else None
             if since is not None and journalled(self.run) >= since + 5:
-                return
+                break
             time.sleep(0.1)
+        return ready
 
     def draw(self, source: random.Random) -> tuple[str, int]:
         """Return a random change. At least one host stays."""
@@ -219,7 +236,7 @@ class Check:
     def compare(self) -> list[str]:
         """Return what differs from a run on one rank that nothing disturbed."""
         whole = self.folder / "runs/whole"
-        command = [self.args.python, "-m", "dist_vlcl.train", *self.options("whole"), "run.save_every_steps=5"]
+        command = [self.args.python, "-m", "dist_vlcl.train", *self.options("whole"), "run.save_every_steps=5", "run.keep=100"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         lines = (self.run / "journal.jsonl").read_text().splitlines()
         self.steps = len(lines)

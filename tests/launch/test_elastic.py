@@ -114,3 +114,20 @@ def test_steps_of_first_order_units_after_the_checkpoint_are_taken_again_and_the
         done.end()
     finally:
         process.end()
+
+
+def test_a_run_gives_its_folder_to_ranks_that_wait_for_it(tmp_path):
+    """Machines that lost contact without noticing form two groups. The group that trains stops, and both meet again."""
+    options = [*QUICK_RUN, "run.trackers=[]", "train.epochs=200", "run.name=awaited", "cluster.timeout_s=60"]
+    first = Python(["-m", "dist_vlcl.train", *options], tmp_path, {ELASTIC: "1"})
+    second = None
+    try:
+        wait_for_steps(tmp_path / "runs/awaited", 2)
+        second = Python(["-m", "dist_vlcl.train", *options], tmp_path, {ELASTIC: "1"})
+        assert first.wait(60) == signals.START_AGAIN, first.printed()
+        reached = (tmp_path / "runs/awaited/journal.jsonl").read_bytes().count(b"\n")
+        wait_for_steps(tmp_path / "runs/awaited", reached + 2)
+        assert second.wait(0) is None
+    finally:
+        for process in filter(None, (first, second)):
+            process.end()
