@@ -174,7 +174,8 @@ class Check:
         found = []
         for child in psutil.Process(self.agents[k].pid).children(recursive=True):
             with suppress(psutil.Error):  # it has ended
-                found += [child] if "dist_vlcl.train" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE else []
+                words = child.cmdline()  # a fork of the agent has the agent's words
+                found += [child] if "dist_vlcl.train" in words and "torch.distributed.run" not in words else []
         return found
 
     def wait_for_steps(self, seen: int, deadline: float) -> float:
