@@ -23,10 +23,10 @@ from dist_vlcl.dist.agree import ReplicaDivergedError
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
 from dist_vlcl.orders import OrderPlan, assign
+from dist_vlcl.reading import seal, to_line
 from dist_vlcl.run import checkpoint
-from dist_vlcl.run.files import to_line
 from dist_vlcl.run.folder import RunRefused
-from dist_vlcl.run.log import RunLog, seal
+from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.stragglers import slowest_rank
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import main, train
