@@ -1,6 +1,7 @@
 """One start of a run: its position, what it records, and how it saves, resumes and ends."""
 
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Session:
         self.records = UnitRecords(folder.path, units, self.cfg.run.record_every_steps, self.state.step, world.is_main)
         self.log.say(message)
         if world.is_main:
+            replace_file(folder.path / "classes.json", json.dumps([task.names for task in self.tasks], ensure_ascii=False) + "\n")
             report_status("training")
 
     def __enter__(self) -> "Session":

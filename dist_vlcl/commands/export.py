@@ -1,0 +1,123 @@
+"""Export what a run has learned:  dist-vlcl export runs/NAME [--to open_clip] [--push ORG/NAME]"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+
+from dist_vlcl.config import refuse
+from dist_vlcl.inference import ADAPTERS, CLASSES, CONFIG, Trained, read_trained
+from dist_vlcl.model.clip import merge_lora
+from dist_vlcl.run.files import read_json, replace_file
+from dist_vlcl.zo.noise import derive_seed
+
+EXPLANATION = """
+--to adapters (default) writes adapters.safetensors, config.yaml, classes.json and a model card; dist_vlcl.load(FOLDER) reads them. The
+weights of CLIP are not in it. --to open_clip merges LoRA into CLIP's weights and writes what open_clip.create_model reads. Experts cannot
+be merged. Both folders have the layout of a repository on the Hugging Face Hub. --push uploads them; log in first: hf auth login.
+"""
+PUBLISHED = ("seed", "paper", "tasks", "model", "adapter", "orders", "zo", "first_order", "train")  # the others may name local paths
+CARD = """---
+library_name: {library}
+pipeline_tag: zero-shot-image-classification
+tags: [clip, continual-learning]
+---
+
+# {name}
+
+{model} with {adapter} adapters, trained by dist_vlcl on {data}: {count} classes in {tasks} tasks.
+{accuracy}
+```python
+{usage}
+```
+
+Classes learned: {classes}.
+
+State a license before you publish this folder: it depends on the weights of {model} and on {data}.
+"""
+USAGE = {
+    "dist_vlcl": """import dist_vlcl
+
+model = dist_vlcl.load("{name}")  # or this folder
+labels, scores = model.classify(["image.jpg"])""",
+    "open_clip": """import open_clip
+
+model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")  # or "hf-hub:{name}"
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")  # prompts of the training: "{prompt}\"""",
+}
+
+
+def export(trained: Trained, out: Path, kind: str, name: str) -> None:
+    """Write the files of an export, `adapters` or `open_clip`, into a folder. Raises ValueError for adapters that cannot be merged."""
+    cfg = trained.cfg
+    if kind == "open_clip":
+        weights, config = merge_lora(cfg.model, cfg.adapter, trained.adapters, derive_seed(cfg.seed, "adapters"))
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({key: t.contiguous() for key, t in weights.items()}, out / "open_clip_model.safetensors", {"format": "pt"})
+        replace_file(out / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({key: t.contiguous() for key, t in trained.adapters.items()}, out / ADAPTERS, {"format": "pt"})
+        config = {key: value for key, value in cfg.as_dict().items() if key in PUBLISHED} | {"data": {"name": cfg.data.name}}
+        config["data"]["reader"] = cfg.data.reader_name
+        replace_file(out / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        replace_file(out / CLASSES, json.dumps(trained.tasks, ensure_ascii=False) + "\n")
+    replace_file(out / "README.md", card(trained, "open_clip" if kind == "open_clip" else "dist_vlcl", name))
+
+
+def card(trained: Trained, library: str, name: str) -> str:
+    """Return the model card: what was trained, on what, with which result, and how to load it."""
+    cfg, names = trained.cfg, [name for names in trained.tasks for name in names]
+    rows: Mapping[str, Any] = read_json(trained.folder / "accuracy.json", {})
+    is_newest = len(rows.get("rows", ())) == len(trained.tasks) > 0
+    accuracy = f"\nAccuracy on the test images in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}.\n" if is_newest else ""
+    return CARD.format(
+        library=library,
+        name=name,
+        model=f"{cfg.model.name} ({cfg.model.pretrained})",
+        adapter=getattr(cfg.adapter, "label", "own"),
+        data=cfg.data.name,
+        count=len(names),
+        tasks=len(trained.tasks),
+        accuracy=accuracy,
+        usage=USAGE[library].format(name=name, prompt=cfg.model.prompt),
+        classes=", ".join(names),
+    )
+
+
+def push(folder: Path, name: str, is_private: bool) -> str:
+    """Upload a folder to a repository of the Hugging Face Hub, which is created if it is missing. Return its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(name, private=is_private, exist_ok=True)
+    return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by dist_vlcl"))
+
+
+def main() -> None:
+    """Run the command line. Exit status 2 after an error."""
+    parser = argparse.ArgumentParser(prog="dist-vlcl export", description=__doc__, epilog=EXPLANATION)
+    parser.add_argument("run", help="the folder of a run, such as runs/NAME, or one of its checkpoints")
+    parser.add_argument("--to", choices=("adapters", "open_clip"), default="adapters", help="what to write (default: adapters)")
+    parser.add_argument("--task", type=int, metavar="N", help="the state after task N (default: the newest checkpoint)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: exports/NAME)")
+    parser.add_argument("--push", metavar="ORG/NAME", help="also upload the folder to the Hugging Face Hub")
+    parser.add_argument("--private", action="store_true", help="with --push: create a private repository")
+    options = parser.parse_args()
+    try:
+        trained = read_trained(options.run, options.task)
+        out = options.out or Path("exports") / trained.folder.resolve().name
+        export(trained, out, options.to, options.push or out.name)
+        print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+        if options.push:
+            print(f"uploaded: {push(out, options.push, options.private)}")
+    except (OSError, ValueError, RuntimeError) as error:
+        refuse(error)
+
+
+if __name__ == "__main__":
+    main()
