@@ -169,10 +169,11 @@ def _download(name: str) -> Path:
     """Return the folder of a copy of a repository on the Hugging Face Hub."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).parent.exists():
         raise FileNotFoundError(f"{name}: no such file or folder; give the folder of a run, such as runs/NAME")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, CLASSES, ADAPTERS]))
+    try:  # into a folder of its own, because the files in the hub's cache are links
+        folder = Path(constants.HF_HUB_CACHE) / "dist_vlcl" / name
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, CLASSES, ADAPTERS], local_dir=folder))
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"{name}: no such folder, and could not load it from the Hugging Face Hub ({reason})") from error

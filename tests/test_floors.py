@@ -40,6 +40,8 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("session", 4),
     ("experiment", 4),
     ("evaluate", 4),
+    ("help", 4),
+    ("__main__", 4),
     ("inference", 4),
     ("export", 4),
     ("predict", 4),

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dist_vlcl
+from dist_vlcl.commands import evaluate as evaluate_command
 from dist_vlcl.commands import export as export_command
 from dist_vlcl.commands import predict as predict_command
 from dist_vlcl.commands.evaluate import evaluate_run
@@ -181,3 +182,37 @@ def test_predict_prints_the_top_classes_of_an_image_file(runs, digits, tmp_path,
         with pytest.raises(SystemExit) as stopped:
             run_command(predict_command, monkeypatch, source, tmp_path / image)
         assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def evaluated(runs, monkeypatch, capsys, *words: object) -> str:
+    run_command(evaluate_command, monkeypatch, runs["moe"], *words)
+    return capsys.readouterr().out
+
+
+def test_evaluate_prints_json_and_the_accuracy_of_every_class(runs, monkeypatch, capsys):
+    saved = json.loads((runs["moe"] / "accuracy.json").read_text())
+    said = json.loads(evaluated(runs, monkeypatch, capsys, "--json"))
+    assert (said["last"], said["avg"], said["forgetting"]) == pytest.approx((saved["last"], saved["avg"], saved["forgetting"]))
+    fractions = [correct / total for correct, total in zip(saved["correct"], saved["total"], strict=True)]
+    assert list(said["classes"].values()) == pytest.approx(fractions) and next(iter(said["classes"])) == "handwritten digit zero"
+    *classes, last = evaluated(runs, monkeypatch, capsys, "--classes").splitlines()
+    assert classes[5] == f"{100 * fractions[5]:6.2f}  handwritten digit five" and last.startswith(f"Last {100 * saved['last']:.2f}  Avg ")
+
+
+def test_evaluate_measures_how_much_zero_shot_accuracy_is_kept_on_other_data(runs, monkeypatch, capsys):
+    """Its own data are other data, too: all ten classes then compete."""
+    data = runs["moe"].parent / "data" / "digits"
+    said = json.loads(evaluated(runs, monkeypatch, capsys, "--data", data, "--json"))
+    trained, index = dist_vlcl.load(runs["moe"]), open_index(compose_config([f"data.root={data.parent}"]).data)
+    untrained = dist_vlcl.load(runs["moe"])
+    for unit in untrained.towers.units.values():
+        unit.tensors()["up_weight"].data.zero_()
+        unit.tensors()["up_bias"].data.zero_()
+    reader = Loader(index, compose_config([]).data).test(range(10), batch_size=500, rank=0, size=1, transform=EvalTransform(16))
+    batch = next(iter(reader))
+    for model, key in ((trained, "accuracy"), (untrained, "zero_shot")):
+        labels, _ = model.classify(batch.images, index.class_names)
+        right = sum(label == index.class_names[k] for label, k in zip(labels, batch.labels, strict=True))
+        assert said[key] == pytest.approx(right / len(labels))
+    assert said["retention"] == pytest.approx(said["accuracy"] - said["zero_shot"]) and len(said["classes"]) == 10
+    assert evaluated(runs, monkeypatch, capsys, "--data", data).startswith(f"zero_shot {100 * said['zero_shot']:.2f}  accuracy ")

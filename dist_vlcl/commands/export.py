@@ -21,33 +21,10 @@ weights of CLIP are not in it. --to open_clip merges LoRA into CLIP's weights an
 be merged. Both folders have the layout of a repository on the Hugging Face Hub. --push uploads them; log in first: hf auth login.
 """
 PUBLISHED = ("seed", "paper", "tasks", "model", "adapter", "orders", "zo", "first_order", "train")  # the others may name local paths
-CARD = """---
-library_name: {library}
-pipeline_tag: zero-shot-image-classification
-tags: [clip, continual-learning]
----
-
-# {name}
-
-{model} with {adapter} adapters, trained by dist_vlcl on {data}: {count} classes in {tasks} tasks.
-{accuracy}
-```python
-{usage}
-```
-
-Classes learned: {classes}.
-
-State a license before you publish this folder: it depends on the weights of {model} and on {data}.
-"""
+CARD = Path(__file__).with_name("model_card.md")
 USAGE = {
-    "dist_vlcl": """import dist_vlcl
-
-model = dist_vlcl.load("{name}")  # or this folder
-labels, scores = model.classify(["image.jpg"])""",
-    "open_clip": """import open_clip
-
-model, preprocess = open_clip.create_model_from_pretrained("local-dir:FOLDER")  # or "hf-hub:{name}"
-tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")  # prompts of the training: "{prompt}\"""",
+    "adapters": 'import dist_vlcl\n\nmodel = dist_vlcl.load("{name}")\nlabels, scores = model.classify(["image.jpg"])',
+    "open_clip": 'import open_clip\n\nmodel, preprocess = open_clip.create_model_from_pretrained("hf-hub:{name}")  # or "local-dir:FOLDER"',
 }
 
 
@@ -66,27 +43,28 @@ def export(trained: Trained, out: Path, kind: str, name: str) -> None:
         config["data"]["reader"] = cfg.data.reader_name
         replace_file(out / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         replace_file(out / CLASSES, json.dumps(trained.tasks, ensure_ascii=False) + "\n")
-    replace_file(out / "README.md", card(trained, "open_clip" if kind == "open_clip" else "dist_vlcl", name))
+    replace_file(out / "README.md", card(trained, kind, name))
 
 
-def card(trained: Trained, library: str, name: str) -> str:
+def card(trained: Trained, kind: str, name: str) -> str:
     """Return the model card: what was trained, on what, with which result, and how to load it."""
     cfg, names = trained.cfg, [name for names in trained.tasks for name in names]
     rows: Mapping[str, Any] = read_json(trained.folder / "accuracy.json", {})
     is_newest = len(rows.get("rows", ())) == len(trained.tasks) > 0
-    accuracy = f"\nAccuracy on the test images in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}.\n" if is_newest else ""
-    return CARD.format(
-        library=library,
-        name=name,
-        model=f"{cfg.model.name} ({cfg.model.pretrained})",
-        adapter=getattr(cfg.adapter, "label", "own"),
-        data=cfg.data.name,
-        count=len(names),
-        tasks=len(trained.tasks),
-        accuracy=accuracy,
-        usage=USAGE[library].format(name=name, prompt=cfg.model.prompt),
-        classes=", ".join(names),
-    )
+    facts = {
+        "library": "open_clip" if kind == "open_clip" else "dist_vlcl",
+        "name": name,
+        "model": f"{cfg.model.name} ({cfg.model.pretrained})",
+        "adapter": getattr(cfg.adapter, "label", "own"),
+        "data": cfg.data.name,
+        "count": len(names),
+        "tasks": len(trained.tasks),
+        "accuracy": f" Test accuracy in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}." if is_newest else "",
+        "usage": USAGE[kind].format(name=name),
+        "prompt": cfg.model.prompt,
+        "classes": ", ".join(names),
+    }
+    return CARD.read_text(encoding="utf-8").format(**facts)
 
 
 def push(folder: Path, name: str, is_private: bool) -> str:
