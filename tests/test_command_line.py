@@ -81,8 +81,6 @@ def test_launch_files_are_copied_run_there_and_keep_the_user_s_changes(monkeypat
     copied = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     shipped = [path for name in ("launch", "slurm") for path in (CONFIG_FOLDER.parent / name).rglob("*.*")]
     assert copied == {path.relative_to(CONFIG_FOLDER.parent) for path in shipped}
-        path.relative_to(CONFIG_FOLDER.parent) for name in ("launch", "slurm") for path in (CONFIG_FOLDER.parent / name).rglob("*.*")
-    }
     assert (tmp_path / "slurm" / "site.sh").read_text() == "# mine"
     command = [tmp_path / "launch" / "local.sh", "--dry-run", "--processes", "2", "seed=1"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})

@@ -57,12 +57,12 @@ def evaluate_elsewhere(folder: Path, location: str, world: World) -> tuple[list[
     """Return the class names of other shards, and the counts of correct answers before and after training. All ranks call this."""
     trained, index = read_trained(folder), Index.load(location)
     cfg, names = trained.cfg, prompt_names(index.class_names)
-    towers, loader, counts = build_towers(cfg, world), Loader(index, cfg.data, world.device), []
-    for adapters in (towers.units.state_dict(), trained.adapters):  # new adapters change nothing
-        towers.units.load_state_dict(adapters)
-        share = {"batch_size": cfg.eval.batch_size, "rank": world.rank, "size": world.size, "transform": EvalTransform(towers.image_size)}
-        counts.append(count_correct(towers, loader.test(range(len(names)), **share), names, [len(names)], world).tolist()[0])
-    return names, *counts
+    towers, loader = build_towers(cfg, world), Loader(index, cfg.data, world.device)
+    transform = EvalTransform(towers.image_size)
+    test = loader.test(range(len(names)), batch_size=cfg.eval.batch_size, rank=world.rank, size=world.size, transform=transform)
+    before = count_correct(towers, test, names, [len(names)], world).tolist()[0]  # new adapters change nothing
+    towers.units.load_state_dict(trained.adapters)
+    return names, before, count_correct(towers, test, names, [len(names)], world).tolist()[0]
 
 
 def report(options: argparse.Namespace, world: World) -> str:
