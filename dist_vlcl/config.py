@@ -58,9 +58,13 @@ class TaskConfig:
 class TrainConfig:
     """How long a task is trained, and on which batches."""
 
-    batch_size: int = option(128, "Samples in the global batch, for any number of ranks.", min=1)
-    epochs: int = option(1, "Passes over the training samples of each task.", min=1)
-    warmup_steps: int = option(30, "Steps of linear warm-up of the learning rate in each task.", min=0)
+    batch_size: int | None = option(
+        128, "Samples in the global batch, for any number of ranks; null fits it to the number of images.", min=1
+    )
+    epochs: int | None = option(1, "Passes over the training samples of each task; null takes about 100 steps for each task.", min=1)
+    warmup_steps: int | None = option(
+        30, "Steps of linear warm-up of the learning rate in each task; null takes a tenth of the task's steps.", min=0
+    )
     max_steps: int | None = option(None, "Steps per task at most, for a short look or a memory probe; null takes all.", min=1)
     micro_batches: int = option(1, "Gradient accumulation: parts into which a rank divides its share of a batch.", min=1)
     max_skips: int = option(10, "The run fails after so many consecutive steps whose loss or gradient is not finite.", min=1)

@@ -5,11 +5,11 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from dist_vlcl.config import Config
+from dist_vlcl.config import Config, TrainConfig
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import Counts
 from dist_vlcl.data.loader import Batch, Loader
@@ -73,16 +73,20 @@ class Experiment:
         code = code_digest()
         facts = {"configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code}
         agree(world, facts, "Start every rank with the same command and the same files.")
+        cfg = replace(cfg, train=fitted(cfg.train, index.count("train", tasks.seen(len(tasks) - 1).classes) / len(tasks)))
         return cls(cfg, world, index, tasks, Loader(index, cfg.data, world.device), build_towers(cfg, world), code)
 
     def num_steps(self, task: Task) -> int:
         """Return the number of steps of a task."""
+        assert self.cfg.train.epochs is not None  # fitted
         return min(self.cfg.train.epochs * steps_per_epoch(self.cfg, self.index, task), self.cfg.train.max_steps or sys.maxsize)
 
     def batches(self, task: Task, state: TrainState, progress: Progress) -> Iterator[PlannedStep]:
         """Yield the steps that are left in a task, and advance the state's epoch. The caller advances its batch. All ranks call this."""
         cfg, world = self.cfg, self.world
+        assert cfg.train.epochs is not None and cfg.train.batch_size is not None  # fitted
         steps, per_epoch = self.num_steps(task), steps_per_epoch(cfg, self.index, task)
+        warmup = steps // 10 if cfg.train.warmup_steps is None else cfg.train.warmup_steps
         # Rank 0 draws the seeds of the task's steps and sends them once.
         seeds = torch.tensor([derive_seed(cfg.seed, "step", task.index, k) for k in range(steps)])
         world.broadcast(seeds, f"the seeds of task {task.index + 1}")
@@ -102,7 +106,7 @@ class Experiment:
             described = f"task {task.index + 1}" + (f" epoch {state.epoch + 1}/{cfg.train.epochs}" if cfg.train.epochs > 1 else "")
             left = itertools.islice(batches, total - state.batch)
             for batch in progress(left, total=total, completed=state.batch, description=described):
-                lr = warmup_cosine(done, steps, cfg.first_order.lr, cfg.train.warmup_steps)
+                lr = warmup_cosine(done, steps, cfg.first_order.lr, warmup)
                 yield PlannedStep(batch, Key(int(seeds[done]), state.step), lr)
                 done += 1
             state.next_epoch()
@@ -144,6 +148,12 @@ class Experiment:
         return count_correct(self.towers, shown, task.names, prefixes, world, noise).tolist()
 
 
+def fitted(train: TrainConfig, images: float) -> TrainConfig:
+    """Return the options with numbers instead of null, for tasks of so many training images: about eight batches, and about 100 steps."""
+    batch_size = train.batch_size or min(128, max(8, 2 ** int(math.log2(max(1, images / 8)))))
+    return replace(train, batch_size=batch_size, epochs=train.epochs or math.ceil(100 / math.ceil(images / batch_size)))
+
+
 def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
     """Return the index of the shards, which rank 0 builds if it can, and the tasks. All ranks call this and raise rank 0's error."""
     world.on_main(lambda: bool(open_index(cfg.data)), "the data set as rank 0 finds it")
@@ -162,6 +172,7 @@ def build_towers(cfg: Config, world: World) -> TwoTowers:
 
 def steps_per_epoch(cfg: Config, index: Index, task: Task) -> int:
     """Return the number of global batches in one epoch of a task."""
+    assert cfg.train.batch_size is not None  # fitted
     return math.ceil((index.count("train", task.classes) - len(held_out_samples(cfg, index, task))) / cfg.train.batch_size)
 
 

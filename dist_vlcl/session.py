@@ -78,14 +78,8 @@ class Session:
             f"{cfg.model.name}: {numel[Order.FIRST]:,} parameters learn by first order, {numel[Order.ZEROTH]:,} by zeroth order "
             f"({cfg.zo.name}), {numel[Order.FROZEN]:,} adapter parameters are frozen\n"
             f"{index.name}: {len(self.tasks)} tasks, {index.count('train'):,} training images; "
-            f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}{groups}"
+            f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}{groups}, epochs {cfg.train.epochs}"
         )
-        shortest = min(map(self.experiment.num_steps, self.tasks))
-        if self.step.learns and shortest < 2 * cfg.train.warmup_steps:
-            self.log.say(
-                f"the shortest task has {shortest} steps: few for train.warmup_steps={cfg.train.warmup_steps}; "
-                f"use at most {max(1, shortest // 2)}"
-            )
 
     def evaluate_untrained(self) -> None:
         """Measure the zero-shot accuracy, unless an earlier start has."""

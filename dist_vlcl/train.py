@@ -30,6 +30,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     with Preemption() as preemption:
         experiment = Experiment.open(cfg, world)
         step = build_step(experiment)
+        check_warmup(experiment, step)
         check_same_start(experiment, step)
         folder = open_folder(experiment)
         if folder.is_complete:
@@ -65,6 +66,16 @@ def build_step(experiment: Experiment) -> HybridStep:
     return HybridStep(
         experiment.towers, orders, cfg.zo, lambda model: first_order(world, cfg.first_order, model), world, cfg.train.max_skips
     )
+
+
+def check_warmup(experiment: Experiment, step: HybridStep) -> None:
+    """Raise ValueError if a task ends within the warm-up. Runs of the paper are exempt: its ImageNet-R tasks do; so are short looks."""
+    train, shortest = experiment.cfg.train, min(map(experiment.num_steps, experiment.tasks))
+    if step.learns and (train.warmup_steps or 0) >= shortest and not experiment.cfg.paper and train.max_steps is None:
+        raise ValueError(
+            f"train.warmup_steps={train.warmup_steps}: the shortest task has {shortest} steps, so the learning rate would only rise; "
+            f"give at most {shortest // 2}, or null for a tenth of a task, or more train.epochs"
+        )
 
 
 def check_same_start(experiment: Experiment, step: HybridStep) -> None:
