@@ -221,7 +221,7 @@ def test_several_runs_in_one_launch_are_refused(tmp_path, how):
         ),
         (
             ["train.epoch=2"],
-            "Could not override 'train.epoch': Key 'epoch' not in 'TrainConfig'",
+            "train.epoch: no such option; did you mean train.epochs?",
         ),
         (["orders=hop"], "orders=hop: choose from dual_all"),
         (["--multirun", "seed=0,1", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),
@@ -236,13 +236,13 @@ def test_a_user_error_is_one_message_before_any_work(words, message, tmp_path):
 
 def test_null_fits_batch_epochs_and_warmup_to_the_images_and_is_saved_as_numbers(tmp_path, capsys):
     fit = ["train.batch_size=null", "train.warmup_steps=null", "train.epochs=null", "run.name=fitted", "tasks.num_tasks=1"]
-    cfg = configured(tmp_path, *TINY, *fit, "train.max_steps=40", "orders.layers=[3]", "orders.rest=frozen")
+    cfg = configured(tmp_path, *TINY, *fit, "train.max_steps=20", "eval.zero_shot=false", "orders.layers=[3]", "orders.rest=frozen")
     train(cfg, World.alone())
     saved = load_config(cfg.run.folder / "config.yaml").train
     assert (saved.batch_size, saved.epochs, saved.warmup_steps) == (32, 12, None)  # 288 images: nine batches, 108 steps
     assert "global batch 32, epochs 12" in capsys.readouterr().out
     rates = [record["lr"] for record in records(cfg) if record["kind"] == "step"]
-    assert rates[:5] == pytest.approx([cfg.first_order.lr * part for part in (0.25, 0.5, 0.75, 1, 1)], rel=1e-3)
+    assert rates[:3] == pytest.approx([cfg.first_order.lr * part for part in (0.5, 1, 1)]) and len(rates) == 20
 
 
 @pytest.mark.parametrize(
