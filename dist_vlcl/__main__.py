@@ -23,7 +23,11 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv[:2] = [f"dist-vlcl {name}"]
-        importlib.import_module(f"dist_vlcl.{COMMANDS[name][0]}").main()
+        try:
+            module = importlib.import_module(f"dist_vlcl.{COMMANDS[name][0]}")
+        except ModuleNotFoundError as error:
+            sys.exit(f"error: dist-vlcl {name}: {error.name} is not installed: pip install 'dist-vlcl[all]'")
+        module.main()
         return
     if name not in ("--help", "-h"):
         print(f"error: {name}: no such command; choose from {', '.join(COMMANDS)}", file=sys.stderr)

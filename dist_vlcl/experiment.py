@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from dist_vlcl.run.state import TrainState
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.zo.noise import Key, derive_seed
 
-Progress = Callable[..., Iterable[Batch]]  # shows how far an iterable of batches is, such as RunLog.progress
+Progress = Callable[..., Iterable[Any]]  # shows how far an iterable is, such as RunLog.progress
 
 
 @dataclass
@@ -81,10 +82,15 @@ class Experiment:
         assert self.cfg.train.epochs is not None  # fitted
         return min(self.cfg.train.epochs * steps_per_epoch(self.cfg, self.index, task), self.cfg.train.max_steps or sys.maxsize)
 
-    def batches(self, task: Task, state: TrainState, progress: Progress) -> Iterator[PlannedStep]:
-        """Yield the steps that are left in a task, and advance the state's epoch. The caller advances its batch. All ranks call this."""
+    def batches(self, task: Task, state: TrainState, progress: Progress) -> Iterable[PlannedStep]:
+        """Return the steps that are left in a task. They advance the state's epoch; the caller advances its batch. All ranks call this."""
+        total, done = self.num_steps(task), state.epoch * steps_per_epoch(self.cfg, self.index, task) + state.batch
+        described = f"task {task.index + 1}/{len(self.tasks)}"
+        return progress(self._steps(task, state), total=total, completed=done, description=described)
+
+    def _steps(self, task: Task, state: TrainState) -> Iterator[PlannedStep]:
         cfg, world = self.cfg, self.world
-        assert cfg.train.epochs is not None and cfg.train.batch_size is not None  # fitted
+        assert cfg.train.batch_size is not None  # fitted
         steps, per_epoch = self.num_steps(task), steps_per_epoch(cfg, self.index, task)
         warmup = steps // 10 if cfg.train.warmup_steps is None else cfg.train.warmup_steps
         # Rank 0 draws the seeds of the task's steps and sends them once.
@@ -102,10 +108,7 @@ class Experiment:
                 transform=TrainTransform(self.towers.image_size),
                 without=held_out_samples(cfg, self.index, task),
             )
-            total = min(per_epoch, steps - state.epoch * per_epoch)
-            described = f"task {task.index + 1}" + (f" epoch {state.epoch + 1}/{cfg.train.epochs}" if cfg.train.epochs > 1 else "")
-            left = itertools.islice(batches, total - state.batch)
-            for batch in progress(left, total=total, completed=state.batch, description=described):
+            for batch in itertools.islice(batches, steps - done):
                 lr = warmup_cosine(done, steps, cfg.first_order.lr, warmup)
                 yield PlannedStep(batch, Key(int(seeds[done]), state.step), lr)
                 done += 1

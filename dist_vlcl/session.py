@@ -18,6 +18,7 @@ from dist_vlcl.experiment import Experiment, PlannedStep, steps_per_epoch
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, describe
 from dist_vlcl.run import checkpoint
+from dist_vlcl.run.environment import missing_extra
 from dist_vlcl.run.files import read_lines, replace_file
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import METRICS, RunLog, read_journal
@@ -108,7 +109,7 @@ class Session:
 
     def steps_left(self, task: Task) -> Iterator[PlannedStep]:
         """Yield the steps that are left in a task; none if no unit learns."""
-        return self.experiment.batches(task, self.state, self.log.progress) if self.step.learns else iter(())
+        return iter(self.experiment.batches(task, self.state, self.log.progress) if self.step.learns else ())
 
     def is_observed(self) -> bool:
         """Whether the next step is to measure gradient and update of every unit."""
@@ -207,8 +208,8 @@ class Session:
 
     def complete(self) -> AccuracyMatrix:
         """Write the summary, the plots and the final accuracy; return it."""
-        path, plots = self.folder.path, self.cfg.run.plots
-        if self.world.is_main:
+        path, plots, can_summarize = self.folder.path, self.cfg.run.plots, not missing_extra("pandas", "pyarrow")
+        if self.world.is_main and can_summarize:
             # pandas and matplotlib take a second to import, and only rank 0 needs them.
             from dist_vlcl.report.figures import plot_run
             from dist_vlcl.report.tables import summarize_run
@@ -217,8 +218,8 @@ class Session:
             if plots:
                 plot_run(path)
         self.log.say(
-            f"Done. See {path}/summary.md{f' and {path}/plots/*.png' if plots else ''}; every step is in {path}/metrics.jsonl.\n"
-            "Compare runs: python -m dist_vlcl.commands.report runs/*"
+            f"Done. See {path}/{'summary.md' if can_summarize else 'accuracy.json'}{f' and {path}/plots/*.png' if plots else ''}; every step is in {path}/metrics.jsonl.\n"
+            "Compare runs: dist-vlcl report runs/*; classify images: dist-vlcl predict " + str(path) + " IMAGE"
         )
         state = self.state
         ended = {"zero_shot": state.zero_shot, "seconds": state.seconds, "steps": state.step}

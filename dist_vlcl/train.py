@@ -14,6 +14,7 @@ from dist_vlcl.experiment import Experiment
 from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
+from dist_vlcl.run.environment import missing_extra
 from dist_vlcl.run.folder import LOCK_WAIT_S, RunFolder
 from dist_vlcl.run.signals import Preemption, report_failure, report_status
 from dist_vlcl.session import Requeued, Session
@@ -27,6 +28,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     All ranks call this. After a signal it saves and raises Requeued; a second call with the same configuration continues from there.
     Raises ReplicaDivergedError, naming rank and tensor, if the ranks no longer have the same adapters.
     """
+    require_extras(cfg)
     with Preemption() as preemption:
         experiment = Experiment.open(cfg, world)
         step = build_step(experiment)
@@ -57,6 +59,14 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                 if session.tasks_left() and session.any_rank(preemption.requested):
                     session.requeue()
             return session.complete()
+
+
+def require_extras(cfg: Config) -> None:
+    """Raise ValueError if the run would need a package that is not installed."""
+    if text := cfg.run.plots and missing_extra("matplotlib", "pandas", "pyarrow"):
+        raise ValueError(f"run.plots=true: {text}; or give run.plots=false")
+    if text := cfg.run.record_every_steps and missing_extra("pyarrow"):
+        raise ValueError(f"run.record_every_steps={cfg.run.record_every_steps}: {text}; or give run.record_every_steps=0")
 
 
 def build_step(experiment: Experiment) -> HybridStep:
