@@ -218,8 +218,9 @@ class Session:
             if plots:
                 plot_run(path)
         self.log.say(
-            f"Done. See {path}/{'summary.md' if can_summarize else 'accuracy.json'}{f' and {path}/plots/*.png' if plots else ''}; every step is in {path}/metrics.jsonl.\n"
-            "Compare runs: dist-vlcl report runs/*; classify images: dist-vlcl predict " + str(path) + " IMAGE"
+            f"Done. See {path}/{'summary.md' if can_summarize else 'accuracy.json'}{f' and {path}/plots/*.png' if plots else ''}; "
+            f"every step is in {path}/metrics.jsonl.\n"
+            f"Compare runs: dist-vlcl report runs/*; classify images: dist-vlcl predict {path} IMAGE"
         )
         state = self.state
         ended = {"zero_shot": state.zero_shot, "seconds": state.seconds, "steps": state.step}

@@ -63,9 +63,9 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
 
 def require_extras(cfg: Config) -> None:
     """Raise ValueError if the run would need a package that is not installed."""
-    if text := cfg.run.plots and missing_extra("matplotlib", "pandas", "pyarrow"):
+    if cfg.run.plots and (text := missing_extra("matplotlib", "pandas", "pyarrow")):
         raise ValueError(f"run.plots=true: {text}; or give run.plots=false")
-    if text := cfg.run.record_every_steps and missing_extra("pyarrow"):
+    if cfg.run.record_every_steps and (text := missing_extra("pyarrow")):
         raise ValueError(f"run.record_every_steps={cfg.run.record_every_steps}: {text}; or give run.record_every_steps=0")
 
 
