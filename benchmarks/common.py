@@ -29,6 +29,7 @@ from dist_vlcl.data.loader import Batch
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers, build_clip
+from dist_vlcl.model.perturbed import difference, perturbable
 from dist_vlcl.orders import PLAN_LAYERS, Order, assign
 from dist_vlcl.step import HybridStep
 
@@ -349,6 +350,7 @@ class _Zeros(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
+@perturbable(difference)
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False):
     """Attention on the meta device as on real devices: without a matrix of all pairs."""
     fused: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -9,10 +9,15 @@ convolutions. It leaves out what is linear in the activations: norms, GELU, soft
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import torch
+
+from benchmarks.common import flops
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.model.timm_tower import TimmStemAndHead
 from dist_vlcl.model.units import BRANCHES, UnitId
 from dist_vlcl.orders import Order
 from dist_vlcl.zo.update import ZerothOrderConfig
@@ -29,6 +34,7 @@ class Block:
     width: int
     columns: int
     site: str  # of the adapter: mlp (beside the MLP) or attention (at the projections)
+    mlp: int  # weights of the MLP
 
     @property
     def projections(self) -> int:
@@ -42,8 +48,8 @@ class Block:
 
     @property
     def rest(self) -> int:
-        """Output projection and MLP, of hidden width 4 d."""
-        return 2 * (1 + 8) * self.read * self.width**2
+        """Output projection and MLP."""
+        return 2 * self.read * (self.width**2 + self.mlp)
 
     @property
     def adapter(self) -> int:
@@ -79,17 +85,19 @@ class TowerShape:
     read: int
     columns: int
     site: str
+    mlp: int
     embed: int  # FLOPs of the patch embedding of a sample
     features: int
+    head: int = 0  # FLOPs of a sample in the head, beside a projection to the features
 
     @cached_property
     def blocks(self) -> list[Block]:
-        inner = Block(self.tokens, self.tokens, self.width, self.columns, self.site)
+        inner = Block(self.tokens, self.tokens, self.width, self.columns, self.site, self.mlp)
         return [inner] * (self.depth - 1) + [replace(inner, read=self.read)]
 
     @property
     def project(self) -> int:
-        return 2 * self.width * self.features
+        return 2 * self.width * self.features + self.head
 
     @property
     def forward(self) -> int:
@@ -117,40 +125,61 @@ class TowerShape:
 
 def tower_shapes(towers: TwoTowers, prompt_tokens: int) -> dict[str, TowerShape]:
     """Return the shapes of a model's towers, for prompts of `prompt_tokens`."""
+    visual = towers.vision.stem_and_head.visual
+    ends = _timm_ends(towers) if isinstance(towers.vision.stem_and_head, TimmStemAndHead) else _open_clip_ends(visual)
+    text = {"tokens": prompt_tokens, "read": 2, "embed": 0, "features": ends["features"]}
     result = {}
-    for branch in BRANCHES:
+    for branch, sizes in (("vision", ends), ("language", text)):
         tower = towers.tower(branch)
-        adapter = tower.block(1).adapter
+        block, adapter = tower.block(1).block, tower.block(1).adapter
         config: MoEConfig | LoRAConfig = adapter.config
-        visual = towers.vision.stem_and_head.visual
-        patches = len(visual.positional_embedding) - 1
-        is_vision = branch == "vision"
-        width = tower.block(1).block.attn.embed_dim
         result[branch] = TowerShape(
-            width=width,
+            width=(block.ln_1 if branch == "language" or hasattr(block, "ln_1") else block.norm1).weight.shape[0],
             depth=tower.depth,
-            tokens=patches + 1 if is_vision else prompt_tokens,
-            read=1 if is_vision else 2,
             columns=config.rank * len(config.targets) if isinstance(config, LoRAConfig) else config.top_k * config.bottleneck,
             site=adapter.site,
-            embed=2 * patches * visual.conv1.weight.numel() if is_vision else 0,
-            features=visual.proj.shape[1],
+            mlp=sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2),
+            **sizes,
         )
     return result
+
+
+def _open_clip_ends(visual: Any) -> dict[str, int]:
+    patches = len(visual.positional_embedding) - 1
+    read = 1 if visual.pool_type == "tok" else patches + 1
+    return {
+        "tokens": patches + 1,
+        "read": read,
+        "embed": 2 * patches * visual.conv1.weight.numel(),
+        "features": visual.proj.shape[1],
+    }
+
+
+def _timm_ends(towers: TwoTowers) -> dict[str, int]:
+    """Count stem and head of timm, with one image. A model that pools its class token could do with that position of the last block."""
+    stem, size = towers.vision.stem_and_head, towers.image_size
+    image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=towers.logit_scale.device)
+    hidden: list[torch.Tensor] = []
+    with torch.no_grad():
+        embed = flops(lambda: hidden.append(stem.embed(image)))
+        head = flops(lambda: hidden.append(stem.pool(hidden[0])))
+    features = hidden[1].shape[-1]
+    read = 1 if stem.visual.trunk.global_pool == "token" else stem.tokens
+    return {"tokens": stem.tokens, "read": read, "embed": embed, "features": features, "head": head - 2 * stem.width * features}
 
 
 Shapes = Mapping[str, TowerShape]
 Orders = Mapping[UnitId, Order]
 
 
-def evaluations(config: ZerothOrderConfig) -> int:
+def evaluations(config: ZerothOrderConfig, branch: str) -> int:
     """Return how many perturbed losses a branch needs beside the base loss (granularity branch)."""
-    return config.probes * config.sides + (2 if config.acceptance == "best_of_three" else 0)
+    return config.probes_of(branch) * config.sides + (2 if config.acceptance == "best_of_three" else 0)
 
 
 def naive_evaluations(config: ZerothOrderConfig) -> int:
     """Return the losses of the naive step: two a probe as MeZO, five for a conservative step as ZO-LLM."""
-    return 2 * config.probes + (3 if config.acceptance == "best_of_three" else 0)
+    return 2 * max(map(config.probes_of, BRANCHES)) + (3 if config.acceptance == "best_of_three" else 0)
 
 
 def step_cost(
@@ -170,8 +199,9 @@ def step_cost(
     for b, shape in shapes.items():
         if zeroth[b]:
             again = shape.forward_from(min(zeroth[b]))
-            beside = phases * again + evaluations(config) * shape.delta_from(zeroth[b]) if b in delta_branches else 0
-            perturbed += samples[b] * (evaluations(config) * again + beside) + evaluations(config) * logits
+            count = evaluations(config, b)
+            beside = phases * again + count * shape.delta_from(zeroth[b]) if b in delta_branches else 0
+            perturbed += samples[b] * (count * again + beside) + count * logits
     return forward + backward + perturbed
 
 

@@ -65,7 +65,7 @@ def ways(args: argparse.Namespace, index: Index) -> dict[str, Callable[[], Any]]
             pass
 
     return {
-        "read, decode": lambda: [decode(data, key) for shard in shards for key, data in read_shard(index, shard)[0]],
+        "read, decode": lambda: [decode(data, key) for shard in shards for key, data in read_shard(index, shard)],
         "read, decode, crop, resize": lambda: load(Loader(index, DataConfig(num_workers=0))),
         "crop, resize (images in memory)": lambda: load(warm),
     }

@@ -32,7 +32,7 @@ def measure(args: argparse.Namespace) -> list[Table]:
     for orders, workload in workloads_of(args):
         row: Row = {"orders": orders, "classes": workload.classes, "counted GB": peak_bytes(workload) / 1e9}
         if workload.device == "cuda":
-            row["GPU GB"] = measured_bytes(workload) / 1e9
+            row |= measured(workload)
         peaks.append(row)
     model = workload.config.model
     title = f"{model.name}, {model.precision}{', checkpoints' if model.checkpoint else ''}"
@@ -79,8 +79,12 @@ def peak_bytes(workload: Workload) -> int:
     return memory.peak
 
 
-def measured_bytes(workload: Workload) -> int:
-    """Return the most bytes that torch had allocated on the GPU in the fourth step; CUDA graphs are recorded in the second."""
+def measured(workload: Workload) -> Row:
+    """Return what torch had allocated and reserved at most on the GPU in the fourth step. CUDA graphs are recorded in the second.
+
+    Reserved memory includes what the recorded graphs keep for their next replay.
+    """
+    torch.cuda.empty_cache()
     step = workload.step(workload.towers("cuda"), World.alone("cuda"))
     batch = workload.batch(step.towers)
     for number in range(4):
@@ -88,7 +92,7 @@ def measured_bytes(workload: Workload) -> int:
         torch.cuda.reset_peak_memory_stats()
         step([batch], Key(0, number), 1e-3)
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return {"allocated GB": torch.cuda.max_memory_allocated() / 1e9, "reserved GB": torch.cuda.max_memory_reserved() / 1e9}
 
 
 if __name__ == "__main__":

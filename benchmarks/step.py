@@ -4,9 +4,11 @@
     python -m benchmarks.step --count --orders all zo=mozo                    FLOPs only, counted without computing
     python -m benchmarks.step --count --classes 10,50,100,200                 how the cost grows with the classes
     python -m benchmarks.step --count adapter.experts=22                      or with the experts: once for each number
+    python -m benchmarks.step --count model.name=PE-Core-B-16                 what blocks of timm cost more than open_clip's own
     python -m benchmarks.step cluster.device=cuda model.precision=bf16        a GPU, our step in bf16
 
-Below 8 images a rank computes 8, so use at least 8. The naive step knows the adapter moe only and is left out with others.
+Below 8 images a rank computes 8, so use at least 8. The naive step knows the adapter moe and open_clip's own blocks, and is left out
+with others. For blocks of timm, `executed / model` says what it costs that they are called whole (docs/models.md).
 """
 
 import argparse
@@ -19,6 +21,7 @@ from benchmarks.cost_model import naive_cost, step_cost, tower_shapes
 from benchmarks.naive import NaiveStep
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.model.timm_tower import WholeBlock
 from dist_vlcl.zo.noise import Key
 
 
@@ -58,7 +61,7 @@ def time_in_turn(workload: Workload, repeats: int) -> Row:
     ours = workload.step(workload.towers(device), World.alone(device))
     batch = workload.batch(ours.towers)
     variants: dict[str, Callable[[], Any]] = {"ours": lambda: ours([batch], key, 1e-3)}
-    if isinstance(workload.config.adapter, MoEConfig):
+    if isinstance(workload.config.adapter, MoEConfig) and not isinstance(ours.towers.vision.block(1), WholeBlock):
         naive = naive_step(workload, device)
         variants["naive"] = lambda: naive(batch, key, 1e-3)
     seconds = interleaved(variants, repeats, device)

@@ -5,13 +5,14 @@ import itertools
 import os
 import pkgutil
 import re
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
@@ -30,6 +31,7 @@ from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.run.signals import report_status
+from dist_vlcl.saved import MAY_CHANGE, OURS, PLACES, leads_out, read_config
 from dist_vlcl.zo.update import ZerothOrderConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -177,19 +179,33 @@ def unknown_option(key: str) -> str:
     return f"{key}: no such option; " + (f"did you mean {near[0]}?" if near else "--help lists all options")
 
 
-def load_config(path: Path) -> Config:
-    """Return the configuration that a run has written, validated. Raises FileNotFoundError, or ValueError if it is of another version."""
-    if not path.is_file():
+def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] = PLACES) -> Config:
+    """Return the configuration that a run has written, validated. `options` of this command line replace its values.
+
+    A saved configuration is data. What leads out of it must be among the options: code, commands, and addresses and files in `places`.
+    Raises FileNotFoundError, or ValueError that names what is missing, damaged or of another version.
+    """
+    if not path.exists():
         raise FileNotFoundError(f"{path} is missing: give the folder of a run")
+    content, given = read_config(path), dict(option.partition("=")[::2] for option in options)
+    if odd := [key for key in given if not any(fnmatch(key, pattern) for pattern in (*MAY_CHANGE, *PLACES, *OURS))]:
+        raise ValueError(f"{odd[0]}: the run decides this; give only options that lead to code, data or weights, or change no result")
+    if needed := [word for word in leads_out(content, places) if word.partition("=")[0] not in given]:
+        raise ValueError(
+            f"{path} names code, commands, addresses or files, which only a command line may name. To trust them, add: {shlex.join(needed)}"
+        )
     schema = OmegaConf.structured(Config)
     try:
-        saved = OmegaConf.create(yaml.safe_load(path.read_text()))
-        if "kind" in saved.adapter:
+        for key, value in given.items():
+            group, _, name = key.partition(".")
+            content[group][name] = value
+        saved = OmegaConf.create(content)
+        if saved.adapter.get("kind"):
             saved.adapter = _custom_adapter(saved.adapter)
         else:
             schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
         merged = OmegaConf.merge(schema, saved)
-    except (OmegaConfBaseException, yaml.YAMLError, AttributeError, TypeError) as error:
+    except (OmegaConfBaseException, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is damaged, or of another version of dist_vlcl, which can read it ({reason})") from error
     return from_hydra(merged)

@@ -1,5 +1,6 @@
 """What a configuration describes: data, tasks, model, training batches and evaluation. Training and `commands.evaluate` share it."""
 
+import io
 import itertools
 import math
 import sys
@@ -9,20 +10,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from PIL import Image
 
 from dist_vlcl.config import Config, TrainConfig
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import Counts
 from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
-from dist_vlcl.data.shards import Index, open_index
-from dist_vlcl.data.tasks import SampleId, Task, TaskStream, held_out
+from dist_vlcl.data.shards import Index, decode, open_index
+from dist_vlcl.data.tasks import SampleId, Task, TaskStream, generator, held_out
 from dist_vlcl.data.transforms import EvalTransform, TrainTransform
-from dist_vlcl.dist.agree import agree
+from dist_vlcl.dist.agree import agree, digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers, build_clip, unit_ids
 from dist_vlcl.orders import assign
-from dist_vlcl.run.environment import code_digest
+from dist_vlcl.run.environment import code_digest, package_versions
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.zo.noise import Key, derive_seed
@@ -72,10 +74,13 @@ class Experiment:
         assign(unit_ids(cfg.model), cfg.orders)
         index, tasks = open_tasks(cfg, world)
         code = code_digest()
-        facts = {"configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code}
+        facts = {"configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code, "packages": package_versions()}
         agree(world, facts, "Start every rank with the same command and the same files.")
         cfg = replace(cfg, train=fitted(cfg.train, index.count("train", tasks.seen(len(tasks) - 1).classes) / len(tasks)))
-        return cls(cfg, world, index, tasks, Loader(index, cfg.data, world.device), build_towers(cfg, world), code)
+        towers = build_towers(cfg, world)
+        inputs = {"prompts": towers.prompts(tasks.seen(len(tasks) - 1).names), "image": transformed_sample(towers.image_size)}
+        agree(world, {"the model's inputs": {name: digest({name: value}) for name, value in inputs.items()}}, "Install the same packages.")
+        return cls(cfg, world, index, tasks, Loader(index, cfg.data, world.device), towers, code)
 
     def num_steps(self, task: Task) -> int:
         """Return the number of steps of a task."""
@@ -155,6 +160,14 @@ def fitted(train: TrainConfig, images: float) -> TrainConfig:
     """Return the options with numbers instead of null, for tasks of so many training images: about eight batches, and about 100 steps."""
     batch_size = train.batch_size or min(128, max(8, 2 ** int(math.log2(max(1, images / 8)))))
     return replace(train, batch_size=batch_size, epochs=train.epochs or math.ceil(100 / math.ceil(images / batch_size)))
+
+
+def transformed_sample(size: int) -> torch.Tensor:
+    """Return a made-up JPEG as the model would see it: `[3, size, size]`. Its bits depend on the image libraries of this machine."""
+    pixels = (torch.arange(48 * 64 * 3) * 7919 % 251).to(torch.uint8).view(48, 64, 3).numpy()
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="JPEG")
+    return EvalTransform(size)(decode(stream.getvalue(), "a sample"), generator())
 
 
 def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:

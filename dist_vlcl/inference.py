@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
 from dist_vlcl.config import Config, load_config
@@ -22,10 +22,13 @@ from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import build_towers
 from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.reading import read_file, read_json
 from dist_vlcl.run import checkpoint
-from dist_vlcl.run.files import read_json
+from dist_vlcl.run.state import TrainState
+from dist_vlcl.saved import digest_of, read_config
 
 CONFIG, CLASSES, ADAPTERS = "config.yaml", "classes.json", "adapters.safetensors"  # the files of an export
+WEIGHTS = ("model.name", "model.pretrained")  # the options that may name files which are read here
 IMAGES_AT_A_TIME = 256
 
 
@@ -89,7 +92,7 @@ class TrainedCLIP:
             raise ValueError(f"class_names={class_names!r}: give a list of names, such as ['seven', 'nine']")
         if self._text[0] != tuple(names):
             self._text = tuple(names), self.towers.features("language", self.towers.prompts(names).to(self.device))
-        logits_BC = self.towers.logit_scale * self.encode_image(images) @ self._text[1].T
+        logits_BC = self.towers.logits(self.encode_image(images), self._text[1])
         return [names[best] for best in logits_BC.argmax(1).tolist()], logits_BC.softmax(1).cpu()
 
     def _batch(self, images: Any) -> Tensor:
@@ -113,34 +116,41 @@ class TrainedCLIP:
         return self._transform(image, Random())
 
 
-def load(source: str | Path, task: int | None = None, device: str | torch.device | None = None) -> TrainedCLIP:
+def load(source: str | Path, task: int | None = None, device: str | torch.device | None = None, options: Sequence[str] = ()) -> TrainedCLIP:
     """Return CLIP with the adapters of a run, on a GPU if there is one.
 
     source: the folder of a run or of an export, a checkpoint of a run, or ORG/NAME on the Hugging Face Hub.
     task: the state after this task, counted from 1; None takes the newest checkpoint.
-    Raises FileNotFoundError, or ValueError if the source cannot be used.
+    options: OPTION=VALUE, for code and files that the run's configuration names, such as model.pretrained=/weights.safetensors. The error
+    without them lists them. Raises FileNotFoundError, or ValueError if the source cannot be used.
     """
-    trained = read_trained(source, task)
+    trained = read_trained(source, task, options)
     return TrainedCLIP(trained.build(device), [name for names in trained.tasks for name in names])
 
 
-def read_trained(source: str | Path, task: int | None = None) -> Trained:
+def read_trained(source: str | Path, task: int | None = None, options: Sequence[str] = ()) -> Trained:
     """Return what the source of `load` holds."""
     path = Path(source)
     path = path if path.exists() else _download(str(source))
     folder = path if path.is_dir() else path.parent if path.name == ADAPTERS else path.parent.parent
-    cfg, tasks = load_config(folder / CONFIG), read_json(folder / CLASSES, [])
+    cfg, tasks = load_config(folder / CONFIG, options, WEIGHTS), read_classes(folder)
     if (folder / ADAPTERS).exists():
         if task not in (None, len(tasks)):
             raise ValueError(f"task={task}: {folder} is an export, which has the state after task {len(tasks)} only")
         try:
-            return Trained(folder, cfg, load_file(folder / ADAPTERS), tasks)
+            return Trained(folder, cfg, tensors_from_bytes(read_file(folder / ADAPTERS)), tasks)
         except SafetensorError as error:
             raise ValueError(f"{folder / ADAPTERS} is damaged ({error}); export the run again") from error
     saved = checkpoint.load(folder, _step_in(path)) if path.is_file() else _checkpoint_after(folder, task)
     adapters = {name.removeprefix("adapters/"): t for name, t in saved.tensors.items() if name.startswith("adapters/")}
-    is_within = saved.state["epoch"] > 0 or saved.state["batch"] > 0
-    return Trained(folder, cfg, adapters, tasks[: saved.state["task"] + is_within])
+    state = TrainState.from_dict(saved.state)
+    return Trained(folder, cfg, adapters, tasks[: state.task + (state.epoch > 0 or state.batch > 0)])
+
+
+def read_classes(folder: Path) -> list[list[str]]:
+    """Return the class names of each task of a run; [] if a version before 0.3 has trained it."""
+    names: list[list[str]] = read_json(folder / CLASSES, [[str]], [])
+    return names
 
 
 def _step_in(path: Path) -> int:
@@ -152,14 +162,15 @@ def _step_in(path: Path) -> int:
 def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:
     """Return the checkpoint at the end of a task; the newest one without a task."""
     if task is None:
-        if (saved := checkpoint.load_newest(folder)) is None:
+        if (saved := checkpoint.load_newest(folder, {"config": digest_of(read_config(folder / CONFIG))})) is None:
             raise FileNotFoundError(f"{folder}/checkpoints has no intact checkpoint; train first")
         return saved
     ends = {}
     for step in checkpoint.saved_steps(folder):
         saved = checkpoint.load(folder, step)
-        if not saved.state["epoch"] and not saved.state["batch"]:
-            ends[saved.state["task"]] = saved
+        state = TrainState.from_dict(saved.state)
+        if not state.epoch and not state.batch:
+            ends[state.task] = saved
     if task not in ends:
         raise ValueError(f"task={task}: {folder} has checkpoints after task {', '.join(map(str, ends)) or 'none'}; run.keep=N keeps more")
     return ends[task]

@@ -3,7 +3,7 @@
 # K candidates, B samples of this rank, C classes, F features, n parameters of a branch
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,9 @@ MAX_SUM = 2.0**21  # of a micro-batch: below it, float64 holds every multiple of
 # Matrix products with fewer rows use other CPU kernels, whose results differ in the last bits. A sample's loss would then depend on how
 # many samples its rank has. Padding also gives a rank without samples something to back-propagate, which DDP requires.
 MIN_SAMPLES = 8
+# So many parameters of candidates are stacked at a time (128 MiB in fp32), and at least MIN_PIECE candidates.
+STACKED = 2**25
+MIN_PIECE = 8
 
 
 def padded(batch: Any, image_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -43,6 +46,14 @@ def step_noise(towers: TwoTowers, tokens: Tensor, positions: Tensor, key: Key) -
     """Return the router noise and dropout of a step. The noise of a sample depends on its position in the global batch."""
     rows = {"vision": positions, "language": torch.arange(len(tokens), device=tokens.device)}
     return StepNoise(key, rows, {branch: towers.tower(branch).depth for branch in rows})
+
+
+def sample_losses(logits_BC: Tensor, labels: Tensor, loss: str) -> Tensor:
+    """Return the loss of each sample `[B]` (model.loss). That of sigmoid is the sum over the classes, as in SigLIP."""
+    if loss == "cross_entropy":
+        return F.cross_entropy(logits_BC, labels, reduction="none")
+    is_own_BC = F.one_hot(labels, logits_BC.shape[1]).to(logits_BC.dtype)
+    return F.binary_cross_entropy_with_logits(logits_BC, is_own_BC, reduction="none").sum(1)
 
 
 @dataclass(frozen=True)
@@ -96,40 +107,53 @@ class BatchLosses:
         self.micro_batches.append(MicroBatch(images, labels, real, noise, features, cached_inputs))
 
     @torch.no_grad()
-    def __call__(self, candidates: Sequence[Candidate]) -> LossReport:
+    def __call__(self, candidates: Iterable[Candidate]) -> LossReport:
         """Return the mean loss of each candidate over the global batch. All ranks call this with the same candidates.
 
-        One all-reduce of int64 `[K + 3]`: the sums, then the number of ranks with unusable losses, of samples, and of ranks asked to stop.
-        The last two are sent once per batch.
+        Candidates are evaluated a piece at a time. One all-reduce of int64 `[K + 3]`: the sums, then the number of ranks with unusable
+        losses, of samples, and of ranks asked to stop. The last two are sent once per batch.
         """
-        sums_K = torch.zeros(len(candidates), dtype=torch.int64, device=self.world.device)
-        is_faulty_K = torch.zeros(len(candidates), dtype=torch.bool, device=self.world.device)
-        places: dict[int, dict[str, int]] = {}  # of each candidate that this rank evaluates: its row in the features of each branch
-        offsets: dict[str, list[Tensor]] = {branch: [] for branch in self.flats}
-        for k in self._own_candidates(candidates):
-            places[k] = dict.fromkeys(BRANCHES, 0)
-            for branch, offset in candidates[k].items():
-                offsets[branch].append(offset)
-                places[k][branch] = len(offsets[branch])
-        for part in self.micro_batches:
-            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in BRANCHES}
-            for k, place in places.items():
-                total = self._loss_sum(features["vision"][place["vision"]], features["language"][place["language"]], part)
-                is_usable = total < MAX_SUM  # False for NaN and infinity
-                is_faulty_K[k] |= ~is_usable
-                sums_K[k] += (torch.where(is_usable, total, 0.0) * RESOLUTION).long()
-        return self._report(sums_K, is_faulty_K)
+        size = max(MIN_PIECE, STACKED // max((flat.values_n.numel() for flat in self.flats.values()), default=1))
+        evaluated: dict[int, tuple[Tensor, Tensor]] = {}  # of each candidate of this rank: its sum, and whether it is unusable
+        piece: dict[int, Candidate] = {}
+        k = -1
+        for k, (candidate, is_own) in enumerate(self._with_owner(candidates)):
+            if is_own:
+                piece[k] = candidate
+            if len(piece) == size:
+                evaluated |= self._evaluate(piece)
+                piece = {}
+        evaluated |= self._evaluate(piece)
+        zero = torch.zeros((), dtype=torch.int64, device=self.world.device)
+        sums, faulty = zip(*(evaluated.get(number, (zero, zero.bool())) for number in range(k + 1)), strict=True)
+        return self._report(torch.stack(sums), torch.stack(faulty))
 
-    def _own_candidates(self, candidates: Sequence[Candidate]) -> list[int]:
-        """Return the candidates of this rank's direction group: every G-th of those that perturb the same branches."""
+    def _with_owner(self, candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, bool]]:
+        """Yield each candidate, and whether this rank evaluates it: each group has every G-th of a kind (the same branches)."""
         next_group: dict[tuple[str, ...], int] = {}  # which group evaluates the next candidate of a kind
-        own = []
         for k, candidate in enumerate(candidates):
             group = next_group.get(tuple(candidate), k)  # the first of a kind goes to the group after the one before it
-            if group % self.world.direction_groups == self.world.direction_group:
-                own.append(k)
             next_group[tuple(candidate)] = group + 1
-        return own
+            yield candidate, group % self.world.direction_groups == self.world.direction_group
+
+    def _evaluate(self, piece: Mapping[int, Candidate]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return of each candidate of a piece the sum of its losses on this rank, in units of 2^-32, and whether it is unusable."""
+        rows: dict[int, dict[str, int]] = {}  # of each candidate: its row in the features of each branch
+        offsets: dict[str, list[Tensor]] = {branch: [] for branch in self.flats}
+        for k, candidate in piece.items():
+            rows[k] = dict.fromkeys(BRANCHES, 0)
+            for branch, offset in candidate.items():
+                offsets[branch].append(offset)
+                rows[k][branch] = len(offsets[branch])
+        result: dict[int, tuple[Tensor, Tensor]] = {}
+        for part in self.micro_batches:
+            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in BRANCHES}
+            for k, row in rows.items():
+                total = self._loss_sum(features["vision"][row["vision"]], features["language"][row["language"]], part)
+                is_usable = total < MAX_SUM  # False for NaN and infinity
+                found = (torch.where(is_usable, total, 0.0) * RESOLUTION).long(), ~is_usable
+                result[k] = (result[k][0] + found[0], result[k][1] | found[1]) if k in result else found
+        return result
 
     def _features(self, branch: str, offsets: list[Tensor], part: MicroBatch) -> Tensor:
         """Return features `[1 + K, B, F]`: those of the base, then those of each offset, from the first perturbed block on."""
@@ -153,8 +177,8 @@ class BatchLosses:
 
     def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: MicroBatch) -> Tensor:
         """Return the sum of the samples' losses, each rounded to 2^-32, float64 ()."""
-        logits_BC = (self.towers.logit_scale * image_BF @ text_CF.T).double()
-        losses_B = F.cross_entropy(logits_BC, part.labels, reduction="none")[: part.real]
+        logits_BC = self.towers.logits(image_BF, text_CF).double()
+        losses_B = sample_losses(logits_BC, part.labels, self.towers.config.loss)[: part.real]
         return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum()
 
     def _report(self, sums_K: Tensor, is_faulty_K: Tensor) -> LossReport:

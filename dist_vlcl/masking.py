@@ -1,31 +1,46 @@
-"""Hides secrets: every text that is written or printed passes through here first."""
+"""Hides secrets: every text that is written or printed passes through here first.
 
+A secret is a value that an environment variable with a telling name holds, or one that stands in a text behind a telling name.
+tests/test_masking.py lists the forms that are found. No other form is promised.
+"""
+
+import os
 import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
 HIDDEN = "***"
+NAME = r"(?:key|token(?!iz)|secret|password|passwd|passphrase|credential|signature)"
+MIN_LENGTH = 8  # of a value in the environment: a shorter one may be an ordinary word
 VALUE = r"""(?:'[^']*'|"[^"]*"|[^\s&'"]+)"""
 PATTERNS = (
-    (
-        re.compile(rf"([^\s&?='\"]*(?:key|token|secret|password|passwd|credential|signature)[^\s=&'\"]*)={VALUE}", re.IGNORECASE),
-        rf"\1={HIDDEN}",
-    ),
+    (re.compile(rf"([^\s&?='\"]*{NAME}[^\s=&'\"]*)={VALUE}", re.IGNORECASE), rf"\1={HIDDEN}"),
     (re.compile(rf"(?<![a-z0-9])((?:sig|pwd|pass|auth)=){VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),
+    (re.compile(rf"(['\"][\w-]*{NAME}[\w-]*['\"] *: *){VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),  # JSON
+    (re.compile(rf"((?:[\w-]*-{NAME}|Authorization): +)[^'\"\n]+", re.IGNORECASE), rf"\1{HIDDEN}"),  # headers, such as X-Api-Key
     (re.compile(r"://[^\s'\"]*@"), f"://{HIDDEN}@"),  # user:password@host; a password may contain / and @
     (re.compile(r"\b(Bearer|Basic) +[^\s'\"]+", re.IGNORECASE), rf"\1 {HIDDEN}"),
     (re.compile(r"((?:-H|--header)[ =]*['\"]?[\w-]+: *)[^'\"\n]+"), rf"\1{HIDDEN}"),  # options of curl and wget
-    (re.compile(r"(\s-u|\s--user)[ =]*[^\s'\":]+:[^\s'\"]+"), rf"\1 {HIDDEN}"),
-    (re.compile(rf"(\s--\S*(?:key|token|secret|password))[ =]+{VALUE}"), rf"\1 {HIDDEN}"),
+    (re.compile(r"(\s-u|\s--user|\s--proxy-user)[ =]*[^\s'\":]+:[^\s'\"]+"), rf"\1 {HIDDEN}"),
+    (re.compile(rf"(\s--\S*{NAME})[ =]+{VALUE}", re.IGNORECASE), rf"\1 {HIDDEN}"),
 )
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # escape codes, and marks that turn text around
 
 
 def masked(text: str) -> str:
-    """Return the text without secrets: values of `...key=`, `...token=` and similar, authorisation headers, user:password@ in addresses."""
+    """Return the text without secrets, and with control characters as `\\x1b`: a name must not steer the terminal that shows it."""
+    for value in _secrets_of_environment():
+        text = text.replace(value, HIDDEN)
     for pattern, replacement in PATTERNS:
         text = pattern.sub(replacement, text)
-    return text
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def _secrets_of_environment() -> list[str]:
+    """Return the values of the variables whose names tell of a secret, the longest first."""
+    named = [value for name, value in os.environ.items() if re.search(NAME, name, re.IGNORECASE) and len(value) >= MIN_LENGTH]
+    return sorted(named, key=len, reverse=True)
 
 
 def masked_command(words: Sequence[str]) -> str:
@@ -35,9 +50,10 @@ def masked_command(words: Sequence[str]) -> str:
 
 
 def masked_values(value: Any) -> Any:
-    """Return a nested value in which every text is masked."""
+    """Return a nested value in which every text is masked, and every text under a telling name is hidden."""
     if isinstance(value, dict):
-        return {key: masked_values(item) for key, item in value.items()}
+        is_secret = {key: isinstance(item, str) and re.search(NAME, str(key), re.IGNORECASE) for key, item in value.items()}
+        return {key: HIDDEN if is_secret[key] else masked_values(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [masked_values(item) for item in value]
     return masked(value) if isinstance(value, str) else value

@@ -20,12 +20,12 @@ from typing import Any
 import yaml
 
 from dist_vlcl.options import flatten
-from dist_vlcl.run.folder import MAY_CHANGE
+from dist_vlcl.saved import MAY_CHANGE, leads_out, read_config
 
 # Beside the package in a checkout, inside of it in a wheel.
 CONFIG_FOLDER = next(p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs") if (p / "config.yaml").exists())
 # Options that do not change a run's result are not part of its name.
-NOT_NAMED = (*MAY_CHANGE, "data.source", "data.test_source", "data.allow_pipe")
+NOT_NAMED = (*MAY_CHANGE, "data.source", "data.allow_pipe")
 DATASET_IDS = {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr"}  # as the ids abbreviate them
 HALF = 6  # blocks of prefix and suffix in the paper; its ids say prefix6 and suffix6
 PROBE_STEPS = 5
@@ -92,7 +92,7 @@ class Cell:
 
 
 def _has_config(group: str, name: str) -> bool:
-    return bool(name) and (CONFIG_FOLDER / group / f"{name}.yaml").exists()
+    return bool(re.fullmatch(r"\w+", name)) and (CONFIG_FOLDER / group / f"{name}.yaml").exists()
 
 
 def cell_of(config: Mapping[str, Any]) -> Cell:
@@ -221,9 +221,9 @@ def _expand_tuned(argument: str) -> Iterator[str]:
     path = Path(argument.removeprefix("tuned="))
     advice = "give a tuned.yaml written by python -m dist_vlcl.commands.tune"
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        content = read_config(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"tuned={str(path)!r}: could not read it ({error}); {advice}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"tuned={str(path)!r}: it holds no options; {advice}")
+    if outside := leads_out(content):
+        raise ValueError(f"tuned={str(path)!r}: it names code, commands, addresses or files; give these yourself: {' '.join(outside)}")
     yield from (f"{key}={'null' if value is None else value}" for key, value in flatten(content).items())

@@ -17,15 +17,17 @@ from dist_vlcl.dist.agree import ReplicaDivergedError, agree, agree_on_tensors, 
 from dist_vlcl.experiment import Experiment, PlannedStep, steps_per_epoch
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, describe
+from dist_vlcl.reading import read_lines
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.environment import missing_extra
-from dist_vlcl.run.files import read_lines, replace_file
+from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import METRICS, RunLog, read_journal
 from dist_vlcl.run.signals import report_status
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.stragglers import slowest_rank
 from dist_vlcl.run.unit_records import UnitRecords
+from dist_vlcl.saved import METRICS_FORM
 from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.update import Move
 
@@ -45,17 +47,30 @@ class Session:
         self.experiment, self.step, self.folder = experiment, step, folder
         self.cfg, self.world, self.tasks = experiment.cfg, experiment.world, experiment.tasks
         world = self.world
-        self.saved = None if folder.is_new else world.on_main(lambda: checkpoint.load_newest(folder.path), "the checkpoint")
+        self.saved = None
+        if not folder.is_new:
+            self.saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
         self.state = TrainState.from_dict(self.saved.state) if self.saved else TrainState()
+        self.notes: list[str] = []  # what differs between this start and those before
         self.journalled = self._read_journal()
-        message = self._note_moves() + folder.message + (f", after step {self.state.step}" if self.state.step else "")
+        if self.saved and self.state.world_size != world.size:
+            self.notes.append(
+                f"resuming on {world.size} ranks what {self.state.world_size} have saved: the same batches, sums are rounded differently"
+            )
+        threads = torch.get_num_threads() if world.device.type == "cpu" else 0
+        if self.saved and self.state.threads and threads and self.state.threads != threads:
+            self.notes.append(
+                f"resuming with {threads} CPU threads per rank what {self.state.threads} have computed: sums are rounded differently"
+            )
+        self.state.world_size, self.state.threads = world.size, threads
+        self.notes.append(folder.message + (f", after step {self.state.step}" if self.state.step else ""))
         self.accuracy = AccuracyMatrix([len(task.classes) for task in self.tasks], [[tuple(c) for c in row] for row in self.state.accuracy])
         self.agreed_step = self.state.step  # the last step after which the ranks had the same adapters
         self.busy_s: list[float] = []  # since then
         self.log = RunLog(folder.path, self.cfg.run, world, self.cfg.as_dict(), self.state)
         units = [(id.branch, id.layer, step.orders[id].value, unit.numel) for id, unit in step.towers.units.items()]
         self.records = UnitRecords(folder.path, units, self.cfg.run.record_every_steps, self.state.step, world.is_main)
-        self.log.say(message)
+        self.log.say("\n".join(self.notes))
         if world.is_main:
             replace_file(folder.path / "classes.json", json.dumps([task.names for task in self.tasks], ensure_ascii=False) + "\n")
             report_status("training")
@@ -78,7 +93,7 @@ class Session:
         self.log.say(
             f"{cfg.model.name}: {numel[Order.FIRST]:,} parameters learn by first order, {numel[Order.ZEROTH]:,} by zeroth order "
             f"({cfg.zo.name}), {numel[Order.FROZEN]:,} adapter parameters are frozen\n"
-            f"{index.name}: {len(self.tasks)} tasks, {index.count('train'):,} training images; "
+            f"{index.name}: {len(self.tasks)} {'task' if len(self.tasks) == 1 else 'tasks'}, {index.count('train'):,} training images; "
             f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}{groups}, epochs {cfg.train.epochs}"
         )
 
@@ -157,7 +172,8 @@ class Session:
         if report.unit_statistics is not None:
             self.records.add(state.step, state.task, report.unit_statistics, sizes_by_unit(self.step, report.moves))
         moves = [move.record() for move in report.moves]
-        self.log.journal({"step": state.step, "task": state.task, "seed": planned.key.seed, "lr": planned.lr, "moves": moves})
+        line = {"step": state.step, "task": state.task, "seed": planned.key.seed, "lr": planned.lr, "device": self.world.device.type}
+        self.log.journal({**line, "moves": moves})
 
     def compare_ranks(self) -> None:
         """Raise ReplicaDivergedError, naming rank and tensor, unless all ranks have the same adapters. Report a slow rank.
@@ -186,9 +202,10 @@ class Session:
         state = self.state
         tensors = self.step.state_dict(optimizers=state.epoch > 0 or state.batch > 0)  # a new task begins with fresh optimisers
         if self.world.is_main:
+            self.folder.check_owner()
             self.log.sync()
             self.records.flush()
-            checkpoint.save(self.folder.path, state.step, tensors, state.to_dict(), self.cfg.run.keep)
+            checkpoint.save(self.folder.path, state.step, tensors, state.to_dict(), self.cfg.run.keep, self.folder.identity)
 
     def finish(self, task: Task) -> None:
         """Evaluate after a task, write the accuracy, and save."""
@@ -230,34 +247,26 @@ class Session:
     def _read_journal(self) -> list[dict[str, Any]]:
         """Return the journal's steps of this task after the checkpoint, and count them in the state.
 
-        Empty if first-order units learn, since the journal does not know their updates: these steps are taken again. Also empty if the
-        device type has changed and directions are normal: their last bits differ between devices.
+        Empty if first-order units learn, since the journal does not know their updates: these steps are taken again. With normal directions
+        it ends at the first step of another device type, since their last bits differ between devices.
         """
-        state, folder = self.state, self.folder
+        state, folder, device = self.state, self.folder, self.world.device.type
         if folder.is_new or self.step.first.parameters or not self.tasks_left():
             return []
-        records = self.world.on_main(lambda: journalled_steps(folder.path, state), "the journal")
-        if self.saved and state.device != self.world.device.type and self.cfg.zo.directions != "rademacher":
-            return []
+        found = self.world.on_main(lambda: journalled_steps(folder.path, state), "the journal")
+        is_exact = self.cfg.zo.directions == "rademacher"
+        records = list(itertools.takewhile(lambda record: is_exact or record.get("device") == device, found))
+        if len(records) < len(found):
+            first = found[len(records)]
+            self.notes.append(
+                f"the steps from {first['step']} on were taken on {first.get('device', 'another device')}, and this start is on {device}. "
+                "They are taken again and not restored from the journal: normal directions differ in their last bits "
+                "(zo.directions=rademacher is the same on both)"
+            )
         per_epoch = steps_per_epoch(self.cfg, self.experiment.index, self.tasks[state.task])
         state.epoch, state.batch = divmod(state.epoch * per_epoch + state.batch + len(records), per_epoch)
         state.step += len(records)
         return records
-
-    def _note_moves(self) -> str:
-        """Return what differs between this start and the one that saved the checkpoint, and store this start's values in the state."""
-        state, world, notes = self.state, self.world, []
-        if self.saved and state.world_size != world.size:
-            notes.append(
-                f"resuming on {world.size} ranks what {state.world_size} have saved: the same batches, sums are rounded differently"
-            )
-        if self.saved and state.device != world.device.type and self.cfg.zo.directions != "rademacher":
-            notes.append(
-                f"saved on {state.device}, resumed on {world.device.type}: normal directions differ in their last bits, so the steps after "
-                "the checkpoint are taken again and not restored from the journal (zo.directions=rademacher is the same on both)"
-            )
-        state.world_size, state.device = world.size, world.device.type
-        return "".join(f"{note}\n" for note in notes)
 
 
 def journalled_steps(folder: Path, state: TrainState) -> list[dict[str, Any]]:
@@ -265,7 +274,7 @@ def journalled_steps(folder: Path, state: TrainState) -> list[dict[str, Any]]:
 
     A power cut may leave more of one file than of the other.
     """
-    measured = {record.get("step") for record in read_lines(folder / METRICS) if record.get("kind") == "step"}
+    measured = {record["step"] for record in read_lines(folder / METRICS, METRICS_FORM) if record["kind"] == "step"}
     records = itertools.takewhile(lambda record: record["step"] in measured, read_journal(folder, state.step))
     return [record for record in records if record["task"] == state.task]  # between two tasks there is an evaluation
 

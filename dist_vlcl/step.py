@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World
-from dist_vlcl.losses import BatchLosses, LossReport, padded, step_noise
+from dist_vlcl.losses import BatchLosses, LossReport, padded, sample_losses, step_noise
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.statistics import UnitStatistics
 from dist_vlcl.model.units import BRANCHES, FlatUnits, UnitId, freeze
@@ -127,8 +126,8 @@ class HybridStep:
             noise = step_noise(self.towers, self.tokens, positions, key)
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
                 base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, cache_layer=losses.start)
-                logits_BC = self.towers.logit_scale * base["vision"][0][0] @ base["language"][0][0].T
-                loss_sum = F.cross_entropy(logits_BC, labels, reduction="none")[:real].sum()
+                logits_BC = self.towers.logits(base["vision"][0][0], base["language"][0][0])
+                loss_sum = sample_losses(logits_BC, labels, self.towers.config.loss)[:real].sum()
                 # DDP averages gradients over ranks. This factor makes the average the mean over the global batch, however it is divided.
                 self.first.backward(loss_sum * (self.world.data_size / planned))
             losses.add(images, labels, noise, base, real)
@@ -137,7 +136,7 @@ class HybridStep:
         """Return the report so far and the zeroth-order moves, or None for the moves if a loss is not finite."""
         found: list[LossReport] = []
 
-        def evaluate(candidates: Sequence[Candidate]) -> list[float]:
+        def evaluate(candidates: Iterable[Candidate]) -> list[float]:
             found.append(losses(candidates))
             return found[-1].losses
 

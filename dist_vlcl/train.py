@@ -3,9 +3,10 @@
 `--help` lists the options. `--check` validates the options, prints one line and exits: with status 0 if they are valid, otherwise with 2.
 """
 
+import os
 import sys
 
-from dist_vlcl.config import Config, hydra_main, refuse
+from dist_vlcl.config import FULL_ERROR, Config, hydra_main, refuse
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.agree import agree, digest
 from dist_vlcl.dist.world import World
@@ -121,10 +122,11 @@ def check(cfg: Config) -> None:
 
 def run_and_report(cfg: Config) -> None:
     """Train; report the outcome to the user and to the batch script. Exits with status 2 after an error."""
-    world = World.alone()
+    world = World.announced()
     try:
         world = World.from_environment(cfg.cluster)
-        train(cfg, world)
+        with world.collectives("a collective of torch"):  # those that no name was given, such as DeepSpeed's own
+            train(cfg, world)
         if world.is_main:
             report_status("complete")
     except Requeued as stopped:
@@ -134,7 +136,7 @@ def run_and_report(cfg: Config) -> None:
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         world.collectives.stopped(error)  # the others wait for this rank, and can then say why it is gone
         report_failure(error, world.is_main)
-        if cfg.cluster.traceback:
+        if os.environ.get(FULL_ERROR):
             raise
         can_continue = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | FileExistsError)
         advice = "\nRepair the cause; the same command then continues from the newest checkpoint." if can_continue else ""

@@ -36,11 +36,18 @@ check_options() {
     local -A seen=()
     for option in "$@"; do
         [[ $option == -* ]] && continue
-        [[ $option == *=* ]] || fail "$option: options of the trainer are OPTION=VALUE"
+        [[ $option == ?*=* ]] || fail "$option: options of the trainer are OPTION=VALUE"
         key=${option%%=*}
         [[ -z ${seen[$key]:-} ]] || fail "$key is given twice; quote values with { } [ ] or *"
         seen[$key]=yes
     done
+}
+
+# Print the first port from $1 on that nobody listens on at this machine.
+free_port() {
+    local port=$1
+    while (: <>"/dev/tcp/localhost/$port") 2>/dev/null; do port=$((port + 1)); done
+    echo "$port"
 }
 
 default_processes() {

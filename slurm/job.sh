@@ -16,7 +16,7 @@ restarts=${SLURM_RESTART_COUNT:-0}
 processes=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
 number PROCESSES "$processes" 1
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+MASTER_PORT=$(free_port $((10000 + SLURM_JOB_ID % 20000))) # this shell runs on the node of rank 0
 # Rank 0, on this node, writes a status word here, since launchers do not pass on the exit codes of ranks. A rank that meets a damaged shard does,
 # too. Not in /tmp, which a container may not share.
 DIST_VLCL_STATUS=$PWD/.slurm-$job.status

@@ -10,6 +10,13 @@ import torch
 
 torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Undo what a test before may have left: a rank takes all cores. Two threads on busy cores burn many times the time of one."""
+    torch.set_num_threads(1)
+
+
 LONG = (
     "slurm/test_slurm.py",
     "test_faults.py",

@@ -165,9 +165,8 @@ BAD = {
     "zo.epsilon.vision=0": "zo.epsilon.vision=0.0: give a number of at least 1e-07",
     "zo.epsilon.vision=9e-8": "zo.epsilon.vision=9e-08: give a number of at least 1e-07",
     "zo.clip=-1": "zo.clip=-1.0: give a number of more than 0, or null",
-    "zo.probes=0": "zo.probes=0: give a number of at least 1 and at most 254",
-    "zo.probes=255": "at most 254",
-    "zo.lr_scale=-1": "zo.lr_scale=-1.0",
+    "zo.probes=0": "zo.probes=0: give a number of at least 1",
+    "zo.lr_scale=-1": "zo.lr_scale=-1: give a number above 0, or auto",
     "zo.lr_scale=nan": "zo.lr_scale=nan",
     "zo.granularity=joint orders=vision_all": "zo.granularity=joint: moves both branches",
     "adapter.top_k=3": "adapter.top_k=3: choose from 1 to adapter.experts=2",
@@ -248,7 +247,7 @@ def test_a_configuration_of_another_version_is_refused_in_one_sentence(tmp_path,
     except (yaml.YAMLError, AttributeError):
         text = damage
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.yaml is damaged, or of another version of dist_vlcl, which can read it \("):
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
         load_config(tmp_path / "config.yaml")
 
 

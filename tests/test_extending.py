@@ -4,12 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.ranks import run_module
+from tests.helpers.ranks import run_module, warm_python
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 BLOCK = re.compile(r"```(python|yaml|sh)\n(.*?)```", re.DOTALL)
@@ -51,7 +50,10 @@ def on_one_core(folder: Path, *arguments: str, **options) -> subprocess.Complete
     core = min(os.sched_getaffinity(0))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     limits = {"preexec_fn": lambda: os.sched_setaffinity(0, {core}), "timeout": 900, "env": environment, "cwd": folder}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **limits, **options)
+    return subprocess.run([warm_python(), *arguments], capture_output=True, text=True, **limits, **options)
+
+
+OWN = "adapter.kind=parallel_adapter:ParallelConfig"
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +92,11 @@ def test_the_runs_used_what_the_page_made(folder):
 
 
 def test_a_run_with_an_own_adapter_is_evaluated_again_from_its_folder_by_any_number_of_ranks(folder):
+    refused = run_module("dist_vlcl.commands.evaluate", "runs/my-adapter", cwd=folder)
+    assert refused.returncode == 2 and f"To trust them, add: {OWN}" in refused.stderr
     config = folder / "runs/my-adapter/config.yaml"
     config.write_text(config.read_text().replace("direction_groups: 1", "direction_groups: 2"))
     assert "direction_groups: 2" in config.read_text()
-    done = run_module("dist_vlcl.commands.evaluate", "runs/my-adapter", cwd=folder)
+    done = run_module("dist_vlcl.commands.evaluate", "runs/my-adapter", OWN, cwd=folder)
     last = json.loads((folder / "runs/my-adapter/accuracy.json").read_text())["last"]
     assert f"Last {100 * last:.2f}" in done.stdout, done.stderr[-2000:]

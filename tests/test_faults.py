@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,14 +24,15 @@ from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
 from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.run import checkpoint
+from dist_vlcl.run.files import to_line
 from dist_vlcl.run.folder import RunRefused
-from dist_vlcl.run.log import RunLog
+from dist_vlcl.run.log import RunLog, seal
 from dist_vlcl.run.stragglers import slowest_rank
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import main, train
 from dist_vlcl.zo.noise import Key
 from tests.dist.test_hybrid_step import NAMES, STRATEGIES, part_of
-from tests.helpers.ranks import run_module, run_ranks
+from tests.helpers.ranks import run_module, run_ranks, warm_python
 from tests.helpers.tiny_clip import architecture, tiny_clip
 from tests.test_train import configured, records, run_once
 
@@ -240,23 +242,26 @@ def test_other_data_under_the_same_name_are_refused_on_resume(tmp_path):
         train(cfg, World.alone())
 
 
-def test_a_run_from_another_kind_of_device_takes_the_journals_steps_again(tmp_path, data, capsys):
-    """Normal directions differ in their last bits between devices."""
-    whole, moved = (
-        tiny(tmp_path, data, "whole", "orders=dual_all"),
-        tiny(tmp_path, data, "moved", "orders=dual_all", "run.save_every_steps=2"),
-    )
+@pytest.mark.parametrize("start", [0, 2], ids=["before the first checkpoint", "after a checkpoint"])
+def test_the_journal_s_steps_of_another_kind_of_device_are_taken_again(tmp_path, data, capsys, start):
+    """Normal directions differ in their last bits between devices. Here the GPU's steps have other seeds: replaying them would show."""
+    plan = ["orders=dual_all", "run.save_every_steps=2"]
+    whole, moved = tiny(tmp_path, data, "whole", *plan), tiny(tmp_path, data, "moved", *plan)
     train(whole, World.alone())
-    assert run_ranks(plain, 1, moved, 2) == ["requeued"]
-    saved = checkpoint.load_newest(folder_of(moved))
-    checkpoint.save(folder_of(moved), saved.step, saved.tensors, {**saved.state, "device": "cuda"})
-    for file, first in (("journal.jsonl", 0), ("metrics.jsonl", 1)):  # as a step beyond the checkpoint leaves them
-        line = (folder_of(whole) / file).read_text().splitlines()[first + saved.step]
-        with open(folder_of(moved) / file, "a") as lines:
-            lines.write(line + "\n")
+    assert run_ranks(plain, 1, moved, 3) == ["requeued"]
+    for step in checkpoint.saved_steps(folder_of(moved)):
+        if step > start:
+            (folder_of(moved) / f"checkpoints/step-{step:08d}.safetensors").unlink()
+    journal = [{k: v for k, v in line.items() if k != "crc"} for line in records(moved, "journal.jsonl")]
+    for line in journal[start + 1 :]:  # the first step after the checkpoint was taken here, the others on a GPU
+        line |= {"device": "cuda", "seed": line["seed"] + 1}
+    (folder_of(moved) / "journal.jsonl").write_text("".join(to_line(seal(line)) for line in journal))
     train(moved, World.alone())
-    assert "saved on cuda, resumed on cpu" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"the steps from {start + 2} on were taken on cuda, and this start is on cpu" in said
+    assert "1 steps after the checkpoint were restored from the journal" in said
     assert equal(whole, moved)
+    assert records(whole, "journal.jsonl") == records(moved, "journal.jsonl")
 
 
 SECRETS = {"WANDB_API_KEY": "hush-1" + "0" * 34, "HF_TOKEN": "hush-2", "AWS_SECRET_ACCESS_KEY": "hush-3"}
@@ -286,7 +291,7 @@ def test_an_evaluation_that_fails_tells_the_other_ranks_why(tmp_path, monkeypatc
     world, told = World.alone(), []
     monkeypatch.setattr(World, "from_environment", lambda _: world)
     monkeypatch.setattr(world.collectives, "stopped", told.append)
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path), f"data.root={tmp_path}"])
     with pytest.raises(SystemExit, match="2"):
         evaluate.main()
     assert "error on rank 0 of 1: " in (error := capsys.readouterr().err) and "index.json is missing" in error
@@ -341,10 +346,8 @@ def test_a_configuration_that_would_run_code_runs_none(tmp_path, data):
     assert not (tmp_path / "hacked").exists()
 
 
-WITH_ANOTHER_CAPABILITY = """
-import os, sys
-if os.environ["RANK"] == "1":
-    os.environ["ATEN_CPU_CAPABILITY"] = "default"
+TINY_RANK = """
+import sys
 from tests.helpers.tiny_clip import architecture
 sys.argv.append("model.name=" + architecture(3, 3))
 from dist_vlcl.train import main
@@ -353,12 +356,21 @@ main()
 
 
 def test_a_rank_whose_cpu_draws_other_numbers_is_found_at_the_start(tmp_path, data):
-    script = tmp_path / "rank.py"
-    script.write_text(WITH_ANOTHER_CAPABILITY)
+    script, python = tmp_path / "rank.py", tmp_path / "python"
+    script.write_text(TINY_RANK)
+    other = f"ATEN_CPU_CAPABILITY=default exec {shlex.quote(sys.executable)}"
+    python.write_text(f'#!/bin/sh\n[ "$RANK" = 0 ] && exec {warm_python()} "$@"\n{other} "$@"\n')
+    python.chmod(0o755)
     options = [*TINY, "orders=dual_all", "run.trackers=[]", f"run.root={tmp_path}/runs", f"data.root={data}", "cluster.timeout_s=60"]
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), *options],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+            "PYTHON_EXEC": str(python),
+        },
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -405,6 +417,7 @@ def test_ranks_with_other_data_do_not_start(tmp_path, data):
     index = folders[1] / "data/digits/index.json"
     content = json.loads(index.read_text())
     content["shards"]["train"][0][0]["sha256"] = "0" * 64
+    del content["digest"]  # which would show the edit
     index.write_text(json.dumps(content))
     messages = run_ranks(on_its_own_disk, 2, folders, tiny(tmp_path, Path("data"), "run"))
     assert all("the data set: ranks [1] differ from rank 0" in message for message in messages), messages

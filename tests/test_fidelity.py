@@ -199,7 +199,7 @@ def test_the_evaluation_takes_the_quirks_where_it_is_told_and_only_there(root):
         index, tasks, seen = evaluated(configured(root, "data=digits", "tasks.increment=1", *quirks))
         assert all((noise is not None) == bool(quirks) for _, _, noise in seen)
         shown = torch.cat([inputs for branch, inputs, _ in seen[:2] if branch == "vision"])
-        stored = [s for c in tasks.seen(1).classes for shard in index.shards["test"][c] for s in read_shard(index, shard)[0]]
+        stored = [s for c in tasks.seen(1).classes for shard in index.shards["test"][c] for s in read_shard(index, shard)]
         pictures = [decode(s.image, s.key) for s in stored]
         plain = torch.stack([tested(p, None) for p in pictures])
         same = (shown == plain).flatten(1).all(1).float().mean()

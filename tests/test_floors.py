@@ -27,6 +27,8 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("orders", 0),
     ("schedule", 0),
     ("masking", 0),
+    ("reading", 0),
+    ("saved", 1),
     ("options", 0),
     ("model", 0),
     ("dist", 1),
@@ -51,7 +53,7 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("tune", 4),
 ]
 VOCABULARY = {("orders", "model.units")}  # the names of units, which a plan is written in
-EVERYWHERE = {"options"}  # how an option is declared
+EVERYWHERE = {"options", "masking"}  # how an option is declared, and how a text is written
 EMPTY = {"", "continual"}  # packages that hold nothing but a version or a docstring
 ONLY_IN = {
     "torch.distributed": lambda m: _within(m, "dist"),

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from dist_vlcl.masking import masked, masked_command
+from dist_vlcl.masking import masked, masked_command, masked_values
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,14 @@ from dist_vlcl.masking import masked, masked_command
         "curl -u user:hush https://host/{}",
         "curl --user=user:hush https://host/{}",
         "tool --access-token hush {}",
+        "tool --Password hush",
+        '{"api_key": "hush", "a": 1}',
+        "{'my-token': 'hush'}",
+        "X-Auth-Token: hush",
+        "PRIVATE-TOKEN: hush",
+        "authorization: hush",
+        "curl --proxy-user user:hush https://host/{}",
+        "MY_PASSPHRASE=hush",
     ],
 )
 def test_a_secret_is_hidden_and_the_rest_is_not(text):
@@ -36,10 +44,28 @@ def test_a_secret_is_hidden_and_the_rest_is_not(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["zo.epsilon.vision=0.0005 run.keep=2 data.url=https://host/{}", "compass=north bypass=1", "data.passes=2", "rank 0: it stopped"],
+    [
+        "model.tokenizer=simple keys: 3",
+        "zo.epsilon.vision=0.0005 run.keep=2 data.url=https://host/{}",
+        "compass=north bypass=1",
+        "data.passes=2",
+        "rank 0: it stopped",
+    ],
 )
 def test_what_is_no_secret_stays(text):
     assert masked(text) == text
+
+
+def test_the_value_of_a_variable_with_a_telling_name_is_hidden_wherever_it_stands(monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "correct-horse")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "sometimes")
+    monkeypatch.setenv("SHORT_SECRET", "data")  # it may be an ordinary word
+    assert masked("https://host/correct-horse/data is sometimes at correct-horse") == "https://host/***/data is sometimes at ***"
+    assert masked_values({"url": "s3://correct-horse", "access_key": "hush", "n": 1}) == {"url": "s3://***", "access_key": "***", "n": 1}
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert masked("a\x1b]0;x\x07b\x9bm\u202ec\r\n\td") == "a\\x1b]0;x\\x07b\\x9bm\\u202ec\\r\n\td"
 
 
 def test_a_command_hides_what_its_quotes_would_hide_from_us_and_is_else_what_a_shell_takes():

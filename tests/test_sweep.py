@@ -14,11 +14,11 @@ import yaml
 
 from dist_vlcl.commands import sweep, tune
 from dist_vlcl.report.records import read_records
+from tests.helpers.ranks import warm_python
 
 SHORT = ["data=digits", "model=small", "tasks.increment=2", "tasks.order=natural", "tasks.num_tasks=1", "train.max_steps=1"]
 QUIET = ["train.batch_size=16", "eval.zero_shot=false", "run.trackers=[]", "run.progress=false", "cluster.threads=1"]
 QUIET += ["run.plots=false", "run.record_every_steps=0"]
-PYTHON = ["--launcher", sys.executable]
 
 
 def swept(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
@@ -32,7 +32,7 @@ def swept(monkeypatch, capfd, *arguments: str) -> tuple[int, str]:
 def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_sweep_trains_only_it(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    words = ["paper=t1-moe-cifar20-fo,t1-moe-cifar20-dual", *SHORT, *QUIET, *PYTHON]
+    words = ["paper=t1-moe-cifar20-fo,t1-moe-cifar20-dual", *SHORT, *QUIET, "--launcher", warm_python()]
     first, second = (item.folder for item in sweep.prepare(sweep.command_lines(words[:-2])))
     first.mkdir(parents=True)
     (first / "config.yaml").write_text(yaml.safe_dump({"seed": 1}))  # another run's
@@ -53,7 +53,7 @@ def test_a_signal_stops_the_sweep_with_its_run_saved(tmp_path):
     """Slurm's SIGUSR1, to the sweep alone."""
     long = [word for word in SHORT if "max_steps" not in word] + ["train.epochs=1000"]
     command = [
-        sys.executable,
+        warm_python(),
         "-m",
         "dist_vlcl.commands.sweep",
         "paper=t1-moe-cifar20-dual,t1-moe-cifar20-fo",

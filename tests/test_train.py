@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from dist_vlcl.run.folder import RunRefused
 from dist_vlcl.session import Requeued
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import build_step, check_warmup, train
-from tests.helpers.ranks import free_port, run_module, run_ranks
+from tests.helpers.ranks import free_port, run_module, run_ranks, warm_python
 from tests.helpers.tiny_clip import architecture
 
 SMALL_RUN = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=60", "run.trackers=[]", "run.progress=false", "train.warmup_steps=2"]
@@ -60,7 +59,7 @@ def last_tensors(cfg: Config) -> dict[str, torch.Tensor]:
 
 def records(cfg: Config, file: str = "metrics.jsonl") -> list[dict]:
     lines = (Path(cfg.run.root) / cfg.run.name / file).read_text().splitlines()
-    timed = ("time", "seconds", "data_seconds", "images_per_second")
+    timed = ("time", "seconds", "data_seconds", "images_per_second", "crc")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
@@ -177,7 +176,7 @@ SHORT = ["train.max_steps=2", "eval.zero_shot=false", "run.record_every_steps=0"
 
 def launched(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", *arguments]
+    command = [warm_python(), "-m", "accelerate.commands.launch", *arguments]
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -188,6 +187,7 @@ def test_accelerate_launch_trains_on_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 x cpu" in done.stdout and "Done. See runs/launched/summary.md; every step" in done.stdout
     assert done.stdout.count("Done.") == 1  # one rank speaks
+    assert done.stderr == ""  # no warning of torch or accelerate about what is meant to be so
     assert json.loads((tmp_path / "runs/launched/accuracy.json").read_text())["complete"]
     assert {p.name for p in tmp_path.iterdir()} == {"data", "runs"}  # and Hydra leaves nothing behind
 
@@ -271,7 +271,12 @@ def test_check_validates_the_options_and_does_nothing_else(tmp_path):
 
 @pytest.mark.parametrize(
     ("word", "message"),
-    [("orders.layers=[13]", "the language tower has no block 13"), ("train.epochs=0", "train.epochs=0"), ("seed", "seed")],
+    [
+        ("orders.layers=[13]", "the language tower has no block 13"),
+        ("train.epochs=0", "train.epochs=0"),
+        ("data.url=gs://bucket/set", "give a folder, an http(s) address or a `pipe:` command"),
+        ("seed", "seed"),
+    ],
 )
 def test_check_refuses_what_a_job_could_not_do_in_one_line(tmp_path, word, message):
     done = run_module("dist_vlcl.train", "--check", word, cwd=tmp_path)

@@ -14,6 +14,7 @@ from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import held_out_samples, open_tasks, steps_per_epoch
 from dist_vlcl.report.trials import ranked, trial_table
+from tests.helpers.ranks import warm_python
 
 
 def test_held_out_images_are_a_part_of_every_class_and_never_trained_on(tmp_path):
@@ -69,7 +70,7 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
         "run.record_every_steps=0",
         "run.project=https://user:hush@host",
         "--launcher",
-        sys.executable,
+        warm_python(),
     ]
     status, said = tuned(monkeypatch, capfd, *words, "--out", "found")
     assert status == 0 and "3 of 3 to train" in said

@@ -1,15 +1,20 @@
-"""Pre-train the small CLIP that ships with dist_vlcl, on image-caption pairs made from class names.
+"""Pre-train the small CLIP that ships with dist_vlcl, on image-caption pairs made from class names and on rendered characters.
 
-    python tools/pretrain_small_clip.py --data tiny-imagenet-32 --names classnames.json --out small_clip.safetensors
+    python tools/pretrain_small_clip.py --data tiny-imagenet-32 --names tiny-imagenet-200/classnames.json \\
+        --teacher mobilenetv2_100.safetensors --teacher-names imagenet_classnames.json --out small_clip.safetensors
 
-DATA holds one sprite sheet `<wnid>.jpg` of 32x32 tiles per class and a `manifest.json` (tile, columns, tiles per class); NAMES lists
-folder, name and synonyms of every class. Every step pairs a batch of images with one caption per class (a synonym in a template, both
-drawn anew), one caption per everyday group word of `GROUPS` ("dog", "bottle", ...) and, with `--teacher`, captions of ImageNet names
-that an ImageNet network sees in the batch; each image is asked for its own captions among all of them (InfoNCE with soft targets).
-Muon for the matrices of the blocks, AdamW for the rest. Deterministic for a given seed, thread count and torch build; resumes from
-OUT.ckpt.
+DATA holds one sprite sheet `<wnid>.jpg` of 32x32 tiles per class and a `manifest.json` (tile, columns, tiles per class). NAMES lists
+folder, name and synonyms of every class. The teacher is an ImageNet network. Every step pairs images with captions, each in a template
+drawn anew:
 
-The run that made the shipped file is described in dist_vlcl/model/small/README.md.
+- one caption per class (a synonym) and one per everyday group word of `GROUPS` ("dog", "bottle", ...);
+- names of ImageNet classes that the teacher sees in the batch;
+- one caption per digit and letter, for the rendered characters in the batch (tools/rendered_characters.py).
+
+Each image is asked for its own captions among all of them (cross-entropy with soft targets). Muon trains the matrices of the blocks,
+AdamW the rest. The result is the same for a given seed, thread count and torch build, interrupted or not: a second start resumes from
+OUT.ckpt. It takes about two hours on one core.
+dist_vlcl/model/small/README.md describes the run that made the shipped file.
 """
 
 # B images, C captions, D embedding
@@ -25,10 +30,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rendered_characters import CLASSES, DIGITS, Characters
 from safetensors.torch import load_file, save_file
 
 CONFIG = Path(__file__).parents[1] / "dist_vlcl/model/small/small_clip.json"
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+DIGIT_WORDS = ("{}", "digit {}", "number {}", "handwritten digit {}")
 TEMPLATES = ("a photo of a {}.", "a bad photo of a {}.", "a picture of a {}.", "a close photo of the {}.", "a {}.")
 
 # Everyday words for the classes, written by hand: what a caption writer would say who does not know the species or model.
@@ -183,6 +190,13 @@ def in_templates(words: list[str], generator: torch.Generator) -> list[str]:
     return [TEMPLATES[k].format(word) for k, word in zip(drawn, words, strict=True)]
 
 
+def draw_character_captions(generator: torch.Generator) -> list[str]:
+    """Return a caption per class of rendered characters: "a photo of a digit seven.", "a letter b."."""
+    drawn = torch.randint(0, len(DIGIT_WORDS), (len(CLASSES),), generator=generator).tolist()
+    words = [DIGIT_WORDS[k].format(word) if word in DIGITS else f"letter {word}" for k, word in zip(drawn, CLASSES, strict=True)]
+    return in_templates(words, generator)
+
+
 def teacher_labels(images: torch.Tensor, weights: Path, cache: Path) -> torch.Tensor:
     """Return an ImageNet network's class probabilities `[N, 1000]` (fp16) for images enlarged to 128 pixels; kept in `cache`."""
     if cache.exists():
@@ -243,28 +257,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of sprite sheets with manifest.json")
     parser.add_argument("--names", type=Path, required=True, help="classnames.json with folder, name and synonyms")
+    parser.add_argument("--teacher", type=Path, required=True, help="safetensors of timm's mobilenetv2_100, trained on ImageNet")
+    parser.add_argument("--teacher-names", type=Path, required=True, help="classnames.json of its 1,000 classes")
+    parser.add_argument("--teacher-words", type=int, default=100, help="ImageNet names a step, drawn by the batch's mean probability")
     parser.add_argument("--out", type=Path, required=True, help="safetensors file to write (fp16)")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=208, help="natural images a step")
+    parser.add_argument("--characters", type=int, default=48, help="rendered characters a step")
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--held-out", type=int, default=10, help="images per class kept for validation")
-    parser.add_argument("--init", type=Path, help="weights to start from, such as an earlier OUT")
-    parser.add_argument("--teacher", type=Path, help="mobilenetv2_100 safetensors: its probabilities become a third set of captions")
-    parser.add_argument("--teacher-names", type=Path, help="classnames.json of its 1,000 classes")
-    parser.add_argument("--teacher-words", type=int, default=150, help="ImageNet names a step, drawn by the batch's mean probability")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile the vision blocks (15 %% faster, needs a C++ compiler)")
-    parser.add_argument("--max-steps", type=int, help="stop early, for a trial of the speed")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between checkpoints")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
 
     images, labels, wnids = read_sheets(args.data)
     synonyms, groups, member = caption_words(args.names, wnids)
-    taught = teacher_labels(images, args.teacher, args.out.with_suffix(".teacher.pt")) if args.teacher else None
-    names = [entry["name"] for entry in json.loads(args.teacher_names.read_text())] if args.teacher else []
+    taught = teacher_labels(images, args.teacher, args.out.with_suffix(".teacher.pt"))
+    names = [entry["name"] for entry in json.loads(args.teacher_names.read_text())]
+    characters = Characters()
     order = torch.cat([torch.nonzero(labels == c).flatten() for c in range(len(wnids))])
     position_in_class = torch.cat([torch.arange(int((labels == c).sum())) for c in range(len(wnids))])
     held_out = order[position_in_class < args.held_out]
@@ -273,8 +288,6 @@ def main() -> None:
     open_clip.add_model_config(CONFIG)
     model = open_clip.create_model("small_clip", pretrained=None)
     tokenizer = open_clip.get_tokenizer("small_clip")
-    if args.init:
-        model.load_state_dict({name: t.float() for name, t in load_file(args.init).items()}, strict=False)
     if args.compile:
         model.visual.transformer.compile()
     matrices = [p for n, p in model.named_parameters() if "resblocks" in n and p.ndim == 2]
@@ -285,7 +298,6 @@ def main() -> None:
         torch.optim.Muon(matrices, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"),
     ]
     steps_per_epoch = len(train) // args.batch
-    total = args.epochs * steps_per_epoch
     average = {k: v.clone() for k, v in model.state_dict().items()}  # exponential moving average, the weights that ship
 
     def encode_text(captions: list[str]) -> torch.Tensor:
@@ -302,45 +314,40 @@ def main() -> None:
         average, step = saved["average"], saved["step"]
         print(f"resumed at step {step}", flush=True)
 
-    def accuracy(of: torch.Tensor) -> float:
-        backup = {k: v.clone() for k, v in model.state_dict().items()}
+    def accuracy(pixels: torch.Tensor, answers: torch.Tensor, words: list[str]) -> float:
+        """Return the averaged weights' zero-shot accuracy in percent."""
+        current = {k: v.clone() for k, v in model.state_dict().items()}
         model.load_state_dict(average)
         model.eval()
         with torch.inference_mode():
-            text = encode_text([f"a bad photo of a {s[0]}." for s in synonyms])
-            right = sum(
-                int(((model.encode_image(normalise(images[part]), normalize=True) @ text.T).argmax(1) == labels[part]).sum())
-                for part in of.split(500)
-            )
+            text = encode_text([f"a bad photo of a {word}." for word in words])
+            predicted = torch.cat([(model.encode_image(normalise(part), normalize=True) @ text.T).argmax(1) for part in pixels.split(500)])
         model.train()
-        model.load_state_dict(backup)
-        return right / len(of)
+        model.load_state_dict(current)
+        return 100 * float((predicted == answers).float().mean())
 
-    start, losses = time.time(), []
-    while step < min(total, args.max_steps or total):
+    unseen, unseen_labels = characters.draw(3000, torch.Generator().manual_seed(args.seed - 1))
+    digit = unseen_labels < len(DIGITS)
+    start, first, losses = time.time(), step, []
+    while step < args.steps:
         epoch, within = divmod(step, steps_per_epoch)
-        if within == 0 or step == 0 or not losses:
-            permutation = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))]
+        permutation = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed * 1000 + epoch))]
         generator = torch.Generator().manual_seed(args.seed * 10_000_019 + step)
-        lr = args.lr * min((step + 1) / 300, 0.5 * (1 + math.cos(math.pi * step / total)) + 1e-3)
+        lr = args.lr * min((step + 1) / 300, 0.5 * (1 + math.cos(math.pi * step / args.steps)) + 1e-3)
         for group in [group for optimiser in optimisers for group in optimiser.param_groups]:
             group["lr"] = lr
         chosen = permutation[within * args.batch : (within + 1) * args.batch]
-        captions = draw_captions(synonyms, groups, generator)
-        p_BT = torch.zeros(len(chosen), 0)
-        if taught is not None:
-            p_B1000 = taught[chosen].float()
-            subset = torch.multinomial(p_B1000.mean(0), args.teacher_words, generator=generator)
-            captions += in_templates(teacher_words(names, subset, generator), generator)
-            p_BT = p_B1000[:, subset]
-        text_CD = encode_text(captions)
-        image_BD = model.encode_image(augment(images[chosen], generator), normalize=True)
-        logits_BC = model.logit_scale.exp() * image_BD @ text_CD.T
-        target = labels[chosen]
-        log_p_BC = logits_BC.log_softmax(1)
-        loss = -(targets(target, member, p_BT) * log_p_BC).sum(1).mean()
-        with torch.no_grad():
-            leaf = F.cross_entropy(logits_BC[:, : len(synonyms)], target)
+        p_B1000 = taught[chosen].float()
+        subset = torch.multinomial(p_B1000.mean(0), args.teacher_words, generator=generator)
+        captions = draw_captions(synonyms, groups, generator) + in_templates(teacher_words(names, subset, generator), generator)
+        drawn, drawn_labels = characters.draw(args.characters, generator)
+        text_CD = encode_text(captions + draw_character_captions(generator))
+        pixels = torch.cat([augment(images[chosen], generator), normalise(drawn)])
+        image_BD = model.encode_image(pixels, normalize=True)
+        log_p_BC = (model.logit_scale.exp() * image_BD @ text_CD.T).log_softmax(1)
+        natural = F.pad(targets(labels[chosen], member, p_B1000[:, subset]), (0, len(CLASSES)))
+        rendered = F.one_hot(len(captions) + drawn_labels, len(captions) + len(CLASSES)).float()
+        loss = -(torch.cat([natural, rendered]) * log_p_BC).sum(1).mean()
         model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -351,17 +358,19 @@ def main() -> None:
             rate = min(0.998, (step + 1) / (step + 20))
             state = model.state_dict()
             torch._foreach_lerp_([average[k] for k in state], list(state.values()), 1 - rate)
-        losses.append(float(leaf))
+        losses.append(float(loss.detach()))
         step += 1
-        if step % 100 == 0 or step == total:
-            speed = (len(losses) * args.batch) / (time.time() - start)
+        if step % 50 == 0:
+            seconds = (time.time() - start) / (step - first)
             print(
-                f"step {step}/{total} epoch {step / steps_per_epoch:.2f} loss {np.mean(losses[-100:]):.3f} all {float(loss.detach()):.3f} "
-                f"scale {float(model.logit_scale.exp()):.1f} {speed:.0f} img/s, {(total - step) * args.batch / speed / 60:.0f} min left",
+                f"step {step}/{args.steps} loss {np.mean(losses[-50:]):.3f} scale {float(model.logit_scale.exp()):.1f} "
+                f"{seconds:.2f} s a step, {(args.steps - step) * seconds / 60:.0f} min left",
                 flush=True,
             )
-        if step % steps_per_epoch == 0 or step == total:
-            print(f"epoch {step // steps_per_epoch}: held-out top-1 {100 * accuracy(held_out):.2f} %", flush=True)
+        if step % args.save_every == 0 or step == args.steps:
+            of_classes = accuracy(images[held_out], labels[held_out], [s[0] for s in synonyms])
+            of_digits = accuracy(unseen[digit], unseen_labels[digit], [f"handwritten digit {word}" for word in DIGITS])
+            print(f"step {step}: held-out images {of_classes:.2f} %, new rendered digits {of_digits:.2f} %", flush=True)
             temporary = checkpoint.with_suffix(".tmp")
             torch.save(
                 {"model": model.state_dict(), "optimisers": [o.state_dict() for o in optimisers], "average": average, "step": step},

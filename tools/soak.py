@@ -32,12 +32,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tiny CLIP of the tests
 
+from dist_vlcl.reading import read_lines
 from dist_vlcl.run import checkpoint
-from dist_vlcl.run.files import read_lines
 from dist_vlcl.run.log import JOURNAL
 
 AS_A_RANK = "as-a-rank"  # how torchrun is told
-RANKS, GRACE_S, HANG_S, TIMES = 2, 10, 240, ("time", "seconds", "data_seconds", "images_per_second")
+RANKS, GRACE_S, HANG_S, TIMES = 2, 10, 240, ("time", "seconds", "data_seconds", "images_per_second", "crc")
 COMMON = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=32", "train.warmup_steps=2", "eval.zero_shot=false", "run.trackers=[]"]
 COMMON += [
     "run.record_every_steps=0",
@@ -224,7 +224,7 @@ class Tally:
 
 
 def records(folder: Path, file: str) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in TIMES and k != "name"} for record in read_lines(folder / file)]
+    return [{k: v for k, v in record.items() if k not in TIMES and k != "name"} for record in read_lines(folder / file, dict)]
 
 
 def differing(run: Path, reference: Path) -> list[str]:
@@ -256,7 +256,7 @@ def ended(folder: Path) -> bool:
 
 
 def journalled(folder: Path) -> int:
-    return max((record["step"] for record in read_lines(folder / JOURNAL)), default=0)
+    return max((record["step"] for record in read_lines(folder / JOURNAL, dict)), default=0)
 
 
 def strike(start: Start, draw: random.Random, after_s: float, folder: Path, tally: Tally) -> str | None:

@@ -6,6 +6,7 @@ For several processes: accelerate launch -m dist_vlcl.commands.evaluate ...
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_vlcl.config import load_config
@@ -17,35 +18,37 @@ from dist_vlcl.data.shards import Index
 from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.experiment import Experiment, build_towers
-from dist_vlcl.inference import CLASSES, read_trained
-from dist_vlcl.masking import HIDDEN, masked
+from dist_vlcl.inference import WEIGHTS, read_classes, read_trained
+from dist_vlcl.masking import masked
 from dist_vlcl.run import checkpoint
-from dist_vlcl.run.files import read_json
+from dist_vlcl.run.state import TrainState
+from dist_vlcl.saved import digest_of, read_config
 
 EXPLANATION = """
 Loads the adapters of the newest checkpoint and measures the newest row of the accuracy matrix again, on as many ranks as the launcher
 starts. Prints Last, Avg and forgetting in percent. The checkpoint must lie at the end of a task. Nothing in the run folder changes.
 --data measures another data set instead, with all its classes: how much of CLIP's zero-shot accuracy there the training has kept.
+
+The run folder may come from someone else. Its configuration is read as data: code, commands, addresses and absolute paths that it names
+count only if you repeat them as OPTION=VALUE. An error message lists them. Other options that change no result can be given too.
 """
 
 
-def evaluate_run(folder: Path, world: World) -> AccuracyMatrix:
-    """Return the accuracy matrix of a run with its newest row measured again. All ranks call this.
+def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> AccuracyMatrix:
+    """Return the accuracy matrix of a run with its newest row measured again. All ranks call this. `options`: of this command line.
 
-    Raises FileNotFoundError without an intact checkpoint, and ValueError if the checkpoint lies within a task or is of version 0.1.
+    Raises FileNotFoundError without an intact checkpoint. Raises ValueError if the checkpoint lies within a task, is of version 0.1, or was
+    saved with another configuration or other data.
     """
-    cfg = load_config(folder / "config.yaml")
-    if HIDDEN in (cfg.data.url or ""):
-        raise ValueError(
-            f"{folder}/config.yaml: data.url={cfg.data.url!r} had a secret, which was not saved; insert it for this evaluation"
-        )
-    experiment = Experiment.open(cfg, world)
-    saved = world.on_main(lambda: checkpoint.load_newest(folder), "the checkpoint")
+    experiment = Experiment.open(load_config(folder / "config.yaml", options), world)
+    identity = {"config": digest_of(read_config(folder / "config.yaml")), "data": experiment.index.fingerprint}
+    saved = world.on_main(lambda: checkpoint.load_newest(folder, identity), "the checkpoint")
     if saved is None:
         raise FileNotFoundError(f"{folder}/checkpoints has no intact checkpoint; train first")
-    rows = [[tuple(counts) for counts in row] for row in saved.state["accuracy"]]
-    if not rows or saved.state["batch"] or saved.state["epoch"]:
-        raise ValueError(f"{folder}: the newest checkpoint lies within task {saved.state['task'] + 1}; finish the task first")
+    state = TrainState.from_dict(saved.state)
+    rows = [[tuple(counts) for counts in row] for row in state.accuracy]
+    if not rows or state.batch or state.epoch:
+        raise ValueError(f"{folder}: the newest checkpoint lies within task {state.task + 1}; finish the task first")
     adapters = {name.removeprefix("adapters/"): t for name, t in saved.tensors.items() if name.startswith("adapters/")}
     experiment.towers.units.load_state_dict(adapters)
     accuracy = AccuracyMatrix([len(task.classes) for task in experiment.tasks], rows[:-1])
@@ -53,9 +56,9 @@ def evaluate_run(folder: Path, world: World) -> AccuracyMatrix:
     return accuracy
 
 
-def evaluate_elsewhere(folder: Path, location: str, world: World) -> tuple[list[str], Counts, Counts]:
+def evaluate_elsewhere(folder: Path, location: str, world: World, options: Sequence[str] = ()) -> tuple[list[str], Counts, Counts]:
     """Return the class names of other shards, and the counts of correct answers before and after training. All ranks call this."""
-    trained, index = read_trained(folder), Index.load(location)
+    trained, index = read_trained(folder, options=options), Index.load(location)
     cfg, names = trained.cfg, prompt_names(index.class_names)
     towers, loader = build_towers(cfg, world), Loader(index, cfg.data, world.device)
     transform = EvalTransform(towers.image_size)
@@ -68,13 +71,13 @@ def evaluate_elsewhere(folder: Path, location: str, world: World) -> tuple[list[
 def report(options: argparse.Namespace, world: World) -> str:
     """Return what the command prints. All ranks call this."""
     if options.data:
-        names, before, after = evaluate_elsewhere(options.run, options.data, world)
+        names, before, after = evaluate_elsewhere(options.run, options.data, world, options.options)
         old, new = (sum(correct for correct, _ in counts) / sum(total for _, total in counts) for counts in (before, after))
         values, counts = {"zero_shot": old, "accuracy": new, "retention": new - old}, after
     else:
-        accuracy = evaluate_run(options.run, world)
+        accuracy = evaluate_run(options.run, world, options.options)
         counts = accuracy.rows[-1][: sum(accuracy.task_sizes[: len(accuracy.rows)])]
-        names = [name for task in read_json(options.run / CLASSES, []) for name in task] or list(map(str, range(len(counts))))
+        names = [name for names in read_classes(options.run) for name in names] or list(map(str, range(len(counts))))
         values = {"Last": accuracy.last, "Avg": accuracy.average, "forgetting": accuracy.forgetting}
     classes = {name: correct / max(1, total) for name, (correct, total) in zip(names, counts, strict=False)}
     if options.json:
@@ -87,15 +90,15 @@ def main() -> None:
     """Run the command line. Exit status 2 after an error."""
     parser = argparse.ArgumentParser(prog="dist-vlcl evaluate", description=__doc__, epilog=EXPLANATION)
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/NAME")
+    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="what config.yaml may not decide, such as data.root=/data")
     parser.add_argument("--data", metavar="FOLDER", help="the folder or the address of other shards, such as data/cifar100")
     parser.add_argument("--classes", action="store_true", help="also print the accuracy of every class")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with fractions")
-    options = parser.parse_args()
-    folder, world = options.run, World.alone()
+    arguments, world = parser.parse_args(), World.announced()
     try:
-        cluster = load_config(folder / "config.yaml").cluster
-        world = World.from_environment(ClusterConfig(timeout_s=cluster.timeout_s, traceback=cluster.traceback))  # any ranks, any device
-        text = report(options, world)
+        cluster = load_config(arguments.run / "config.yaml", arguments.options, WEIGHTS).cluster
+        world = World.from_environment(ClusterConfig(timeout_s=cluster.timeout_s, threads=cluster.threads))  # any ranks, any device
+        text = report(arguments, world)
         if world.is_main:
             print(text)
     except (OSError, ValueError, RuntimeError) as error:

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 from safetensors.torch import save_file
@@ -12,7 +10,8 @@ from safetensors.torch import save_file
 from dist_vlcl.config import refuse
 from dist_vlcl.inference import ADAPTERS, CLASSES, CONFIG, Trained, read_trained
 from dist_vlcl.model.clip import merge_lora
-from dist_vlcl.run.files import read_json, replace_file
+from dist_vlcl.run.files import replace_file
+from dist_vlcl.saved import read_accuracy
 from dist_vlcl.zo.noise import derive_seed
 
 EXPLANATION = """
@@ -49,8 +48,8 @@ def export(trained: Trained, out: Path, kind: str, name: str) -> None:
 def card(trained: Trained, kind: str, name: str) -> str:
     """Return the model card: what was trained, on what, with which result, and how to load it."""
     cfg, names = trained.cfg, [name for names in trained.tasks for name in names]
-    rows: Mapping[str, Any] = read_json(trained.folder / "accuracy.json", {})
-    is_newest = len(rows.get("rows", ())) == len(trained.tasks) > 0
+    rows = read_accuracy(trained.folder)
+    is_newest = len(rows.get("rows") or ()) == len(trained.tasks) > 0
     facts = {
         "library": "open_clip" if kind == "open_clip" else "dist_vlcl",
         "name": name,
@@ -82,12 +81,13 @@ def main() -> None:
     parser.add_argument("run", help="the folder of a run, such as runs/NAME, or one of its checkpoints")
     parser.add_argument("--to", choices=("adapters", "open_clip"), default="adapters", help="what to write (default: adapters)")
     parser.add_argument("--task", type=int, metavar="N", help="the state after task N (default: the newest checkpoint)")
+    parser.add_argument("--option", action="append", default=[], metavar="OPTION=VALUE", help="what config.yaml may not decide")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: exports/NAME)")
     parser.add_argument("--push", metavar="ORG/NAME", help="also upload the folder to the Hugging Face Hub")
     parser.add_argument("--private", action="store_true", help="with --push: create a private repository")
     options = parser.parse_args()
     try:
-        trained = read_trained(options.run, options.task)
+        trained = read_trained(options.run, options.task, options.option)
         out = options.out or Path("exports") / trained.folder.resolve().name
         export(trained, out, options.to, options.push or out.name)
         print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")

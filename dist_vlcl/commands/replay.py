@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from dist_vlcl.model.units import FlatTensors, UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.log import JOURNAL, read_journal
+from dist_vlcl.saved import digest_of, read_config
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder
 
@@ -35,13 +36,14 @@ class Rebuilt:
     tensors: dict[str, Tensor]  # under their names in a checkpoint
 
 
-def rebuild(folder: Path, start: int | None = None, stop: int | None = None, device: str = "cpu") -> Rebuilt:
+def rebuild(folder: Path, start: int | None = None, stop: int | None = None, device: str = "cpu", options: Sequence[str] = ()) -> Rebuilt:
     """Return the zeroth-order units after step `stop` (default: the journal's last), starting from the checkpoint of step `start`.
 
     Raises ValueError if the run has no such units, or if the journal has a gap between start and stop.
     """
-    cfg = load_config(folder / "config.yaml")
+    cfg = load_config(folder / "config.yaml", options, places=())
     saved = _first_checkpoint(folder, start, stop)
+    checkpoint.check_identity(saved, {"config": digest_of(read_config(folder / "config.yaml"))})
     records = [record for record in read_journal(folder, saved.step) if stop is None or record["step"] <= stop]
     reached = saved.step + len(records)
     if stop is not None and reached < stop:
@@ -92,10 +94,11 @@ def main() -> None:
     )
     parser.add_argument("--stop", type=int, metavar="STEP", help="stop after this step (default: the last one in the journal)")
     parser.add_argument("--device", default="cpu", help="the device on which the run drew its directions: cpu (default) or cuda")
+    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="own classes that config.yaml names, such as zo.estimator=a:B")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the rebuilt units to this safetensors file")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     try:
-        rebuilt = rebuild(options.run, options.start, options.stop, options.device)
+        rebuilt = rebuild(options.run, options.start, options.stop, options.device, options.options)
         if options.output:
             save_file(rebuilt.tensors, options.output)
         saved = checkpoint.load(options.run, rebuilt.stop) if rebuilt.stop in checkpoint.saved_steps(options.run) else None

@@ -15,6 +15,7 @@ import matplotlib
 import pandas as pd
 
 from dist_vlcl.config import compose_config
+from dist_vlcl.masking import masked
 from dist_vlcl.paper import Cell, cell_of, paper_runs, published
 from dist_vlcl.report.figures import STYLE
 from dist_vlcl.report.page import Report
@@ -42,14 +43,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="where to write (default: report)")
     arguments = parser.parse_args()
     if absent := [str(folder) for folder in arguments.runs if not folder.exists()]:
-        parser.error(f"no such folder: {', '.join(absent)}; give run folders, such as runs/*")
+        parser.error(masked(f"no such folder: {', '.join(absent)}; give run folders, such as runs/*"))
     runs, unreadable = run_frame(arguments.runs, realise)
     if runs.empty:
-        parser.error(f"none of these is a run folder: {'; '.join(f'{name}: {why}' for name, why in unreadable.items())}")
+        parser.error(masked(f"none of these is a run folder: {'; '.join(f'{name}: {why}' for name, why in unreadable.items())}"))
     with matplotlib.rc_context(STYLE):
         report = Report(runs, pd.DataFrame(map(asdict, paper_runs().values())), published()["table5_memory_gb"], unreadable)
         report.write(arguments.out)
     print(f"{int(runs.is_complete.sum())} complete runs of {len(runs)}, {len(report.pictures)} pictures: open {arguments.out}/report.html")
+    for name, reason in sorted(report.left_out.items()):
+        print(f"left out: {name} ({reason})")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option
 """
 
 import argparse
+import ctypes
 import os
 import shlex
 import signal
@@ -39,8 +40,8 @@ from dist_vlcl.masking import masked_command
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.paper import catalogue, published, select
-from dist_vlcl.run.files import read_json
 from dist_vlcl.run.signals import Preemption
+from dist_vlcl.saved import read_accuracy
 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 COMPLETE, DONE, FAILED, LEFT = "complete before", "done", "FAILED", "not run"
@@ -55,8 +56,11 @@ class Item:
 
     @property
     def accuracy(self) -> dict:
-        """The contents of accuracy.json; empty if there is none."""
-        return read_json(self.folder / "accuracy.json", {})
+        """The contents of accuracy.json; empty if there is none that can be used."""
+        try:
+            return read_accuracy(self.folder)
+        except (OSError, ValueError):
+            return {}  # the run itself says what is wrong
 
     @property
     def is_complete(self) -> bool:
@@ -127,13 +131,18 @@ def train(command: Sequence[str], stop: Preemption) -> int:
     process = subprocess.Popen(
         command,
         start_new_session=True,  # a signal to our process group then reaches the ranks once, through us
-        preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),  # it would end a launcher; the trainer has its own handler
+        preexec_fn=_prepare_child,
     )
     while process.poll() is None and not stop.requested:
         time.sleep(0.1)
     if stop.requested:
         process.terminate()
     return process.wait()
+
+
+def _prepare_child() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end a launcher; the trainer has its own handler
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: the run saves and stops if this process is killed
 
 
 def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) -> dict[Item, str]:

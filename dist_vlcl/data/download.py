@@ -8,7 +8,8 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable
-from urllib.parse import urlparse
+from typing import Any
+from urllib.parse import urljoin, urlparse
 from urllib.request import url2pathname
 
 from dist_vlcl.masking import masked
@@ -23,21 +24,26 @@ log = logging.getLogger(__name__)
 def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, timeout_s: float = 120) -> bytes:
     """Return the content of a local file or an http(s) address, or the output of a `pipe:` command; at most `limit` bytes.
 
-    Raises OSError if it cannot be read, from http(s) and a `pipe:` within `timeout_s` seconds. Raises ValueError for another kind of
-    address, and for a command that `allow_pipe` does not allow.
+    Raises OSError if it cannot be read, from http(s) and a `pipe:` within `timeout_s` seconds, and ValueError as `check_scheme` does.
     """
     parts = urlparse(url)
+    check_scheme(url, allow_pipe)
     if parts.scheme in ("http", "https"):
         return _with_retries(lambda deadline: _get(url, limit, timeout_s * SILENCE, deadline), url, timeout_s)
     if parts.scheme in ("", "file"):
         with open(url2pathname(parts.path) if parts.scheme else url, "rb") as file:
             return file.read(limit)
-    if parts.scheme != "pipe":
-        raise ValueError(f"data.url={masked(url)!r}: give a folder, an http(s) address or a `pipe:` command")
-    if not allow_pipe:
-        raise ValueError(f"data.url={masked(url)!r}: reading this runs a command; set data.allow_pipe=true to allow it")
     command = url.removeprefix("pipe:")
     return _with_retries(lambda _: _run(command, limit, timeout_s / COMMAND_ATTEMPTS), url, timeout_s, COMMAND_ATTEMPTS)
+
+
+def check_scheme(url: str, allow_pipe: bool) -> None:
+    """Raise ValueError for a kind of address that cannot be read, and for a command that `allow_pipe` does not allow."""
+    scheme = urlparse(url).scheme
+    if scheme not in ("", "file", "http", "https", "pipe"):
+        raise ValueError(f"data.url={masked(url)!r}: give a folder, an http(s) address or a `pipe:` command")
+    if scheme == "pipe" and not allow_pipe:
+        raise ValueError(f"data.url={masked(url)!r}: reading this runs a command; set data.allow_pipe=true to allow it")
 
 
 def _with_retries(read: Callable[[float], bytes], url: str, timeout_s: float, attempts: float = math.inf) -> bytes:
@@ -75,6 +81,7 @@ def _get(url: str, limit: int | None, silence_s: float, deadline: float) -> byte
     with requests.Session() as session:
         certificates = ssl.get_default_verify_paths()
         session.verify = certificates.cafile or certificates.capath or True  # the system's or SSL_CERT_FILE, not only those of requests
+        session.hooks["response"].append(_refuse_other_host)
         with session.get(url, stream=True, timeout=wait_s, headers={"Accept-Encoding": "identity"}) as response:
             response.raise_for_status()
             while limit is None or len(content) < limit:
@@ -89,6 +96,16 @@ def _get(url: str, limit: int | None, silence_s: float, deadline: float) -> byte
                     break
                 content += piece
     return bytes(content[:limit])
+
+
+def _refuse_other_host(response: Any, **_: Any) -> None:
+    """Raise InvalidURL, which no other attempt follows, for a redirect to another host or from https to http."""
+    from requests.exceptions import InvalidURL
+
+    to, of = urlparse(urljoin(response.url, response.headers.get("Location", ""))), urlparse(response.url)
+    is_same = (to.scheme, to.netloc) == (of.scheme, of.netloc) or (to.scheme == "https" and to.hostname == of.hostname)
+    if response.is_redirect and not is_same:
+        raise InvalidURL(f"redirects to {to.scheme}://{to.hostname}; give that address as data.url, or use 'pipe:curl -L ADDRESS'")
 
 
 def _run(command: str, limit: int | None, timeout_s: float) -> bytes:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dist_vlcl.data.images import is_ppm, ppm
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, is_ppm, log, ppm, read_shard
+from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, log, read_shard
 from dist_vlcl.data.tasks import SampleId, Task, generator, plain_order, rank_slice, train_order
 from dist_vlcl.data.transforms import Transform
 
@@ -117,12 +118,9 @@ class Reader(Dataset[Batch]):
         return Batch(stacked, *places, request.count, request.index, keys)
 
     def image(self, request: Request, sample: SampleId) -> tuple[str, np.ndarray]:
-        """Return key and pixels, uint8 [H, W, 3].
-
-        Raises ShardError if the sample cannot be read, and with `is_strict` also if anything else is wrong with its shard.
-        """
+        """Return key and pixels, uint8 [H, W, 3]. Raises ShardError if anything is wrong with the sample or its shard."""
         stored, problem, _ = self._shard(request, sample)
-        if problem and (self.is_strict or sample.position >= len(stored)):
+        if problem:
             raise type(problem)(f"{problem}; needed: sample {sample.position}")
         key, data = stored[sample.position]
         pixels = decode(data, key)
@@ -135,13 +133,15 @@ class Reader(Dataset[Batch]):
         name = (request.split, sample.class_id, sample.shard)
         cached = self._shards.get(name)
         if cached and cached.problem and cached.pass_index != request.pass_index:
-            self.bytes -= self._shards.pop(name).bytes  # try again: the network may have been down
-            cached = None
+            cached = None  # try again: the network may have been down
         if cached is None:
             shard = self.index.shards[request.split][sample.class_id][sample.shard]
-            cached = self._shards[name] = CachedShard(*read_shard(self.index, shard), request.pass_index)
-            if cached.problem:
-                log.warning("%s", cached.problem)
+            try:
+                cached = CachedShard(read_shard(self.index, shard), None, request.pass_index)
+            except ShardError as error:
+                cached = CachedShard([], error.with_traceback(None), request.pass_index)
+                log.warning("%s", error)
+            self._shards[name] = cached
             self.bytes += cached.bytes
             while self.bytes > self.limit and len(self._shards) > request.min_shards:
                 self.bytes -= self._shards.popitem(last=False)[1].bytes

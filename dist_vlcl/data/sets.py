@@ -3,10 +3,8 @@
 import io
 import json
 import re
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -14,14 +12,16 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from dist_vlcl.data.files import ReadFile, new_folder, open_source
+from dist_vlcl.data.images import IMAGE_SUFFIXES
 from dist_vlcl.data.names import known_classes
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.tasks import generator
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test"}
 CIFAR_FOLDER = "cifar-100-python"
 ARCHIVES = {  # address and MD5
+    "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
     "tiny_imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
     "imagenet_r": ("https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar", "a61312130a589d0ca1a8fca1f2bd3337"),
 }
@@ -35,7 +35,8 @@ class RawSample(NamedTuple):
     class_id: int
     key: str
     suffix: str
-    read: Callable[[], bytes]
+    read: ReadFile
+    path: str = ""  # in the source
 
 
 class RawSet(NamedTuple):
@@ -48,12 +49,16 @@ class Found(NamedTuple):
 
     split: str | None
     folder: str  # of its class
-    path: str
-    read: Callable[[], bytes]
+    path: str  # in the source, or `test:` and the path in test_source
+    read: ReadFile
 
     @property
     def short(self) -> str:
         return f"{self.folder}/{PurePosixPath(self.path).name}"
+
+    @property
+    def key(self) -> str:
+        return re.sub(r"\.[^./]+$", "", self.short)
 
 
 def read_raw(data: DataConfig) -> RawSet:
@@ -73,7 +78,7 @@ def read_raw(data: DataConfig) -> RawSet:
     class_ids = {name: class_id for class_id, name in enumerate(classes)}
     split_of = _splits(found, data)
     samples = [
-        RawSample(split_of[image.path], class_ids[image.folder], re.sub(r"\.[^./]+$", "", image.short), _suffix(image.path), image.read)
+        RawSample(split_of[image.path], class_ids[image.folder], image.key, _suffix(image.path), image.read, image.path)
         for image in sorted(found, key=lambda image: (image.short, image.path))
         if image.path in split_of
     ]
@@ -105,12 +110,14 @@ def cifar100(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """The official archive, downloaded or given, or images below `<class>/`."""
     downloads = Path(data.root) / "downloads"
     source = Path(data.source or downloads)
+    if data.source is None and not (downloads / CIFAR_FOLDER).is_dir():
+        source = _download(data)
     if source.name == f"{CIFAR_FOLDER}.tar.gz" and source.is_file():
         _unpack_cifar(source, downloads)
         source = downloads
     elif source.name == CIFAR_FOLDER and (source / "train").is_file():
         source = source.parent  # the unpacked folder itself was given
-    if data.source and not (source / CIFAR_FOLDER).is_dir():
+    if not (source / CIFAR_FOLDER).is_dir():
         return known_images(data, source)
     classes = known_classes("cifar100")
     return [image for split in ("train", "test") for image in _official_cifar(source, split, list(classes))], classes
@@ -179,7 +186,8 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
         elif split is None:
             raise ValueError(f"data.split_file={split_file!r}: the first line must be `train` or `test`, not {line!r}")
         else:
-            listed[line] = split
+            if listed.setdefault(line, split) != split:
+                raise ValueError(f"data.split_file={split_file!r}: lists {line!r} for training and for testing")
     paths = {image.short: image.path for image in found}
     if missing := [name for name in listed if name not in paths]:
         raise ValueError(f"data.split_file={split_file!r}: {len(missing)} of its images are not in the source, such as {missing[0]}")
@@ -188,44 +196,12 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
 
 def _read_class_names(path: str) -> dict[str, str]:
     try:
-        return {entry["folder"]: entry["name"] for entry in json.loads(Path(path).read_text(encoding="utf-8"))}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        return {str(entry["folder"]): str(entry["name"]) for entry in json.loads(Path(path).read_text(encoding="utf-8"))}
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'data.class_names={path!r}: not a JSON list of {{"folder": ..., "name": ...}} ({error!r})') from None
 
 
 # Find images in sources
-
-
-def open_source(path: Path) -> dict[str, Callable[[], bytes]]:
-    """Return path -> function that reads the file, for every file of a folder, .tar or .zip. Nothing is unpacked.
-
-    Raises FileNotFoundError, or ValueError for a file without random access, such as a compressed tar.
-    """
-    if path.is_dir():
-        return {file.relative_to(path).as_posix(): file.read_bytes for file in path.rglob("*") if file.is_file()}
-    if not path.exists():
-        raise FileNotFoundError(f"data.source={str(path)!r}: no such file or folder")
-    if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)
-        return {name: partial(_read_zipped, archive, name) for name in archive.namelist() if not name.endswith("/")}
-    try:
-        tar = tarfile.open(path, "r:")  # noqa: SIM115 - it stays open while its images are read
-    except tarfile.ReadError:
-        raise ValueError(f"data.source={str(path)!r}: neither a folder, a .zip nor an uncompressed .tar; unpack it first") from None
-    return {member.name: partial(_read_tarred, tar, member) for member in tar if member.isreg()}
-
-
-def _read_tarred(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None  # only regular files are listed
-    return file.read()
-
-
-def _read_zipped(archive: zipfile.ZipFile, name: str) -> bytes:
-    try:
-        return archive.read(name)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{archive.filename}: damaged at {name!r} ({error}); get the archive again") from error
 
 
 def _find_images(data: DataConfig, source: Path, known: Mapping[str, str] | None = None) -> list[Found]:
@@ -236,9 +212,7 @@ def _find_images(data: DataConfig, source: Path, known: Mapping[str, str] | None
 
 
 def _parts(data: DataConfig, source: Path) -> list[tuple[str | None, Path]]:
-    """Return sources and their splits: two given ones, train.tar beside test.tar, or one source that may hold both."""
-    if data.test_source:
-        return [("train", source), ("test", Path(data.test_source))]
+    """Return sources and their splits: train.tar beside test.tar, or one source that may hold both."""
     for test in ("test", "val"):
         for suffix in (".tar", ".zip"):
             train_file, test_file = source / f"train{suffix}", source / f"{test}{suffix}"
@@ -247,7 +221,7 @@ def _parts(data: DataConfig, source: Path) -> list[tuple[str | None, Path]]:
     return [(None, source)]
 
 
-def _images_of(split: str | None, files: Mapping[str, Callable[[], bytes]], known: Mapping[str, str] | None) -> Iterable[Found]:
+def _images_of(split: str | None, files: Mapping[str, ReadFile], known: Mapping[str, str] | None) -> Iterable[Found]:
     annotated = _annotations(files)
     for name in sorted(files):
         *parents, file = PurePosixPath(name).parts
@@ -259,17 +233,19 @@ def _images_of(split: str | None, files: Mapping[str, Callable[[], bytes]], know
             continue
         above = parents if name in annotated else parents[: places[-1]]  # not the class folder: CIFAR-100 has a class called train
         own_split = next((SPLIT_FOLDERS[part] for part in above if part in SPLIT_FOLDERS), None)
-        yield Found(split or own_split, annotated.get(name) or parents[places[-1]], f"{split}:{name}", files[name])
+        yield Found(split or own_split, annotated.get(name) or parents[places[-1]], f"{split}:{name}" if split else name, files[name])
 
 
-def _annotations(files: Mapping[str, Callable[[], bytes]]) -> dict[str, str]:
+def _annotations(files: Mapping[str, ReadFile]) -> dict[str, str]:
     """Return image -> class folder from Tiny-ImageNet's val_annotations.txt; empty without that file."""
     annotated = {}
     for name in files:
         path = PurePosixPath(name)
-        for line in files[name]().decode().splitlines() if path.name == "val_annotations.txt" else ():
-            image, wnid, *_ = line.split("\t")
-            annotated[(path.parent / "images" / image).as_posix()] = wnid
+        for line in files[name]().decode(errors="replace").splitlines() if path.name == "val_annotations.txt" else ():
+            image, tab, rest = line.partition("\t")
+            if not tab:
+                raise ValueError(f"{name}: {line!r} is not an image, a tab and a class; get the data set again")
+            annotated[(path.parent / "images" / image).as_posix()] = rest.partition("\t")[0]
     return annotated
 
 
@@ -281,6 +257,7 @@ def _suffix(name: str) -> str:
 
 
 def _download(data: DataConfig) -> Path:
+    """Return the official archive. torchvision downloads it again if it is incomplete."""
     from torchvision.datasets.utils import download_url
 
     (url, md5), downloads = ARCHIVES[data.reader_name], Path(data.root) / "downloads"
@@ -292,19 +269,22 @@ def _download(data: DataConfig) -> Path:
 
 
 def _unpack_cifar(archive: Path, folder: Path) -> None:
-    from torchvision.datasets import CIFAR100
     from torchvision.datasets.utils import calculate_md5, extract_archive
 
-    if (found := calculate_md5(archive)) != CIFAR100.tgz_md5:
-        raise ValueError(f"data.source={str(archive)!r}: damaged, or not the official archive: MD5 {found}, not {CIFAR100.tgz_md5}")
-    extract_archive(str(archive), str(folder))
+    if (found := calculate_md5(archive)) != (official := ARCHIVES["cifar100"][1]):
+        raise ValueError(f"data.source={str(archive)!r}: damaged, or not the official archive: MD5 {found}, not {official}")
+    with suppress(FileExistsError), new_folder(folder / CIFAR_FOLDER) as unpacked:
+        extract_archive(str(archive), str(unpacked))
+        for file in (unpacked / CIFAR_FOLDER).iterdir():
+            file.rename(unpacked / file.name)
+        (unpacked / CIFAR_FOLDER).rmdir()
 
 
 def _official_cifar(folder: Path, split: str, class_names: list[str]) -> Iterable[Found]:
     from torchvision.datasets import CIFAR100
 
     try:  # torchvision checks the MD5 of the files before it opens a pickle
-        images = CIFAR100(str(folder), train=split == "train", download=not (folder / CIFAR_FOLDER).is_dir())
+        images = CIFAR100(str(folder), train=split == "train")
     except RuntimeError as error:
         raise ValueError(f"{folder / CIFAR_FOLDER}: damaged, or not the official files ({error}); remove it and get them again") from error
     for number, (pixels, label) in enumerate(zip(images.data, images.targets, strict=True)):

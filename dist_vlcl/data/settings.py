@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from dist_vlcl.data.download import check_scheme
 from dist_vlcl.options import option
 
 READERS = ("digits", "cifar100", "tiny_imagenet", "imagenet_r", "folder")
@@ -19,7 +20,6 @@ class DataConfig:
     root: str = option("data", "Folder for shards and downloads, relative to the working directory.")
     url: str | None = option(None, "Folder or http(s) address of the shards instead of root/name; `{}` in it stands for a shard's path.")
     source: str | None = option(None, "The raw data set: a folder, .tar or .zip; null downloads it where the reader can.")
-    test_source: str | None = option(None, "The raw test images, where they are not in the same source as the training images.")
     test_fraction: float = option(0.2, "Part of each class used for testing, for a source without a split.", above=0, below=1)
     split_file: str | None = option(None, "Text file: `train`, image paths, `test`, image paths; it replaces test_fraction.")
     split_seed: int = option(0, "Seed of the random split into training, test and held-out images.")
@@ -27,14 +27,16 @@ class DataConfig:
     underscore_names: bool = option(False, "Keep underscores of class names in prompts, as the baseline's code does.")
     samples_per_shard: int = option(64, "Most samples in a shard; the shards of a class differ by at most one sample.", min=1)
     encoding: str = option("auto", "Images in shards: original files or pixels; auto: pixels if images are small.", choices=ENCODINGS)
-    on_error: str = option("stop", "A damaged shard or image stops the run, or its samples are skipped and logged.", choices=ON_ERROR)
+    on_error: str = option("stop", "A damaged shard or image stops the run or the build, or is skipped and logged.", choices=ON_ERROR)
     allow_pipe: bool = option(False, "Allow a url that runs a command, such as `pipe:aws s3 cp s3://bucket/set/{} -`.")
     timeout_s: float = option(120, "Seconds to read one shard from http(s) or a `pipe:`, all attempts together.", above=0)
     num_workers: int | None = option(None, "Loading processes of each rank; null: up to 4 for a GPU, none for a CPU.", min=0)
     cache_gib: float = option(1.0, "Memory of each rank for images that are used again, in GiB.", min=0)
 
     def check(self) -> None:
-        """Raise ValueError for a name that cannot be a folder, or that needs a reader."""
+        """Raise ValueError for a name that cannot be a folder, or that needs a reader, and for an address that cannot be read."""
+        if self.url:
+            check_scheme(self.url, self.allow_pipe)
         if self.name in ("", ".", "..") or "/" in self.name:
             raise ValueError(f"data.name={self.name!r}: give a plain folder name")
         if self.reader_name not in READERS:

@@ -15,33 +15,37 @@ import io
 import json
 import logging
 import math
+import os
 import re
-import shutil
-import tarfile
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
-from PIL import Image
 
 from dist_vlcl.data.download import read_bytes
-from dist_vlcl.data.sets import IMAGE_SUFFIXES, RawSample, RawSet, read_raw
+from dist_vlcl.data.files import END_BYTES, new_folder, tar_members
+from dist_vlcl.data.images import IMAGE_SUFFIXES, PIXELS, open_image, ppm
+from dist_vlcl.data.sets import RawSample, RawSet, read_raw
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.tasks import rank_slice
 from dist_vlcl.masking import masked
 
 FORMAT = 1
 SPLITS = ("train", "test")
-MAX_PIXELS = 1 << 26  # a decompression bomb has few bytes and billions of pixels
 MAX_INDEX_BYTES = 1 << 28
-PIXELS = "ppm"  # images stored as pixels: binary PPM, a short header and H x W x 3 bytes, which any viewer opens
-PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
-SHARD_PATH = re.compile(r"(train|test)/\d{4,}-\d{3,}\.tar")
+MAX_SHARD_BYTES = 1 << 32
+MIN_SAMPLE_BYTES = 4 * 512  # in a tar: header and content of the label and of the image
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # in a name: what terminals obey and what UTF-8 cannot hold
+MAX_THREADS = 8
+MAX_NAMED = 20  # bad images in a message
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # key and suffix: the suffix begins at the first dot of the file's name
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # wraps a list of pieces of work, to show progress
@@ -62,29 +66,12 @@ class StoredSample(NamedTuple):
     image: bytes
 
 
-# Images
-
-
-def is_ppm(data: bytes) -> bool:
-    return data.startswith(b"P6")
-
-
 def decode(data: bytes, key: str) -> np.ndarray:
-    """PNG, JPEG, WebP or our PPM -> RGB pixels, uint8 [H, W, 3]. Raises ShardError for anything else."""
+    """Image -> RGB pixels, uint8 [H, W, 3]. Raises ShardError that names the image if it cannot be opened."""
     try:
-        if header := PPM_HEADER.match(data):  # 80 times faster than Pillow
-            return np.frombuffer(data, np.uint8, offset=header.end()).reshape(int(header[2]), int(header[1]), 3)
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-        return np.asarray(image.convert("RGB"))
-    except Exception as error:  # Pillow raises many types of errors for damaged bytes
-        raise ShardError(f"{key}: no image: {error}") from error
-
-
-def ppm(pixels: np.ndarray) -> bytes:
-    """Pixels, uint8 [H, W, 3] -> PPM, which needs no decoding."""
-    return b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
+        return open_image(data)
+    except ValueError as error:
+        raise ShardError(f"{key}: {error}") from error
 
 
 # The index
@@ -101,10 +88,21 @@ class Shard:
     def class_id(self) -> int:
         return int(Path(self.path).name.split("-")[0])
 
+    def check(self, path: str) -> None:
+        """Raise ValueError if the entry is not one of the shard at `path`."""
+        # an index from elsewhere must not name a file outside its folder or a command for the shell of a `pipe:`
+        if self.path != path:
+            raise ValueError(f"names {self.path!r} in the place of {path}")
+        are_whole = type(self.count) is type(self.bytes) is int
+        if not are_whole or not 0 < MIN_SAMPLE_BYTES * self.count <= self.bytes - END_BYTES <= MAX_SHARD_BYTES:
+            raise ValueError(f"{path}: {self.count!r} samples in {self.bytes!r} bytes; both must be whole numbers that a shard can have")
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"{path}: {self.sha256!r} is no SHA-256")
+
 
 @dataclass(frozen=True)
 class Index:
-    """The classes of a data set, and the shards of each split and class."""
+    """The classes of a data set, and the shards of each split and class. Raises ValueError for a content that no data set has."""
 
     name: str
     reader: str
@@ -114,6 +112,17 @@ class Index:
     location: str
     allow_pipe: bool = False
     timeout_s: float = 120  # to read one shard from http(s) or a pipe:, all attempts together
+
+    def __post_init__(self) -> None:
+        texts = (self.name, self.reader, *self.class_names, *self.encodings)
+        if wrong := [text for text in texts if not isinstance(text, str) or CONTROL.search(text)]:
+            raise ValueError(f"{wrong[0]!r} is not a name: give text without control characters")
+        for split in SPLITS:
+            if len(self.shards[split]) != len(self.class_names):
+                raise ValueError(f"{len(self.class_names)} names, but {split} shards for {len(self.shards[split])} classes")
+            for class_id, of_class in enumerate(self.shards[split]):
+                for number, shard in enumerate(of_class):
+                    shard.check(shard_path(split, class_id, number))
 
     @property
     def fingerprint(self) -> str:
@@ -130,20 +139,33 @@ class Index:
         return sum(sum(sizes) for sizes in self.sizes(split, classes).values())
 
     def verify(self, track: Track = iter) -> None:
-        """Read every shard. Raises ShardError that names the shards whose samples or bytes differ from the index."""
+        """Read every shard and open every image. Raises ShardError that names the shards that are not as they were written."""
         shards = [shard for split in SPLITS for of_class in self.shards[split] for shard in of_class]
-        problems = [str(problem) for _, problem in (read_shard(self, shard) for shard in track(shards)) if problem]
+        problems = list(filter(None, _in_threads(self._problem, shards, track)))
         if problems:
             raise ShardError(f"{len(problems)} of {len(shards)} shards are damaged:\n" + "\n".join(problems))
+
+    def _problem(self, shard: Shard) -> str | None:
+        try:
+            for key, image in read_shard(self, shard):
+                decode(image, f"{shard.path}: {key}")
+        except ShardError as error:
+            return str(error)
+        return None
 
     def _text(self) -> str:
         content = {"format": FORMAT, **asdict(self)}
         del content["location"], content["allow_pipe"], content["timeout_s"]
         return json.dumps(content, indent=1, sort_keys=True)
 
+    def save(self, folder: Path) -> None:
+        """Write index.json, with its fingerprint as its digest."""
+        content = {**json.loads(self._text()), "digest": self.fingerprint}
+        (folder / "index.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
     @classmethod
     def load(cls, location: str, allow_pipe: bool = False, timeout_s: float = 120) -> "Index":
-        """Read index.json below a folder or address. Raises OSError, or ValueError if it is not an index of this format."""
+        """Read index.json below a folder or address. Raises OSError, or ValueError for another format or content than was written."""
         url = _address(location, "index.json")
         try:
             text = read_bytes(url, allow_pipe, MAX_INDEX_BYTES, timeout_s)
@@ -153,13 +175,14 @@ class Index:
             content = json.loads(text)
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
-            names = tuple(content["class_names"])
-            shards = {split: tuple(tuple(map(_checked, of_class)) for of_class in content["shards"][split]) for split in SPLITS}
-            if any(len(shards[split]) != len(names) for split in SPLITS):
-                raise ValueError(f"{len(names)} names, but shards for {[len(shards[split]) for split in SPLITS]} classes")
-            encodings = tuple(content["encodings"])
-            return cls(content["name"], content["reader"], names, encodings, shards, location, allow_pipe, timeout_s)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            digest = content.pop("digest", None)  # no digest before version 0.2
+            shards = {split: tuple(tuple(Shard(**e) for e in of_class) for of_class in content["shards"][split]) for split in SPLITS}
+            names, encodings = tuple(content["class_names"]), tuple(content["encodings"])
+            index = cls(content["name"], content["reader"], names, encodings, shards, location, allow_pipe, timeout_s)
+            if json.loads(index._text()) != content or digest not in (None, index.fingerprint):
+                raise ValueError("the content is not the one that was written")
+            return index
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(masked(f"{url}: damaged ({type(error).__name__}: {error}); copy it, or build the shards, again")) from error
 
 
@@ -167,14 +190,8 @@ def _address(location: str, path: str) -> str:
     return location.replace("{}", path) if "{}" in location else f"{location.rstrip('/')}/{path}"
 
 
-def _checked(entry: dict[str, Any]) -> Shard:
-    shard = Shard(**entry)
-    # an index from elsewhere must not name a file outside its folder or a command for the shell of a `pipe:`
-    if not SHARD_PATH.fullmatch(shard.path):
-        raise ShardError(f"index.json names {shard.path!r}: the path of a shard has the form train/0003-000.tar")
-    if not type(shard.count) is type(shard.bytes) is int:
-        raise TypeError(f"{shard.path}: count and bytes must be whole numbers")
-    return shard
+def shard_path(split: str, class_id: int, number: int) -> str:
+    return f"{split}/{class_id:04d}-{number:03d}.tar"
 
 
 def open_index(data: DataConfig) -> Index:
@@ -188,7 +205,8 @@ def open_index(data: DataConfig) -> Index:
     if not (folder / "index.json").exists():
         if data.reader_name != "digits":
             raise FileNotFoundError(f"{folder}/index.json is missing; build the shards first:\n  {build_command(data)}")
-        make_shards(data)
+        with suppress(FileExistsError):  # another process has built them
+            make_shards(data)
     return Index.load(str(folder))
 
 
@@ -220,50 +238,68 @@ def make_shards(data: DataConfig, track: Track = iter) -> Index:
 def write_shards(raw: RawSet, data: DataConfig, track: Track = iter) -> Index:
     """Write the shards and index of a raw data set into the folder root/name, which appears complete or not at all.
 
-    Equal images give equal bytes. If another process finishes first, its folder stays.
+    Equal images give equal bytes. Raises ShardError that names the images that cannot be opened; with data.on_error=skip they are left out.
+    Raises FileExistsError if the folder exists.
     """
-    folder = Path(data.root) / data.name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     by_class: dict[tuple[str, int], list[RawSample]] = defaultdict(list)
     for sample in raw.samples:
         by_class[sample.split, sample.class_id].append(sample)
-    classes = range(len(raw.class_names))
-    work = [(split, class_id) for split in SPLITS for class_id in classes]
+    work = [(split, class_id, by_class[split, class_id]) for split in SPLITS for class_id in range(len(raw.class_names))]
     encodings = (PIXELS,) if data.stores_pixels else tuple(sorted({sample.suffix for sample in raw.samples}))
-    try:
-        written = {(split, number): _write_class(aside, split, number, by_class[split, number], data) for split, number in track(work)}
-        shards = {split: tuple(written[split, class_id] for class_id in classes) for split in SPLITS}
-        index = Index(data.name, data.reader_name, tuple(raw.class_names), encodings, shards, str(folder))
-        (aside / "index.json").write_text(index._text() + "\n", encoding="utf-8")
-        aside.chmod(0o755)  # mkdtemp allows only the owner
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not (folder / "index.json").exists():
-                raise FileExistsError(f"{folder} exists and holds no index.json: remove it, or choose another data.root") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    target, names = Path(data.root) / data.name, tuple(raw.class_names)
+    index = Index(data.name, data.reader_name, names, encodings, {split: ((),) * len(names) for split in SPLITS}, str(target))
+    with new_folder(target) as folder:
+        written = list(_in_threads(partial(_write_class, folder, data), work, track))
+        if bad := [problem for _, problems in written for problem in problems]:
+            message = f"{len(bad)} of {len(raw.samples)} images cannot be opened:\n" + "\n".join(bad[:MAX_NAMED])
+            if data.on_error == "stop":
+                raise ShardError(f"{message}\nReplace or remove them, or set data.on_error=skip to leave them out")
+            log.warning("left out: %s", message)
+        for (split, class_id, samples), (shards, _) in zip(work, written, strict=True):
+            if samples and not shards:
+                raise ShardError(f"class {raw.class_names[class_id]!r} has no {split} image that can be opened")
+        found = iter([shards for shards, _ in written])
+        index = replace(index, shards={split: tuple(islice(found, len(raw.class_names))) for split in SPLITS})
+        index.save(folder)
     return index
 
 
-def _write_class(folder: Path, split: str, class_id: int, samples: Sequence[RawSample], data: DataConfig) -> tuple[Shard, ...]:
-    """Write the shards of one class. They have equal sizes, so that each window of train_order mixes the classes in equal parts."""
+def _in_threads(function: Callable[[Any], Any], work: Sequence[Any], track: Track) -> Iterator[Any]:
+    """Yield function(item) for every item, in order. Pillow and hashlib let several threads work at once."""
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
+        for _, result in zip(track(work), pool.map(function, work), strict=True):
+            yield result
+
+
+def _write_class(folder: Path, data: DataConfig, of_class: tuple[str, int, Sequence[RawSample]]) -> tuple[tuple[Shard, ...], list[str]]:
+    """Write the shards of one class; return them, and what is wrong with the images that were left out.
+
+    The shards have equal sizes before that, so that each window of train_order mixes the classes in equal parts.
+    """
+    split, class_id, samples = of_class
     (folder / split).mkdir(exist_ok=True)
-    num_shards, keys, written = math.ceil(len(samples) / data.samples_per_shard), unique_keys(samples), []
+    num_shards, keys = math.ceil(len(samples) / data.samples_per_shard), unique_keys(samples)
+    written: list[Shard] = []
+    problems: list[str] = []
     for number in range(num_shards):
-        path, members = f"{split}/{class_id:04d}-{number:03d}.tar", rank_slice(len(samples), number, num_shards)
-        stream = io.BytesIO()
+        count, stream = 0, io.BytesIO()
         with webdataset.TarWriter(stream, encoder=False, user="", group="", mtime=0) as tar:
-            for sample in (samples[place] for place in members):
-                image, suffix = sample.read(), sample.suffix
+            for sample, key in zip((samples[place] for place in rank_slice(len(samples), number, num_shards)), keys, strict=False):
+                try:
+                    image, suffix = sample.read(), sample.suffix
+                    pixels = decode(image, repr(sample.path or sample.key))
+                except (ValueError, ShardError) as error:
+                    problems.append(str(error))
+                    continue
                 if data.stores_pixels:
-                    image, suffix = ppm(decode(image, sample.key)), PIXELS
-                tar.write({"__key__": next(keys), "cls": str(class_id).encode(), suffix: image})
-        content = stream.getvalue()
-        (folder / path).write_bytes(content)
-        written.append(Shard(path, len(members), len(content), hashlib.sha256(content).hexdigest()))
-    return tuple(written)
+                    image, suffix = ppm(pixels), PIXELS
+                tar.write({"__key__": key, "cls": str(class_id).encode(), suffix: image})
+                count += 1
+        if count:
+            content, path = stream.getvalue(), shard_path(split, class_id, len(written))
+            (folder / path).write_bytes(content)
+            written.append(Shard(path, count, len(content), hashlib.sha256(content).hexdigest()))
+    return tuple(written), problems
 
 
 def unique_keys(samples: Sequence[RawSample]) -> Iterator[str]:
@@ -278,63 +314,45 @@ def unique_keys(samples: Sequence[RawSample]) -> Iterator[str]:
 # Reading
 
 
-def read_shard(index: Index, shard: Shard) -> tuple[list[StoredSample], ShardError | None]:
-    """Return the samples of a shard that can be read, and what is wrong with it (None for a sound shard).
+def read_shard(index: Index, shard: Shard) -> list[StoredSample]:
+    """Return the samples of a shard.
 
-    Raises ShardError for members that our shards never hold: only text labels and images are ever opened.
+    Raises ShardError if its bytes are not those that the index says, or if it holds what our shards never hold: only text labels and
+    images are ever opened.
     """
     url = _address(index.location, shard.path)
     try:
         content = read_bytes(url, index.allow_pipe, shard.bytes + 1, index.timeout_s)
     except OSError as error:
-        return [], ShardUnavailableError(masked(f"{url}: cannot be read: {error}"))
-    samples, damage = _parse(content, shard)
-    if hashlib.sha256(content).hexdigest() == shard.sha256 and len(samples) == shard.count:
-        return samples, None
-    return samples, ShardError(
-        f"{masked(url)}: the index says {shard.count} samples in {shard.bytes} bytes, found {len(samples)} in {len(content)}, "
-        f"{'the bytes differ' if len(content) == shard.bytes else 'another length'}{damage}"
-    )
-
-
-def _parse(content: bytes, shard: Shard) -> tuple[list[StoredSample], str]:
-    """Return the complete samples before the first damage, and a description of the damage.
-
-    Raises ShardError for a member that would need more memory than the shard has bytes.
-    """
-    found: dict[str, dict[str, bytes]] = defaultdict(dict)  # key -> suffix -> content
-    damage = ""
+        raise ShardUnavailableError(masked(f"{url}: cannot be read: {error}")) from None
+    if len(content) != shard.bytes:
+        found = "more" if len(content) > shard.bytes else len(content)
+        raise ShardError(f"{masked(url)}: the index says {shard.bytes} bytes, found {found}")
+    if hashlib.sha256(content).hexdigest() != shard.sha256:
+        raise ShardError(f"{masked(url)}: the bytes differ from those that were written")
     try:
-        # Mode `r:` never decompresses: a compressed tar is damage.
-        for member in tarfile.open(fileobj=io.BytesIO(content), mode="r:"):  # noqa: SIM115 - a buffer
-            if member.size > max(len(content), shard.bytes) or member.sparse is not None:
-                raise ShardError(f"{shard.path}: refused, the member {member.name!r} claims {member.size:,} bytes")
-            match, end = MEMBER.fullmatch(member.name), member.offset_data + member.size
-            if not match or not member.isreg():
-                continue  # like webdataset, which ignores folders and names without a suffix
-            if end > len(content):
-                raise tarfile.ReadError("unexpected end of data")
-            key, suffix = match[1], match[2].lower()
-            if suffix in found[key]:
-                raise ValueError(f"{member.name}: duplicate file name")
-            found[key][suffix] = content[member.offset_data : end]
-    except ShardError:
-        raise
-    except Exception as error:  # tarfile raises many types of errors for damaged bytes
-        damage = f" ({type(error).__name__}: {error})"
-    return [StoredSample(key, image) for key, files in found.items() for image in _images(key, files, shard)], damage
+        return _parse(content, shard)
+    except ValueError as error:
+        raise ShardError(f"{masked(url)}: refused, {error}") from error
 
 
-def _images(key: str, files: dict[str, bytes], shard: Shard) -> list[bytes]:
-    """Return the image of a sample; nothing if damage has cut the sample in two, which the count shows."""
-    if key.startswith("/") or ".." in key.split("/"):
-        raise ShardError(f"{shard.path}: refused, the name {key!r} leads out of the shard")
-    allowed = (PIXELS, *IMAGE_SUFFIXES)
-    if foreign := [suffix for suffix in files if suffix not in ("cls", *allowed)]:
-        raise ShardError(f"{shard.path}: refused, {key}.{foreign[0]} is neither a label (.cls) nor an image ({', '.join(allowed)})")
-    images = [data for suffix, data in files.items() if suffix != "cls"]
-    if len(images) != 1 or "cls" not in files:
-        return []
-    if files["cls"].strip() != str(shard.class_id).encode():
-        raise ShardError(f"{shard.path}: refused, {key} is labelled {files['cls'][:20]!r}")
-    return images
+def _parse(content: bytes, shard: Shard) -> list[StoredSample]:
+    """Return the samples of a shard. Raises ValueError for anything but labels of its class and images, and for another number of them."""
+    labels: dict[str, bytes] = {}
+    images: dict[str, bytes] = {}
+    for member in tar_members(io.BytesIO(content)):
+        match = MEMBER.fullmatch(member.name)
+        key, suffix = (match[1], match[2].lower()) if match else (member.name, "")
+        if key.startswith("/") or ".." in key.split("/"):
+            raise ValueError(f"the name {member.name!r} leads out of the shard")
+        if suffix not in ("cls", PIXELS, *IMAGE_SUFFIXES):
+            raise ValueError(f"{member.name!r} is neither a label (.cls) nor an image ({', '.join((PIXELS, *IMAGE_SUFFIXES))})")
+        files = labels if suffix == "cls" else images
+        if key in files:
+            raise ValueError(f"{member.name!r} comes twice")
+        files[key] = content[member.offset_data : member.offset_data + member.size]
+    if wrong := [key for key, label in labels.items() if label.strip() != str(shard.class_id).encode()]:
+        raise ValueError(f"{wrong[0]} is labelled {labels[wrong[0]][:20]!r}, not {shard.class_id}")
+    if labels.keys() != images.keys() or len(images) != shard.count:
+        raise ValueError(f"the index says {shard.count} samples, found {len(labels)} labels and {len(images)} images")
+    return [StoredSample(key, image) for key, image in images.items()]

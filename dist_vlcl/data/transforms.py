@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 RATIO = (3 / 4, 4 / 3)  # of width to height of a training crop, torchvision's default
+MAX_ASPECT = 16  # of the long to the short side of a test image; the centre crop needs 1
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class EvalTransform:
     size: int
 
     def __call__(self, pixels_HWC: np.ndarray, draw: random.Random) -> Tensor:
+        pixels_HWC = _middle(pixels_HWC)
         height, width = pixels_HWC.shape[:2]
         tall, wide = (int(self.size * side / min(height, width)) for side in (height, width))
         top, left = round((tall - self.size) / 2), round((wide - self.size) / 2)
@@ -58,6 +60,13 @@ def crop_box(height: int, width: int, scale: tuple[float, float], draw: random.R
     aspect = min(max(width / height, RATIO[0]), RATIO[1])
     crop_height, crop_width = min(height, round(width / aspect)), min(width, round(height * aspect))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def _middle(pixels_HWC: np.ndarray) -> np.ndarray:
+    """Cut the longer side to MAX_ASPECT times the shorter one: a long, thin image has few bytes and would grow to any size."""
+    limit = MAX_ASPECT * min(pixels_HWC.shape[:2])
+    top, left = (max(0, side - limit) // 2 for side in pixels_HWC.shape[:2])
+    return pixels_HWC[top : pixels_HWC.shape[0] - top, left : pixels_HWC.shape[1] - left]
 
 
 def resize(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -4,6 +4,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -30,8 +31,11 @@ class ClusterConfig:
     )
     timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0)
     direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
-    threads: int | None = option(None, "CPU threads of a rank; null: the cores of the machine divided by its ranks.", min=1)
-    traceback: bool = option(False, "Show the full traceback of an error, not only its message.")
+    threads: int | None = option(
+        1,
+        "CPU threads of a rank, instead of OMP_NUM_THREADS; null: the cores divided by the ranks. The last bits of sums depend on it.",
+        min=1,
+    )
 
 
 @dataclass
@@ -56,15 +60,21 @@ class World:
         return cls(device=torch.device(device))
 
     @classmethod
-    def from_environment(cls, config: ClusterConfig) -> "World":
+    def announced(cls) -> "World":
+        """Return the rank and size that the launcher has announced, to name this rank in an error before it has met the others."""
+        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+    @classmethod
+    def from_environment(cls, config: ClusterConfig, backend: str = "") -> "World":
         """Join the process group of the launcher. All ranks call this.
 
+        backend: of the process group; by default nccl on GPUs. With gloo, several ranks can share a GPU, for a check on one machine.
         Raises RuntimeError if accelerate sees another launch than the launcher made: without gradient synchronisation, every process would
         train alone and report success.
         """
         announced = int(os.environ.get("WORLD_SIZE", 1))
         check_launch(config, announced)
-        accelerator, engine = join(config, announced)
+        accelerator, engine = join(config, announced, backend)
         groups = config.direction_groups
         if groups > 1 and engine.startswith("zero3"):
             raise RuntimeError(
@@ -177,7 +187,7 @@ def check_launch(config: ClusterConfig, announced: int) -> None:
         raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
 
 
-def join(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
+def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple["Accelerator", str]:
     """Meet the other ranks; return the Accelerator and the engine's name: ddp, or a ZeRO stage. All ranks call this.
 
     Sets torch's number of threads and turns TF32 off for the whole process. Raises RuntimeError if a rank is missing after
@@ -190,6 +200,7 @@ def join(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
 
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     on_deepspeed = zero.is_requested()
+    backend = backend or ("gloo" if on_cpu else "nccl")
     if on_cpu:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
@@ -199,13 +210,15 @@ def join(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
     # The rounding of TF32, bf16 and fp16 would hide the finite differences (concepts.md 2.2), so accelerate's own settings are overridden.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
+    if on_deepspeed or announced > 1:  # one process without DeepSpeed has no process group
+        process_group.backend = backend
     if on_deepspeed:
         zero.prepare_deepspeed(on_cpu)
-        process_group.backend = "gloo" if on_cpu else "nccl"
     # broadcast_buffers would send the zeroth-order units in every forward pass, and overwrite a replica that diverged.
     # Without find_unused_parameters DDP reorders its buckets after the first backward pass. Sums over three or more ranks would then differ
     # in the last bits between a resumed run and an uninterrupted one.
     # One bucket, with gradients as views of it: its all-reduce runs while candidates are evaluated (first_order.py).
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # torch's new name for it is not known to accelerate
     data_parallel = DistributedDataParallelKwargs(
         broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True, bucket_cap_mb=256
     )
@@ -216,16 +229,16 @@ def join(config: ClusterConfig, announced: int) -> tuple["Accelerator", str]:
         if not is_network_error(error):
             raise
         raise RuntimeError(f"not all {announced} ranks joined within cluster.timeout_s={config.timeout_s:g}: {error}") from error
-    check_joined(accelerator, announced, on_cpu, on_deepspeed)
+    check_joined(accelerator, announced, backend, on_deepspeed)
     return accelerator, zero.engine_name(accelerator) if on_deepspeed else "ddp"
 
 
-def check_joined(accelerator: "Accelerator", announced: int, on_cpu: bool, on_deepspeed: bool) -> None:
+def check_joined(accelerator: "Accelerator", announced: int, backend: str, on_deepspeed: bool) -> None:
     """Raise RuntimeError unless accelerate sees all processes, plain data parallelism or DeepSpeed, no compiler, and our backend."""
     several = ("MULTI_GPU", "MULTI_CPU")
     kinds = ("DEEPSPEED",) if on_deepspeed else several if announced > 1 else ("NO", *several)
     size, kind = accelerator.num_processes, accelerator.distributed_type.value
-    compiler, backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(), "gloo" if on_cpu else "nccl"
+    compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     group = dist.get_backend() if announced > 1 and dist.is_initialized() else backend
     facts = [
         (size == announced, f"{size} processes, but the launcher announced {announced}"),

@@ -4,9 +4,11 @@
 
 import copy
 import difflib
+import functools
+import importlib.util
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +16,12 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dist_vlcl.model.activation import QuickGELU
 from dist_vlcl.model.lora import LoRAConfig
-from dist_vlcl.model.tower import AdaptedBlock, Tower
+from dist_vlcl.model.timm_tower import MLP_INPUT, TimmStemAndHead, WholeBlock
+from dist_vlcl.model.tower import AdaptedBlock, ImageStemAndHead, Tower
 from dist_vlcl.model.units import UnitId, Units
 from dist_vlcl.options import option
 
@@ -29,7 +33,7 @@ SMALL = Path(__file__).parent / "small"
 class ModelConfig:
     """Which CLIP model is adapted, and how it computes."""
 
-    name: str = option("small_clip", "An architecture of open_clip, or small_clip, which is part of dist_vlcl.")
+    name: str = option("small_clip", "An architecture of open_clip (docs/models.md), or small_clip, which is part of dist_vlcl.")
     pretrained: str = option(
         "shipped", "Its weights: a tag of open_clip such as openai, a local file, random, or shipped (only for small_clip)."
     )
@@ -38,6 +42,11 @@ class ModelConfig:
         "truncated", "Number of text tokens: up to the longest prompt, or all 77; the features are equal.", choices=("truncated", "full")
     )
     precision: str = option("fp32", "Precision of the vision blocks; bf16 needs half the memory.", choices=tuple(PRECISIONS))
+    loss: str = option(
+        "cross_entropy",
+        "Loss of a sample: cross_entropy over the classes of the task, or sigmoid as SigLIP was trained, one yes-or-no loss per class.",
+        choices=("cross_entropy", "sigmoid"),
+    )
     graphs: bool = option(True, "Launch the kernels of a tower together, as CUDA graphs; only on a GPU under DDP.")
     checkpoint: bool = option(
         False, "Compute each block again in the backward pass instead of keeping its activations: less memory, a third slower."
@@ -60,40 +69,26 @@ class AdapterConfig(Protocol):
     def make(self, width: int, generator: torch.Generator) -> nn.Module: ...
 
 
-class VisionStemAndHead(nn.Module):
-    """What comes before and after the vision blocks: patches and class token, pooling and projection."""
-
-    mean: Tensor
-    std: Tensor
+class VisionStemAndHead(ImageStemAndHead):
+    """What comes before and after the vision blocks of open_clip's ViT: patches and class token, pooling and projection."""
 
     def __init__(self, visual: Any):
-        super().__init__()
-        self.visual: Any = visual
+        super().__init__(visual)
         convolution = visual.conv1
         if _is_patch_projection(convolution, visual.preprocess_cfg["size"]):
             visual.conv1 = PatchProjection(convolution)
         self.tokens = len(visual.positional_embedding)
-        config = visual.preprocess_cfg
-        self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1), persistent=False)
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the embedded class token and patches `[B, L, D]` of uint8 images `[B, 3, S, S]`."""
         # open_clip has no public function for the stem alone
-        return self.visual._embeds((images.float() / 255 - self.mean) / self.std)
-
-    def length(self, images: Tensor) -> int:
-        """Return L."""
-        return self.tokens
+        return self.visual._embeds(self.normalized(images))
 
     def reads(self, images: Tensor) -> Tensor | None:
         """Return the position of the class token `[B, 1]`, or None for a model that pools from all positions."""
         if self.visual.attn_pool is not None or self.visual.pool_type != "tok":
             return None
         return torch.zeros(len(images), 1, dtype=torch.long, device=images.device)
-
-    def forward(self, images: Tensor, hidden: Tensor | None = None) -> Tensor:
-        return self.embed(images) if hidden is None else self.pool(hidden)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Return features `[B, F]` of the last block's output."""
@@ -128,32 +123,59 @@ def _is_patch_projection(convolution: nn.Conv2d, size: Any) -> bool:
 
 
 class TextStemAndHead(nn.Module):
-    """What comes before and after the language blocks: token embedding, and projection of the end-of-text state."""
+    """What comes before and after the language blocks: token embedding, and projection of the state at one position."""
 
     def __init__(self, clip: Any):
         super().__init__()
         self.clip: Any = clip
 
+    @property
+    def text(self) -> Any:
+        """Return the module of the text tower. In open_clip's class CLIP that is the whole model."""
+        return getattr(self.clip, "text", self.clip)
+
     def embed(self, tokens: Tensor) -> Tensor:
-        """Return the embedding of tokens `[C, L]`, `[C, L, D]`."""
-        return self.clip.token_embedding(tokens) + self.clip.positional_embedding[: tokens.shape[1]]
+        """Return the embedding of tokens `[C, T]`, `[C, L, D]`. CoCa appends a class token: L = T + 1."""
+        x = self.text.token_embedding(tokens)
+        if self.has_class_token:
+            x = torch.cat([x, self.text.cls_emb.expand(len(x), 1, -1)], 1)
+        return x + self.text.positional_embedding[: x.shape[1]]
+
+    @property
+    def has_class_token(self) -> bool:
+        return getattr(self.text, "cls_emb", None) is not None
 
     def length(self, tokens: Tensor) -> int:
         """Return L."""
-        return tokens.shape[1]
+        return tokens.shape[1] + self.has_class_token
 
     def reads(self, tokens: Tensor) -> Tensor:
-        """Return the positions of start and end of text `[C, 2]`. The router looks at the first, the last is pooled."""
-        end_of_text_C = tokens.argmax(-1)
-        return torch.stack([torch.zeros_like(end_of_text_C), end_of_text_C], 1)
+        """Return the first position and the pooled one `[C, 2]`. The router looks at the first."""
+        from open_clip.transformer import text_global_pool
+
+        positions_CL = torch.arange(self.length(tokens), device=tokens.device).expand(len(tokens), -1)
+        owner, prefix = (self.clip.text, "") if hasattr(self.clip, "text") else (self.clip, "text_")
+        pool_type, end_of_text = (getattr(owner, f"{prefix}{name}") for name in ("pool_type", "eos_id"))
+        pooled_C = text_global_pool(positions_CL, tokens, "last" if self.has_class_token else pool_type, end_of_text)
+        return torch.stack([torch.zeros_like(pooled_C), pooled_C], 1)
+
+    def visible(self, tokens: Tensor) -> Tensor | None:
+        """Return which positions each position sees `[C, L, L]`: CoCa's class token does not see the padding. None: see `causal`."""
+        if not self.has_class_token:
+            return None
+        # open_clip has no public function for this mask
+        added = self.text._build_additive_mask(tokens, self.length(tokens), torch.float32)[:: self.text.heads]
+        return (added + self.text.attn_mask) == 0
 
     def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         return self.embed(tokens) if hidden is None else self.pool(hidden)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Return features `[C, F]` of the last block's output."""
-        last_CD = self.clip.ln_final(hidden[:, -1])
-        projection = self.clip.text_projection
+        last_CD = self.text.ln_final(hidden[:, -1])
+        projection = self.text.text_projection
+        if projection is None:
+            return last_CD
         return projection(last_CD) if isinstance(projection, nn.Module) else last_CD @ projection
 
 
@@ -188,15 +210,23 @@ class TwoTowers(nn.Module):
         language: Any = self.language.stem_and_head
         return language.clip.logit_scale.exp()
 
+    def logits(self, image_BF: Tensor, text_CF: Tensor) -> Tensor:
+        """Return the logits `[B, C]` of unit features. SigLIP's bias counts for the sigmoid loss only: it changes no softmax."""
+        logits_BC = self.logit_scale * image_BF @ text_CF.T
+        language: Any = self.language.stem_and_head
+        bias = language.clip.logit_bias if self.config.loss == "sigmoid" else None
+        return logits_BC if bias is None else logits_BC + bias
+
     def prompts(self, names: Sequence[str], multiple: int = 1) -> Tensor:
         """Return the tokens `[C, L]` of one prompt per class name. L is the longest length, rounded up to a multiple of `multiple`.
 
-        Truncation changes no feature, because the text tower is causal.
+        Truncation changes no feature, because a causal tower does not read beyond the pooled position. CoCa pools at the end, and towers
+        without a causal mask read all tokens, so they keep them.
         """
-        tokens = self.tokenizer([self.config.prompt.format(name) for name in names])
-        if self.config.context == "full":
+        tokens = self.tokenizer([self.config.prompt.replace("{}", name) for name in names])
+        if self.config.context == "full" or not self.language.block(1).causal:
             return tokens
-        longest = int((tokens != 0).sum(1).max())
+        longest = min(int(self.language.stem_and_head.reads(tokens).max()) + 1, tokens.shape[1])
         return tokens[:, : -(-longest // multiple) * multiple]
 
     def forward(self, inputs: dict[str, Tensor], noise: Any = None, cache_layer: dict[str, int] | None = None) -> dict[str, tuple]:
@@ -220,36 +250,47 @@ class TwoTowers(nn.Module):
 def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> TwoTowers:
     """Return CLIP with new adapters in every block of both towers. Everything but the adapters is frozen.
 
-    Raises ValueError if a tower has no plain transformer blocks, RuntimeError if the weights cannot be loaded.
+    Raises ValueError if a tower has no transformer blocks that we know, RuntimeError if the weights cannot be loaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the same random weights on every rank
         clip, tokenizer = _load(model)
-    _refuse_unknown_blocks(model.name, clip)
     clip.eval().float()
-    scale = clip.logit_scale
-    del clip.logit_scale
-    # A buffer, because ZeRO-3 shards parameters, and this one is read outside a module's call.
-    clip.register_buffer("logit_scale", scale.detach())
+    for name in ("logit_scale", "logit_bias"):
+        # Buffers, because ZeRO-3 shards parameters, and these are read outside a module's call. Only SigLIP has a bias.
+        value = getattr(clip, name, None)
+        delattr(clip, name)
+        clip.register_buffer(name, None if value is None else value.detach())
+    clip.text_decoder = None  # CoCa's captions
     for parameter in clip.parameters():
         parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
 
     def adapted(branch: str, transformer: Any, causal: bool) -> list[AdaptedBlock]:
         blocks, transformer.resblocks = transformer.resblocks, nn.ModuleList()  # so that each parameter has one name
+        _refuse_unknown_blocks(model.name, branch, blocks)
         return [
             AdaptedBlock(block, adapter.make(block.attn.embed_dim, generator), UnitId(branch, layer), causal)
             for layer, block in enumerate(blocks, start=1)
         ]
 
     _replace_activations(clip)
-    # Language stays fp32. It is a fortieth of the work, and the rounding of its features would be a fifth of a vision slope (docs/LOG.md).
-    clip.visual.transformer.to(PRECISIONS[model.precision])
-    visual = clip.visual
+    visual, precision = clip.visual, PRECISIONS[model.precision]
     del clip.visual
+    # Language stays fp32. It is a fortieth of the work, and the rounding of its features would be a fifth of a vision slope (docs/LOG.md).
+    stem: Any
+    if hasattr(visual, "trunk"):
+        stem = TimmStemAndHead(visual)
+        blocks: list[AdaptedBlock] = [
+            WholeBlock(block.to(precision), adapter.make(stem.width, generator), UnitId("vision", layer), constants)
+            for layer, (block, constants) in enumerate(stem.take_blocks(), start=1)
+        ]
+    else:
+        blocks, stem = adapted("vision", visual.transformer.to(precision), causal=False), VisionStemAndHead(visual)
+    text = TextStemAndHead(clip)
     size = visual.image_size[0] if isinstance(visual.image_size, tuple | list) else visual.image_size
-    vision = Tower("vision", adapted("vision", visual.transformer, causal=False), VisionStemAndHead(visual), model.checkpoint)
-    language = Tower("language", adapted("language", clip.transformer, causal=True), TextStemAndHead(clip), model.checkpoint)
+    vision = Tower("vision", blocks, stem, model.checkpoint)
+    language = Tower("language", adapted("language", text.text.transformer, text.text.attn_mask is not None), text, model.checkpoint)
     return TwoTowers(vision, language, tokenizer, model, size)
 
 
@@ -263,12 +304,14 @@ def merge_lora(model: ModelConfig, lora: LoRAConfig, adapters: Mapping[str, Tens
 
     if not isinstance(lora, LoRAConfig) or "mlp" in lora.targets:
         raise ValueError("these adapters lie beside the MLP and cannot be merged; only adapter=lora can. Use --to adapters")
+    if "timm_model_name" in open_clip.get_model_config(model.name)["vision_cfg"]:
+        raise ValueError(f"model.name={model.name!r}: merging into blocks of timm is not supported. Use --to adapters")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         clip = _load(model)[0].float()
         for name in (name for name in adapters if name.endswith("_up")):
             unit, target = UnitId.parse(name.split("/")[0]), name.split("/")[1].removesuffix("_up")
-            transformer = (clip.visual if unit.branch == "vision" else clip).transformer
+            transformer = (clip.visual if unit.branch == "vision" else getattr(clip, "text", clip)).transformer
             weight = transformer.resblocks[unit.layer - 1].attn.in_proj_weight.chunk(3)["qkv".index(target)]
             weight += adapters[name] @ adapters[name.replace("_up", "_down")] * lora.factor
     preprocessing = {key: clip.visual.preprocess_cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
@@ -276,23 +319,63 @@ def merge_lora(model: ModelConfig, lora: LoRAConfig, adapters: Mapping[str, Tens
 
 
 def unit_ids(model: ModelConfig) -> list[UnitId]:
-    """Return the units of a model without building it. Raises ValueError for an architecture that is unknown or not supported."""
+    """Return the units of a model without building it. Raises ValueError for a model that is unknown, or cannot be adapted here."""
+    depths = tower_depths(model.name)
+    if needs_transformers(model.name) and importlib.util.find_spec("transformers") is None:
+        raise ValueError(f"model.name={model.name!r}: its tokenizer needs the package transformers: pip install 'dist-vlcl[transformers]'")
+    return [UnitId(branch, layer) for branch, depth in depths.items() for layer in range(1, depth + 1)]
+
+
+def tower_depths(name: str) -> dict[str, int]:
+    """Return the number of blocks of the language and the vision tower of an architecture.
+
+    Raises ValueError with the reason if the architecture is unknown or has other blocks.
+    """
     import open_clip
 
     open_clip.add_model_config(SMALL / "small_clip.json")
-    if model.name not in open_clip.list_models():
-        near = difflib.get_close_matches(model.name, open_clip.list_models(), 3)
-        raise ValueError(
-            f"model.name={model.name!r}: open_clip has no such architecture{'; did you mean ' + ', '.join(near) if near else ''}?"
-        )
-    config = open_clip.get_model_config(model.name)
-    towers = {"language": config["text_cfg"], "vision": config["vision_cfg"]}
-    foreign = {"language": "hf_model_name", "vision": "timm_model_name"}  # the names of towers that come from another library
-    depths = {branch: tower.get("layers", 12) for branch, tower in towers.items()}
-    for branch, tower in towers.items():
-        if tower.get(foreign[branch]) or not isinstance(depths[branch], int):  # a ResNet has a list of layers
-            raise _without_blocks(model.name, branch)
-    return [UnitId(branch, layer) for branch, depth in depths.items() for layer in range(1, depth + 1)]
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), 3)
+        raise ValueError(f"model.name={name!r}: open_clip has no such architecture{'; did you mean ' + ', '.join(near) if near else ''}?")
+    config = open_clip.get_model_config(name)
+    text, vision = config["text_cfg"], config["vision_cfg"]
+    if text.get("hf_model_name"):
+        raise _without_blocks(name, "language", f"{text['hf_model_name']} of the package transformers")
+    depth = vision.get("layers", 12)
+    if trunk := vision.get("timm_model_name"):
+        kind, depth, blocks = _timm_blocks(trunk)
+        if not blocks or blocks - MLP_INPUT.keys():
+            raise _without_blocks(name, "vision", f"timm's {kind}")
+    elif not isinstance(depth, int):
+        raise _without_blocks(name, "vision", "a ResNet")
+    return {"language": text.get("layers", 12), "vision": depth}
+
+
+def needs_transformers(name: str) -> bool:
+    """Return whether the tokenizer of an architecture comes from the package transformers."""
+    import open_clip
+
+    return bool(open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name"))
+
+
+class _WithoutInit(TorchFunctionMode):
+    """A context in which methods that change a tensor do nothing: the initialisation of weights takes most of the time of a model."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = function.__name__
+        is_in_place = name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor)
+        return args[0] if is_in_place else function(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _timm_blocks(name: str) -> tuple[str, int, set[str]]:
+    """Return the class of a model of timm, and the number and the classes of its blocks. It is built without memory."""
+    import timm
+
+    with torch.device("meta"), _WithoutInit():
+        trunk = timm.create_model(name)
+    blocks = getattr(trunk, "blocks", ())
+    return type(trunk).__name__, len(blocks), {type(block).__name__ for block in blocks}
 
 
 def _load(model: ModelConfig) -> tuple[Any, Any]:
@@ -310,13 +393,14 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             clip = open_clip.create_model(model.name, pretrained=source, require_pretrained=source is not None)
+            return clip, open_clip.get_tokenizer(model.name)
     except Exception as error:
         raise RuntimeError(
-            f"model.pretrained={model.pretrained!r}: could not load the weights of {model.name} ({error}). {_how_to_get_weights(model)}"
+            f"model.pretrained={model.pretrained!r}: could not load the weights or the tokenizer of {model.name} ({error}). "
+            f"{_how_to_get_weights(model)}"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
-    return clip, open_clip.get_tokenizer(model.name)
 
 
 def _how_to_get_weights(model: ModelConfig) -> str:
@@ -342,16 +426,26 @@ def _replace_activations(clip: nn.Module) -> None:
                 setattr(module, name, QuickGELU())
 
 
-def _refuse_unknown_blocks(name: str, clip: Any) -> None:
-    for branch, owner in (("vision", getattr(clip, "visual", None)), ("language", clip)):
-        blocks = getattr(getattr(owner, "transformer", None), "resblocks", None)
-        if not blocks or any(type(block).__name__ != "ResidualAttentionBlock" for block in blocks):
-            raise _without_blocks(name, branch)
-    if getattr(clip, "text_pool_type", "argmax") != "argmax":
-        raise ValueError(
-            f"model.name={name!r}: its language tower pools by {clip.text_pool_type!r}; only end-of-text (argmax) is supported"
-        )
+def _refuse_unknown_blocks(name: str, branch: str, blocks: Iterable[nn.Module]) -> None:
+    for kind in {type(block).__name__ for block in blocks} - {"ResidualAttentionBlock"}:
+        raise _without_blocks(name, branch, f"open_clip's {kind}")
 
 
-def _without_blocks(name: str, branch: str) -> ValueError:
-    return ValueError(f"model.name={name!r}: its {branch} tower has no residual attention blocks; choose a ViT such as ViT-B-16-quickgelu")
+# A model that works for those that do not, by the beginning of the name
+NEAR = {
+    "MobileCLIP2": "MobileCLIP2-B",
+    "MobileCLIP": "MobileCLIP-B",
+    "coca": "coca_ViT-B-32",
+    "roberta": "ViT-B-32",
+    "nllb": "ViT-B-16-SigLIP-i18n-256",
+    "mt5": "ViT-B-16-SigLIP-i18n-256",
+    "xlm": "ViT-B-16-SigLIP-i18n-256",
+}
+
+
+def _without_blocks(name: str, branch: str, kind: str) -> ValueError:
+    near = next((model for start, model in NEAR.items() if name.startswith(start)), "ViT-B-16-quickgelu")
+    return ValueError(
+        f"model.name={name!r}: its {branch} tower is {kind}, and adapters need transformer blocks of open_clip or timm; "
+        f"use a model such as {near}"
+    )

@@ -5,8 +5,9 @@ same kernels, so its results are bit-identical.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +29,12 @@ class Graphs:
     have a gradient, then tensors without one. It may depend on nothing else, because Python runs only while recording, and it must not
     read anything back from the GPU. The first call with new shapes, plain values or addresses of weights runs directly; the second is
     recorded. With gradients, the backward pass of a call must run before the next call.
+
+    A recording that fails gives one warning. After it, this process records nothing more: torch does not promise that its allocator is in
+    order then. Functions run directly instead, which gives the same bits.
     """
+
+    has_failed: ClassVar[bool] = False  # a recording of this process
 
     def __init__(self) -> None:
         self.seen: set[Any] = set()
@@ -54,27 +60,34 @@ class Graphs:
             return function(replacements, *tree_unflatten([_rebuilt(leaf, rest) for leaf in leaves], spec))
 
         graphs = self.graphs[bool(learning)]
-        if (bool(learning), key) not in self.seen:
+        if key not in graphs and (bool(learning), key) in self.seen and not Graphs.has_failed:
+            self._record(key, of_tensors, tensors, learning)
+        if key not in graphs:
             self.seen.add((bool(learning), key))
             # Clones: their alignment, by which libraries choose kernels, is that of a graph's inputs.
             return of_tensors([t.clone() for t in tensors], {})
-        if key not in graphs:
-            graphs[key] = self._record(of_tensors, tensors, learning)
-            while len(graphs) > MAX_GRAPHS[bool(learning)]:
-                del graphs[next(iter(graphs))]
         graphs[key] = graphs.pop(key)  # the newest
         return graphs[key](tensors)
 
-    def _record(self, function: Callable[..., Outputs], tensors: Sequence[Tensor], learning: Mapping[str, Tensor]) -> "Graph":
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
+    def _record(self, key: Any, function: Callable[..., Outputs], tensors: Sequence[Tensor], learning: Mapping[str, Tensor]) -> None:
+        """Add a recording. If it fails, warn, and drop all of this function's: memory may be short."""
+        graphs, self.pool = self.graphs[bool(learning)], self.pool or torch.cuda.graph_pool_handle()
         try:
-            return Graph(function, tensors, learning, torch.cuda.graph_pool_handle() if learning else self.pool)
+            graphs[key] = Graph(function, tensors, learning, torch.cuda.graph_pool_handle() if learning else self.pool)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"could not record the model as a CUDA graph ({error}). Use model.graphs=false if the adapter reads values back from the "
-                "GPU, or if the GPU has too little memory"
-            ) from error
+            Graphs.has_failed = True
+            for recorded in self.graphs.values():
+                recorded.clear()
+            warnings.warn(
+                f"could not record the model as a CUDA graph ({error.__context__ or error}). Training goes on without recording, with the "
+                "same results but more slowly. An adapter must not read values back from the GPU. If memory is short, use a smaller batch, "
+                "train.micro_batches or model.checkpoint=true. model.graphs=false avoids this warning",
+                stacklevel=2,
+            )
+        if Graphs.has_failed:
+            torch.cuda.empty_cache()  # here, because the error held the tensors of the recording
+        while len(graphs) > MAX_GRAPHS[bool(learning)]:
+            del graphs[next(iter(graphs))]
 
 
 class Graph:
@@ -84,15 +97,18 @@ class Graph:
     hold it), and it belongs to the stream on which it was made. Autograd would make that stream wait for the recording, which CUDA refuses.
     """
 
+    unfinished: ClassVar[list[Any]] = []  # torch's allocator holds a pointer to a graph whose recording failed, so that graph must live
+
     def __init__(self, function: Callable[..., Outputs], tensors: Sequence[Tensor], learning: Mapping[str, Tensor], pool: Any):
         self.inputs = [t.clone() for t in tensors]
         torch.cuda.empty_cache()  # another stream cannot use the memory that the first call freed
         device = tensors[0].device
         stream = _stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # a first run on this stream lets libraries make their workspaces
+        # If a recording fails, torch 2.11 leaves its stream as the current one. The end of this block restores the caller's.
+        with torch.cuda.stream(stream):
             aliases = {name: w.detach().requires_grad_() for name, w in learning.items()}
-            outputs = list(function(self.inputs, aliases))
+            outputs = list(function(self.inputs, aliases))  # a first run on this stream lets libraries make their workspaces
             result: Any = outputs[0]
             if learning:
                 self.grad_output = torch.linspace(0.5, 1.5, result.numel(), dtype=result.dtype, device=device).view_as(result)
@@ -102,22 +118,27 @@ class Graph:
                 outputs += found[: len(aliases)]
             expected = [part.detach() for t in outputs for part in _parts(t)]
             del outputs, result
-        torch.cuda.synchronize(device)
-        # thread_local: other threads (the one that pins batches, NCCL's) may use CUDA meanwhile.
-        options: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+            torch.cuda.synchronize(device)
+            # thread_local: other threads (the one that pins batches, NCCL's) may use CUDA meanwhile.
+            self._capture(function, aliases, learning, pool=pool, stream=stream, capture_error_mode="thread_local")
+        self._verify(expected)
+
+    def _capture(self, function: Callable, aliases: Mapping[str, Tensor], learning: Mapping[str, Tensor], **options: Any) -> None:
+        """Record the forward pass and, with learning weights, the backward pass. options: of `torch.cuda.graph`."""
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        Graph.unfinished.append((self.forward, self.backward))
         with torch.cuda.graph(self.forward, **options):
             self.outputs = function(self.inputs, aliases)
         self.learning: list[Tensor] = []
         self.gradients: list[Tensor] = []
         if learning:
-            result = self.outputs[0]
+            result: Any = self.outputs[0]
             with torch.cuda.graph(self.backward, **options):
                 found = torch.autograd.grad(result, list(aliases.values()), self.grad_output, allow_unused=True)
             self.outputs = (result.detach(), *self.outputs[1:])
             pairs = [(w, g) for w, g in zip(learning.values(), found, strict=True) if g is not None]
             self.learning, self.gradients = [w for w, _ in pairs], [g for _, g in pairs]
-        self._verify(expected)
+        Graph.unfinished.pop()
 
     def _verify(self, expected: list[Tensor]) -> None:
         """Compare a replay with the function's own results. A recording that reads from reused memory would give wrong numbers silently."""

@@ -44,17 +44,20 @@ class AdaptedBlock(nn.Module):
         noise: Tensor | None = None,
         dropout_mask: Tensor | None = None,
         reads: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the block's output `[K, B, L, D]` and its cached input, detached. stacked_params: None for the block's own tensors.
 
+        visible: which positions each position sees `[B, L, L]`; None for what `causal` says.
+
         Parameters are read only here, because ZeRO-3 gathers them for the time of a module's call.
         """
-        cached_input = hidden if isinstance(hidden, tuple) else self.cached_input(hidden, reads)
+        cached_input = hidden if isinstance(hidden, tuple) else self.cached_input(hidden, reads, visible)
         tensors = stacked_params or {name: t[None] for name, t in self.unit.tensors().items()}
         tensors = {name: t.to(cached_input[0].dtype) for name, t in tensors.items()}
-        return self.finish(cached_input, tensors, noise, dropout_mask, reads), tuple(t.detach() for t in cached_input)
+        return self.finish(cached_input, tensors, noise, dropout_mask, reads, visible), tuple(t.detach() for t in cached_input)
 
-    def cached_input(self, x: Tensor, reads: Tensor | None = None) -> tuple[Tensor, ...]:
+    def cached_input(self, x: Tensor, reads: Tensor | None = None, visible: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return everything that the block computes before its adapter acts, from its input `[K, B, L, D]`."""
         normed = self.block.ln_1(x)
         query_input = normed if reads is None else select_positions(normed, reads)
@@ -63,7 +66,7 @@ class AdaptedBlock(nn.Module):
             return x, normed, query_input, *self._project(normed, query_input)
         q, k, v = self._project(normed, query_input)
         del normed, query_input  # the peak memory of a candidate is here
-        u = x + self.block.ls_1(self._attend(q, k, v, reads))
+        u = x + self.block.ls_1(self._attend(q, k, v, reads, visible))
         del q, k, v
         return u, u + self._mlp(u)
 
@@ -74,6 +77,7 @@ class AdaptedBlock(nn.Module):
         noise: Tensor | None,
         dropout_mask: Tensor | None,
         reads: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """Return the block's output `[K, B, L, D]`, or `[K, B, R, D]` at the positions `reads`, for K sets of the adapter's tensors."""
         if self.adapter.site == "mlp":
@@ -85,7 +89,7 @@ class AdaptedBlock(nn.Module):
             p + self.adapter.delta(inputs[t], stacked_params, t) if f"{t}_up" in stacked_params else p
             for t, p in zip("qkv", qkv, strict=True)
         )
-        u = x + self.block.ls_1(self._attend(q, k, v, reads))
+        u = x + self.block.ls_1(self._attend(q, k, v, reads, visible))
         return u + self._mlp(u)
 
     def _project(self, normed: Tensor, query_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,9 +105,11 @@ class AdaptedBlock(nn.Module):
     def _mlp(self, u: Tensor) -> Tensor:
         return self.block.ls_2(self.block.mlp(self.block.ln_2(u)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, reads: Tensor | None) -> Tensor:
-        visible_BRL = None
-        if self.causal and reads is not None:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, reads: Tensor | None, visible: Tensor | None) -> Tensor:
+        visible_BRL = visible
+        if visible is not None and reads is not None:
+            visible_BRL = select_positions(visible[None], reads)[0]
+        elif self.causal and reads is not None:
             visible_BRL = torch.arange(k.shape[2], device=reads.device) <= reads[..., None]
         out_KBRD = attention(q, k, v, self.block.attn.num_heads, self.causal, visible_BRL)
         return self.block.attn.out_proj(out_KBRD.flatten(1, 2)).unflatten(1, out_KBRD.shape[1:3])
@@ -138,12 +144,42 @@ def select_positions(x_KBLD: Tensor, reads_BR: Tensor) -> Tensor:
     return x_KBLD[:, torch.arange(len(reads_BR), device=reads_BR.device)[:, None], reads_BR]
 
 
+class ImageStemAndHead(nn.Module):
+    """What comes before and after the blocks of a vision tower. A subclass has `embed`, `reads` and `pool`, and sets `tokens`."""
+
+    mean: Tensor
+    std: Tensor
+    tokens: int
+
+    def __init__(self, visual: Any):
+        super().__init__()
+        self.visual: Any = visual
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(visual.preprocess_cfg[name]).view(3, 1, 1), persistent=False)
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Return uint8 images as the model expects them."""
+        return (images.float() / 255 - self.mean) / self.std
+
+    def length(self, images: Tensor) -> int:
+        """Return L."""
+        return self.tokens
+
+    def visible(self, images: Tensor) -> None:
+        """Return None: every position sees all others."""
+        return None
+
+    def forward(self: Any, images: Tensor, hidden: Tensor | None = None) -> Tensor:
+        return self.embed(images) if hidden is None else self.pool(hidden)
+
+
 class Tower(nn.Module):
     """One branch of CLIP: blocks between a stem and a head. Everything but the adapters is frozen.
 
     `stem_and_head(inputs)` embeds, `[B, L, D]`. `stem_and_head(inputs, hidden)` pools, `[K*B, F]`. `stem_and_head.length(inputs)` is L.
     `stem_and_head.reads(inputs)` are the positions `[B, R]` of the last block's output that adapter and pooling read, or None for all. The
-    first is position 0, where the router looks. `hidden` then has only these.
+    first is position 0, where the router looks. `hidden` then has only these. `stem_and_head.visible(inputs)` says which positions each
+    position sees `[B, L, L]`, or None for what the blocks' `causal` says.
     """
 
     def __init__(self, branch: str, blocks: list[AdaptedBlock], stem_and_head: Any, checkpoint: bool = False):
@@ -168,7 +204,7 @@ class Tower(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the blocks. Stem and head may have a wider one."""
-        return self.block(1).block.ln_1.weight.dtype
+        return next(self.block(1).block.parameters()).dtype
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Return the input of the first block `[1, B, L, D]`."""
@@ -235,7 +271,7 @@ class Tower(nn.Module):
         drawn: (router noise, dropout mask) of each block from `start` on. The K axis appears at the first block with stacked parameters.
         See `run` for the other arguments.
         """
-        read = self.stem_and_head.reads(inputs)
+        read, visible = self.stem_and_head.reads(inputs), self.stem_and_head.visible(inputs)
         reads = {} if read is None else {self.depth: read}
         cached: tuple[Tensor, ...] = ()
         recompute = self.checkpoint and torch.is_grad_enabled()
@@ -244,7 +280,8 @@ class Tower(nn.Module):
             router = None if router is None else router.to(self.dtype)
             if dropout_mask is not None and layer in reads:
                 dropout_mask = select_positions(dropout_mask[None], reads[layer])[0]
-            arguments = (hidden, stacked_params.get(block.unit.id) if stacked_params else None, router, dropout_mask, reads.get(layer))
+            stacked = stacked_params.get(block.unit.id) if stacked_params else None
+            arguments = (hidden, stacked, router, dropout_mask, reads.get(layer), visible)
             if recompute:
                 hidden, cached_input = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -28,6 +28,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # names of data sets and options are the user's: a $ is a $
 }
 MAX_NUMBERED = 22  # columns of a matrix; with more, a cell has no room for its number
 
@@ -65,7 +66,7 @@ def plot_matrix(records: Records) -> Figure | None:
             color = "black" if value > (low + 100) / 2 else "white"
             axes.text(column, row, f"{value:.{1 if num_tasks <= 12 else 0}f}", ha="center", va="center", fontsize=8, color=color)
     shown = range(0, num_tasks, _stride(num_tasks))
-    axes.set_xticks([*shown, num_tasks + 1], [*(str(task + 1) for task in shown), "$A_t$"])
+    axes.set_xticks([*shown, num_tasks + 1], [*(str(task + 1) for task in shown), "$A_t$"], parse_math=True)
     axes.set_yticks(shown[:num_rows], [str(task + 1) for task in shown[:num_rows]])
     axes.set(xlabel="accuracy on task", ylabel="after task")
     figure.colorbar(image, ax=axes, label="accuracy (%)", shrink=0.9, pad=0.02)

@@ -44,9 +44,9 @@ class Report:
         self.data |= {picture.name: picture.data for picture in self.pictures}
         shown = [TERMS, *_results(cells[cells.seeds > 0]), *_claims(comparisons), *self._figures()]
         repeated = runs[runs.is_complete & ~runs.is_probe & ~runs.path.isin(complete.path)].run
-        left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
-        left_out |= {row.run: f"not complete, {row.tasks_done} tasks done" for row in runs[~runs.is_complete].itertuples()}
-        rest = [*_tables(cells, memory), "## What is missing", _missing(missing, len(published), left_out)]
+        self.left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
+        self.left_out |= {row.run: f"not complete, tasks done: {row.tasks_done}" for row in runs[~runs.is_complete].itertuples()}
+        rest = [*_tables(cells, memory), "## What is missing", _missing(missing, len(published), self.left_out)]
         self.page = _joined(["# Report", *shown, *rest])
 
     def write(self, out: Path) -> None:

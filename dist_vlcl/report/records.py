@@ -1,19 +1,18 @@
 """Read run folders, complete or not: as records, and as tidy data frames with one row per run, per step or per unit."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from math import nan
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow
-import pyarrow.parquet
-import yaml
 
 from dist_vlcl.options import flatten
+from dist_vlcl.reading import read_lines
+from dist_vlcl.saved import METRICS_FORM, read_accuracy, read_config, read_unit_records
 
 TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
@@ -25,13 +24,13 @@ PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a p
 # Options that do not change a result or its meaning, and those that are the cell itself.
 NOT_COMPARED = (
     *("seed", "paper", "run.*", "cluster.*", "eval.batch_size", "eval.zero_shot", "model.graphs"),
-    *(f"data.{key}" for key in ("root", "url", "source", "test_source", "reader", "allow_pipe", "on_error")),
+    *(f"data.{key}" for key in ("root", "url", "source", "reader", "allow_pipe", "on_error")),
     *(f"data.{key}" for key in ("num_workers", "cache_gib", "encoding", "samples_per_shard", "timeout_s")),
     *(f"train.{key}" for key in ("micro_batches", "max_skips", "check_every_steps")),
     *("orders.branch", "orders.layers", "orders.order", "orders.span", "zo.name"),
 )
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")
-OF_TRAINING = ("train.*", "first_order.*", PART_OF_TRAINING)
+OF_TRAINING = ("train.*", "first_order.*", "model.loss", PART_OF_TRAINING)
 OF_PROBES = ("train.max_steps", "tasks.num_tasks", PART_OF_TRAINING, PART_OF_TEST)  # these do not change the memory of a step
 
 Realise = Callable[[dict[str, Any]], tuple[Mapping[str, Any], Mapping[str, Any]]]
@@ -55,14 +54,9 @@ class Records:
 
 
 def read_records(folder: Path | str) -> Records:
-    """Return the records of a run folder. Damaged lines are skipped."""
-    path = Path(folder) / "metrics.jsonl"
-    by_kind: dict[str, list[dict[str, Any]]] = {"step": [], "task": []}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with suppress(ValueError, LookupError, TypeError):
-            record = json.loads(line)
-            by_kind.setdefault(record["kind"], []).append(record)
-    return Records(by_kind["step"], by_kind["task"])
+    """Return the records of a run folder. Damaged lines are left out, with a warning."""
+    records = read_lines(Path(folder) / "metrics.jsonl", METRICS_FORM)
+    return Records(*([record for record in records if record["kind"] == kind] for kind in ("step", "task")))
 
 
 def read_units(folder: Path | str) -> pyarrow.Table:
@@ -83,10 +77,10 @@ def read_units(folder: Path | str) -> pyarrow.Table:
     `parameter_norm` (float32)        After the step.
     `projected_gradient` (float32)    Its size, mean over probes. Null for a unit that does not learn by zeroth order.
 
-    A skipped step has no rows.
+    A skipped step has no rows. Raises ValueError that names a damaged file.
     """
     parts = sorted(Path(folder, "units").glob("step-*.parquet"))
-    return pyarrow.parquet.read_table(parts) if parts else pyarrow.table({})
+    return pyarrow.concat_tables(map(read_unit_records, parts), promote_options="default") if parts else pyarrow.table({})
 
 
 def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -100,17 +94,19 @@ def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, 
     rows, unreadable = [], {}
     for folder in dict.fromkeys(folders):
         try:
-            rows.append(_run_row(folder, realise))
+            row = _run_row(folder, realise)
+            read_units(folder)  # damaged records raise here, where one run is left out by name
+            rows.append(row)
         except FileNotFoundError:
             unreadable[folder.name] = "not a run folder: it has no config.yaml"
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-            unreadable[folder.name] = f"could not read config.yaml or accuracy.json: {next(iter(str(error).splitlines()), '')}"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            unreadable[folder.name] = f"could not read config.yaml, accuracy.json or units/: {next(iter(str(error).splitlines()), '')}"
     return pd.DataFrame(rows), unreadable
 
 
 def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    accuracy = json.loads((folder / "accuracy.json").read_text()) if (folder / "accuracy.json").exists() else {}
+    config = read_config(folder / "config.yaml")
+    accuracy = read_accuracy(folder, config)
     cell, reference = realise(config)
     before = accuracy.get("zero_shot") or {}
     zero_shot = [100 * before[task] for task in sorted(before, key=int)]
@@ -127,9 +123,9 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
         "run": folder.name,
         **{field: cell[field] for field in CELL},
         "seed": int(config["seed"]),
-        **{metric: 100 * accuracy[metric] if metric in accuracy else None for metric in ("last", "avg", "forgetting")},
-        "zero_shot_last": zero_shot[-1] if zero_shot else None,
-        "zero_shot_avg": sum(zero_shot) / len(zero_shot) if zero_shot else None,
+        **{metric: 100 * accuracy.get(metric, nan) for metric in ("last", "avg", "forgetting")},
+        "zero_shot_last": zero_shot[-1] if zero_shot else nan,
+        "zero_shot_avg": sum(zero_shot) / len(zero_shot) if zero_shot else nan,
         **{key: accuracy.get(key) for key in ("steps", "seconds")},
         "is_complete": accuracy.get("complete") is True,
         "is_probe": is_probe,  # stopped after a few steps: only its memory counts

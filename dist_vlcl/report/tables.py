@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from dist_vlcl.masking import masked
 from dist_vlcl.report.records import CELL, TASKS, WITHOUT_ZEROTH, read_records
 
 Row = Sequence[float | None]
@@ -23,7 +24,7 @@ PAPER_TABLES = {  # number -> title, and which published cells it shows (Tables 
 
 def escape(text: Any) -> str:
     """Return text that Markdown shows as it is. Names of runs and tasks are the user's: they must not become links or pictures."""
-    return re.sub(r"([\\`*<>|&]|(?<=\])\()", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"([\\`*<>|&]|(?<=\])\()", r"\\\1", " ".join(masked(str(text)).split()))
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], num_left: int = 1) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints: one safetensors file per checkpoint, which is complete or absent.
 
-`checkpoints/step-00000123.safetensors` holds tensors by name. Its metadata hold the state as JSON, and a SHA-256 of both.
+`checkpoints/step-00000123.safetensors` holds tensors by name. Its metadata hold the state and the identity of the run as JSON, and a
+SHA-256 of everything.
 
 A file is written under another name, read back, and renamed. `load_newest` checks the SHA-256: safetensors loads a flipped bit silently.
 """
@@ -8,8 +9,8 @@ A file is written under another name, read back, and renamed. `load_newest` chec
 import hashlib
 import json
 import re
-import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from dist_vlcl.reading import parse_json, warn
 from dist_vlcl.run.files import make_folder, sync_folder, write_durably
 
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
+NOBODY: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,16 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     path: Path
+    identity: dict[str, str] = field(default_factory=dict)  # digests: "run", "config", "data"; {} before version 0.2
 
 
 class BrokenCheckpoint(RuntimeError):
     """A checkpoint differs from what was written."""
 
 
-def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2) -> Path:
+def save(
+    folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2, identity: Mapping[str, str] = NOBODY
+) -> Path:
     """Write the checkpoint of `step` into a run folder, then delete all but the `keep` newest. Rank 0 calls this.
 
     Raises OSError (a full disk, for example); every earlier checkpoint is then still there. A checkpoint of a later step is deleted, too:
@@ -49,7 +55,7 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     aside = path.with_name(path.name + ".tmp")
     # Cloned, since safetensors refuses strided and overlapping tensors, and units may be views of one buffer.
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    metadata = {"step": str(step), "state": json.dumps(state)}
+    metadata = {"step": str(step), "state": json.dumps(state), "identity": json.dumps(dict(identity))}
     metadata["sha256"] = _digest(metadata, own)
     try:
         write_durably(aside, tensors_to_bytes(own, metadata))
@@ -68,10 +74,11 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     return path
 
 
-def load_newest(folder: Path | str) -> Checkpoint | None:
+def load_newest(folder: Path | str, identity: Mapping[str, str] = NOBODY) -> Checkpoint | None:
     """Return the newest checkpoint of a run folder that is intact, or None. Warns of each newer one and says what is wrong with it.
 
-    Raises ValueError for a run folder of version 0.1.
+    `identity`: what the checkpoint must belong to. One of another run is left out like a damaged one. Raises ValueError for one of this run
+    with another configuration or other data, and for a run folder of version 0.1.
     """
     if is_of_version_0_1(folder):
         raise ValueError(f"{folder} has checkpoints of version 0.1, which this version cannot read: use version 0.1, or train again")
@@ -79,13 +86,28 @@ def load_newest(folder: Path | str) -> Checkpoint | None:
     for step in reversed(saved_steps(folder)):
         try:
             found = load(folder, step)
-            break
+            if found.identity.get("run") in (None, identity.get("run", found.identity.get("run"))):
+                break
+            skipped.append(f"{found.path} belongs to another run")
+            found = None
         except (BrokenCheckpoint, OSError) as error:
             skipped.append(str(error))
     if skipped:
         outcome = f"using {found.path.name} instead" if found else "no intact checkpoint is left"
-        warnings.warn(f"skipped: {'; '.join(skipped)}; {outcome}", RuntimeWarning, stacklevel=2)
+        warn(f"skipped: {'; '.join(skipped)}; {outcome}")
+    if found:
+        check_identity(found, identity)
     return found
+
+
+def check_identity(found: Checkpoint, identity: Mapping[str, str]) -> None:
+    """Raise ValueError if a checkpoint was saved with another configuration or other data."""
+    for key, name in (("config", "another configuration"), ("data", "other data")):
+        if identity.get(key) and found.identity.get(key, identity[key]) != identity[key]:
+            raise ValueError(
+                f"{found.path} was saved with {name} (digest {found.identity[key][:16]}, here {identity[key][:16]}): "
+                "restore config.yaml and the data of this run, or start anew with run.overwrite=true"
+            )
 
 
 def load(folder: Path | str, step: int) -> Checkpoint:
@@ -111,17 +133,21 @@ def _path(folder: Path | str, step: int) -> Path:
 
 
 def _read(path: Path, step: int) -> Checkpoint:
+    if not path.is_file():
+        raise BrokenCheckpoint(f"{path} is not a file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-    except SafetensorError as error:
+        is_intact = metadata.pop("sha256", None) == _digest(metadata, tensors)
+        state, identity = (parse_json(metadata.get(key, "{}"), dict) for key in ("state", "identity"))
+    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:  # as bytes decide
         raise BrokenCheckpoint(f"{path} cannot be read ({error})") from None
-    if metadata.pop("sha256", None) != _digest(metadata, tensors):
+    if not is_intact:
         raise BrokenCheckpoint(f"{path}: its content differs from its SHA-256")
     if metadata.get("step") != str(step):
         raise BrokenCheckpoint(f"{path} is the checkpoint of step {metadata.get('step')}")
-    return Checkpoint(step, tensors, json.loads(metadata["state"]), path)
+    return Checkpoint(step, tensors, state, path, identity)
 
 
 def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:

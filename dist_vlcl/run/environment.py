@@ -51,6 +51,12 @@ def code_digest() -> str:
     return f"dist_vlcl {__version__} {h.hexdigest()}, torch {torch.__version__}"
 
 
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide about pixels, tokens and sums; other than torch's, which is in the code's digest."""
+    names = ("accelerate", "deepspeed", "numpy", "open_clip_torch", "pillow", "safetensors", "torchvision")
+    return {item.name: item.version for item in importlib.metadata.distributions() if item.name and item.name.lower() in names}
+
+
 def code_version(folder: Path) -> str | None:
     """Return the git commit of the code in a folder, with -dirty if files have changed; None if git does not track the code."""
     # An installed package may lie inside another project's repository, which then tracks none of its files.

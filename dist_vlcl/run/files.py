@@ -1,11 +1,12 @@
-"""Files that survive an interruption: durable writes, and files with one JSON object per line."""
+"""Files that survive an interruption: durable writes, and files with one sealed JSON object per line."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from dist_vlcl.reading import read_lines, seal, to_line
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -41,21 +42,21 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 class JsonLines:
-    """An append-only file with one JSON object per line.
+    """An append-only file with one sealed JSON object per line.
 
     The operating system has a line when `append` returns: it survives kill -9. The disk has it after `sync`: it survives a power cut.
     """
 
-    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-        """Open the file; first remove the records that `keep` refuses, and lines that an interruption has cut off."""
-        self.kept = [record for record in read_lines(path) if keep(record)]
+    def __init__(self, path: Path, form: Any, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Open the file; first remove the records that `keep` refuses, and lines that are damaged or cut off."""
+        self.kept = [record for record in read_lines(path, form) if keep(record)]
         replace_file(path, "".join(map(to_line, self.kept)))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115, it stays open as long as the run
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line. Raises OSError on a full disk."""
         with _naming(self._file.name):
-            _write_all(self._file, to_line(record).encode())
+            _write_all(self._file, to_line(seal(record)).encode())
 
     def sync(self) -> None:
         """Wait until the disk has every line. Raises OSError if it cannot take them."""
@@ -65,34 +66,6 @@ class JsonLines:
     def close(self) -> None:
         """Close the file. A second call does nothing."""
         self._file.close()
-
-
-def read_json(path: Path, default: Any) -> Any:
-    """Return the content of a JSON file, or the default if there is no file that can be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return default
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file, without incomplete lines; an empty list if there is no file."""
-    if not path.exists():
-        return []
-    records = map(_parse, path.read_text(errors="replace").splitlines())
-    return [record for record in records if isinstance(record, dict)]
-
-
-def to_line(record: dict[str, Any]) -> str:
-    """Return a record as its line; tensors and NumPy numbers become numbers."""
-    return json.dumps(record, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value)) + "\n"
-
-
-def _parse(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 @contextmanager

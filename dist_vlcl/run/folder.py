@@ -2,7 +2,7 @@
 
 `config.yaml`          The configuration, resolved.
 `classes.json`         The class names of each task.
-`env.json`             One entry per start: versions, host, code, command line.
+`env.json`             One entry per start: the run's id, versions, host, code, command line.
 `metrics.jsonl`        One line per step and per task (log.py).
 `journal.jsonl`        The seed and accepted coefficients of each step (log.py).
 `units/`               Gradient and update of every unit (unit_records.py).
@@ -18,7 +18,7 @@ import json
 import os
 import re
 import time
-import warnings
+import uuid
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -29,14 +29,12 @@ import yaml
 from dist_vlcl.dist.world import World
 from dist_vlcl.masking import masked_values
 from dist_vlcl.options import flatten, option
-from dist_vlcl.run.checkpoint import is_of_version_0_1
+from dist_vlcl.reading import or_warn, read_json, seal, warn
+from dist_vlcl.run.checkpoint import is_of_version_0_1, load_newest
 from dist_vlcl.run.environment import describe_environment, is_restart
-from dist_vlcl.run.files import make_folder, read_json, replace_file
+from dist_vlcl.run.files import make_folder, replace_file
+from dist_vlcl.saved import ENVIRONMENT, MAY_CHANGE, digest_of, read_accuracy, read_config
 
-MAY_CHANGE = (  # patterns of the options that a resume may change, because they do not affect the result
-    *("run.*", "cluster.*", "eval.batch_size", "model.graphs", "train.check_every_steps", "train.max_skips"),
-    *("data.root", "data.url", "data.timeout_s", "data.allow_pipe", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
-)
 LOCK_WAIT_S = 300  # after a restart by a scheduler: ranks on a node that it has lost contact with may still run
 TRACKERS = ("wandb", "tensorboard", "mlflow")
 ADVICE = "run.overwrite=true sets it aside and starts anew; or choose another run.name"
@@ -48,7 +46,6 @@ class RunConfig:
 
     name: str = option("default", "Name of the run, which is the name of its folder; auto derives it from the configuration.")
     root: str = option("runs", "Folder that holds the folders of all runs.")
-    resume: bool = option(True, "Continue an existing run folder that has the same configuration.")
     overwrite: bool = option(False, "Rename an existing run folder to <name>.old-N and start anew.")
     save_every_steps: int = option(0, "Steps between two checkpoints within a task; 0 saves at the end of each task only.", min=0)
     keep: int = option(2, "Number of checkpoints that are kept.", min=1)
@@ -85,11 +82,11 @@ class RunFolder:
     """The folder of one run. Methods that write do so on rank 0 and do nothing on other ranks."""
 
     path: Path
-    settings: RunConfig
     is_main: bool
     is_new: bool  # no earlier start of this run has left anything
     is_complete: bool
     message: str  # for the user, in one line
+    identity: dict[str, str]  # of the run, its configuration and its data; every checkpoint has it
     _lock: TextIO | None = field(default=None, repr=False)
 
     @classmethod
@@ -115,21 +112,31 @@ class RunFolder:
             nonlocal lock
             try:
                 lock, prepared = _prepare(settings, _as_saved(config), {"data": data, "code_digest": code}, wait_s)
-            except (OSError, yaml.YAMLError) as error:
+            except OSError as error:
                 raise RunRefused(f"run folder {settings.folder}: {error}") from error
             return prepared
 
-        return cls(**world.on_main(prepare, "the run folder"), settings=settings, is_main=world.is_main, _lock=lock)
+        return cls(**world.on_main(prepare, "the run folder"), is_main=world.is_main, _lock=lock)
 
     def write_accuracy(self, accuracy: dict[str, Any], complete: bool = False) -> None:
         """Write accuracy.json."""
         if self.is_main:
-            replace_file(self.path / "accuracy.json", json.dumps({**accuracy, "complete": complete}, indent=1) + "\n")
+            self.check_owner()
+            owner = {key: self.identity[key] for key in ("run", "config")}
+            replace_file(self.path / "accuracy.json", json.dumps(seal({**owner, **accuracy, "complete": complete}), indent=1) + "\n")
 
     def request_requeue(self) -> None:
         """Leave the marker of a run that waits to be started again."""
         if self.is_main:
+            self.check_owner()
             replace_file(self.path / "REQUEUE", "start this run again\n")
+
+    def check_owner(self) -> None:
+        """Raise RunRefused if the folder is no longer the one that this process has opened: moved, removed, or another run's."""
+        if self._lock:
+            lock = self.path / ".lock"
+            if not lock.exists() or not os.path.samestat(lock.stat(), os.fstat(self._lock.fileno())):
+                raise RunRefused(f"{self.path} was moved or replaced while this run used it: the run stops and writes nothing there")
 
     def close(self) -> None:
         """Let another process use the folder."""
@@ -154,19 +161,22 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
         lock, aside = _set_aside(path, lock)
         notes.append(f"the earlier run is now {aside}")
     is_new = not _is_used(path)
+    starts = [] if is_new else or_warn(lambda: read_json(path / "env.json", ENVIRONMENT, []), [])
     if not is_new:
-        notes += [*_check_configuration(path, settings, config), *_check_facts(path, facts)]
+        notes += [*_check_configuration(path, config), *_check_facts(path, facts, starts)]
+    run = _id_of(path, starts) or uuid.uuid4().hex
     replace_file(path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    starts = read_json(path / "env.json", [])
-    replace_file(path / "env.json", json.dumps([*starts, {**describe_environment(), **facts}], indent=1) + "\n")
+    identity = {"run": run, "config": digest_of(config)} | ({"data": facts["data"]} if facts["data"] else {})
+    start = seal({"run": run, **describe_environment(), **facts})
+    replace_file(path / "env.json", json.dumps([*starts, start], indent=1) + "\n")
     (path / "REQUEUE").unlink(missing_ok=True)
     for name in ("checkpoints", "plots"):
         make_folder(path / name)
-    is_complete = read_json(path / "accuracy.json", {}).get("complete") is True
+    is_complete = or_warn(lambda: read_accuracy(path, config, run), {}).get("complete") is True
     begin = f"{'starting' if is_new else 'continuing'} {path}"
     if is_complete:
         begin = f"{path} is complete: see its summary.md and plots/. To train again, choose another run.name or seed, or run.overwrite=true"
-    return lock, {"path": path, "is_new": is_new, "is_complete": is_complete, "message": "; ".join([begin, *notes])}
+    return lock, {"path": path, "is_new": is_new, "is_complete": is_complete, "identity": identity, "message": "; ".join([begin, *notes])}
 
 
 def _is_used(path: Path) -> bool:
@@ -188,8 +198,7 @@ def _lock(path: Path, wait_s: float = 0) -> TextIO:
             file.close()
             raise RunBusy(f"{path} is in use by another process; wait for it, or choose another run.name") from None
         except OSError as error:  # a file system without locks
-            message = f"{path}: this file system has no locks ({error}); make sure that no other job uses this run.name"
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warn(f"{path}: this file system has no locks ({error}); make sure that no other job uses this run.name")
         return file
 
 
@@ -203,15 +212,16 @@ def _set_aside(path: Path, lock: TextIO) -> tuple[TextIO, Path]:
     return _lock(path), aside
 
 
-def _check_configuration(path: Path, settings: RunConfig, config: dict[str, Any]) -> list[str]:
+def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
     """Return one text per change that a resume accepts; raise RunRefused for any other change."""
     if is_of_version_0_1(path):
         raise RunRefused(f"{path} was started by version 0.1, whose checkpoints this version cannot read; {ADVICE}")
-    if not settings.resume and not is_restart():
-        raise RunRefused(f"{path} exists: run.resume=true continues it; {ADVICE}")
     if not (path / "config.yaml").exists():
         raise RunRefused(f"{path} holds a run without its config.yaml: {ADVICE}")
-    changes = differences(yaml.safe_load((path / "config.yaml").read_text()) or {}, config)
+    try:
+        changes = differences(read_config(path / "config.yaml"), config)
+    except ValueError as error:
+        raise RunRefused(f"{error}; {ADVICE}") from error
     allowed = {key: change for key, change in changes.items() if any(fnmatch(key, pattern) for pattern in MAY_CHANGE)}
     refused = [f"  {key}: {change}" for key, change in changes.items() if key not in allowed]
     if refused:
@@ -219,9 +229,17 @@ def _check_configuration(path: Path, settings: RunConfig, config: dict[str, Any]
     return [f"{key}: {change}" for key, change in allowed.items() if not key.startswith("run.")]
 
 
-def _check_facts(path: Path, facts: dict[str, str | None]) -> list[str]:
+def _id_of(path: Path, starts: list[dict[str, Any]]) -> str | None:
+    """Return the id of the run that the folder belongs to: of its newest start or, if env.json is lost, of its newest checkpoint."""
+    known = [start["run"] for start in starts if start.get("run")]
+    if known or starts or not (saved := load_newest(path)):
+        return known[-1] if known else None
+    return saved.identity.get("run")
+
+
+def _check_facts(path: Path, facts: dict[str, str | None], starts: list[dict[str, Any]]) -> list[str]:
     """Return a text if the code has changed since the last start; raise RunRefused if the data set has."""
-    last: dict[str, Any] = [{}, *read_json(path / "env.json", [])][-1]
+    last: dict[str, Any] = [{}, *starts][-1]
     changed = [name for name, value in facts.items() if last.get(name) and value and last[name] != value]
     if "data" in changed:
         raise RunRefused(

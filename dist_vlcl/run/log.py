@@ -1,17 +1,17 @@
 """What a run reports: to its files first, then to the trackers and the terminal. Rank 0 reports; the other ranks are silent.
 
 metrics.jsonl   {"kind": "step", "step": 7, "task": 0, "loss": ..., "lr": ..., "zo": {...}, ...}      kinds: run, step, task, note
-journal.jsonl   {"step": 7, "task": 0, "seed": 8, "lr": 0.1, "moves": [{"group": "vision", "projected_gradient": ..., "coefficient": ...}],
-                "crc": "..."}
+journal.jsonl   {"step": 7, "task": 0, "seed": 8, "lr": 0.1, "device": "cpu", "moves": [{"group": "vision", "projected_gradient": ...,
+                "coefficient": ...}], "crc": "..."}
 
 The zeroth-order units can be rebuilt from the journal. A step's journal line is written last and survives kill -9; a power cut may take
-the lines after the last checkpoint. The CRC-32 of the rest of the line detects a damaged line.
+the lines after the last checkpoint. Every line ends with `crc`, the CRC-32 of its rest, which detects damage.
 """
 
-import json
 import time
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +22,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dist_vlcl.dist.world import World
-from dist_vlcl.masking import masked_values
-from dist_vlcl.run.files import JsonLines, read_lines, to_line
+from dist_vlcl.masking import masked, masked_values
+from dist_vlcl.reading import read_lines
+from dist_vlcl.run.files import JsonLines
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.trackers import Trackers
+from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM
 
 T = TypeVar("T")
 METRICS, JOURNAL = "metrics.jsonl", "journal.jsonl"
@@ -60,10 +62,20 @@ class RunLog:
         self._console = console or _default_console()
         self._newest = ""  # what the progress shows of the newest step
         self._shown_steps: list[tuple[float, float]] = []  # (images, seconds) of the steps of this progress
-        self._metrics = JsonLines(self._folder / METRICS, lambda record: is_before(record, state))
-        self._journal = JsonLines(self._folder / JOURNAL, lambda record: is_before(record, state))
+        self._metrics = JsonLines(self._folder / METRICS, METRICS_FORM, lambda record: is_before(record, state))
+        self._journal = JsonLines(self._folder / JOURNAL, JOURNAL_FORM, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
         self._trackers = Trackers(self._folder, settings, masked_values(config))
+        lines = {kind: [record for record in self._metrics.kept if record["kind"] == kind] for kind in ("run", "step")}
+        expected = [
+            (METRICS, "run lines", [0 for _ in lines["run"]], range(1)),
+            (METRICS, "steps", [record["step"] for record in lines["step"]], range(1, state.step + 1)),
+            (METRICS, "tasks", [record["task"] for record in self._tasks], range(state.task)),
+            (JOURNAL, "steps", [record["step"] for record in self._journal.kept], range(1, state.step + 1)),
+        ]
+        for name, kind, found, whole in expected if state.step or state.task else ():
+            if wrong := differing(found, whole):
+                self.say(f"warning: {self._folder / name} was damaged before the checkpoint of step {state.step}: {kind} {wrong}")
         if not self._metrics.kept:
             self._write("run", {"step": 0, "task": 0, "name": settings.name, "world_size": world.size})
 
@@ -95,12 +107,13 @@ class RunLog:
     def journal(self, record: dict[str, Any]) -> None:
         """Append to journal.jsonl. `record` has at least `step`. Call it last in a step."""
         if self._is_main:
-            self._journal.append(seal(record))
+            self._journal.append(record)
 
     def say(self, text: str) -> None:
         """Print a message that belongs to this start only, such as that it resumes a run."""
         if self._is_main:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with suppress(OSError):  # the terminal may be gone, and the run goes on or saves
+                self._console.print(masked(text), highlight=False, markup=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Print a table; the first column is aligned left, the others right."""
@@ -109,8 +122,9 @@ class RunLog:
             for index, column in enumerate(columns):
                 table.add_column(column, justify="right" if index else "left")
             for row in rows:
-                table.add_row(*map(str, row))
-            self._console.print(table)
+                table.add_row(*(masked(str(cell)) for cell in row))
+            with suppress(OSError):
+                self._console.print(table)
 
     def progress(self, items: Iterable[T], total: int, completed: int = 0, description: str = "") -> Iterator[T]:
         """Iterate over the items that are left of `total`, and show the progress: a bar on a terminal, lines in a log file."""
@@ -126,7 +140,7 @@ class RunLog:
         """Remove the journal's lines after `step`: they may come from the losses of a rank that has diverged."""
         if self._is_main:
             self._journal.close()
-            self._journal = JsonLines(self._folder / JOURNAL, lambda record: record["step"] <= step)
+            self._journal = JsonLines(self._folder / JOURNAL, JOURNAL_FORM, lambda record: record["step"] <= step)
 
     def close(self) -> None:
         """Close the files and the trackers. A second call does nothing."""
@@ -181,18 +195,20 @@ def is_before(record: dict[str, Any], state: TrainState) -> bool:
     return record.get("kind") != "task" or record.get("task", 0) < state.task
 
 
-def seal(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record with its checksum, and with numbers in place of tensors."""
-    record = json.loads(to_line(record))
-    return {**record, "crc": _checksum(record)}
+def differing(found: Sequence[int], expected: Sequence[int]) -> str:
+    """Return as text which expected numbers are missing, which occur twice, or that the order is another; "" if all is as expected."""
+    counts = Counter(found)
+    kinds = {"missing": [k for k in expected if not counts[k]], "doubled": [k for k, n in counts.items() if n > 1]}
+    texts = [f"{kind}: {len(numbers)}, the first is {numbers[0]}" for kind, numbers in kinds.items() if numbers]
+    return "; ".join(texts) or ("in another order" if list(found) != list(expected) else "")
 
 
 def read_journal(folder: Path, after: int) -> Iterator[dict[str, Any]]:
     """Yield the journal's records that follow step `after` without a gap, up to the first that is missing or damaged."""
-    for record in read_lines(folder / JOURNAL):
-        if record.get("step", 0) <= after:
+    for record in read_lines(folder / JOURNAL, JOURNAL_FORM):
+        if record["step"] <= after:
             continue
-        if record["step"] != after + 1 or record.get("crc") != _checksum({k: v for k, v in record.items() if k != "crc"}):
+        if record["step"] != after + 1 or "crc" not in record:
             return
         yield record
         after += 1
@@ -203,10 +219,6 @@ def describe_step(record: dict[str, Any], steps: Sequence[tuple[float, float]]) 
     parts = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
     parts += [f"{sum(images for images, _ in steps) / sum(seconds for _, seconds in steps):.0f} images/s"] if steps else []
     return "  ".join(parts)
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    return f"{zlib.crc32(to_line(record).encode()):08x}"
 
 
 def _default_console() -> Console:

@@ -18,12 +18,12 @@ STATUS_FILE = "DIST_VLCL_STATUS"  # the environment variable that names it
 class Preemption:
     """Notes that the scheduler or the user asks the process to stop; restores the old handlers at the end.
 
-    SIGTERM and SIGUSR1 only set `requested`. So does the first SIGINT; the second one has its usual effect, so that Ctrl-C twice ends a
-    process that hangs. Python installs handlers in the main thread only; in another thread `requested` stays False. The caller makes the
-    ranks agree on the request.
+    SIGTERM, SIGUSR1 and SIGHUP (unless it is ignored, as under nohup) only set `requested`. So does the first SIGINT; the second one has
+    its usual effect, so that Ctrl-C twice ends a process that hangs. Python installs handlers in the main thread only; in another thread
+    `requested` stays False. The caller makes the ranks agree on the request.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
     def __init__(self) -> None:
         self.requested = False  # whether a signal has arrived
@@ -32,6 +32,8 @@ class Preemption:
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from dist_vlcl.reading import fits
+from dist_vlcl.saved import COUNTS
+
 
 @dataclass
 class TrainState:
@@ -16,7 +19,7 @@ class TrainState:
     zero_shot: dict[int, float] = field(default_factory=dict)  # accuracy of the untrained model on the classes seen up to each task
     seconds: float = 0.0  # time spent in training steps, over all starts of the run
     world_size: int = 1  # of the start that saved this
-    device: str = "cpu"  # of the start that saved this: cpu or cuda
+    threads: int = 0  # CPU threads of a rank in the start that saved this; 0: unknown
 
     def advance(self) -> None:
         """Count one batch, which is one optimiser step."""
@@ -39,11 +42,11 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
-        """Return the state that `to_dict` gave, also after JSON. Raises ValueError if a field is missing."""
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in saved]
-        if missing:
-            raise ValueError(f"the saved state lacks {', '.join(missing)}: run.overwrite=true starts anew")
-        state = cls(**{name: saved[name] for name in names})
+        """Return the state that `to_dict` gave, also after JSON. Raises ValueError if a field is missing or of another type."""
+        saved = {"threads": 0, **saved}  # checkpoints of before this field lack it
+        wrong = [name for name, value in asdict(cls()).items() if not fits(saved.get(name), type(value))]
+        if wrong or not fits(saved["accuracy"], COUNTS):
+            raise ValueError(f"the saved state has no valid {', '.join(wrong) or 'accuracy'}: run.overwrite=true starts anew")
+        state = cls(**{field.name: saved[field.name] for field in fields(cls)})
         state.zero_shot = {int(task): value for task, value in state.zero_shot.items()}  # JSON has made the keys texts
         return state

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_vlcl.options import flatten
-from dist_vlcl.run.files import read_json, replace_file
+from dist_vlcl.reading import or_warn, read_json
+from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunConfig
 
 
@@ -21,7 +22,7 @@ class Trackers:
 
     def __init__(self, folder: Path, settings: RunConfig, config: dict[str, Any]) -> None:
         self._trackers: dict[str, Any] = {}
-        ids = read_json(folder / "trackers.json", {})
+        ids = or_warn(lambda: read_json(folder / "trackers.json", dict.fromkeys(START, (None, str)), {}), {})
         for name in settings.trackers:
             with self._dropped_if_it_fails(name):
                 self._trackers[name], id = START[name](folder, settings, ids.get(name))
@@ -52,7 +53,9 @@ class Trackers:
             yield
         except Exception as error:  # whatever it is, training is more important
             self._trackers.pop(name, None)
-            warnings.warn(f"run.trackers: {name} is off for this run: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+            # accelerate names another package than the one that is missing
+            why = f"pip install {name}" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            warnings.warn(f"run.trackers: {name} is off for this run: {why}", RuntimeWarning, stacklevel=3)
 
 
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:

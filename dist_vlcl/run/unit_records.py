@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dist_vlcl.model.statistics import STATISTICS
+from dist_vlcl.reading import warn
 from dist_vlcl.run.files import make_folder, replace_file
+from dist_vlcl.saved import read_unit_records
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,20 +83,24 @@ def _write(path: Path, table: Any) -> None:
     import pyarrow.parquet
 
     stream = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(table, stream)
+    pyarrow.parquet.write_table(table, stream, write_page_checksum=True)
     replace_file(path, stream.getvalue().to_pybytes())
 
 
 def _drop_after(folder: Path, step: int) -> None:
     import pyarrow.compute
-    import pyarrow.parquet
 
     for path in sorted(folder.iterdir(), reverse=True):  # newest first, so that an interruption leaves no gap
         match = NAME.fullmatch(path.name)
         if match is None or int(match[1]) > step:
             path.unlink()
             continue
-        table = pyarrow.parquet.read_table(path)
+        try:
+            table = read_unit_records(path)
+        except (OSError, ValueError) as error:
+            aside = path.rename(folder.parent / f"{path.name}.damaged")
+            warn(f"{error}; it is now {aside}, and the run goes on without these records")
+            continue
         if pyarrow.compute.max(table["step"]).as_py() <= step:
             return
         _write(path, table.filter(pyarrow.compute.field("step") <= step))

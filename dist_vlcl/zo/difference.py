@@ -1,24 +1,36 @@
 """Projected gradients from loss differences along random directions (concepts.md 2.3 and 2.6; the paper's equation 2).
 
 A *candidate* maps a branch to an offset `[n]` from the current values. The empty candidate is the base.
-`evaluate(candidates)` returns the mean loss of each candidate over the global batch. This module does not know how many ranks there are.
+`evaluate(candidates)` returns the mean loss of each candidate over the global batch. It takes the candidates one after another, so that
+hundreds of them need not be in memory together. This module does not know how many ranks there are.
 """
 
 # n parameters of a branch
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dist_vlcl.zo.flat import Flat, Group, restricted
-from dist_vlcl.zo.noise import Key, NoiseField
+from dist_vlcl.zo.noise import Key, NoiseField, direction_stream
 
 Candidate = Mapping[str, Tensor]
 Slopes = Mapping[str, tuple[float, ...]]  # the projected gradients of one group: per branch, one number per probe
-Evaluate = Callable[[Sequence[Candidate]], list[float]]
+Evaluate = Callable[[Iterable[Candidate]], list[float]]
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
+
+
+class StepDirections:
+    """The directions of one step, by (branch, probe). They are drawn when they are read; the last few are kept."""
+
+    def __init__(self, draw: Callable[[str, int], Tensor]):
+        self._draw = functools.lru_cache(maxsize=16)(draw)
+
+    def __getitem__(self, place: tuple[str, int]) -> Tensor:
+        return self._draw(*place)
 
 
 class Directions:
@@ -31,7 +43,12 @@ class Directions:
     def draw(self, branch: str, key: Key, probe: int) -> Tensor:
         """Return direction number `probe` of a branch `[n]`, fp32: standard normals, or signs +-1 ("rademacher")."""
         field = self.fields[branch]
-        return field.signs(key, probe) if self.distribution == "rademacher" else field.normals(key, probe)
+        stream = direction_stream(probe)
+        return field.signs(key, stream) if self.distribution == "rademacher" else field.normals(key, stream)
+
+    def of_step(self, key: Key) -> StepDirections:
+        """Return the directions of a step."""
+        return StepDirections(lambda branch, probe: self.draw(branch, key, probe))
 
 
 @dataclass(frozen=True)
@@ -40,17 +57,19 @@ class FiniteDifference:
 
     epsilon: Mapping[str, float]
     sides: int = 1
-    probes: int = 1
+    probes: int | Mapping[str, int] = 1
     clip: float | None = None
 
-    def candidates(self, groups: Sequence[Group], directions: Mapping[tuple[str, int], Tensor]) -> list[Candidate]:
-        """Return the perturbed candidates: for each group, for each probe, for each side. `directions` is by (branch, probe)."""
-        return [
-            {branch: restricted(directions[branch, probe] * (sign * self.epsilon[branch]), part) for branch, part in group.slices.items()}
-            for group in groups
-            for probe in range(self.probes)
-            for sign in ((1,) if self.sides == 1 else (1, -1))
-        ]
+    def probes_of(self, group: Group) -> int:
+        """Return the number of directions of a group. A joint group has both branches, with equal numbers."""
+        return self.probes if isinstance(self.probes, int) else self.probes[next(iter(group.slices))]
+
+    def candidates(self, groups: Sequence[Group], directions: StepDirections) -> Iterator[Candidate]:
+        """Yield the perturbed candidates: for each group, for each probe, for each side."""
+        for group in groups:
+            for probe in range(self.probes_of(group)):
+                for sign in (1,) if self.sides == 1 else (1, -1):
+                    yield {b: restricted(directions[b, probe] * (sign * self.epsilon[b]), part) for b, part in group.slices.items()}
 
     def projected_gradients(self, groups: Sequence[Group], base: float, losses: Sequence[float]) -> list[Slopes]:
         """Return the slopes of each group. `losses` are those of `candidates`, in the same order; `base` is the unperturbed loss."""
@@ -58,7 +77,7 @@ class FiniteDifference:
         result: list[Slopes] = []
         for group in groups:
             differences = [
-                next(remaining) - base if self.sides == 1 else (next(remaining) - next(remaining)) / 2 for _ in range(self.probes)
+                next(remaining) - base if self.sides == 1 else (next(remaining) - next(remaining)) / 2 for _ in range(self.probes_of(group))
             ]
             result.append({b: tuple(self._clipped(d / self.epsilon[b]) for d in differences) for b in group.slices})
         return result

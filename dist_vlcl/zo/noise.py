@@ -44,9 +44,14 @@ class Key:
     step: int
 
 
-# Numbers of the independent streams of a name. Direction number q is stream q.
-MAX_PROBES = 254
+# Numbers of the independent streams of a name. Below 254 they are free for directions.
 ROUTER_STREAM, DROPOUT_STREAM = 254, 255
+
+
+def direction_stream(probe: int) -> int:
+    """Return the stream of direction number `probe`. 254 directions share a row, because router and dropout have the last two streams."""
+    row, column = divmod(probe, ROUTER_STREAM)
+    return column + 256 * row
 
 
 def name_id(name: str) -> int:

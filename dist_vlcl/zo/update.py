@@ -3,9 +3,11 @@
 # n parameters of a branch
 
 import functools
+import itertools
 import math
 import pkgutil
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor
 
 from dist_vlcl.options import option
-from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, Evaluate, FiniteDifference, Slopes
+from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, Evaluate, FiniteDifference, Slopes, StepDirections
 from dist_vlcl.zo.flat import Flat, Group, groups_of, restricted
-from dist_vlcl.zo.noise import MAX_PROBES, Key
+from dist_vlcl.zo.noise import Key, derive_seed
 
+BRANCHES = ("language", "vision")
 EVALUATIONS = ("auto", "whole", "delta")
 # Losses are rounded to 2^-32. With a smaller epsilon the difference of two losses would be mostly that rounding.
 MIN_EPSILON = 1e-7
@@ -34,7 +37,7 @@ class ZerothOrderConfig:
     )
     epsilon: dict[str, float] = option({"language": 1e-3, "vision": 5e-4}, "Size of the perturbation, per branch.", min=MIN_EPSILON)
     sides: int = option(1, "1: compare with the base loss; 2: compare the two sides of the base.", choices=(1, 2))
-    probes: int = option(1, "Number of directions that are averaged in a step.", min=1, max=MAX_PROBES)
+    probes: Any = option(1, "Number of directions that are averaged in a step: one number, or {language: N, vision: N}.")
     directions: str = option("gaussian", "Distribution of the directions.", choices=DISTRIBUTIONS)
     granularity: str = option(
         "branch", "What one loss difference moves: a branch, a unit, or both branches.", choices=("branch", "unit", "joint")
@@ -43,13 +46,31 @@ class ZerothOrderConfig:
         "auto", "Compute a candidate's whole features, or only their change; auto: the change where the tower is bf16.", choices=EVALUATIONS
     )
     clip: float | None = option(10.0, "Largest absolute value of a projected gradient; null: no limit.", above=0)
-    lr_scale: float = option(1.0, "Ratio of the zeroth-order to the first-order learning rate.", above=0)
+    lr_scale: Any = option(
+        1.0,
+        "Ratio of the zeroth-order to the first-order learning rate; auto: probes over the root mean square of the projected gradients.",
+    )
+    random_signs: bool = option(
+        False, "A control: give every projected gradient a random sign. Steps keep their length, and learn nothing."
+    )
 
     def check(self) -> None:
         """Raise ValueError for a branch without epsilon or an estimator that Python cannot import."""
-        if set(self.epsilon) != {"language", "vision"}:
+        if set(self.epsilon) != set(BRANCHES):
             raise ValueError(f"zo.epsilon={self.epsilon}: give zo.epsilon.language and zo.epsilon.vision, and no other")
+        by_branch = self.probes if isinstance(self.probes, Mapping) else dict.fromkeys(BRANCHES, self.probes)
+        if set(by_branch) != set(BRANCHES) or any(type(count) is not int or count < 1 for count in by_branch.values()):
+            raise ValueError(f"zo.probes={self.probes}: give a number of at least 1, or one for each branch: {{language: 128, vision: 1}}")
+        if self.granularity == "joint" and len(set(by_branch.values())) > 1:
+            raise ValueError(f"zo.probes={self.probes}: zo.granularity=joint perturbs both branches together; give one number")
+        is_number = type(self.lr_scale) in (int, float) and 0 < self.lr_scale < math.inf
+        if not is_number and (self.lr_scale != "auto" or self.transform != "identity"):
+            raise ValueError(f"zo.lr_scale={self.lr_scale}: give a number above 0, or auto, which needs zo.transform=identity")
         self.make_estimator()
+
+    def probes_of(self, branch: str) -> int:
+        """Return the number of directions of a branch."""
+        return self.probes[branch] if isinstance(self.probes, Mapping) else self.probes
 
     def make_estimator(self) -> FiniteDifference:
         """Return the object that makes candidates and turns their losses into estimates.
@@ -100,9 +121,9 @@ class Move:
         }
 
 
-def gradient(slopes: Sequence[float], directions: Sequence[Tensor]) -> Tensor:
+def gradient(slopes: Sequence[float], directions: Iterable[Tensor]) -> Tensor:
     """Return the gradient estimate `[n]`: the mean over probes q of s_q z_q."""
-    return functools.reduce(torch.add, (z * (s / len(slopes)) for s, z in zip(slopes, directions, strict=True)))
+    return functools.reduce(torch.add, (z * (s / len(slopes)) for s, z in zip(slopes, directions, strict=False)))
 
 
 def best_of_three(base: float, minus: float, plus: float, step: float) -> float:
@@ -129,21 +150,38 @@ class ZerothOrder:
 
         Ranks that get the same losses from `evaluate` decide the same.
         """
-        directions = self._draw(key)
-        base, *perturbed = evaluate([{}, *self.difference.candidates(self.groups, directions)])
+        directions = self.directions.of_step(key)
+        base, *perturbed = evaluate(itertools.chain([{}], self.difference.candidates(self.groups, directions)))
         if not all(map(math.isfinite, (base, *perturbed))):
             return base, None
-        moves = self._proposed(self.difference.projected_gradients(self.groups, base, perturbed), directions)
-        step = lr * self.config.lr_scale
+        slopes = self.difference.projected_gradients(self.groups, base, perturbed)
+        if self.config.random_signs:
+            slopes = with_random_signs(slopes, key)
+        moves = self._proposed(slopes, directions)
+        steps = [self._step(move, lr) for move in moves]
         if self.config.acceptance == "always" or not moves:
-            return base, [replace(move, coefficient=-step) for move in moves]
-        losses = evaluate([move.offsets(c) for move in moves for c in (-step, step)])
+            return base, [replace(move, coefficient=-step) for move, step in zip(moves, steps, strict=True)]
+        losses = evaluate([move.offsets(c) for move, step in zip(moves, steps, strict=True) for c in (-step, step)])
         if not all(map(math.isfinite, losses)):
             return base, None
         return base, [
             replace(move, coefficient=best_of_three(base, minus, plus, step), losses=(base, minus, plus))
-            for move, minus, plus in zip(moves, losses[::2], losses[1::2], strict=True)
+            for move, step, minus, plus in zip(moves, steps, losses[::2], losses[1::2], strict=True)
         ]
+
+    def _step(self, move: Move, lr: float) -> float:
+        """Return the coefficient of the ordinary step, without its minus sign.
+
+        `auto` divides by the root mean square of the slopes and multiplies by their number q. Each probe then moves its direction by about
+        lr, and the q moves are added, not averaged. The mean of q estimates has n / q times the square norm of the gradient (n parameters,
+        q much smaller than n), so the best step on a quadratic grows as q.
+        """
+        if self.config.lr_scale != "auto":
+            return lr * self.config.lr_scale
+        slopes = [slope for of_branch in move.projected_gradient.values() for slope in of_branch]
+        size = math.sqrt(sum(slope * slope for slope in slopes) / len(slopes))
+        count = max(map(len, move.projected_gradient.values()))
+        return lr * count / size if size > 0 else 0.0
 
     def apply(self, moves: Sequence[Move]) -> None:
         """Add each move to the values, in place."""
@@ -162,19 +200,22 @@ class ZerothOrder:
         if moved != expected:
             raise ValueError(f"the journal moves {', '.join(moved)} where the configuration has {', '.join(expected)}")
         slopes = [{b: tuple(s) for b, s in record["projected_gradient"].items()} for record in records]
-        moves = self._proposed(slopes, self._draw(key))
+        moves = self._proposed(slopes, self.directions.of_step(key))
         self.apply([replace(move, coefficient=record["coefficient"]) for move, record in zip(moves, records, strict=True)])
 
-    def _draw(self, key: Key) -> dict[tuple[str, int], Tensor]:
-        """Return the directions of a step by branch and probe, `[n]` each."""
-        return {(branch, q): self.directions.draw(branch, key, q) for branch in self.flats for q in range(self.config.probes)}
-
-    def _proposed(self, slopes: Sequence[Slopes], drawn: Mapping[tuple[str, int], Tensor]) -> list[Move]:
+    def _proposed(self, slopes: Sequence[Slopes], directions: StepDirections) -> list[Move]:
         """Return a move per group, with coefficient 0 for now. Its tensors `[n]` are zero outside the group's slice."""
         moves = []
         for group, own in zip(self.groups, slopes, strict=True):
-            probes = {b: [restricted(drawn[b, q], part) for q in range(self.config.probes)] for b, part in group.slices.items()}
-            gradients = {b: gradient(own[b], z) for b, z in probes.items()}
-            directions = {b: g.sign() for b, g in gradients.items()} if self.config.transform == "sign" else gradients
-            moves.append(Move(group, own, gradients, directions))
+            gradients = {
+                b: gradient(own[b], (restricted(directions[b, q], part) for q in itertools.count())) for b, part in group.slices.items()
+            }
+            proposed = {b: g.sign() for b, g in gradients.items()} if self.config.transform == "sign" else gradients
+            moves.append(Move(group, own, gradients, proposed))
         return moves
+
+
+def with_random_signs(slopes: Sequence[Slopes], key: Key) -> list[Slopes]:
+    """Return the slopes of each group with random signs, the same on every rank."""
+    draw = random.Random(derive_seed("random signs", key.seed, key.step))
+    return [{branch: tuple(s * draw.choice((-1, 1)) for s in of_branch) for branch, of_branch in own.items()} for own in slopes]

@@ -12,6 +12,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.orders import PLAN_LAYERS, OrderPlan, assign
 from dist_vlcl.zo.noise import Key
+from tests.helpers.families import architecture
 
 LIMIT = 1.05
 
@@ -66,6 +67,7 @@ def test_a_step_executes_at_most_5_percent_more_than_the_cost_model(orders, opti
         ("orders=dual_suffix", "adapter=lora_mlp"),
         ("orders=dual_all", "adapter=lora"),
         ("orders=dual_hop_even", "zo.sides=2"),
+        ("orders=dual_all", "zo=many_probes", "zo.probes={language: 20, vision: 2}"),
         ("orders=dual_hop_odd", "model.precision=bf16"),
         *(
             (f"orders={orders}", f"zo={zo}", f"adapter={adapter}", "zo.evaluation=delta")
@@ -181,3 +183,19 @@ def test_evaluation_and_text_have_as_many_times_fewer_flops_as_their_goals():
     for classes, goal in ((100, 1.25), (200, 1.5)):
         share = classes / 200
         assert batches * (images + share * naive) >= goal * (batches * images + share * ours)
+
+
+@pytest.mark.parametrize("options", [("zo=conservative",), ("zo=mozo", "adapter=lora")], ids=" ".join)
+def test_the_count_says_what_a_block_that_is_called_whole_costs(options):
+    """Nothing for experts where all positions are pooled; the other positions of the last block where one is; more for LoRA."""
+    found = {}
+    for family in ("vitamin", "mobileclip"):
+        count, model = executed(
+            Workload((f"model.name={architecture(family)}", "orders=vision_suffix", "cluster.device=cpu", *options), 8, 8)
+        )
+        found[family] = count / model
+    if "adapter=lora" in options:
+        assert 1 < found["vitamin"] < 1.2
+    else:
+        assert 0.99 < found["vitamin"] < LIMIT
+    assert found["vitamin"] + 0.02 < found["mobileclip"] < 1.5

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
@@ -11,7 +10,7 @@ from benchmarks import data, memory, noise, scaling, step, wire
 from benchmarks.common import Table, Workload, interleaved, ratio
 from dist_vlcl.dist.world import World
 from tests.helpers.hosts import hosts
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_ranks, warm_python
 
 TINY = ["--images", "8", "--classes", "4", "model=small", "cluster.device=cpu"]
 
@@ -73,7 +72,7 @@ def test_wire_and_scaling_measure_two_ranks():
 def test_between_two_hosts_zeroth_order_sends_a_few_packets_and_first_order_its_gradients(tmp_path):
     """DESIGN promises at most 64 bytes a rank and step; the network interface shows that nothing else travels."""
     arguments = [*TINY, "zo=mozo", "--interface", "eth0", "--steps", "5", "--orders", "dual_all,first"]
-    command = [sys.executable, "-m", "benchmarks.wire", *arguments, "--json", str(tmp_path / "{host}.json")]
+    command = [warm_python(), "-m", "benchmarks.wire", *arguments, "--json", str(tmp_path / "{host}.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     with hosts("--no-gso") as pair:
         line = pair.command("run", "--timeout", 250, "--", *command)

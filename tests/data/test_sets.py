@@ -1,7 +1,10 @@
 import io
 import json
+import multiprocessing
 import os
 import pickle
+import signal
+import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -16,9 +19,9 @@ from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.data import sets
 from dist_vlcl.data.loader import Batch
 from dist_vlcl.data.names import known_classes, prompt_names
-from dist_vlcl.data.sets import open_source, read_raw
+from dist_vlcl.data.sets import read_raw
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.shards import decode, open_index
+from dist_vlcl.data.shards import Index, ShardError, decode, make_shards, open_index, read_shard
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import ModelConfig, build_clip
 from dist_vlcl.model.moe import MoEConfig
@@ -79,20 +82,16 @@ def test_folders_above_the_class_do_not_change_the_split(tmp_path):
     assert listed(sets[0]) == listed(sets[1])
 
 
-def test_train_and_val_folders_a_zip_of_them_and_two_sources_are_the_same_set(tmp_path):
+def test_train_and_val_folders_and_a_zip_of_them_are_the_same_set(tmp_path):
     names = ["train/dog/1.png", "train/cat/1.png", "val/dog/2.png", "val/cat/2.JPEG"]
     source = images_below(tmp_path / "source", *names)
     (source / "train" / "dog" / "notes.txt").write_text("no image")
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         for name in names:
             archive.write(source / name, f"prefix/{name}")
-    configs = [
-        {"source": str(source)},
-        {"source": str(tmp_path / "all.zip")},
-        {"source": str(source / "train"), "test_source": str(source / "val")},
-    ]
-    sets = [listed(read_raw(DataConfig(name="mine", reader="folder", **config))) for config in configs]
-    assert sets[0] == sets[1] == sets[2]
+    sources = [source, tmp_path / "all.zip"]
+    sets = [listed(read_raw(DataConfig(name="mine", reader="folder", source=str(source)))) for source in sources]
+    assert sets[0] == sets[1]
     assert sets[0] == [("test", "cat", "cat/2"), ("test", "dog", "dog/2"), ("train", "cat", "cat/1"), ("train", "dog", "dog/1")]
 
 
@@ -262,11 +261,9 @@ def test_sources_that_cannot_work_are_refused(tmp_path, names, options, words):
 
 
 def test_a_compressed_tar_is_refused(tmp_path):
-    import tarfile
-
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
         tar.add(images_below(tmp_path / "s", "cat/1.png"), "s")
-    with pytest.raises(ValueError, match="unpack it first"):
+    with pytest.raises(ValueError, match=r"not an uncompressed .tar.*unpack it and give the folder"):
         read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path / "x.tar.gz")))
 
 
@@ -300,13 +297,84 @@ def test_the_config_files_are_options():
         assert OmegaConf.to_object(merged).reader_name == file.stem
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_damaged_member_of_a_zip_names_the_archive_and_itself(tmp_path, method):
-    path = tmp_path / "all.zip"
-    with zipfile.ZipFile(path, "w", method) as archive:
-        archive.writestr("cat/1.png", bytes(range(256)) * 8)
-    content = bytearray(path.read_bytes())
-    content[60:80] = b"\xff" * 20
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"all\.zip: damaged at 'cat/1\.png'"):
-        open_source(path)["cat/1.png"]()
+def build_of(tmp_path, broken: dict[str, bytes], **options) -> Index:
+    """Build a set of two classes of five images, where the named files hold something else."""
+    source = images_below(
+        tmp_path / "s", *[f"{split}/{name}/{k}.png" for split in ("train", "test") for name in ("cat", "dog") for k in (0, 1)]
+    )
+    for name, content in broken.items():
+        (source / name).write_bytes(content)
+    return make_shards(DataConfig(name="mine", reader="folder", source=str(source), root=str(tmp_path / "data"), **options))
+
+
+@pytest.mark.parametrize("encoding", ["original", "pixels"])
+@pytest.mark.parametrize(
+    "content", [b"", png(8, "cut")[:60], b"GIF89a" + bytes(99), b"P6\n9999 9999\n255\n", bytes(99)], ids=lambda c: c[:6].hex()
+)
+def test_the_build_opens_every_image_and_names_the_bad_ones(tmp_path, content, encoding):
+    with pytest.raises(ShardError, match=r"1 of 8 images cannot be opened:\n'train/cat/1\.png': no image.*\n.*data\.on_error=skip"):
+        build_of(tmp_path, {"train/cat/1.png": content}, encoding=encoding)
+    assert not (tmp_path / "data/mine").exists()
+
+
+def test_the_build_leaves_bad_images_out_if_it_may(tmp_path, caplog):
+    index = build_of(tmp_path, {"train/cat/1.png": b"", "test/dog/0.png": b"x"}, on_error="skip", samples_per_shard=1)
+    assert "left out: 2 of 8 images cannot be opened" in caplog.text and "'test/dog/0.png': no image" in caplog.text
+    index.verify()
+    assert (index.sizes("train", [0, 1]), index.sizes("test", [0, 1])) == ({0: [1], 1: [1, 1]}, {0: [1, 1], 1: [1]})
+    assert [key for shard in index.shards["test"][1] for key, _ in read_shard(index, shard)] == ["dog/1"]
+
+
+def test_the_build_refuses_a_class_whose_images_are_all_bad(tmp_path):
+    with pytest.raises(ShardError, match="class 'cat' has no train image that can be opened"):
+        build_of(tmp_path, {"train/cat/0.png": b"", "train/cat/1.png": b""}, on_error="skip")
+
+
+def test_a_name_that_commands_the_terminal_is_refused_before_the_work(tmp_path):
+    source = images_below(tmp_path / "s", *[f"\x1b[2Jcat/{number}.png" for number in range(4)])
+    with pytest.raises(ValueError, match=r"'\\x1b\[2Jcat' is not a name"):
+        make_shards(DataConfig(name="mine", reader="folder", source=str(source), root=str(tmp_path / "data")))
+
+
+def test_a_killed_unpacking_goes_on_at_the_next_start(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR100, utils
+
+    archive, downloads = tmp_path / "cifar-100-python.tar.gz", tmp_path / "data/downloads"
+    with tarfile.open(archive, "w:gz") as tar:
+        for split in ("train", "test"):
+            images = pickle.dumps({"data": np.zeros((100, 3072), np.uint8), "fine_labels": list(range(100))})
+            (tmp_path / split).write_bytes(images)
+            tar.add(tmp_path / split, f"cifar-100-python/{split}")
+    monkeypatch.setitem(sets.ARCHIVES, "cifar100", ("", utils.calculate_md5(archive)))
+    monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(CIFAR100, "_load_meta", lambda self: None)
+    extract = utils.extract_archive
+
+    def extract_and_die(source, folder):
+        extract(source, folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def unpack():
+        return read_raw(DataConfig(name="cifar100", source=str(archive), root=str(tmp_path / "data")))
+
+    monkeypatch.setattr(utils, "extract_archive", extract_and_die)
+    killed = multiprocessing.get_context("fork").Process(target=unpack)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL and [path.name for path in downloads.glob("[!.]*")] == []
+    monkeypatch.setattr(utils, "extract_archive", extract)
+    for _ in range(2):  # the second time it is there already
+        assert len(unpack().samples) == 200
+    assert sorted(path.name for path in downloads.iterdir()) == [".cifar-100-python.lock", "cifar-100-python"]
+    assert sorted(path.name for path in (downloads / "cifar-100-python").iterdir()) == ["test", "train"]
+
+
+def test_lists_that_contradict_themselves_are_refused(tmp_path):
+    source = images_below(tmp_path / "s", *[f"cat/{number}.png" for number in range(4)])
+    split = tmp_path / "split.txt"
+    split.write_text("train\ncat/3.png\ntest\ncat/3.png\n")
+    with pytest.raises(ValueError, match=r"data\.split_file.*lists 'cat/3\.png' for training and for testing"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(source), split_file=str(split)))
+    (source / "val_annotations.txt").write_text("1.png cat")
+    with pytest.raises(ValueError, match=r"val_annotations\.txt: '1\.png cat' is not an image, a tab and a class"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(source)))

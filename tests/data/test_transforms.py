@@ -10,6 +10,7 @@ from torchvision import transforms as T
 from dist_vlcl.data.shards import decode
 from dist_vlcl.data.tasks import generator
 from dist_vlcl.data.transforms import EvalTransform, TrainTransform, crop_box, resize
+from tests.helpers.memory import peak_mib
 from tests.helpers.shards import png
 
 BICUBIC = T.InterpolationMode.BICUBIC
@@ -28,6 +29,23 @@ def test_test_images_are_torchvisions(size):
     for picture in (image(), image(41, 80), image(64, 64)):
         expected = T.Compose([T.Resize(size, BICUBIC), T.CenterCrop(size), T.PILToTensor()])(picture)
         assert torch.equal(transformed(EvalTransform(size), picture), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 201), (201, 2), (3, 50)])
+def test_long_test_images_give_the_pixels_that_they_give_whole(height, width):
+    """Their ends, which the crop leaves out, are cut before resizing. Whole numbers: the two grids are the same."""
+    picture = image(width, height)
+    scale = 24 // min(height, width)
+    whole = np.asarray(picture.resize((scale * width, height), Image.Resampling.BICUBIC).resize((scale * width, scale * height), 3))
+    top, left = round((scale * height - 24) / 2), round((scale * width - 24) / 2)
+    assert np.array_equal(transformed(EvalTransform(24), picture).permute(1, 2, 0), whole[top : top + 24, left : left + 24])
+
+
+@pytest.mark.parametrize("shape", [(1, 20_000, 3), (20_000, 1, 3), (1, 1, 3), (1, 1 << 26, 3)])
+@pytest.mark.parametrize("transform", [EvalTransform(224), TrainTransform(224)])
+def test_a_thin_image_takes_no_more_memory_than_another(shape, transform):
+    pixels = np.zeros(shape, np.uint8)
+    assert peak_mib(lambda: transform(pixels, generator(0))) < 30
 
 
 def test_a_train_image_is_torchvisions_crop_of_our_box():

@@ -127,18 +127,22 @@ def test_first_order_units_see_the_whole_batch_once_however_many_groups_have_it(
         torch.testing.assert_close(together[0][0][name], tensor, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def own_of(world, candidates):
+    """Return the numbers of the candidates that this rank evaluates."""
+    losses = BatchLosses(SimpleNamespace(), {}, torch.zeros(1, 1), world)
+    return [k for k, (_, is_own) in enumerate(losses._with_owner(candidates)) if is_own]
+
+
 def test_every_candidate_is_evaluated_by_one_group_and_each_gets_its_share():
     candidates = [{}] + [{"language": None}] * 4 + [{"vision": None}] * 4
     shares = []
     for rank in range(4):
         world = World(rank=rank, size=4, direction_groups=4)
-        shares.append(BatchLosses(SimpleNamespace(), {}, torch.zeros(1, 1), world)._own(candidates))
+        shares.append(own_of(world, candidates))
     assert sorted(k for share in shares for k in share) == list(range(len(candidates)))
     assert all([len([k for k in share if 1 <= k < 5]), len([k for k in share if k >= 5])] == [1, 1] for share in shares)
     pair = [World(rank=rank, size=2, direction_groups=2) for rank in range(2)]  # one probe of each branch: one for each group
-    shares = [
-        BatchLosses(SimpleNamespace(), {}, torch.zeros(1, 1), world)._own([candidates[0], candidates[1], candidates[5]]) for world in pair
-    ]
+    shares = [own_of(world, [candidates[0], candidates[1], candidates[5]]) for world in pair]
     assert shares == [[0, 2], [1]]
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from dist_vlcl.dist.collectives import CollectiveError, Collectives
 from dist_vlcl.dist.world import World
 from dist_vlcl.run import checkpoint
 from tests.helpers.hosts import hosts
-from tests.helpers.ranks import free_port, run_ranks
+from tests.helpers.ranks import Python, free_port, run_ranks, warm_python
 from tests.helpers.tiny_clip import architecture
 from tests.test_train import configured, run_once
 
@@ -37,7 +36,7 @@ OPTIONS += ["run.plots=false", "cluster.threads=1", "train.warmup_steps=2"]
 
 
 def trainer(root: Path, data: Path, name: str, *options: str) -> list[str]:
-    return [sys.executable, "-c", TINY, *OPTIONS, f"run.root={root}/runs", f"run.name={name}", f"data.root={data}", *options]
+    return ["-c", TINY, *OPTIONS, f"run.root={root}/runs", f"run.name={name}", f"data.root={data}", *options]
 
 
 def environment(**more: object) -> dict[str, str]:
@@ -70,7 +69,7 @@ def test_a_network_that_drops_is_named_on_both_sides_and_a_restart_ends_with_the
     with hosts() as pair:
 
         def start() -> subprocess.Popen:
-            command = pair.command("run", "--timeout", 280, "--", *trainer(tmp_path, data, "broken", *plan))
+            command = pair.command("run", "--timeout", 280, "--", warm_python(), *trainer(tmp_path, data, "broken", *plan))
             return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
         broken = start()
@@ -97,25 +96,21 @@ def test_a_network_that_drops_is_named_on_both_sides_and_a_restart_ends_with_the
 
 @pytest.mark.parametrize(("fault", "rank"), [(signal.SIGSTOP, 1), (signal.SIGKILL, 0)], ids=["frozen", "killed with the store"])
 def test_a_rank_that_freezes_or_dies_is_named_by_the_other_in_a_bounded_time(tmp_path, data, fault, rank):
-    port, log = free_port(), open(tmp_path / "log", "w+")  # noqa: SIM115, closed below
-    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = trainer(tmp_path, data, "run", "orders=dual_all", "zo=mozo")
-    ranks = [subprocess.Popen(command, env=environment(RANK=r, **shared), stdout=log, stderr=log) for r in (0, 1)]
+    ranks = [Python(command, tmp_path, environment(RANK=r, **shared)) for r in (0, 1)]
     try:
         wait_for_steps(tmp_path / "runs/run", 5)
-        ranks[rank].send_signal(fault)
+        os.kill(ranks[rank].pid, fault)
         struck = time.monotonic()
         assert ranks[1 - rank].wait(120) == 2
         assert time.monotonic() - struck < (TIMEOUT_S if fault is signal.SIGSTOP else 0) + 40
-        log.seek(0)
         how = f"did not answer within {TIMEOUT_S} s" if fault is signal.SIGSTOP else "has died or closed the connection"
-        (line,) = [line for line in log if "error on rank" in line]
+        (line,) = [line for line in "".join(ranks[1 - rank].printed()).splitlines() if "error on rank" in line]
         assert f"error on rank {1 - rank} of 2: all-reduce of losses at step" in line and f": rank {rank} (" in line and how in line
     finally:
         for process in ranks:
-            process.kill()
-            process.wait()
-        log.close()
+            process.end()
 
 
 def parted(world: World, what: str) -> str:

@@ -1,24 +1,47 @@
 """Real ranks for tests: processes that join a gloo group through the trainer's own start-up."""
 
+import atexit
+import functools
 import multiprocessing
 import os
 import pickle
-import runpy
+import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import chdir
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.warm_python import __file__ as client
+from tests.helpers.warm_python import do, request, serve
+
 # The server imports all of it once; each rank is then a cheap fork.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.helpers.warm"])
+
+
+@functools.cache
+def warm_python() -> str:
+    """Return the path of a program that does what sys.executable does, without the seconds of its imports (warm_python.py)."""
+    _have_server()
+    folder = Path(tempfile.mkdtemp(prefix="wp-"))  # short: the path of a Unix socket ends at 107 bytes
+    server = _context.Process(target=serve, args=(str(folder / "socket"),))
+    server.start()
+    atexit.register(lambda: (server.kill(), shutil.rmtree(folder)))  # before multiprocessing waits for it
+    program = folder / "python"
+    own = [sys.executable, "-S", client, str(folder / "socket"), str(program)]
+    program.write_text(f'#!/bin/sh\nexec {shlex.join(own)} "$@"\n')
+    program.chmod(0o755)
+    while not (folder / "socket").exists():
+        time.sleep(0.05)
+    return str(program)
 
 
 def free_port() -> int:
@@ -27,33 +50,46 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+class Python:
+    """A process that does what `python ARGUMENTS` does, without the seconds of its imports; `environment` is added to this process's."""
+
+    def __init__(self, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str] | None = None):
+        _have_server()
+        self._folder = tempfile.TemporaryDirectory()
+        self._written = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
+        asked = request([*arguments], {**os.environ, **(environment or {})}, cwd, sys.executable)
+        self._process = _context.Process(target=_python, args=(asked, self._written))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def wait(self, timeout_s: float) -> int | None:
+        """Return the exit status; None if the process still runs."""
+        self._process.join(timeout_s)
+        return self._process.exitcode
+
+    def printed(self) -> list[str]:
+        """Return the content of standard output and of standard error."""
+        return [path.read_text() if path.exists() else "" for path in self._written]
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._folder.cleanup()
+
+
 def run_module(
     module: str, *arguments: str, cwd: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 200
 ) -> subprocess.CompletedProcess:
     """Do what `python -m module arguments` would, without the seconds of its imports; `environment` is added to this process's."""
-    _have_server()
-    with tempfile.TemporaryDirectory() as folder:
-        written = [Path(folder) / name for name in ("stdout", "stderr")]
-        process = _context.Process(target=_module, args=(module, arguments, cwd, {**os.environ, **(environment or {})}, written))
-        process.start()
-        process.join(timeout_s)
-        is_late = process.is_alive()
-        process.kill()
-        said = [path.read_text() if path.exists() else "" for path in written]
-    assert not is_late, f"{module} is still running after {timeout_s} s\n{said}"
-    return subprocess.CompletedProcess([module, *arguments], process.exitcode, *said)
+    process = Python(["-m", module, *arguments], cwd, environment)
+    status, printed = process.wait(timeout_s), process.printed()
+    process.end()
+    assert status is not None, f"{module} is still running after {timeout_s} s\n{printed}"
+    return subprocess.CompletedProcess([module, *arguments], status, *printed)
 
 
-def _module(module: str, arguments: tuple[str, ...], cwd: Path, environment: dict[str, str], written: list[Path]) -> None:
-    for descriptor, path in enumerate(written, start=1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(cwd)
-    sys.path.insert(0, str(cwd))
-    sys.modules.pop(module, None)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+def _python(asked: dict[str, Any], written: list[Path]) -> None:
+    do(asked, [os.open(os.devnull, os.O_RDONLY), *(os.open(path, os.O_WRONLY | os.O_CREAT) for path in written)])
 
 
 def _have_server() -> None:

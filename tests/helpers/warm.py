@@ -6,6 +6,9 @@ The collector leaves that alone, which would look through a million objects at t
 import functools
 import gc
 
+import dist_vlcl
+
+# isort: split
 import accelerate  # noqa: F401
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401

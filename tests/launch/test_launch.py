@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 import yaml
 
 from dist_vlcl.run import checkpoint
-from tests.helpers.ranks import free_port
+from tests.helpers.ranks import free_port, warm_python
 from tests.helpers.runs import QUICK_RUN
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -48,6 +49,7 @@ def test_help_names_every_option_and_nothing_else_is_done(script):
         ("local.sh", ["--engine", "zero9"], "choose from ddp, zero0, zero1, zero2, zero3, zero3_offload"),
         ("local.sh", ["--procs", "2"], "--procs: no such option"),
         ("local.sh", ["orders"], "orders: options of the trainer are OPTION=VALUE"),
+        ("local.sh", ["=x"], "=x: options of the trainer are OPTION=VALUE"),
         ("local.sh", ["data.x=00", "data.x=01"], "data.x is given twice; quote values"),
         ("multinode.sh", [], "--nodes is missing"),
         ("multinode.sh", ["--nodes", "2"], "--rank is missing"),
@@ -65,6 +67,13 @@ def test_a_wrong_word_is_one_message_before_anything_starts(script, arguments, m
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_takes_a_port_on_which_nobody_listens():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        done = subprocess.run(["bash", "-c", f". {LAUNCH}/common.sh; free_port {taken}"], capture_output=True, text=True, timeout=20)
+    assert int(done.stdout) > taken, done.stderr
 
 
 def test_an_interpreter_without_the_trainer_is_refused(tmp_path):
@@ -158,7 +167,7 @@ class Nodes:
                     *arguments,
                 ],
                 cwd=folder,
-                env=ENVIRONMENT,
+                env={**ENVIRONMENT, "PYTHON": warm_python()},
                 stdout=self.log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -11,11 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
+from dist_vlcl.dist.world import World
 from dist_vlcl.model import graphs
 from dist_vlcl.model.graphs import Graphs
 from dist_vlcl.model.perturbed import Perturbed
 from dist_vlcl.model.units import UnitId
-from tests.helpers.tiny_clip import pictures, tiny_clip
+from dist_vlcl.orders import OrderPlan, assign
+from dist_vlcl.step import HybridStep
+from dist_vlcl.zo.noise import Key
+from dist_vlcl.zo.update import ZerothOrderConfig
+from tests.helpers.tiny_clip import NAMES, batch_of, pictures, tiny_clip
 
 WEIGHT, LEARNING = torch.ones(1), torch.ones(1, requires_grad=True)
 
@@ -39,6 +45,7 @@ class StandIn:
 def _on_a_cpu(monkeypatch):
     monkeypatch.setattr(graphs, "Graph", StandIn)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(Graphs, "has_failed", False)
     StandIn.recorded = 0
 
 
@@ -126,15 +133,49 @@ def test_a_copy_of_a_model_has_no_recordings():
     assert copy.deepcopy(towers.vision).graphs is None and towers.copy().vision.graphs is None
 
 
-def test_what_cannot_be_recorded_is_said_in_words(monkeypatch):
+def test_a_recording_that_fails_gives_one_warning_and_the_function_runs_directly(monkeypatch):
+    tower, other = (functools.partial(Graphs(), scaled) for _ in range(2))
+    for _ in range(2):
+        assert tower((torch.ones(3), 2.0, 1), {})[0].tolist() == [3, 3, 3]
+    assert StandIn.recorded == 1
+
     def fails(*_):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        StandIn.recorded += 1
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("the recording is not usable")  # so it is when torch ends it
 
     monkeypatch.setattr(graphs, "Graph", fails)
-    call = functools.partial(Graphs(), scaled)
-    call((torch.ones(2), 2.0, 1), {})
-    with pytest.raises(RuntimeError, match=r"not permitted.*model\.graphs=false"):
-        call((torch.ones(2), 2.0, 1), {})
+    tower((torch.ones(2), 2.0, 1), {})
+    with pytest.warns(UserWarning, match=r"not permitted.*same results.*model\.graphs=false") as warned:
+        for call in (tower, tower, other):
+            for k in range(3):
+                x = torch.full((2,), float(k))
+                assert torch.equal(call((x, 2.0, 1), {})[0], 2 * x + 1)
+    assert len(warned) == 1 and StandIn.recorded == 2  # neither this tower nor the other one tries again
+    assert tower((torch.ones(3), 2.0, 1), {})[0].tolist() == [3, 3, 3]
+    assert tower.func.graphs == {True: {}, False: {}}  # their memory is given back
+
+
+def test_a_step_whose_recordings_fail_learns_what_a_step_without_recordings_learns(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(graphs, "Graph", fails)
+    plan, world, learned = OrderPlan("dual", "hop_odd"), World.alone(), []
+    for records in (True, False):
+        towers = tiny_clip()
+        step = HybridStep(
+            towers, assign(towers.units, plan), ZerothOrderConfig(), lambda m: FirstOrder(world, FirstOrderConfig(), m), world
+        )
+        step.begin(NAMES)
+        if records:
+            towers.record()
+        for k in range(3):
+            step([batch_of(8, seed=k)] * 2, Key(1, k), 1e-2)
+        learned.append(step.adapters())
+    assert Graphs.has_failed and all(torch.equal(learned[0][name], learned[1][name]) for name in learned[1])
 
 
 LEARNS, PROBE = (3.0, True), (3.0, False)
@@ -224,6 +265,22 @@ def test_a_recording_keeps_off_the_weights_own_nodes_which_belong_to_another_str
     found = dict(zip(graph.learning, graph.gradients, strict=True))
     assert set(found) == {p for p, gradient in expected.items() if gradient is not None}
     assert all(torch.equal(gradient, expected[p]) for p, gradient in found.items())
+
+
+def test_a_graph_whose_recording_fails_stays_alive_and_one_that_succeeds_does_not(recorded):
+    """torch's allocator keeps a pointer to the graph until its recording ends well."""
+
+    def fails_while_recording(inputs, weights):
+        if recorded.graphs:
+            raise RuntimeError("not permitted")
+        return (inputs[0] * 2,)
+
+    assert not RECORDING.unfinished
+    with pytest.raises(RuntimeError, match="not permitted"):
+        RECORDING(fails_while_recording, [torch.ones(2)], {}, None)
+    assert recorded.graphs[0] in RECORDING.unfinished.pop()
+    RECORDING(lambda inputs, weights: (inputs[0] * 2,), [torch.ones(2)], {}, None)
+    assert not RECORDING.unfinished
 
 
 def test_a_weight_that_no_alias_can_stand_in_for_is_refused_before_it_stops_learning(recorded):

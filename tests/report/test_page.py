@@ -118,7 +118,7 @@ def test_missing_cells_and_controls_are_listed(report):
 
 def test_folders_that_are_not_used_are_named_with_the_reason(report):
     unused = page(report).split("## What is missing")[1]
-    assert "t1-moe-cifar20-dual-seed0 (not complete, 2 tasks done)" in unused
+    assert "t1-moe-cifar20-dual-seed0 (not complete, tasks done: 2)" in unused
     assert "t1-moe-cifar20-fo-seed0-again (repeats the settings and the seed of another run)" in unused
     assert "stray (not a run folder: it has no config.yaml)" in unused
 
@@ -133,7 +133,7 @@ def test_the_html_needs_no_other_file(report):
     assert html.count("<table>") == len(re.findall(r"^\| :---", page(report), re.M))
 
 
-def test_only_pictures_of_the_report_are_put_into_the_html(tmp_path, monkeypatch):
+def test_only_pictures_of_the_report_are_put_into_the_html(tmp_path, monkeypatch, capsys):
     secret = tmp_path / "secret.png"
     secret.write_bytes(b"secret")
     html = to_html(f"![ours](images/a.png) ![other]({secret}) ![up](images/../secret.png)", {"images/a.png": b"ours"})
@@ -141,7 +141,8 @@ def test_only_pictures_of_the_report_are_put_into_the_html(tmp_path, monkeypatch
     named = write_run(tmp_path, "zo=mozo", last=0.5, avg=0.5, num_tasks_done=1).rename(tmp_path / "![x](..)<b>")
     report_of(monkeypatch, named, "--out", tmp_path / "out")
     html = (tmp_path / "out" / "report.html").read_text()
-    assert "![x](..)&lt;b&gt; (not complete, 1 tasks done)" in html and "<img" not in html
+    assert "left out: ![x](..)<b> (not complete, tasks done: 1)" in capsys.readouterr().out
+    assert "![x](..)&lt;b&gt; (not complete, tasks done: 1)" in html and "<img" not in html
 
 
 def test_a_loss_figure_holds_every_step_of_every_run(report, runs):

@@ -9,9 +9,10 @@ import torch
 
 from dist_vlcl.config import Config
 from dist_vlcl.dist.world import World
+from dist_vlcl.reading import read_lines
 from dist_vlcl.report.records import read_units
 from dist_vlcl.run import checkpoint, files
-from dist_vlcl.run.files import JsonLines, read_lines
+from dist_vlcl.run.files import JsonLines
 from dist_vlcl.run.folder import RunConfig, RunFolder
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import train
@@ -75,13 +76,17 @@ def test_a_log_that_is_opened_again_is_on_the_disk_before_it_has_its_name(tmp_pa
     folder.mkdir()
     (folder / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     disk = disk_of(folder)
-    log = JsonLines(folder / "log.jsonl", lambda record: record["step"] < 2)
+
+    def steps(left: Path) -> list[int]:
+        return [record["step"] for record in read_lines(left / "log.jsonl", dict)]
+
+    log = JsonLines(folder / "log.jsonl", dict, lambda record: record["step"] < 2)
     log.append({"step": 2})
     for unsynced_names in (False, True):
         left = disk.left(tmp_path / str(unsynced_names), unsynced_names)
-        assert read_lines(left / "log.jsonl") == [{"step": 1}]
+        assert steps(left) == [1]
     log.sync()
-    assert read_lines(disk.left(tmp_path / "synced", True) / "log.jsonl") == [{"step": 1}, {"step": 2}]
+    assert steps(disk.left(tmp_path / "synced", True)) == [1, 2]
 
 
 def test_a_run_that_takes_another_s_name_keeps_its_checkpoint(tmp_path, disk_of):

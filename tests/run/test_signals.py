@@ -7,7 +7,7 @@ import pytest
 from dist_vlcl.run.signals import Preemption
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_raises_the_flag_and_nothing_else(number):
     with Preemption() as preemption:
         assert not preemption.requested
@@ -35,6 +35,16 @@ def test_the_second_interrupt_interrupts(python_s_own_interrupt):
         os.kill(os.getpid(), signal.SIGINT)
         assert preemption.requested
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_hang_up_that_nohup_has_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not preemption.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_old_handlers_are_back_afterwards():

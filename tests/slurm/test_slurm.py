@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.run import checkpoint
 from dist_vlcl.train import train
 from tests.helpers.paced import Pace
+from tests.helpers.ranks import warm_python
 from tests.helpers.runs import QUICK_RUN
 from tests.helpers.slurm import ASK_S, ENDED, ROOT, Cluster, cluster
 from tests.test_train import configured
@@ -35,7 +35,7 @@ def slurm():
 def beside(slurm, tmp_path_factory):
     """Jobs that run beside the long test, in its pauses: name -> (folder, id)."""
     python = tmp_path_factory.mktemp("python") / "python"
-    python.write_text(f'#!/bin/bash\nexec nice -n 10 {shlex.quote(sys.executable)} "$@"\n')
+    python.write_text(f'#!/bin/bash\nexec nice -n 10 {warm_python()} "$@"\n')
     python.chmod(0o755)
     tasks = ["data=digits", "tasks.increment=2", "tasks.order=natural"]
     small = [*tasks, "model=small", "run.trackers=[]", "train.max_steps=2", *QUICK_RUN[:-2]]
@@ -85,7 +85,7 @@ class Lives:
         self.pace.folder.mkdir()
         # the interpreter of the jobs: a gate before every step of dist_vlcl.train
         self.python = folder / "paced-python"
-        self.python.write_text(f'#!/bin/bash\nexec {shlex.quote(sys.executable)} "${{@/#dist_vlcl.train/tests.helpers.paced}}"\n')
+        self.python.write_text(f'#!/bin/bash\nexec {warm_python()} "${{@/#dist_vlcl.train/tests.helpers.paced}}"\n')
         self.python.chmod(0o755)
 
     def submit(self, *options: str, **environment: str) -> None:

@@ -192,7 +192,7 @@ def test_lr_scale_multiplies_the_rate():
 def test_without_zeroth_order_units_only_the_base_is_evaluated():
     asked = []
     for strategy in STRATEGIES.values():
-        assert ZerothOrder({}, strategy).decide(lambda candidates: asked.append(candidates) or [2.5], KEY, 0.1) == (2.5, [])
+        assert ZerothOrder({}, strategy).decide(lambda candidates: asked.append(list(candidates)) or [2.5], KEY, 0.1) == (2.5, [])
     assert asked == [[{}]] * len(STRATEGIES)
 
 
@@ -298,9 +298,11 @@ def test_a_step_is_that_of_the_naive_twin(strategy, options):
         ({"epsilon": {"language": -1e-3, "vision": 1e-3}}, "zo.epsilon.language=-0.001: give a number of at least 1e-07"),
         ({"epsilon": {"language": math.nan, "vision": 1e-3}}, "zo.epsilon.language=nan: give a number of at least 1e-07"),
         ({"clip": 0.0}, "zo.clip=0.0: give a number of more than 0, or null"),
-        ({"probes": 0}, "zo.probes=0: give a number of at least 1 and at most 254"),
-        ({"probes": 255}, "at most 254"),
-        ({"lr_scale": math.inf}, "zo.lr_scale=inf: give a number of more than 0"),
+        ({"probes": 0}, "zo.probes=0: give a number of at least 1"),
+        ({"probes": {"language": 2}}, "zo.probes={'language': 2}: give a number of at least 1, or one for each branch"),
+        ({"probes": {"language": 2, "vision": 1}, "granularity": "joint"}, "zo.granularity=joint perturbs both branches together"),
+        ({"lr_scale": math.inf}, "zo.lr_scale=inf: give a number above 0, or auto"),
+        ({"lr_scale": "auto"}, "zo.lr_scale=auto: give a number above 0, or auto, which needs zo.transform=identity"),
         ({"estimator": "nowhere:Estimator"}, "zo.estimator='nowhere:Estimator': give finite_difference, or module:Class"),
     ],
     ids=str,

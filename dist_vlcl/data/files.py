@@ -1,0 +1,132 @@
+"""Open folders and archives that may be damaged or hostile, and write folders that appear complete or not at all."""
+
+import io
+import logging
+import os
+import shutil
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+MAX_FILE_BYTES = 1 << 26  # of one file of a source: a small archive can unpack to any size
+END_BYTES = 1024  # a tar ends in two blocks of zeros
+
+ReadFile = Callable[[], bytes]
+Listed = Iterator[tuple[str, Callable[[], Any]]]  # path, and a function that opens the file
+
+log = logging.getLogger(__name__)
+
+
+def open_source(source: Path) -> dict[str, ReadFile]:
+    """Return path -> function that reads the file, for every file of a folder, .tar or .zip. Nothing is unpacked.
+
+    Raises FileNotFoundError if there is no source. Raises ValueError for a damaged archive, a compressed tar, two files of one name, and a
+    link that leads out of the source. The functions raise ValueError, naming the file, if it is damaged or larger than MAX_FILE_BYTES.
+    Several threads can call them.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"data.source={str(source)!r}: no such file or folder")
+    advice = "copy what it names in its place" if source.is_dir() else "get the archive again, or unpack it and give the folder"
+    try:
+        files = list(_list_folder(source) if source.is_dir() else _list_archive(source))
+        if repeated := [name for name, count in Counter(name for name, _ in files).items() if count > 1]:
+            raise ValueError(f"{len(repeated)} names come more than once, such as {repeated[0]!r}")
+    except Exception as error:  # zipfile raises many types of errors for damaged bytes
+        raise ValueError(f"data.source={str(source)!r}: {error}; {advice}") from error
+    return {name: partial(_read, source, name, open_file) for name, open_file in files}
+
+
+def _read(source: Path, name: str, open_file: Callable[[], Any]) -> bytes:
+    try:
+        with open_file() as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except Exception as error:  # zipfile raises many types of errors for damaged bytes
+        raise ValueError(f"{source}: damaged at {name!r} ({error}); get it again") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"{source}: {name!r} has more than {MAX_FILE_BYTES:,} bytes, the most that a file may have")
+    return content
+
+
+def _list_folder(source: Path) -> Listed:
+    root = source.resolve()
+    for parent, folders, names in os.walk(source, onerror=_fail):
+        for path in (Path(parent, name) for name in (*folders, *names)):
+            if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
+                raise ValueError(f"the link {str(path)!r} leads to a folder, out of the source or nowhere")
+            if path.is_file():
+                yield path.relative_to(source).as_posix(), partial(path.open, "rb")
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+def _list_archive(source: Path) -> Listed:
+    file = source.open("rb")  # it stays open while its images are read
+    if file.read(2) == b"PK":
+        archive = zipfile.ZipFile(file)
+        return ((info.filename, partial(archive.open, info)) for info in archive.infolist() if not info.is_dir())
+    return ((member.name, partial(_open_member, file, member)) for member in tar_members(file))
+
+
+def _open_member(file: IO[bytes], member: tarfile.TarInfo) -> IO[bytes]:
+    return io.BytesIO(os.pread(file.fileno(), min(member.size, MAX_FILE_BYTES + 1), member.offset_data))  # threads share the file
+
+
+def tar_members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """Yield the regular files of an uncompressed tar.
+
+    Raises ValueError for damage that tarfile takes for the end: a wrong checksum of a header, or a file that is cut. Raises it for links,
+    devices and sparse files too, and for a member that claims more bytes than there are.
+    """
+    length = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - mode `r:` never decompresses; the caller closes the file
+        for member in tar:
+            if not 0 <= member.size <= length - member.offset_data:
+                raise tarfile.ReadError(f"the member {member.name!r} claims {member.size:,} bytes")
+            if member.sparse is not None or not (member.isreg() or member.isdir()):
+                raise tarfile.ReadError(f"the member {member.name!r} is no regular file; write the archive with links followed")
+            if member.isreg():
+                yield member
+        file.seek(tar.offset)
+        rest = iter(partial(file.read, 1 << 20), b"")
+        if length - tar.offset < END_BYTES or any(part.strip(b"\0") for part in rest):
+            raise tarfile.ReadError(f"invalid header at byte {tar.offset:,}, or the end is missing")
+    except Exception as error:  # tarfile raises many types of errors for damaged bytes
+        raise ValueError(f"damaged, or not an uncompressed .tar: {error}") from error
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `target` at the end of the block, or is removed after an error.
+
+    One process at a time writes a target; the others wait. What a killed process has left is removed. Raises FileExistsError if the target
+    exists.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.parent / f".{target.name}.part"
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("waiting for another process that writes %s", target)
+        lock.acquire()
+    try:
+        if target.exists():
+            raise FileExistsError(f"{target} exists already: remove it to build it again, or choose another data.root")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        lock.release()

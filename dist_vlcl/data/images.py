@@ -1,0 +1,72 @@
+"""Open an image that may be damaged or hostile. The build, the loader and the evaluation open every image here."""
+
+import io
+import re
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from PIL.ExifTags import Base
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+MAX_PIXELS = 1 << 26  # a decompression bomb has few bytes and billions of pixels
+PIXELS = "ppm"  # images stored as pixels: binary PPM, a short header and H x W x 3 bytes, which any viewer opens
+PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
+TURNS = {  # EXIF orientation -> what turns the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def is_ppm(data: bytes) -> bool:
+    return data.startswith(b"P6")
+
+
+def ppm(pixels_HWC: np.ndarray) -> bytes:
+    """Pixels, uint8 [H, W, 3] -> PPM, which needs no decoding."""
+    return b"P6\n%d %d\n255\n" % (pixels_HWC.shape[1], pixels_HWC.shape[0]) + pixels_HWC.tobytes()
+
+
+def open_image(data: bytes) -> np.ndarray:
+    """PNG, JPEG, WebP or our PPM -> upright RGB pixels, uint8 [H, W, 3]. Transparency is ignored.
+
+    Raises ValueError for anything else: other formats, damage, and a header that claims more than MAX_PIXELS.
+    """
+    try:
+        if header := PPM_HEADER.match(data):  # 80 times faster than Pillow
+            return np.frombuffer(data, np.uint8, offset=header.end()).reshape(int(header[2]), int(header[1]), 3)
+        return _decode(data)
+    except UnidentifiedImageError as error:  # its own message names an address in memory
+        raise ValueError("no image: neither PNG, JPEG, WebP nor PPM of 8 bits") from error
+    except Exception as error:  # Pillow raises many types of errors for damaged bytes
+        raise ValueError(f"no image: {error}") from error
+
+
+def _decode(data: bytes) -> np.ndarray:
+    image = _open(data)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+    if image.format == "PNG":
+        image.verify()  # the checksums of all parts; after it the file must be opened again
+        image = _open(data)
+    turn = TURNS.get(_orientation(image))
+    if image.mode.startswith("I"):  # 16-bit grey: the high byte, as Pillow takes it of 16-bit colours
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
+    return np.asarray(image if turn is None else image.transpose(turn))
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation; 1 (upright) if there is no EXIF that can be read."""
+    try:
+        return image.getexif().get(Base.Orientation, 1)
+    except Exception:  # damaged EXIF does not make the pixels unreadable
+        return 1

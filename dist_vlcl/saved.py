@@ -1,0 +1,114 @@
+"""What a run folder says about its run: the forms of its files, and its configuration as plain data.
+
+Nothing in a configuration is resolved or imported here. What leads out of it counts only if the user gives it on a command line.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_vlcl.options import flatten
+from dist_vlcl.reading import read_file, read_json
+
+MAY_CHANGE = (  # patterns of the options that a resume may change, because they do not affect the result
+    *("run.*", "cluster.*", "eval.batch_size", "model.graphs", "train.check_every_steps", "train.max_skips"),
+    *("data.root", "data.url", "data.timeout_s", "data.allow_pipe", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
+)
+PLACES = (  # options that name files and addresses
+    *(f"data.{key}" for key in ("root", "url", "source", "test_source", "split_file", "class_names")),
+    *("model.name", "model.pretrained"),
+)
+OURS = {"zo.estimator": "finite_difference", "adapter.kind": None, "data.allow_pipe": False}  # other values run the user's code
+MAX_CONFIG_BYTES = 1 << 20
+UNITS = {"step": "int64", "task": "int32", "branch": "string", "layer": "int32", "order": "string", "gradient_variance": "float"}
+
+NUMBER = (None, float)
+ENVIRONMENT = [{"run": (None, str), "data": (None, str), "code_digest": (None, str)}]
+COUNTS = [[[int]]]  # correct and total by class and row
+MEANS = {"last": NUMBER, "avg": NUMBER, "forgetting": NUMBER}
+ACCURACY = {"complete": bool, **MEANS, "rows": (None, COUNTS), "zero_shot": (None, dict), "steps": (None, int), "seconds": NUMBER}
+STEP = {"step": int, "task": int, "loss": NUMBER, "seconds": NUMBER, "data_seconds": NUMBER, "peak_gib": NUMBER, "zo": (None, dict)}
+TASK = {"step": int, "task": int, **MEANS, "per_task": (None, [NUMBER]), "seen": NUMBER, "zero_shot": NUMBER}
+METRICS_FORM = {"kind": str, **STEP, **TASK}
+MOVE = {"group": str, "projected_gradient": dict, "coefficient": float}
+JOURNAL_FORM = {"step": int, "task": (None, int), "seed": (None, int), "lr": NUMBER, "moves": (None, [MOVE])}
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases: a few of them are enough to fill the memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias (*name)")
+        return super().compose_node(parent, index)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return options from a YAML file as nested dictionaries. Raises OSError, or ValueError that names the file and what is wrong.
+
+    An interpolation (`${...}`) is refused: it could fetch a secret from the environment of whoever reads the file.
+    """
+    try:
+        config = yaml.load(read_file(path, MAX_CONFIG_BYTES), _Plain)
+        if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
+            raise ValueError("it holds no options")
+        if odd := [key for key, value in flatten(config).items() if "${" in f"{key}{value}"]:
+            raise ValueError(f"{odd[0]} holds an interpolation (${{...}}), and a saved value is plain")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
+    return config
+
+
+def digest_of(config: Mapping[str, Any]) -> str:
+    """Return the identity of a configuration as it is saved: a digest of all options that a resume may not change."""
+    fixed = {key: value for key, value in flatten(config).items() if not any(fnmatch(key, pattern) for pattern in MAY_CHANGE)}
+    return hashlib.blake2b(json.dumps(fixed, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
+
+
+def leads_out(config: Mapping[str, Any], places: Sequence[str] = PLACES) -> list[str]:
+    """Return, as OPTION=VALUE, what a saved configuration may not decide: code, commands, and addresses and paths in the options `places`.
+
+    A relative path stays below the working directory and is allowed.
+    """
+    options = flatten(config)
+    found = [key for key, ours in OURS.items() if options.get(key, ours) not in (ours, None)]
+    texts = {key: str(options[key]) for key in places if options.get(key)}
+    found += [key for key, text in texts.items() if text.startswith("/") or re.search(r":|(^|/)\.\.(/|$)", text)]
+    return [f"{key}={options[key]}" for key in found]
+
+
+def read_accuracy(folder: Path, config: Mapping[str, Any] | None = None, run: str | None = None) -> dict[str, Any]:
+    """Return accuracy.json of a run folder, {} if there is none. Raises ValueError if it is damaged or belongs to another run.
+
+    `config`: the configuration that it must belong to. `run`: the id of the run that it must belong to. Files of earlier versions have
+    neither, and are taken as they are.
+    """
+    path = folder / "accuracy.json"
+    accuracy: dict[str, Any] = read_json(path, ACCURACY, {})
+    if accuracy.get("complete") and (not accuracy.get("rows") or None in (accuracy.get(key) for key in MEANS)):
+        raise ValueError(f"{path} is damaged: it says complete, and has no results")
+    if config is not None and accuracy.get("config") not in (None, digest_of(config)):
+        raise ValueError(f"{path} belongs to another configuration than config.yaml")
+    if run is not None and accuracy.get("run") not in (None, run):
+        raise ValueError(f"{path} belongs to another run")
+    return accuracy
+
+
+def read_unit_records(path: Path) -> Any:
+    """Return one file of units/ as a pyarrow table. Raises OSError, or ValueError that names a damaged file."""
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(read_file(path)), page_checksum_verification=True)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
+    types = {field.name: str(field.type) for field in table.schema}
+    if not table.num_rows or {name: types.get(name) for name in UNITS} != UNITS:
+        raise ValueError(f"{path} is damaged: it lacks rows or columns")
+    return table

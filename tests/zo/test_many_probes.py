@@ -1,0 +1,97 @@
+"""Many probes: directions of their own, memory that does not grow, a step that follows their number, and the control of random signs."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from dist_vlcl.zo.difference import Directions, FiniteDifference
+from dist_vlcl.zo.flat import groups_of
+from dist_vlcl.zo.noise import DROPOUT_STREAM, ROUTER_STREAM, Key, direction_stream
+from dist_vlcl.zo.update import ZerothOrder
+from tests.zo.flats import Problem, smooth, two_branches
+from tests.zo.test_update import KEY, row, step, take, values
+
+MANY = {"directions": "rademacher", "clip": None, "probes": {"language": 12, "vision": 3}}
+
+
+def test_directions_beyond_254_have_streams_of_their_own_and_the_first_ones_keep_theirs():
+    streams = [direction_stream(probe) for probe in range(2000)]
+    assert streams[:254] == list(range(254)) and len(set(streams)) == 2000
+    assert not {stream % 256 for stream in streams} & {ROUTER_STREAM, DROPOUT_STREAM}  # rows of router noise and dropout
+    directions = Directions(two_branches(), "gaussian")
+    drawn = torch.stack([directions.draw("vision", KEY, probe) for probe in (0, 253, 254, 255, 508)])
+    assert len(torch.unique(drawn, dim=0)) == 5
+
+
+def test_each_branch_has_its_own_number_of_probes():
+    problem = Problem(two_branches(), smooth)
+    _, moves = step(problem, row("naive", **MANY))
+    assert {move.group.name: len(move.projected_gradient[move.group.name]) for move in moves} == MANY["probes"]
+    assert len(problem.asked) == 1 + 12 + 3
+
+
+def test_candidates_are_made_one_at_a_time():
+    flats, drawn = two_branches(), []
+
+    class Noting(dict):
+        def __missing__(self, place):
+            drawn.append(place)
+            return torch.ones(flats[place[0]].values_n.numel())
+
+    candidates = FiniteDifference({"language": 1.0, "vision": 1.0}, probes=500).candidates(groups_of(flats, "branch"), Noting())
+    assert len(list(itertools.islice(candidates, 3))) == 3
+    assert drawn == [("language", 0), ("language", 1), ("language", 2)]
+
+
+def test_auto_moves_each_direction_by_lr_times_its_slope_over_the_rms_slope():
+    problem = Problem(two_branches(), smooth)
+    before = values(problem)
+    _, moves = step(problem, row("naive", lr_scale="auto", **MANY), lr=0.01)
+    directions = Directions(problem.flats, "rademacher")
+    for move in moves:
+        branch = move.group.name
+        slopes = torch.tensor(move.projected_gradient[branch], dtype=torch.float64)
+        z = torch.stack([directions.draw(branch, KEY, q) for q in range(len(slopes))]).double()
+        expected = -0.01 * (slopes / slopes.square().mean().sqrt()) @ z
+        torch.testing.assert_close(problem.flats[branch].values_n - before[branch], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_auto_does_not_depend_on_the_scale_of_the_loss():
+    moved = []
+    for factor in (1.0, 8.0):  # a power of two: exact
+        problem = Problem(two_branches(), lambda x, factor=factor: factor * smooth(x))
+        step(problem, row("naive", lr_scale="auto", **MANY))
+        moved.append(problem.at({}))
+    torch.testing.assert_close(*moved, rtol=0, atol=1e-12)
+
+
+def test_auto_stays_where_every_slope_is_zero():
+    problem = Problem(two_branches(), lambda x: x.sum() * 0)
+    before = problem.at({})
+    step(problem, row("naive", lr_scale="auto", **MANY))
+    assert torch.equal(problem.at({}), before)
+
+
+def test_auto_and_random_signs_replay_from_the_journal():
+    problem, again = Problem(two_branches(), smooth), two_branches()
+    config = row("naive", acceptance="best_of_three", lr_scale="auto", random_signs=True, **MANY)
+    zeroth, replayed = ZerothOrder(problem.flats, config), ZerothOrder(again, config)
+    for k in range(4):
+        replayed.replay(take(zeroth, problem, Key(2, k)), Key(2, k))
+    assert all(torch.equal(flat.values_n, again[branch].values_n) for branch, flat in problem.flats.items())
+
+
+def test_random_signs_keep_every_size_and_follow_no_slope():
+    signs = []
+    for k in range(40):
+        found = []
+        for random_signs in (False, True):
+            problem = Problem(two_branches(), smooth)
+            _, moves = step(problem, row("naive", random_signs=random_signs, **MANY), Key(7, k))
+            found.append(torch.tensor([slope for move in moves for slopes in move.projected_gradient.values() for slope in slopes]))
+        assert torch.equal(found[0].abs(), found[1].abs())
+        signs.append(found[0].sign() * found[1].sign())
+    changed = float((torch.stack(signs) < 0).float().mean())
+    assert changed == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(40 * 15))
