@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from typing import Any
 
 COMMANDS = {
     "train": ("train", "train on a sequence of tasks"),
@@ -18,17 +19,15 @@ COMMANDS = {
 }
 
 
-def main() -> None:
+def main() -> Any:
     """Run a command. Exit status 2 if there is no such command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv[:2] = [f"dist-vlcl {name}"]
         try:
-            module = importlib.import_module(f"dist_vlcl.{COMMANDS[name][0]}")
+            return importlib.import_module(f"dist_vlcl.{COMMANDS[name][0]}").main()
         except ModuleNotFoundError as error:
             sys.exit(f"error: dist-vlcl {name}: {error.name} is not installed: pip install 'dist-vlcl[all]'")
-        module.main()
-        return
     if name not in ("--help", "-h"):
         print(f"error: {name}: no such command; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)

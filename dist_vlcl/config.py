@@ -35,10 +35,6 @@ from dist_vlcl.saved import MAY_CHANGE, OURS, PLACES, leads_out, read_config
 from dist_vlcl.zo.update import ZerothOrderConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-HYDRA_FLAGS = (
-    *("help", "hydra-help", "version", "cfg", "resolve", "package", "run", "multirun", "shell-completion", "info"),
-    *("config-path", "config-name", "config-dir", "experimental-rerun"),
-)
 
 
 @dataclass
@@ -285,10 +281,9 @@ def _checked_words(words: list[str]) -> list[str]:
     if is_multirun and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError("--multirun: ranks that a launcher has started can train one run only; use dist-vlcl sweep")
     for word in words:
-        flag = word.split("=")[0].removeprefix("--")
-        if word.startswith("--") and not any(name.startswith(flag) for name in HYDRA_FLAGS):
-            near = [f"did you mean {name}=...?" for name in declared(Config) if name.split(".")[-1] == flag.replace("-", "_")]
-            raise ValueError(f"{word}: options are NAME=VALUE; {[*near, '--help lists them'][0]}")
+        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and (meant := [name for name in declared(Config) if flag in (name, name.split(".")[-1])]):
+            raise ValueError(f"{word}: options are NAME=VALUE; did you mean {meant[0]}=...?")
     return expand_paper(words)
 
 

@@ -119,7 +119,7 @@ class TrainedCLIP:
 def load(source: str | Path, task: int | None = None, device: str | torch.device | None = None, options: Sequence[str] = ()) -> TrainedCLIP:
     """Return CLIP with the adapters of a run, on a GPU if there is one.
 
-    source: the folder of a run or of an export, a checkpoint of a run, or ORG/NAME on the Hugging Face Hub.
+    source: the folder of a run or of an export, a file in it, or ORG/NAME on the Hugging Face Hub.
     task: the state after this task, counted from 1; None takes the newest checkpoint.
     options: OPTION=VALUE, for code and files that the run's configuration names, such as model.pretrained=/weights.safetensors. The error
     without them lists them. Raises FileNotFoundError, or ValueError if the source cannot be used.
@@ -132,7 +132,7 @@ def read_trained(source: str | Path, task: int | None = None, options: Sequence[
     """Return what the source of `load` holds."""
     path = Path(source)
     path = path if path.exists() else _download(str(source))
-    folder = path if path.is_dir() else path.parent if path.name == ADAPTERS else path.parent.parent
+    folder = path if path.is_dir() else path.parent
     cfg, tasks = load_config(folder / CONFIG, options, WEIGHTS), read_classes(folder)
     if (folder / ADAPTERS).exists():
         if task not in (None, len(tasks)):
@@ -141,7 +141,7 @@ def read_trained(source: str | Path, task: int | None = None, options: Sequence[
             return Trained(folder, cfg, tensors_from_bytes(read_file(folder / ADAPTERS)), tasks)
         except SafetensorError as error:
             raise ValueError(f"{folder / ADAPTERS} is damaged ({error}); export the run again") from error
-    saved = checkpoint.load(folder, _step_in(path)) if path.is_file() else _checkpoint_after(folder, task)
+    saved = _checkpoint_after(folder, task)
     adapters = {name.removeprefix("adapters/"): t for name, t in saved.tensors.items() if name.startswith("adapters/")}
     state = TrainState.from_dict(saved.state)
     return Trained(folder, cfg, adapters, tasks[: state.task + (state.epoch > 0 or state.batch > 0)])
@@ -151,12 +151,6 @@ def read_classes(folder: Path) -> list[list[str]]:
     """Return the class names of each task of a run; [] if a version before 0.3 has trained it."""
     names: list[list[str]] = read_json(folder / CLASSES, [[str]], [])
     return names
-
-
-def _step_in(path: Path) -> int:
-    if not (match := checkpoint.NAME.fullmatch(path.name)):
-        raise ValueError(f"{path}: give the folder of a run or of an export, or a file checkpoints/step-*.safetensors of a run")
-    return int(match[1])
 
 
 def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:

@@ -38,8 +38,8 @@ def export(trained: Trained, out: Path, kind: str, name: str) -> None:
     else:
         out.mkdir(parents=True, exist_ok=True)
         save_file({key: t.contiguous() for key, t in trained.adapters.items()}, out / ADAPTERS, {"format": "pt"})
-        config = {key: value for key, value in cfg.as_dict().items() if key in PUBLISHED} | {"data": {"name": cfg.data.name}}
-        config["data"]["reader"] = cfg.data.reader_name
+        config = {key: value for key, value in cfg.as_dict().items() if key in PUBLISHED}
+        config["data"] = {"name": cfg.data.name, "reader": cfg.data.reader_name}
         replace_file(out / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         replace_file(out / CLASSES, json.dumps(trained.tasks, ensure_ascii=False) + "\n")
     replace_file(out / "README.md", card(trained, kind, name))
@@ -50,28 +50,19 @@ def card(trained: Trained, kind: str, name: str) -> str:
     cfg, names = trained.cfg, [name for names in trained.tasks for name in names]
     rows = read_accuracy(trained.folder)
     is_newest = len(rows.get("rows") or ()) == len(trained.tasks) > 0
-    facts = {
-        "library": "open_clip" if kind == "open_clip" else "dist_vlcl",
-        "name": name,
-        "model": f"{cfg.model.name} ({cfg.model.pretrained})",
-        "adapter": getattr(cfg.adapter, "label", "own"),
-        "data": cfg.data.name,
-        "count": len(names),
-        "tasks": len(trained.tasks),
-        "accuracy": f" Test accuracy in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}." if is_newest else "",
-        "usage": USAGE[kind].format(name=name),
-        "prompt": cfg.model.prompt,
-        "classes": ", ".join(names),
-    }
-    return CARD.read_text(encoding="utf-8").format(**facts)
+    accuracy = f" Test accuracy in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}." if is_newest else ""
+    library, usage, count = "open_clip" if kind == "open_clip" else "dist_vlcl", USAGE[kind].format(name=name), len(names)
+    return CARD.read_text(encoding="utf-8").format(
+        library=library, usage=usage, name=name, cfg=cfg, accuracy=accuracy, count=count, tasks=len(trained.tasks), classes=", ".join(names)
+    )
 
 
-def push(folder: Path, name: str, is_private: bool) -> str:
-    """Upload a folder to a repository of the Hugging Face Hub, which is created if it is missing. Return its address."""
+def push(folder: Path, name: str) -> str:
+    """Upload a folder to a repository of the Hugging Face Hub. A new repository is private. Return its address."""
     from huggingface_hub import HfApi
 
     api = HfApi()
-    api.create_repo(name, private=is_private, exist_ok=True)
+    api.create_repo(name, private=True, exist_ok=True)
     return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by dist_vlcl"))
 
 
@@ -83,8 +74,7 @@ def main() -> None:
     parser.add_argument("--task", type=int, metavar="N", help="the state after task N (default: the newest checkpoint)")
     parser.add_argument("--option", action="append", default=[], metavar="OPTION=VALUE", help="what config.yaml may not decide")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: exports/NAME)")
-    parser.add_argument("--push", metavar="ORG/NAME", help="also upload the folder to the Hugging Face Hub")
-    parser.add_argument("--private", action="store_true", help="with --push: create a private repository")
+    parser.add_argument("--push", metavar="ORG/NAME", help="also upload the folder to the Hugging Face Hub, as a private repository")
     options = parser.parse_args()
     try:
         trained = read_trained(options.run, options.task, options.option)
@@ -92,7 +82,7 @@ def main() -> None:
         export(trained, out, options.to, options.push or out.name)
         print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
         if options.push:
-            print(f"uploaded: {push(out, options.push, options.private)}")
+            print(f"uploaded: {push(out, options.push)}")
     except (OSError, ValueError, RuntimeError) as error:
         refuse(error)
 

@@ -12,7 +12,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="dist-vlcl launch-files", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write launch/ and slurm/")
     folder, written = parser.parse_args().folder, 0
-    for source in (file for name in ("launch", "slurm") for file in sorted((CONFIG_FOLDER.parent / name).rglob("*")) if file.is_file()):
+    for source in (file for name in ("launch", "slurm") for file in (CONFIG_FOLDER.parent / name).rglob("*.*")):
         target = folder / source.relative_to(CONFIG_FOLDER.parent)
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)

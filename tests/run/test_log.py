@@ -161,7 +161,8 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds_and_at_the_end(tmp
     for batch in log.progress(range(40, 95), total=95, completed=40, description="task 1/3"):
         clock.now += 1
         log.step({"step": batch + 1, "task": 0, "loss": 0.25, "images_per_second": 60.0 if batch % 2 else 20.0, "seconds": 1.0})
-    shown = printed(log).splitlines()
+    shown = printed(log).split("\n")
+    shown = [line for line in shown if line]  # early versions of rich print an empty line at the end
     assert len(shown) == 6
     assert shown[0] == "task 1/3  50/95   53 %  loss 0.2500  40 images/s  0:00:45 left"  # the mean rate
     assert shown[-1].startswith("task 1/3  95/95  100 %")
