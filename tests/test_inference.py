@@ -200,12 +200,12 @@ def evaluated(runs, monkeypatch, capsys, *words: object) -> str:
 
 
 def test_evaluate_prints_json_and_the_accuracy_of_every_class(runs, monkeypatch, capsys):
-    saved = json.loads((runs["moe"] / "accuracy.json").read_text())
-    said = json.loads(evaluated(runs, monkeypatch, capsys, "--json"))
+    saved, root = json.loads((runs["moe"] / "accuracy.json").read_text()), f"data.root={runs['moe'].parent}/data"
+    said = json.loads(evaluated(runs, monkeypatch, capsys, "--json", root))
     assert (said["last"], said["avg"], said["forgetting"]) == pytest.approx((saved["last"], saved["avg"], saved["forgetting"]))
     fractions = [correct / total for correct, total in zip(saved["correct"], saved["total"], strict=True)]
     assert list(said["classes"].values()) == pytest.approx(fractions) and next(iter(said["classes"])) == "handwritten digit zero"
-    *classes, last = evaluated(runs, monkeypatch, capsys, "--classes").splitlines()
+    *classes, last = evaluated(runs, monkeypatch, capsys, "--classes", root).splitlines()
     assert classes[5] == f"{100 * fractions[5]:6.2f}  handwritten digit five" and last.startswith(f"Last {100 * saved['last']:.2f}  Avg ")
 
 

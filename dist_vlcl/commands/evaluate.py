@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--data", metavar="FOLDER", help="the folder or the address of other shards, such as data/cifar100")
     parser.add_argument("--classes", action="store_true", help="also print the accuracy of every class")
     parser.add_argument("--json", action="store_true", help="print one JSON object, with fractions")
-    arguments, world = parser.parse_args(), World.announced()
+    arguments, world = parser.parse_intermixed_args(), World.announced()
     try:
         cluster = load_config(arguments.run / "config.yaml", arguments.options, WEIGHTS).cluster
         world = World.from_environment(ClusterConfig(timeout_s=cluster.timeout_s, threads=cluster.threads))  # any ranks, any device
