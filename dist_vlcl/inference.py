@@ -181,4 +181,4 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, CLASSES, ADAPTERS], local_dir=folder))
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{name}: no such folder, and could not load it from the Hugging Face Hub ({reason})") from error
+        raise FileNotFoundError(f"{name}: no such folder, and could not load it from the Hugging Face Hub ({reason})") from None

@@ -16,6 +16,10 @@ PACKAGE = Path(dist_vlcl.__file__).parent
 FLOORS = [  # first match rules; a module that no line covers has no floor, and is refused
     ("data.tasks", 0),
     ("commands", 4),
+    ("data.build", 4),  # old names of commands
+    ("data.verify", 4),
+    ("run.replay", 4),
+    ("report.build", 4),
     ("model.clip", 1),
     ("continual.evaluator", 2),
     ("continual.metrics", 0),
@@ -37,6 +41,7 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("train", 4),
     ("session", 4),
     ("experiment", 4),
+    ("evaluate", 4),
     ("help", 4),
     ("__main__", 4),
     ("inference", 4),
@@ -44,6 +49,8 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("predict", 4),
     ("config", 4),
     ("paper", 4),
+    ("sweep", 4),
+    ("tune", 4),
 ]
 VOCABULARY = {("orders", "model.units")}  # the names of units, which a plan is written in
 EVERYWHERE = {"options", "masking"}  # how an option is declared, and how a text is written

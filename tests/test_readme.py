@@ -168,3 +168,21 @@ def test_citation_names_the_paper():
     assert "Zeroth-Order Optimization for Continual Learning" in paper["title"]
     assert len(paper["authors"]) == 9 and all(author["family-names"] and author["given-names"] for author in paper["authors"])
     assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2506.12409"}]
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    {
+        "data.build": "build_data",
+        "data.verify": "verify",
+        "evaluate": "evaluate",
+        "report.build": "report",
+        "run.replay": "replay",
+        "sweep": "sweep",
+        "tune": "tune",
+    }.items(),
+)
+def test_the_commands_of_version_0_1_still_work_under_their_old_names(old, new):
+    old_module, new_module = (importlib.import_module(f"dist_vlcl.{name}") for name in (old, f"commands.{new}"))
+    assert old_module.main is new_module.main
+    assert 'if __name__ == "__main__":\n    main()' in Path(old_module.__file__).read_text()

@@ -331,7 +331,7 @@ def test_the_build_refuses_a_class_whose_images_are_all_bad(tmp_path):
 
 
 def test_a_name_that_commands_the_terminal_is_refused_before_the_work(tmp_path):
-    source = images_below(tmp_path / "s", *[f"\x1b[2Jcat/{number}.png" for number in range(4)])
+    source = images_below(tmp_path / "s", *[f"{name}/{number}.png" for name in ("\x1b[2Jcat", "dog") for number in range(4)])
     with pytest.raises(ValueError, match=r"'\\x1b\[2Jcat' is not a name"):
         make_shards(DataConfig(name="mine", reader="folder", source=str(source), root=str(tmp_path / "data")))
 
