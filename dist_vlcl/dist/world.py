@@ -26,7 +26,9 @@ class ClusterConfig:
     """How the run expects to be started."""
 
     num_processes: int | None = option(None, "Number of ranks that the launcher must have started; null: any number.", min=1)
-    device: str = option("auto", "Where to compute; auto: on a GPU if there is one.", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "Where to compute; auto: on CUDA GPUs if there are any. Apple's MPS is not supported.", choices=("auto", "cpu", "cuda")
+    )
     timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0)
     direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
     threads: int | None = option(
