@@ -104,7 +104,7 @@ def test_what_is_searched_is_what_the_plan_reads_and_the_user_has_not_fixed():
         (["orders=first"], "nothing to tune"),
         (["orders.order=frozen"], "nothing to tune"),
         (["zo.lr_scale=1", *SHORT], "every option has one value"),
-        (["zo.lr_scale=1,-1"], "zo.lr_scale=-1.0: give a number of more than 0"),
+        (["zo.lr_scale=1,-1"], "zo.lr_scale=-1: give a number above 0"),
         (["--holdout", "1.5"], "--holdout 1.5"),
         (["fast"], "'fast' is not an option: give OPTION=VALUE"),
     ],
