@@ -12,6 +12,7 @@ from dist_vlcl.dist.agree import agree, digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.dist.zero import first_order
 from dist_vlcl.experiment import Experiment
+from dist_vlcl.losses import min_samples
 from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
@@ -74,8 +75,9 @@ def build_step(experiment: Experiment) -> HybridStep:
     """Return the step, which gives every unit its order. All ranks call this."""
     cfg, world = experiment.cfg, experiment.world
     orders = assign(experiment.towers.units, cfg.orders)
+    least = min_samples(cfg.cluster.exact_bits, cfg.train.batch_size // (world.data_size * cfg.train.micro_batches))
     return HybridStep(
-        experiment.towers, orders, cfg.zo, lambda model: first_order(world, cfg.first_order, model), world, cfg.train.max_skips
+        experiment.towers, orders, cfg.zo, lambda model: first_order(world, cfg.first_order, model), world, cfg.train.max_skips, least
     )
 
 
