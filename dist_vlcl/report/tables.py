@@ -8,11 +8,13 @@ from typing import Any
 import pandas as pd
 
 from dist_vlcl.masking import masked
+from dist_vlcl.report.measures import MEASURES
 from dist_vlcl.report.records import CELL, TASKS, WITHOUT_ZEROTH, read_records
 
 Row = Sequence[float | None]
 UNKNOWN = "–"
 METRICS = {"last": "Last", "avg": "Avg"}
+WORTH = ("cosine", "descent", "ordinary", "stayed", "mirrored", "shortened")
 DATASETS = {"cifar100": "CIFAR-100", "tiny_imagenet": "Tiny-ImageNet", "imagenet_r": "ImageNet-R"}
 PAPER_TABLES = {  # number -> title, and which published cells it shows (Tables 3 and 4 repeat rows for comparison)
     1: ("Zeroth order in a whole branch", "layers in ('none', 'all') and variant in ('none', 'conservative')"),
@@ -84,7 +86,10 @@ def tasks_label(dataset: str, increment: int) -> str:
 def method_label(adapter: str, branch: str, layers: str, variant: str) -> str:
     """Return how a page calls a method, such as "dual hop_odd, mozo". The adapter is named unless it is moe."""
     fixed = {"none": "first order", "zero_shot": "zero-shot CLIP"}
-    name = fixed.get(variant) or f"{branch} {layers}, {variant}"
+    shown = {"walk": "random walk", "signwalk": "random walk of signs"}
+    name = fixed.get(variant) or f"{branch} {layers}, {shown.get(variant, variant)}"
+    if layers.startswith("all but "):
+        name = f"{layers.removeprefix('all but ')}, first order alone"
     return name if adapter in ("moe", "") else f"{name} ({adapter})"
 
 
@@ -104,12 +109,13 @@ def _ours(cell: Any) -> str:
 
 
 def _by_metric(frame: pd.DataFrame, more: Sequence[str], heads: Sequence[str], texts_of: Callable[[Any], list[str]]) -> str:
-    """Return a table with one row per method and settings (and columns `more`), with the texts of Last and of Avg side by side."""
+    """Return a table with one row per method and settings (and columns `more`), with the texts of the metrics side by side."""
+    names = [{**METRICS, **MEASURES}[metric] for metric in dict.fromkeys(frame.metric)]
     rows = []
     for keys, both in frame.groupby([*CELL, "other_settings", *more], sort=False):
         texts = [text for row in both.itertuples() for text in texts_of(row)]
         rows.append([tasks_label(*keys[:2]), method_label(*keys[2:6]), *keys[7:], *texts, keys[6]])
-    columns = ["data", "method", *more, *(head.format(name) for name in METRICS.values() for head in heads), "other settings"]
+    columns = ["data", "method", *more, *(head.format(name) for name in names for head in heads), "other settings"]
     shown = len(columns) if frame.other_settings.any() else -1
     return markdown_table(columns[:shown], [row[:shown] for row in rows], num_left=2)
 
@@ -118,11 +124,55 @@ def result_table(ours: pd.DataFrame) -> str:
     """Return our results, of each data set the best Last first, each with its paired differences to its control."""
     is_zeroth, is_whole = ~ours.variant.isin(WITHOUT_ZEROTH), (ours.branch == "dual") & (ours.layers == "all")
     ours = ours.assign(control=is_whole.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
-    ours["tasks"] = ours.groupby(TASKS, sort=False).ngroup()
-    ours["best"] = ours.groupby([*CELL, "other_settings"])["mean"].transform("first")
-    ours = ours.sort_values(["tasks", "best"], ascending=[True, False], kind="stable")
     heads = ["{}", "Δ {}", "95 % interval"]
-    return _by_metric(ours, ["control"], heads, lambda c: [_ours(c), signed(c.gain), _interval(c.gain_low, c.gain_high)])
+    return _by_metric(best_first(ours), ["control"], heads, lambda c: [_ours(c), signed(c.gain), _interval(c.gain_low, c.gain_high)])
+
+
+def best_first(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the cells sorted by data set, and there by Last."""
+    tasks = cells.groupby(TASKS, sort=False).ngroup()
+    best = cells.groupby([*CELL, "other_settings"])["mean"].transform("first")
+    return cells.assign(tasks=tasks, best=best).sort_values(["tasks", "best"], ascending=[True, False], kind="stable")
+
+
+def worth_table(ours: pd.DataFrame) -> str:
+    """Return what zeroth order was worth: R, and what its steps measured, one row per method that has any of it; "" without one."""
+    columns = {"recovered_last": "R Last", "recovered_avg": "R Avg", **{name: MEASURES[name] for name in WORTH}}
+    known = ours[(ours.metric == "last") & ours[list(columns)].notna().any(axis=1)]
+    if known.empty:
+        return ""
+    digits = {name: ".4f" if name in ("cosine", "descent") else ".1f" if name in WORTH else ".2f" for name in columns}
+    rows = [
+        [tasks_label(c["dataset"], c["increment"]), method_label(*(c[field] for field in CELL[2:])), c["other_settings"]]
+        + [UNKNOWN if c[name] != c[name] else f"{c[name]:{digits[name]}}".replace("-", "−") for name in columns]
+        for c in best_first(known).to_dict("records")
+    ]
+    return markdown_table(["data", "method", "other settings", *columns.values()], rows, num_left=3)
+
+
+def spread_table(spread: pd.DataFrame) -> str:
+    """Return how much Last spreads over seeds on two data sets."""
+    rows = [
+        [method_label(*row[:4]), row[4], f"{row[5]:.2f} ({row[6]})", f"{row[7]:.2f} ({row[8]})", f"{row[9]:.3f}"]
+        for row in spread.itertuples(index=False)
+    ]
+    heads = ["method", "other settings", "ImageNet-R: spread of Last (seeds)", "CIFAR-100: spread of Last (seeds)", "p"]
+    return markdown_table(heads, rows, num_left=2)
+
+
+def contrast_table(contrasts: pd.DataFrame) -> str:
+    """Return one row per contrast."""
+    rows = [
+        [c.question, c.condition, METRICS[c.metric], c.seeds, signed(c.mean), _interval(c.low, c.high), *map(_probability, (c.p, c.p_holm))]
+        + [c.answer]
+        for c in contrasts.itertuples()
+    ]
+    heads = ["question", "condition", "metric", "seeds", "Δ", "95 % interval", "p", "p, Holm", "answer"]
+    return markdown_table(heads, rows, num_left=3)
+
+
+def _probability(p: float) -> str:
+    return UNKNOWN if p != p else f"{p:.3f}"
 
 
 def comparison_table(comparisons: pd.DataFrame) -> str:
@@ -130,11 +180,13 @@ def comparison_table(comparisons: pd.DataFrame) -> str:
     comparisons = comparisons.rename(columns={"against": "compared with"})
     is_claim = bool(comparisons.claim.iloc[0])
 
+    has_paper = is_claim and comparisons.metric.isin(list(METRICS)).all()
+
     def texts(test: Any) -> list[str]:
-        more = [test.verdict, signed(test.paper)] if is_claim else [UNKNOWN if test.p != test.p else f"{test.p:.3f}"]
+        more = [test.verdict, *([signed(test.paper)] if has_paper else [])] if is_claim else [_probability(test.p)]
         return [signed(test.mean), _interval(test.low, test.high), *more]
 
-    more = ["verdict", "paper's Δ {}"] if is_claim else ["p"]
+    more = ["answer", *(["paper's Δ {}"] if has_paper else [])] if is_claim else ["p"]
     return _by_metric(comparisons, ["compared with", "seeds"], ["Δ {}", "95 % interval", *more], texts)
 
 

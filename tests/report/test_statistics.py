@@ -54,17 +54,18 @@ def test_a_difference_bears_on_at_most_one_claim(method, other, claim):
 @pytest.mark.parametrize(
     ("name", "low", "high", "verdict"),
     [
-        ("dual_behind_first_order", -3.0, -1.0, "supported"),
-        ("dual_behind_first_order", 1.0, 3.0, "contradicted"),
+        ("dual_behind_first_order", -3.0, -1.0, "yes"),
+        ("dual_behind_first_order", 1.0, 3.0, "no"),
         ("dual_behind_first_order", -3.0, 1.0, "not decided"),
-        ("language_above_vision", 0.1, 0.2, "supported"),
-        ("language_above_vision", -0.2, -0.1, "contradicted"),
-        ("hop_reaches_first_order", -0.9, -0.1, "supported"),  # behind by less than a point
+        ("language_above_vision", 0.1, 0.2, "yes"),
+        ("language_above_vision", -0.2, -0.1, "no"),
+        ("hop_reaches_first_order", -0.9, -0.1, "yes"),  # behind by less than a point
         ("hop_reaches_first_order", -1.1, 0.5, "not decided"),
-        ("hop_reaches_first_order", -3.0, -1.1, "contradicted"),
-        ("differs_from_control", 0.1, 0.2, "supported (higher)"),
-        ("differs_from_control", -0.2, -0.1, "supported (lower)"),
-        ("differs_from_control", -0.1, 0.1, "not decided"),
+        ("hop_reaches_first_order", -3.0, -1.1, "no"),
+        ("differs_from_control", 0.1, 0.2, "yes (higher)"),
+        ("differs_from_control", -0.2, -0.1, "yes (lower)"),
+        ("differs_from_control", -0.1, 0.1, "no (within ±0.5)"),
+        ("differs_from_control", -0.6, 0.1, "not decided"),
         ("mozo_above_its_plan", float("nan"), float("nan"), "–"),
     ],
     ids=str,
