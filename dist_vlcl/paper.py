@@ -4,7 +4,7 @@
 `t5-moe-dual`                      A memory probe of Table 5: five steps.
 `x2-lora-cifar10-dual-hop_odd`     Not published: Table 2 with LoRA.
 `frozen-moe-cifar10-dual-hop_odd`  The control of every run that trains these units by zeroth order. Here they are frozen.
-`walk-moe-cifar10-dual-hop_odd`    A control: steps of the same length along the same directions, with random signs. `signwalk-...`: of sign steps.
+`walk-moe-cifar10-dual-hop_odd`    A control: the same directions and lengths, with random signs; `signwalk-...` for sign steps.
 `sign-moe-cifar10-dual-hop_odd`    The sign strategy beside a plan that was run with MoZO.
 `zero-shot-cifar10`                CLIP without training. Also the control of dual-all, where no other unit learns.
 """

@@ -190,7 +190,7 @@ def main() -> None:
         prog="python -m dist_vlcl.commands.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="+", metavar="OPTION=VALUE", help="paper=..., seed=..., and options of dist_vlcl.train")
-    parser.add_argument("--controls", action="store_true", help="also train every control: frozen, random walk, sign beside MoZO, zero-shot")
+    parser.add_argument("--controls", action="store_true", help="also train every control: frozen, random walk, zero-shot, sign for MoZO")
     parser.add_argument("--count", action="store_true", help="check the options of every run, print the number of runs, and train nothing")
     parser.add_argument("--item", type=int, metavar="K", help="train only run K of the complete list, counted from 0")
     add_launch_options(parser)

@@ -9,8 +9,8 @@ from markdown_it import MarkdownIt
 
 from dist_vlcl.report import tables
 from dist_vlcl.report.figures import write_picture
-from dist_vlcl.report.paper_figures import pictures_of
 from dist_vlcl.report.measures import MEASURES
+from dist_vlcl.report.paper_figures import pictures_of
 from dist_vlcl.report.records import CONTROLS, gather, step_frame
 from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, missing_of, results_of, spread_of
 from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape
@@ -21,9 +21,10 @@ TERMS = (
     "Δ: mean paired difference over the seeds that both have, in points."
 )
 WORTH_TERMS = (
-    "R = (ours − zero-shot) / (first order on the same units − zero-shot), where no other unit learns. Cosine: between estimate and gradient, "
-    "expected from the slopes and the estimate's norm. Expected descent: the sum over all steps of coefficient times squared slope, in units "
-    "of the loss. The other columns: the share of the steps that an acceptance rule decided. Means over seeds."
+    "R = (ours − zero-shot) / (first order on the same units − zero-shot), where no other unit learns. "
+    "Cosine: between estimate and gradient, as expected from the slopes and the estimate's norm. "
+    "Expected descent: the sum over all steps of coefficient times squared slope, in units of the loss. "
+    "The other columns: the share of the steps that an acceptance rule decided. Means over seeds."
 )
 SPREAD = "Is the spread over seeds larger on renditions (ImageNet-R) than on CIFAR-100?"
 
@@ -54,7 +55,12 @@ class Report:
         repeated = runs[runs.is_complete & ~runs.is_probe & ~runs.path.isin(complete.path)].run
         self.left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
         self.left_out |= {row.run: f"not complete, tasks done: {row.tasks_done}" for row in runs[~runs.is_complete].itertuples()}
-        rest = [*_tables(cells, memory), "## What is missing", _missing(missing, len(published), self.left_out)]
+        rest = [
+            *_tables(cells, memory),
+            "## What is missing",
+            *_unasked(comparisons, spread),
+            _missing(missing, len(published), self.left_out),
+        ]
         self.page = _joined(["# Report", *shown, *rest])
 
     def write(self, out: Path) -> None:
@@ -96,7 +102,6 @@ def _claims(comparisons: pd.DataFrame, spread: pd.DataFrame) -> Iterator[str]:
         return
     yield "## Questions"
     yield RULE
-    asked = set(comparisons.claim)
     for name, claim in CLAIMS.items():
         found = comparisons[comparisons.claim == name]
         if found.empty:
@@ -115,9 +120,6 @@ def _claims(comparisons: pd.DataFrame, spread: pd.DataFrame) -> Iterator[str]:
     if len(others := comparisons[comparisons.claim == ""]):
         yield "**Other differences.** 95 % interval and p of a paired t-test, not corrected for their number."
         yield tables.comparison_table(others)
-    unasked = [claim.statement for name, claim in CLAIMS.items() if name not in asked] + ([] if len(spread) else [SPREAD])
-    if unasked:
-        yield f"Questions without runs: {' '.join(unasked)}"
 
 
 def _worth(ours: pd.DataFrame) -> Iterator[str]:
@@ -138,6 +140,12 @@ def _tables(cells: pd.DataFrame, memory: pd.DataFrame) -> Iterator[str]:
     for title, table in found.items():
         yield title
         yield table
+
+
+def _unasked(comparisons: pd.DataFrame, spread: pd.DataFrame) -> Iterator[str]:
+    unasked = [claim.statement for name, claim in CLAIMS.items() if name not in set(comparisons.claim)] + ([] if len(spread) else [SPREAD])
+    if unasked:
+        yield f"Questions without runs: {' '.join(unasked)}"
 
 
 def _missing(missing: pd.DataFrame, num_published: int, left_out: Mapping[str, str]) -> str:

@@ -45,7 +45,7 @@ class Picture:
 
 def draw_losses(runs: pd.DataFrame, methods: Sequence[str]) -> Drawn | None:
     """Draw the base loss of every step, smoothed within a task: the mean over seeds, and the range of the seeds as a band."""
-    data = gather(runs, step_frame).drop(columns="peak_gib", errors="ignore").dropna()
+    data = gather(runs, step_frame).drop(columns=["peak_gib", "allocated_gib"], errors="ignore").dropna()
     if data.empty:
         return None
     figure = Figure(figsize=(6.9, 3.9))

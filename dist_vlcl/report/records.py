@@ -101,7 +101,7 @@ def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, 
         except FileNotFoundError:
             unreadable[folder.name] = "not a run folder: it has no config.yaml"
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            unreadable[folder.name] = f"could not read config.yaml, accuracy.json, journal.jsonl or units/: {next(iter(str(error).splitlines()), '')}"
+            unreadable[folder.name] = f"could not read its files: {next(iter(str(error).splitlines()), '')}"
     return pd.DataFrame(rows), unreadable
 
 
@@ -145,10 +145,19 @@ def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant:
     unread: tuple[str, ...] = ("zo.*",) if variant in WITHOUT_ZEROTH else ()
     unread = ("zo.acceptance",) if variant in ("walk", "signwalk") else unread  # random signs always take the step
     unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
-    ours, cell = flatten(config), flatten(reference)
+    ours, cell = _flat(config), _flat(reference)
     # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to a user's adapter.
     keys = [key for key in ours if key in cell and not _matches(key, (*NOT_COMPARED, *unread))]
     return {key: f"{key}={_text(ours, key)}" for key in sorted(keys) if _text(ours, key) != _text(cell, key)}
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every option under its dotted key. Probes per branch are one option: the number of the one branch that reads it, or both."""
+    probes = config.get("zo", {}).get("probes")
+    if not isinstance(probes, Mapping):
+        return flatten(config)
+    text = f"{{{', '.join(f'{branch}: {probes[branch]}' for branch in sorted(probes))}}}"
+    return flatten({**config, "zo": {**config["zo"], "probes": probes.get(config["orders"]["branch"], text)}})
 
 
 def _text(config: Mapping[str, Any], key: str) -> str:
@@ -175,8 +184,8 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
 
 
 def step_frame(folder: Path) -> pd.DataFrame:
-    """Return one row per step of a run: step, task, loss, and peak_gib (NaN where a step did not record it)."""
-    return pd.DataFrame(read_records(folder).steps).reindex(columns=["step", "task", "loss", "peak_gib"])
+    """Return one row per step of a run: step, task, loss, peak_gib (reserved) and allocated_gib; NaN where it was not recorded."""
+    return pd.DataFrame(read_records(folder).steps).reindex(columns=["step", "task", "loss", "peak_gib", "allocated_gib"])
 
 
 def gather(runs: pd.DataFrame, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:

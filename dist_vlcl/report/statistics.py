@@ -126,9 +126,11 @@ def with_recovered(results: pd.DataFrame) -> pd.DataFrame:
     It is known where no other unit learns (orders.rest=frozen, or dual all) and the same seed has the other two runs in its group.
     """
     keys, metrics = [*GROUP, "seed"], list(METRICS)
-    is_alone = results.method_settings.str.contains("orders.rest=frozen", regex=False)
+    is_alone = results.method_settings.astype(str).str.contains("orders.rest=frozen", regex=False)
     is_whole = (results.branch == "dual") & (results.layers == "all")
     own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole)]
+    if own.empty:
+        return results.assign(**{RECOVERED.format(metric): np.nan for metric in metrics})
     partner = own[[*GROUP, *METHOD, "seed"]].copy()
     whole = is_whole[own.index]
     partner["layers"] = ("all but " + own.branch + " " + own.layers).mask(whole, "none")
@@ -247,7 +249,9 @@ def contrasts_of(results: pd.DataFrame, plan: Mapping[str, Any]) -> pd.DataFrame
         if is_same and len(differences) > 1 and np.ptp(differences) < 1e-9:
             p = float(abs(test["mean"]) >= SAME)  # equal differences: nothing is left to chance
         elif not np.isnan(test["low"]):
-            greater, less = (stats.ttest_1samp(differences, at, alternative=side).pvalue for at, side in ((-SAME, "greater"), (SAME, "less")))
+            greater, less = (
+                stats.ttest_1samp(differences, at, alternative=side).pvalue for at, side in ((-SAME, "greater"), (SAME, "less"))
+            )
             p = float(max(greater, less) if is_same else stats.ttest_1samp(differences, bound, alternative="greater").pvalue)
         is_refuted = test["low"] > SAME or test["high"] < -SAME if is_same else test["high"] < bound
         condition = f"|Δ| < {SAME:g}" if is_same else f"Δ > {bound:g}"

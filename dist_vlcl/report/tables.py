@@ -205,12 +205,14 @@ def paper_table(cells: pd.DataFrame, number: int) -> str:
 
 
 def memory_of(steps: pd.DataFrame, published_gb: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-    """Return Table 5, one row per adapter and setting: the paper's GB, and the most GiB that a step of ours has held, by other settings."""
+    """Return Table 5, one row per adapter and setting: the paper's GB, and the most GiB that a step has reserved and allocated."""
     rows = [(adapter, setting, gb) for adapter, settings in published_gb.items() for setting, gb in settings.items()]
     paper = pd.DataFrame(rows, columns=["adapter", "setting", "paper_gb"])
-    ours = steps.assign(setting=steps.branch.mask(steps.branch == "none", "fo"), peak_gib=steps.get("peak_gib"))
+    ours = steps.assign(setting=steps.branch.mask(steps.branch == "none", "fo"))
+    ours = ours.reindex(columns=[*ours.columns.union(["peak_gib", "allocated_gib"])])
     by_setting = ours.groupby(["adapter", "setting", "other_settings"])
-    peaks = by_setting.agg(peak_gib=("peak_gib", "max"), runs=("run", "nunique")).dropna().reset_index()
+    peaks = by_setting.agg(peak_gib=("peak_gib", "max"), allocated_gib=("allocated_gib", "max"), runs=("run", "nunique"))
+    peaks = peaks.dropna(subset="peak_gib").reset_index()
     return paper.merge(peaks, on=["adapter", "setting"], how="left").fillna({"other_settings": "", "runs": 0}).astype({"runs": int})
 
 
@@ -219,6 +221,8 @@ def memory_table(memory: pd.DataFrame) -> str:
     rows = []
     for row in memory.itertuples():
         setting = "first order" if row.setting == "fo" else f"{row.setting} all"
-        ours = [f"{row.peak_gib:.2f}", f"{row.peak_gib / row.paper_gb:.2f}"] if row.runs else [UNKNOWN, UNKNOWN]
-        rows.append([row.adapter, setting, row.other_settings, f"{row.paper_gb:.2f}", *ours])
-    return markdown_table(["adapter", "setting", "other settings", "paper (GB)", "ours (GiB)", "ours / paper"], rows, num_left=3)
+        ours = [row.allocated_gib, row.peak_gib, row.peak_gib / row.paper_gb]
+        texts = [UNKNOWN if number != number else f"{number:.2f}" for number in ours]
+        rows.append([row.adapter, setting, row.other_settings, f"{row.paper_gb:.2f}", *texts])
+    heads = ["adapter", "setting", "other settings", "paper (GB)", "allocated (GiB)", "reserved (GiB)", "reserved / paper"]
+    return markdown_table(heads, rows, num_left=3)

@@ -53,7 +53,8 @@ class ZerothOrderConfig:
         "Ratio of the zeroth-order to the first-order learning rate; auto: probes over the root mean square of the projected gradients.",
     )
     random_signs: bool = option(
-        False, "A control: give every projected gradient a random sign, and always take the step. Steps keep their length, and learn nothing."
+        False,
+        "A control: give every projected gradient a random sign, and always take the step. Steps keep their length, and learn nothing.",
     )
 
     def check(self) -> None:
