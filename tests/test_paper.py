@@ -37,7 +37,7 @@ def test_the_groups_are_as_large_as_the_paper():
 
 
 def test_every_zeroth_order_run_has_a_control_of_its_units_and_every_run_its_zero_shot():
-    for id, cell in catalogue().items():
+    for cell in catalogue().values():
         control = cell.control()
         assert (control is not None) == (cell.variant not in (*WITHOUT_ZEROTH, *CONTROL_VARIANTS) and cell.table != 5)
         assert control is None or (catalogue()[control.id] == control and control.tasks_id == cell.tasks_id)

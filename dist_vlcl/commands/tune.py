@@ -11,7 +11,7 @@ one value; in a plan with both branches, probes are those of the language branch
     zo=naive,conservative,sign    zo.lr_scale=0.3,1,3,10    zo.probes=1,16,64
 
 The best combination and the same units frozen are then run again with fresh seeds, which also hold out other images. The best of many
-looks better than it is. The fresh runs took no part in the choice, so their paired difference needs no correction for the number of choices.
+looks better than it is. The fresh runs took no part in the choice, so their paired difference is unbiased, however many choices there were.
 
 The folder tuning/NAME/ gets the runs and tuned.yaml, which a run or a sweep takes as tuned=FILE. Its tuning.md, tuning.csv and tuning.png
 compare the combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
@@ -103,22 +103,23 @@ class Search:
     @property
     def answer(self) -> str:
         """What the fresh runs say, in one sentence."""
-        options, gain = " ".join(f"{key}={value}" for key, value in self.best.items()), self.fresh["mean"]
-        if isnan(self.fresh["low"]):
-            return f"The fresh runs cannot tell whether {options} is better than the same units frozen: fewer than two gave a difference."
-        found = "is better than" if self.fresh["low"] > 0 else "is worse than" if self.fresh["high"] < 0 else "shows no gain over"
-        interval = (
-            f"{gain:+.2f} points, 95 % interval {self.fresh['low']:+.2f} to {self.fresh['high']:+.2f}, {self.fresh['seeds']} fresh seeds"
-        )
+        options, (gain, low, high) = _words(self.best), (self.fresh[key] for key in ("mean", "low", "high"))
+        if isnan(low):
+            known = f"{self.fresh['seeds']} differences of {gain:+.2f} points on average, and no interval"
+            return f"The fresh runs cannot tell whether {options} is better than the same units frozen: {known}."
+        found = "is better than" if low > 0 else "is worse than" if high < 0 else "shows no gain over"
+        interval = f"{gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}, {self.fresh['seeds']} fresh seeds"
         return f"{options} {found} the same units frozen ({interval})."
 
     @property
     def shrinkage(self) -> str:
-        """How much of the winner's gain was luck."""
-        return (
-            f"In the screen it gained {self.screened:+.2f} points, the best of {len(self.trials[list(self.best)].drop_duplicates())} choices; "
-            f"{self.screened - self.fresh['mean']:+.2f} of these were the luck of the choice."
-        )
+        """How much of the winner's gain in the screen did not appear again."""
+        count, lost = len(self.trials[list(self.best)].drop_duplicates()), self.screened - self.fresh["mean"]
+        return f"In the screen it gained {self.screened:+.2f} points, the best of {count} choices. The fresh runs show {lost:.2f} less."
+
+
+def _words(choice: Choice) -> str:
+    return " ".join(f"{key}={value}" for key, value in choice.items())
 
 
 def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh: Sequence[str]) -> Search | None:
@@ -133,9 +134,8 @@ def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh:
     values = {"the same units frozen": control.accuracy, "zero-shot CLIP": control.zero_shot}
     references = {name: float(accuracies.mean()) for name, accuracies in values.items() if accuracies.notna().any()}
     again, frozen = (of_choice.set_index("seed").accuracy for of_choice in train([best, CONTROL], fresh))
-    return Search(
-        trials, references, best, float(row.accuracy - control.accuracy.mean()), paired_test((again - frozen).dropna().to_numpy())
-    )
+    gain = float(row.accuracy - control.accuracy.mean())
+    return Search(trials, references, best, gain, paired_test((again - frozen).dropna().to_numpy()))
 
 
 def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> str:
@@ -148,11 +148,9 @@ def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> st
     found.trials.to_csv(folder / "tuning.csv", index=False)
     plot_trials(folder / "tuning.png", found.trials, choices, found.references)
     options = [option for option in (*fixed, *(f"{key}={value}" for key, value in found.best.items())) if option.startswith(("zo=", "zo."))]
+    named = [key.split(".")[1] for key, _ in split_options(options) if key != "zo"]
     resolved = compose_config(options).as_dict()["zo"]
-    named = {option.split("=")[0].split(".")[1] for option in options if option.startswith("zo.")}
-    kept = {
-        key: value for key, value in resolved.items() if key in named or (key in STRATEGY and any(o.startswith("zo=") for o in options))
-    }
+    kept = {key: resolved[key] for key in (*(STRATEGY if "zo" in dict(split_options(options)) else ()), *named)}
     if isinstance(kept.get("probes"), dict):  # as one value: it replaces a number
         kept["probes"] = f"{{{', '.join(f'{branch}: {count}' for branch, count in kept['probes'].items())}}}"
     replace_file(folder / "tuned.yaml", f"# {command}\n# {found.answer}\n" + OmegaConf.to_yaml(OmegaConf.create({"zo": kept})))

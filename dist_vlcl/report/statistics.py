@@ -27,9 +27,9 @@ SAME = 0.5  # points: two methods that differ by less count as the same
 RECOVERED = "recovered_{}"  # column: R of Last or Avg
 YES, NO, NOT_DECIDED = "yes", "no", "not decided"
 RULE = (
-    f"*{YES}*: the whole 95 % interval of the mean paired difference (Δ) lies on the question's side of its bound. *{NO}*: it lies on the "
-    f"other side. *{NOT_DECIDED}*: it contains the bound. A question without a side has the answer *{NO}* if the whole interval lies within "
-    f"±{SAME:g} point. {UNKNOWN}: no interval, because there is one seed or all differences are equal. "
+    f"*{YES}*: the whole 95 % interval of the mean paired difference (Δ) lies on the question's side of its bound. *{NO}*: it lies on "
+    f"the other side. *{NOT_DECIDED}*: it contains the bound. A question without a side has the answer *{NO}* if the whole interval lies "
+    f"within ±{SAME:g} point. {UNKNOWN}: no interval, because there is one seed or all differences are equal. "
     "The intervals are not corrected for their number: one in twenty misses the true difference."
 )
 
@@ -238,8 +238,8 @@ def spread_of(results: pd.DataFrame) -> pd.DataFrame:
 def contrasts_of(results: pd.DataFrame, plan: Mapping[str, Any]) -> pd.DataFrame:
     """Return one row per contrast that was named before the runs (configs/contrasts.yaml): difference, interval, p, Holm's p, answer.
 
-    A contrast has the claim `above` (the difference exceeds `bound`; one-sided paired t-test) or `same` (it lies within ±SAME: two one-sided
-    tests, the larger p). Holm's correction counts every contrast, also those without runs.
+    A contrast has the claim `above` (the difference exceeds `bound`; one-sided paired t-test) or `same` (it lies within ±SAME; two
+    one-sided tests, the larger p). Holm's correction counts every contrast, also those without runs.
     """
     rows = []
     for contrast in plan["contrasts"]:
@@ -249,10 +249,8 @@ def contrasts_of(results: pd.DataFrame, plan: Mapping[str, Any]) -> pd.DataFrame
         if is_same and len(differences) > 1 and np.ptp(differences) < 1e-9:
             p = float(abs(test["mean"]) >= SAME)  # equal differences: nothing is left to chance
         elif not np.isnan(test["low"]):
-            greater, less = (
-                stats.ttest_1samp(differences, at, alternative=side).pvalue for at, side in ((-SAME, "greater"), (SAME, "less"))
-            )
-            p = float(max(greater, less) if is_same else stats.ttest_1samp(differences, bound, alternative="greater").pvalue)
+            sides = ((-SAME, "greater"), (SAME, "less")) if is_same else ((bound, "greater"),)
+            p = max(float(stats.ttest_1samp(differences, at, alternative=side).pvalue) for at, side in sides)
         is_refuted = test["low"] > SAME or test["high"] < -SAME if is_same else test["high"] < bound
         condition = f"|Δ| < {SAME:g}" if is_same else f"Δ > {bound:g}"
         rows.append({"name": contrast["name"], "question": contrast["question"], "condition": condition, "metric": contrast["metric"]})
@@ -290,7 +288,7 @@ def _chosen(results: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
         given = set(f"{row.method_settings}; {row.shared_settings}".split("; "))
         return settings <= given and {text for text in given if text.startswith(("zo.", "orders."))} <= settings
 
-    return found[[fits(row) for row in found.itertuples()]]
+    return found[np.array([fits(row) for row in found.itertuples()], dtype=bool)]
 
 
 def paired_test(differences: Sequence[float] | np.ndarray) -> dict[str, Any]:

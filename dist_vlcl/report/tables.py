@@ -162,11 +162,10 @@ def spread_table(spread: pd.DataFrame) -> str:
 
 def contrast_table(contrasts: pd.DataFrame) -> str:
     """Return one row per contrast."""
-    rows = [
-        [c.question, c.condition, METRICS[c.metric], c.seeds, signed(c.mean), _interval(c.low, c.high), *map(_probability, (c.p, c.p_holm))]
-        + [c.answer]
-        for c in contrasts.itertuples()
-    ]
+    rows = []
+    for c in contrasts.itertuples():
+        tested = [signed(c.mean), _interval(c.low, c.high), _probability(c.p), _probability(c.p_holm)]
+        rows.append([c.question, c.condition, METRICS[c.metric], c.seeds, *tested, c.answer])
     heads = ["question", "condition", "metric", "seeds", "Δ", "95 % interval", "p", "p, Holm", "answer"]
     return markdown_table(heads, rows, num_left=3)
 

@@ -154,7 +154,7 @@ def test_a_contrast_takes_the_settings_that_it_names_and_no_others():
 
 def test_holm_s_correction_is_that_of_the_textbook_and_counts_contrasts_without_runs():
     assert list(holm(pd.Series([0.01, 0.04, 0.03]))) == pytest.approx([0.03, 0.06, 0.06])
-    assert list(holm(pd.Series([0.01, np.nan, np.nan])))[0] == pytest.approx(0.03)
+    assert holm(pd.Series([0.01, np.nan, np.nan]))[0] == pytest.approx(0.03)
 
 
 def test_every_named_contrast_can_be_met_by_a_run():
@@ -163,8 +163,7 @@ def test_every_named_contrast_can_be_met_by_a_run():
     for contrast in plan["contrasts"]:
         for side in (contrast["method"], contrast["against"]):
             assert set(side) <= {*CELL, "settings"} and contrast["claim"] in ("above", "same") and contrast["metric"] in ("last", "avg")
-            plain = [option for option in side.get("settings", ()) if option.startswith(("zo.", "train.", "orders."))]
-            compose_config(plain + ["zo=naive"]) and plain == list(side.get("settings", ()))
+            compose_config(["zo=naive", *side.get("settings", ())])  # they are options, and allowed
 
 
 @pytest.mark.parametrize(
