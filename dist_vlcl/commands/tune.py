@@ -149,7 +149,7 @@ def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> st
     plot_trials(folder / "tuning.png", found.trials, choices, found.references)
     options = [option for option in (*fixed, *(f"{key}={value}" for key, value in found.best.items())) if option.startswith(("zo=", "zo."))]
     named = [key.split(".")[1] for key, _ in split_options(options) if key != "zo"]
-    resolved = compose_config(options).as_dict()["zo"]
+    resolved = compose_config([*fixed, *options]).as_dict()["zo"]
     kept = {key: resolved[key] for key in (*(STRATEGY if "zo" in dict(split_options(options)) else ()), *named)}
     if isinstance(kept.get("probes"), dict):  # as one value: it replaces a number
         kept["probes"] = f"{{{', '.join(f'{branch}: {count}' for branch, count in kept['probes'].items())}}}"
