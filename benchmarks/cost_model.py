@@ -172,14 +172,14 @@ Shapes = Mapping[str, TowerShape]
 Orders = Mapping[UnitId, Order]
 
 
-def evaluations(config: ZerothOrderConfig) -> int:
+def evaluations(config: ZerothOrderConfig, branch: str) -> int:
     """Return how many perturbed losses a branch needs beside the base loss (granularity branch)."""
-    return config.probes * config.sides + (2 if config.acceptance == "best_of_three" else 0)
+    return config.probes_of(branch) * config.sides + (2 if config.acceptance == "best_of_three" else 0)
 
 
 def naive_evaluations(config: ZerothOrderConfig) -> int:
     """Return the losses of the naive step: two a probe as MeZO, five for a conservative step as ZO-LLM."""
-    return 2 * config.probes + (3 if config.acceptance == "best_of_three" else 0)
+    return 2 * max(map(config.probes_of, BRANCHES)) + (3 if config.acceptance == "best_of_three" else 0)
 
 
 def step_cost(
@@ -199,8 +199,9 @@ def step_cost(
     for b, shape in shapes.items():
         if zeroth[b]:
             again = shape.forward_from(min(zeroth[b]))
-            beside = phases * again + evaluations(config) * shape.delta_from(zeroth[b]) if b in delta_branches else 0
-            perturbed += samples[b] * (evaluations(config) * again + beside) + evaluations(config) * logits
+            count = evaluations(config, b)
+            beside = phases * again + count * shape.delta_from(zeroth[b]) if b in delta_branches else 0
+            perturbed += samples[b] * (count * again + beside) + count * logits
     return forward + backward + perturbed
 
 

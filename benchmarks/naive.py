@@ -29,6 +29,8 @@ class NaiveStep:
 
     def __init__(self, towers: TwoTowers, orders: Mapping[UnitId, Order], zeroth: ZerothOrderConfig, class_names: list[str]):
         assert isinstance(towers.vision.block(1).adapter.config, MoEConfig)
+        if isinstance(zeroth.probes, Mapping) or zeroth.lr_scale == "auto":
+            raise ValueError(f"zo={zeroth.name}: the naive step needs one number for zo.probes and for zo.lr_scale")
         self.towers, self.config = towers, zeroth
         self.device = towers.logit_scale.device
         self.tokens = towers.prompts(class_names).to(self.device)

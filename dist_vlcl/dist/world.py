@@ -26,9 +26,16 @@ class ClusterConfig:
     """How the run expects to be started."""
 
     num_processes: int | None = option(None, "Number of ranks that the launcher must have started; null: any number.", min=1)
-    device: str = option("auto", "Where to compute; auto: on a GPU if there is one.", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "Where to compute; auto: on CUDA GPUs if there are any. Apple's MPS is not supported.", choices=("auto", "cpu", "cuda")
+    )
     timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0)
     direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
+    exact_bits: bool | None = option(
+        None,
+        "Pad a rank's samples to 8, so that zeroth order alone has the same bits on any number of ranks; null: only if a rank's part of a "
+        "full batch has 8 samples, where this costs nothing.",
+    )
     threads: int | None = option(
         1,
         "CPU threads of a rank, instead of OMP_NUM_THREADS; null: the cores divided by the ranks. The last bits of sums depend on it.",

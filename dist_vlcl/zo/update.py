@@ -33,9 +33,7 @@ class ZerothOrderConfig:
     estimator: str = option("finite_difference", "The gradient estimator: finite_difference, or module:Class of your own class.")
     transform: str = option("sign", "Turn the estimate into a direction: take it as it is, or its sign.", choices=("identity", "sign"))
     acceptance: str = option(
-        "always",
-        "Always take the step; or the best of: stay, step, mirrored step; or the lowest point of the parabola through these three.",
-        choices=("always", "best_of_three", "parabola"),
+        "always", "Always take the step, or take the best of: stay, step, mirrored step.", choices=("always", "best_of_three")
     )
     epsilon: dict[str, float] = option({"language": 1e-3, "vision": 5e-4}, "Size of the perturbation, per branch.", min=MIN_EPSILON)
     sides: int = option(1, "1: compare with the base loss; 2: compare the two sides of the base.", choices=(1, 2))
@@ -70,6 +68,10 @@ class ZerothOrderConfig:
         if not is_number and (self.lr_scale != "auto" or self.transform != "identity"):
             raise ValueError(f"zo.lr_scale={self.lr_scale}: give a number above 0, or auto, which needs zo.transform=identity")
         self.make_estimator()
+
+    def probes_of(self, branch: str) -> int:
+        """Return the number of directions of a branch."""
+        return self.probes[branch] if isinstance(self.probes, Mapping) else self.probes
 
     def make_estimator(self) -> FiniteDifference:
         """Return the object that makes candidates and turns their losses into estimates.
@@ -135,20 +137,6 @@ def best_of_three(base: float, minus: float, plus: float, step: float) -> float:
     return min(losses, key=losses.__getitem__)
 
 
-def lowest_of_parabola(base: float, minus: float, plus: float, step: float) -> float:
-    """Return the coefficient in [-step, step] where the parabola through the losses at -step, 0 and step is lowest.
-
-    So a step that is too long is shortened by what it measures itself. Without a minimum in between, the better end is taken.
-    """
-    curvature = plus - 2 * base + minus
-    if curvature <= 0:
-        return best_of_three(base, minus, plus, step)
-    return step * max(-1.0, min(1.0, (minus - plus) / (2 * curvature)))
-
-
-ACCEPTANCE = {"best_of_three": best_of_three, "parabola": lowest_of_parabola}
-
-
 class ZerothOrder:
     """Decides and applies the updates of the zeroth-order units. Losses come from `evaluate`, randomness from the key."""
 
@@ -177,9 +165,8 @@ class ZerothOrder:
         losses = evaluate([move.offsets(c) for move, step in zip(moves, steps, strict=True) for c in (-step, step)])
         if not all(map(math.isfinite, losses)):
             return base, None
-        accept = ACCEPTANCE[self.config.acceptance]
         return base, [
-            replace(move, coefficient=accept(base, minus, plus, step), losses=(base, minus, plus))
+            replace(move, coefficient=best_of_three(base, minus, plus, step), losses=(base, minus, plus))
             for move, step, minus, plus in zip(moves, steps, losses[::2], losses[1::2], strict=True)
         ]
 

@@ -67,6 +67,7 @@ def test_a_step_executes_at_most_5_percent_more_than_the_cost_model(orders, opti
         ("orders=dual_suffix", "adapter=lora_mlp"),
         ("orders=dual_all", "adapter=lora"),
         ("orders=dual_hop_even", "zo.sides=2"),
+        ("orders=dual_all", "zo=many_probes", "zo.probes={language: 20, vision: 2}"),
         ("orders=dual_hop_odd", "model.precision=bf16"),
         *(
             (f"orders={orders}", f"zo={zo}", f"adapter={adapter}", "zo.evaluation=delta")

@@ -1,6 +1,7 @@
 """Run folders as the trainer writes them, made by the code that the trainer uses, with results that the caller chooses."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from rich.console import Console
 from dist_vlcl.config import Config, compose_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import fitted
 from dist_vlcl.model.statistics import STATISTICS
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign
@@ -48,6 +50,7 @@ def write_run(
     cfg = compose_config([*overrides, f"run.root={root}", "run.trackers=[]"])
     num_classes, train_images, whole = CLASSES[cfg.data.name]
     sizes = [cfg.tasks.increment] * (cfg.tasks.num_tasks or num_classes // cfg.tasks.increment)
+    cfg = replace(cfg, train=fitted(cfg.train, cfg.tasks.increment * train_images))
     steps = math.ceil(cfg.tasks.increment * train_images / cfg.train.batch_size) * cfg.train.epochs
     learns = cfg.orders.rest == "first" or cfg.orders.order == "zeroth"
     run, log = _open(cfg)

@@ -25,7 +25,7 @@ def frame_of(tmp_path):
         folders = []
         for number, options in enumerate(runs):
             config = compose_config(options).as_dict()
-            steps = images // config["train"]["batch_size"] * config["train"]["epochs"]
+            steps = images // (config["train"]["batch_size"] or 128) * (config["train"]["epochs"] or 1)  # null: data=folder
             accuracy = {"complete": True, "rows": [[(1, per_class)] * 100], "steps": steps, "last": 0.5, "avg": 0.6, "forgetting": 0.1}
             folders.append(tmp_path / f"{number}-{len(list(tmp_path.iterdir()))}")
             folders[-1].mkdir()
@@ -75,7 +75,8 @@ def test_a_part_of_the_images_is_another_setting(frame_of):
 def test_data_that_the_paper_does_not_use_are_compared_with_our_defaults(frame_of):
     own = ["data=folder", "data.name=pacs", "tasks.base=3", "tasks.increment=2", "tasks.order=natural"]
     run = frame_of(["paper=t1-moe-imgr20-fo", *own], images=0).iloc[0]
-    assert (run.dataset, run.increment, run.other_settings) == ("pacs", 2, "tasks.base=3")
+    # Without the option, batch and epochs of data=folder fit the number of images.
+    assert (run.dataset, run.increment, run.other_settings) == ("pacs", 2, "tasks.base=3; train.batch_size=128")
 
 
 def test_options_that_only_one_version_has_are_not_compared(tmp_path):
