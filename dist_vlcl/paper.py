@@ -32,7 +32,9 @@ DATASET_IDS = {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr
 HALF = 6  # blocks of prefix and suffix in the paper; its ids say prefix6 and suffix6
 PROBE_STEPS = 5
 PROBE_CLASSES = 125  # as in benchmarks.memory, with 64 images
-WALKS = {"naive": "walk", "conservative": "walk", "sign": "signwalk", "mozo": "signwalk"}  # the random walk of each strategy
+# The random walk of each strategy, and the strategy whose options a random walk has.
+WALKS = {"naive": "walk", "conservative": "walk", "sign": "signwalk", "mozo": "signwalk", "many_probes": "manywalk"}
+WALKING = {"walk": "naive", "signwalk": "sign", "manywalk": "many_probes"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Cell:
     adapter: str  # "" where nothing is trained
     branch: str  # whose units learn by zeroth order: dual, vision, language; none
     layers: str  # which of them: all, hop_odd, hop_even, prefix, suffix; none
-    variant: str  # naive, sign, conservative, mozo; frozen, walk, signwalk: controls; none: first order everywhere; zero_shot: no training
+    variant: str  # naive, sign, conservative, mozo; frozen, ...walk: controls; none: first order everywhere; zero_shot: no training
     table: int | None = None
     last: float | None = None
     avg: float | None = None
@@ -102,8 +104,8 @@ class Cell:
         found += [f"orders.span={HALF}"] if self.layers in ("prefix", "suffix") else []
         if self.variant == "frozen":
             return [*found, "orders.order=frozen"]
-        if self.variant in WALKS.values():
-            return [*found, f"zo={'sign' if self.variant == 'signwalk' else 'naive'}", "zo.random_signs=true"]
+        if self.variant in WALKING:
+            return [*found, f"zo={WALKING[self.variant]}", "zo.random_signs=true"]
         return [*found, f"zo={self.variant if _has_config('zo', self.variant) else 'naive'}"]
 
 
@@ -125,7 +127,8 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
     kind = adapter.get("kind", "").replace(":", ".") or kind  # a user's adapter may have options of any name
     strategy = config["zo"]["name"]
     if config["zo"].get("random_signs"):
-        strategy = "signwalk" if config["zo"]["transform"] == "sign" else "walk"
+        of_paper = "signwalk" if config["zo"]["transform"] == "sign" else "walk"
+        strategy = "manywalk" if strategy == "many_probes" else of_paper
     cell = Cell("", config["data"]["name"], config["tasks"]["increment"], kind, branch, layers, strategy)
     if branch == "none":
         order = rest

@@ -92,6 +92,7 @@ def test_the_configuration_of_a_cell_realises_that_cell(id):
         (["paper=t1-moe-cifar20-fo", "orders=dual_hop_odd", "zo=mozo"], ("moe", "dual", "hop_odd", "mozo")),
         (["paper=t1-moe-cifar20-fo", "adapter=lora"], ("lora", "none", "none", "none")),
         (["paper=t1-moe-cifar20-vision", "zo.random_signs=true"], ("moe", "vision", "all", "walk")),
+        (["paper=walk-moe-cifar20-vision-all", "zo=many_probes"], ("moe", "vision", "all", "manywalk")),
         (["paper=walk-moe-cifar20-vision-all", "zo.transform=sign"], ("moe", "vision", "all", "signwalk")),
         (["paper=t1-moe-cifar20-dual", "orders=vision_all"], ("moe", "vision", "all", "conservative")),
         (["paper=t1-moe-cifar20-dual", "orders=first"], ("moe", "none", "none", "none")),

@@ -19,7 +19,8 @@ TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
 UNTRAINED = {"adapter": "", "branch": "none", "layers": "none", "variant": "zero_shot"}  # CLIP as it was downloaded
 WITHOUT_ZEROTH = ("none", "zero_shot", "frozen")  # variants in which no unit is moved by zeroth order
-CONTROLS = ("frozen", "walk", "signwalk")  # variants in which the units that a run is about learn nothing
+RANDOM_WALKS = ("walk", "signwalk", "manywalk")
+CONTROLS = ("frozen", *RANDOM_WALKS)  # variants in which the units that a run is about learn nothing
 IMAGES_PER_CLASS = {"cifar100": (500, 100), "tiny_imagenet": (500, 50), "imagenet_r": (120, 30)}  # training, test; the last on average
 PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a part of the test images"
 
@@ -143,7 +144,7 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
 def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant: str) -> dict[str, str]:
     """Return the options, as key=value, in which a configuration differs from its cell's and that its method reads."""
     unread: tuple[str, ...] = ("zo.*",) if variant in WITHOUT_ZEROTH else ()
-    unread = ("zo.acceptance",) if variant in ("walk", "signwalk") else unread  # random signs always take the step
+    unread = ("zo.acceptance",) if variant in RANDOM_WALKS else unread  # random signs always take the step
     unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
     ours, cell = _flat(config), _flat(reference)
     # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to a user's adapter.

@@ -20,9 +20,10 @@ ORDER = {  # as the paper lists them
     "adapter": ("", "moe", "lora"),
     "branch": ("none", "dual", "vision", "language"),
     "layers": ("none", "all", "hop_odd", "hop_even", "prefix", "suffix"),
-    "variant": ("zero_shot", "none", "frozen", "naive", "sign", "conservative", "mozo"),
+    "variant": ("zero_shot", "none", "frozen", "naive", "sign", "conservative", "mozo", "many_probes"),
 }
 MARGIN = 1.0  # points: a method that is less than this behind has reached the other
+WALKS = {"naive": "walk", "conservative": "walk", "many_probes": "manywalk"}  # the random walk of a strategy; else signwalk
 SAME = 0.5  # points: two methods that differ by less count as the same
 RECOVERED = "recovered_{}"  # column: R of Last or Avg
 YES, NO, NOT_DECIDED = "yes", "no", "not decided"
@@ -208,7 +209,7 @@ def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
         if not learns:
             continue
         walk = "; ".join(text for text in settings.split("; ") if not text.startswith("zo.acceptance="))
-        yield pair("above_random_walk", *units, "walk" if variant in ("naive", "conservative") else "signwalk", walk)
+        yield pair("above_random_walk", *units, WALKS.get(variant, "signwalk"), walk)
         if variant == "mozo":
             yield pair("mozo_above_its_plan", *units, "conservative", settings)
             yield pair("mozo_varies_less", *units, "conservative", settings)

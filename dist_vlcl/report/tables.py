@@ -86,7 +86,7 @@ def tasks_label(dataset: str, increment: int) -> str:
 def method_label(adapter: str, branch: str, layers: str, variant: str) -> str:
     """Return how a page calls a method, such as "dual hop_odd, mozo". The adapter is named unless it is moe."""
     fixed = {"none": "first order", "zero_shot": "zero-shot CLIP"}
-    shown = {"walk": "random walk", "signwalk": "random walk of signs"}
+    shown = {"walk": "random walk", "signwalk": "random walk of signs", "manywalk": "random walk of many_probes"}
     name = fixed.get(variant) or f"{branch} {layers}, {shown.get(variant, variant)}"
     if layers.startswith("all but "):
         name = f"{layers.removeprefix('all but ')}, first order alone"
