@@ -105,7 +105,9 @@ class Search:
         """What the fresh runs say, in one sentence."""
         options, (gain, low, high) = _words(self.best), (self.fresh[key] for key in ("mean", "low", "high"))
         if isnan(low):
-            known = f"{self.fresh['seeds']} differences of {gain:+.2f} points on average, and no interval"
+            # Without the runs that failed the others would be a selection, which can fake a gain.
+            several = f"{self.fresh['seeds']} differences of {gain:+.2f} points on average, and no interval"
+            known = "some of them failed" if isnan(gain) else several
             return f"The fresh runs cannot tell whether {options} is better than the same units frozen: {known}."
         found = "is better than" if low > 0 else "is worse than" if high < 0 else "shows no gain over"
         interval = f"{gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}, {self.fresh['seeds']} fresh seeds"
@@ -135,7 +137,7 @@ def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh:
     references = {name: float(accuracies.mean()) for name, accuracies in values.items() if accuracies.notna().any()}
     again, frozen = (of_choice.set_index("seed").accuracy for of_choice in train([best, CONTROL], fresh))
     gain = float(row.accuracy - control.accuracy.mean())
-    return Search(trials, references, best, gain, paired_test((again - frozen).dropna().to_numpy()))
+    return Search(trials, references, best, gain, paired_test((again - frozen).to_numpy()))
 
 
 def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> str:
