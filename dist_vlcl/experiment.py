@@ -193,5 +193,5 @@ def steps_per_epoch(cfg: Config, index: Index, task: Task) -> int:
 
 
 def held_out_samples(cfg: Config, index: Index, task: Task) -> list[SampleId]:
-    """Return the training samples that are evaluated and not trained on (eval.holdout); none by default."""
-    return held_out(index.sizes("train", task.classes), cfg.eval.holdout, cfg.data.split_seed)
+    """Return the training samples that are evaluated and not trained on (eval.holdout), others for each seed; none by default."""
+    return held_out(index.sizes("train", task.classes), cfg.eval.holdout, cfg.data.split_seed + cfg.seed)

@@ -150,7 +150,6 @@ class Session:
         state.seconds += seconds
         self.busy_s.append(report.busy_s)
         zo = {m.group.name: {"projected_gradient": mean(m.sizes.values()), "coefficient": m.coefficient} for m in report.moves}
-        peak_gib = self.world.take_peak_gib()
         self.log.step(
             {
                 "step": state.step,
@@ -162,7 +161,7 @@ class Session:
                 "seconds": seconds,
                 "data_seconds": planned.batch.waited_s,
                 "images_per_second": report.count / seconds,
-                **({} if peak_gib is None else {"peak_gib": peak_gib}),
+                **self.world.take_peaks_gib(),
             }
         )
         if report.count < planned.batch.count:

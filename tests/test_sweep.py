@@ -82,11 +82,14 @@ def test_seeds_controls_and_groups_are_planned_each_once():
     assert len(sweep.command_lines(["paper=figure8"])) == 30 and len(sweep.command_lines(["paper=figure8", "seed=7"])) == 6
     planned = sweep.command_lines(["paper=t3-*-cifar10-*,t2-moe-cifar10-dual-hop_odd", "seed=0,1", "train.epochs=2"], controls=True)
     ids = [words[0].removeprefix("paper=") for words in planned]
+    odd, even = (
+        [f"{control}-moe-cifar10-dual-{layers}" for control in ("frozen", "signwalk", "sign")] for layers in ("hop_odd", "hop_even")
+    )
     assert ids == [
         *("t3-moe-cifar10-mozo-hop_odd", "t3-moe-cifar10-mozo-hop_even") * 2,
         *["t2-moe-cifar10-dual-hop_odd"] * 2,
-        *("frozen-moe-cifar10-dual-hop_odd", "frozen-moe-cifar10-dual-hop_even") * 2,
-        *["zero-shot-cifar10"] * 2,
+        *(*odd, "zero-shot-cifar10", *even) * 2,
+        *["walk-moe-cifar10-dual-hop_odd"] * 2,
     ]
     assert all(words[2:] == ("train.epochs=2",) for words in planned) and len(set(planned)) == len(planned)
     folders = [item.folder.name for item in sweep.prepare(planned)]

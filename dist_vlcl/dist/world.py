@@ -109,13 +109,16 @@ class World:
         """Return the number of this rank's group, which decides the candidates that it evaluates."""
         return self.rank // self.data_size
 
-    def take_peak_gib(self) -> float | None:
-        """Return the peak GPU memory of this rank since the last call in GiB; None on a CPU."""
+    def take_peaks_gib(self) -> dict[str, float]:
+        """Return the peak GPU memory of this rank since the last call in GiB, reserved (`peak_gib`) and allocated; nothing on a CPU.
+
+        Memory of CUDA graphs counts as reserved only.
+        """
         if self.device.type != "cuda":
-            return None
-        peak = torch.cuda.max_memory_reserved(self.device) / 2**30  # allocations of CUDA graphs are not counted as allocated
+            return {}
+        reserved, allocated = torch.cuda.max_memory_reserved(self.device), torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        return peak
+        return {"peak_gib": reserved / 2**30, "allocated_gib": allocated / 2**30}
 
     def sum_exact(self, vector: Tensor, what: str = "numbers") -> Tensor:
         """Return the sum over ranks of an int64 vector `[n]`. Integer sums are exact, so every rank gets the same result."""

@@ -54,6 +54,9 @@ def test_a_published_run_has_no_other_settings_than_the_paper(frame_of, id):
         (["model=small"], SMALL),
         (["model.pretrained=/somewhere/weights.safetensors"], "model.pretrained=weights.safetensors"),
         (["orders.rest=frozen"], "orders.rest=frozen"),
+        (["zo.probes={vision: 2, language: 8}"], "zo.probes={language: 8, vision: 2}"),
+        (["orders=language_all", "zo.probes={language: 8, vision: 2}"], "zo.probes=8"),
+        (["zo.random_signs=true", "zo.acceptance=always", "zo.probes=8"], "zo.probes=8"),  # a random walk always takes the step
         (["seed=4", "tasks.order=seed:4"], "tasks.order=seed:N"),
         (["orders=first", "zo.lr_scale=3.0"], ""),  # first order does not read it
         (["orders=zero_shot", "train.epochs=2", "zo.lr_scale=3.0", "model=small"], "model.name=small_clip; model.pretrained=shipped"),
@@ -126,7 +129,7 @@ def test_a_folder_that_cannot_be_read_is_named_with_the_reason(tmp_path):
     (foreign / "config.yaml").write_text("a: 1\n")
     runs, unreadable = run_frame([broken, stray, foreign], realise)
     assert runs.empty and unreadable["stray"] == "not a run folder: it has no config.yaml"
-    assert "accuracy.json is damaged" in unreadable[broken.name] and "config.yaml" in unreadable["foreign"]
+    assert all(unreadable[name].startswith("could not read its files: ") for name in (broken.name, "foreign"))
 
 
 def test_records_know_their_curves():
