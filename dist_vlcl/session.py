@@ -250,9 +250,16 @@ class Session:
         it ends at the first step of another device type, since their last bits differ between devices.
         """
         state, folder, device = self.state, self.folder, self.world.device.type
-        if folder.is_new or self.step.first.parameters or not self.tasks_left():
+        if folder.is_new or not self.tasks_left():
             return []
         found = self.world.on_main(lambda: journalled_steps(folder.path, state), "the journal")
+        if self.step.first.parameters:
+            if found:
+                self.notes.append(
+                    f"{len(found)} steps after the checkpoint are taken again: first-order updates are not in the journal "
+                    f"(run.save_every_steps={self.cfg.run.save_every_steps})"
+                )
+            return []
         is_exact = self.cfg.zo.directions == "rademacher"
         records = list(itertools.takewhile(lambda record: is_exact or record.get("device") == device, found))
         if len(records) < len(found):

@@ -16,9 +16,9 @@ from dist_vlcl.losses import min_samples
 from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
-from dist_vlcl.run.environment import missing_extra
+from dist_vlcl.run.environment import ELASTIC, missing_extra
 from dist_vlcl.run.folder import LOCK_WAIT_S, RunFolder
-from dist_vlcl.run.signals import Preemption, report_failure, report_status
+from dist_vlcl.run.signals import START_AGAIN, Preemption, report_failure, report_status
 from dist_vlcl.session import Requeued, Session
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
@@ -48,7 +48,8 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
                 session.begin(task)
                 for planned in session.steps_left(task):
                     batches, observe = planned.micro_batches(cfg.train.micro_batches), session.is_observed()
-                    report = step(batches, planned.key, planned.lr, stop=preemption.requested, observe=observe)
+                    stop = preemption.requested or folder.is_awaited
+                    report = step(batches, planned.key, planned.lr, stop=stop, observe=observe)
                     session.record(planned, report)
                     if report.stop or session.is_time_to_save():
                         session.save()
@@ -135,6 +136,8 @@ def run_and_report(cfg: Config) -> None:
         if world.is_main:
             report_status("requeue")
             print(f"saved and stopped after a signal; the same command continues from here ({stopped.path}/REQUEUE marks it)")
+        if os.environ.get(ELASTIC):
+            raise SystemExit(START_AGAIN) from stopped
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         world.collectives.stopped(error)  # the others wait for this rank, and can then say why it is gone
         report_failure(error, world.is_main)
@@ -149,7 +152,10 @@ def run_and_report(cfg: Config) -> None:
 
 
 def main() -> None:
-    """Run the command line. Exit status 0 also after a requeue: a marker file in the run's folder tells the difference."""
+    """Run the command line. Exit status 0 also after a requeue: a marker file in the run's folder tells the difference.
+
+    Under launch/elastic.sh it is 75 after a requeue, and the agent starts the ranks again.
+    """
     is_check = "--check" in sys.argv[1:]
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--check"]
     hydra_main(check if is_check else run_and_report)

@@ -49,8 +49,10 @@ run_step() {
     say "start $restarts of job $job on $SLURM_JOB_NODELIST: ${*%%=*}" # names of options only: values may hold secrets
     # srun does not inherit from sbatch: the CPUs (since Slurm 22.05), and the environment (if a site sets --export=NONE). No MPI: accelerate would
     # read its variables.
+    local loss=(--kill-on-bad-exit=1)
+    [[ -z ${ELASTIC:-} ]] || loss=(--kill-on-bad-exit=0 --no-kill) # the other nodes go on
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-        --export=ALL --mpi=none --kill-on-bad-exit=1 "${container[@]}" "$@" &
+        --export=ALL --mpi=none "${loss[@]}" "${container[@]}" "$@" &
     step=$!
     while wait "$step"; status=$?; kill -0 "$step" 2>/dev/null; do # a signal ends a wait
         ask_slurm

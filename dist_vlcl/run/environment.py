@@ -17,6 +17,7 @@ import torch
 from dist_vlcl import __version__
 from dist_vlcl.masking import masked_command
 
+ELASTIC = "DIST_VLCL_ELASTIC"  # the environment variable that launch/elastic.sh sets
 EXTRAS = {"sklearn": "digits"} | dict.fromkeys(("matplotlib", "markdown_it", "pandas", "pyarrow", "scipy"), "report")  # module -> extra
 
 
@@ -66,8 +67,12 @@ def code_version(folder: Path) -> str | None:
 
 
 def is_restart() -> bool:
-    """Whether a scheduler or launcher has started this job again with the first command line."""
-    return any(os.environ.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    """Whether a scheduler or launcher has started this job again with the first command line.
+
+    Under launch/elastic.sh every start may be one: torch does not count the restarts after a change of machines.
+    """
+    names = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", ELASTIC)
+    return any(os.environ.get(name, "0") not in ("", "0") for name in names)
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -31,11 +31,12 @@ from dist_vlcl.masking import masked_values
 from dist_vlcl.options import flatten, option
 from dist_vlcl.reading import or_warn, read_json, seal, warn
 from dist_vlcl.run.checkpoint import is_of_version_0_1, load_newest
-from dist_vlcl.run.environment import describe_environment, is_restart
+from dist_vlcl.run.environment import ELASTIC, describe_environment, is_restart
 from dist_vlcl.run.files import make_folder, replace_file
 from dist_vlcl.saved import ENVIRONMENT, MAY_CHANGE, digest_of, read_accuracy, read_config
 
 LOCK_WAIT_S = 300  # after a restart by a scheduler: ranks on a node that it has lost contact with may still run
+WAITING = ".waiting"  # a file that asks the process that holds the folder to save and stop
 TRACKERS = ("wandb", "tensorboard", "mlflow")
 ADVICE = "run.overwrite=true sets it aside and starts anew; or choose another run.name"
 
@@ -131,6 +132,11 @@ class RunFolder:
             self.check_owner()
             replace_file(self.path / "REQUEUE", "start this run again\n")
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether another start waits for this folder: under launch/elastic.sh, ranks on machines that had lost contact with these."""
+        return self.is_main and ELASTIC in os.environ and (self.path / WAITING).exists()
+
     def check_owner(self) -> None:
         """Raise RunRefused if the folder is no longer the one that this process has opened: moved, removed, or another run's."""
         if self._lock:
@@ -169,7 +175,8 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     identity = {"run": run, "config": digest_of(config)} | ({"data": facts["data"]} if facts["data"] else {})
     start = seal({"run": run, **describe_environment(), **facts})
     replace_file(path / "env.json", json.dumps([*starts, start], indent=1) + "\n")
-    (path / "REQUEUE").unlink(missing_ok=True)
+    for name in ("REQUEUE", WAITING):
+        (path / name).unlink(missing_ok=True)
     for name in ("checkpoints", "plots"):
         make_folder(path / name)
     is_complete = or_warn(lambda: read_accuracy(path, config, run), {}).get("complete") is True
@@ -193,6 +200,8 @@ def _lock(path: Path, wait_s: float = 0) -> TextIO:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             if time.monotonic() < deadline:
+                if ELASTIC in os.environ:
+                    (path / WAITING).touch()
                 time.sleep(0.5)
                 continue
             file.close()

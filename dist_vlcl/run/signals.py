@@ -9,10 +9,11 @@ from types import FrameType
 from typing import Any
 
 from dist_vlcl.data.shards import ShardError, ShardUnavailableError
-from dist_vlcl.run.environment import is_restart
+from dist_vlcl.run.environment import ELASTIC, is_restart
 from dist_vlcl.run.folder import RunBusy
 
 STATUS_FILE = "DIST_VLCL_STATUS"  # the environment variable that names it
+START_AGAIN = 75  # EX_TEMPFAIL: the status of a rank that saved and stopped under launch/elastic.sh, where 0 would mean the end of the run
 
 
 class Preemption:
@@ -26,8 +27,14 @@ class Preemption:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.requested = False  # whether a signal has arrived
+        self._is_noted = False  # whether a signal has arrived
+        self._parent = os.getppid()
         self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process is to save and stop. A rank whose elastic agent has died stops, too: nobody would end it otherwise."""
+        return self._is_noted or (ELASTIC in os.environ and os.getppid() != self._parent)
 
     def __enter__(self) -> "Preemption":
         if threading.current_thread() is threading.main_thread():
@@ -42,7 +49,7 @@ class Preemption:
             self._restore(number)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.requested = True
+        self._is_noted = True
         if number == signal.SIGINT:
             self._restore(signal.SIGINT)
 
@@ -71,5 +78,8 @@ def report_failure(error: Exception, is_main: bool) -> None:
     node still hold the folder, the job is queued once more.
     """
     is_damage = isinstance(error, ShardError) and not isinstance(error, ShardUnavailableError)
-    if is_damage or (is_main and isinstance(error, FloatingPointError | ValueError)):
+    is_final = is_damage or isinstance(error, FloatingPointError | ValueError)
+    if is_damage or (is_main and is_final):
         report_status("requeue" if isinstance(error, RunBusy) and is_restart() else "failed")
+    if is_final and not isinstance(error, RunBusy) and os.environ.get(ELASTIC) and os.getppid() > 1:  # 1: the agent is dead
+        os.kill(os.getppid(), signal.SIGTERM)  # otherwise the agent would start this rank again and again

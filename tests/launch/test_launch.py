@@ -30,7 +30,7 @@ def called(script: str, *arguments: str, cwd: Path | None = None) -> subprocess.
     return subprocess.run([LAUNCH / script, *arguments], capture_output=True, text=True, timeout=60, env=ENVIRONMENT, cwd=cwd)
 
 
-@pytest.mark.parametrize("script", ["local.sh", "multinode.sh"])
+@pytest.mark.parametrize("script", ["local.sh", "multinode.sh", "elastic.sh"])
 def test_help_names_every_option_and_nothing_else_is_done(script):
     done = called(script, "--help")
     assert done.returncode == 0 and done.stderr == ""
