@@ -28,6 +28,7 @@ from dist_vlcl.config import Config, compose_config
 from dist_vlcl.data.loader import Batch
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World
+from dist_vlcl.losses import min_samples
 from dist_vlcl.model.clip import TwoTowers, build_clip
 from dist_vlcl.model.perturbed import difference, perturbable
 from dist_vlcl.orders import PLAN_LAYERS, Order, assign
@@ -181,9 +182,9 @@ class Workload:
     def step(self, towers: TwoTowers, world: World) -> HybridStep:
         """Return the hybrid step of dist_vlcl, in a task with this workload's classes."""
         config = self.config
-        step = HybridStep(
-            towers, self.orders(towers), config.zo, lambda model: FirstOrder(world, config.first_order, model), world, max_skips=1 << 30
-        )
+        least = min_samples(config.cluster.exact_bits, self.images // world.data_size)
+        first_of = lambda model: FirstOrder(world, config.first_order, model)  # noqa: E731
+        step = HybridStep(towers, self.orders(towers), config.zo, first_of, world, max_skips=1 << 30, min_samples=least)
         step.precision.is_checked = True  # the check costs time, and the slope benchmark measures precisions that it would refuse
         step.begin(self.class_names)
         return step

@@ -7,8 +7,8 @@
     python -m benchmarks.step --count model.name=PE-Core-B-16                 what blocks of timm cost more than open_clip's own
     python -m benchmarks.step cluster.device=cuda model.precision=bf16        a GPU, our step in bf16
 
-Below 8 images a rank computes 8, so use at least 8. The naive step knows the adapter moe and open_clip's own blocks, and is left out
-with others. For blocks of timm, `executed / model` says what it costs that they are called whole (docs/models.md).
+With cluster.exact_bits=true a rank with fewer than 8 images computes 8. The naive step knows the adapter moe and open_clip's own blocks,
+and is left out with others. For blocks of timm, `executed / model` says what it costs that they are called whole (docs/models.md).
 """
 
 import argparse

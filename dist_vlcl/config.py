@@ -1,12 +1,14 @@
 """The configuration: Hydra composes it, dataclasses hold it, and the rules that span several groups."""
 
+import difflib
+import itertools
 import os
 import pkgutil
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,7 +26,7 @@ from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
-from dist_vlcl.options import option, validate
+from dist_vlcl.options import declared, option, validate
 from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
@@ -54,9 +56,13 @@ class TaskConfig:
 class TrainConfig:
     """How long a task is trained, and on which batches."""
 
-    batch_size: int = option(128, "Samples in the global batch, for any number of ranks.", min=1)
-    epochs: int = option(1, "Passes over the training samples of each task.", min=1)
-    warmup_steps: int = option(30, "Steps of linear warm-up of the learning rate in each task.", min=0)
+    batch_size: int | None = option(
+        128, "Samples in the global batch, for any number of ranks; null fits it to the number of images.", min=1
+    )
+    epochs: int | None = option(1, "Passes over the training samples of each task; null takes about 100 steps for each task.", min=1)
+    warmup_steps: int | None = option(
+        30, "Steps of linear warm-up of the learning rate in each task; null takes a tenth of the task's steps.", min=0
+    )
     max_steps: int | None = option(None, "Steps per task at most, for a short look or a memory probe; null takes all.", min=1)
     micro_batches: int = option(1, "Gradient accumulation: parts into which a rank divides its share of a batch.", min=1)
     max_skips: int = option(10, "The run fails after so many consecutive steps whose loss or gradient is not finite.", min=1)
@@ -81,7 +87,7 @@ class EvalConfig:
 class Config:
     """Every setting of a run."""
 
-    seed: int = option(0, "Seed of adapters, batches, directions and noise.")
+    seed: int = option(0, "Seed of adapters, batches, directions and noise.", min=0)
     paper: str | None = option(None, "Id of the run in configs/paper_runs.yaml that this one repeats.")
     data: DataConfig = field(default_factory=DataConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)
@@ -114,10 +120,11 @@ class Config:
         return asdict(self)
 
 
+ADAPTERS = {"moe": MoEConfig, "lora": LoRAConfig}
 _store = ConfigStore.instance()
 _store.store(name="schema", node=Config)
-_store.store(group="adapter", name="moe_schema", node=MoEConfig)
-_store.store(group="adapter", name="lora_schema", node=LoRAConfig)
+for _name, _config in ADAPTERS.items():
+    _store.store(group="adapter", name=f"{_name}_schema", node=_config)
 
 
 def compose_config(overrides: Iterable[str]) -> Config:
@@ -131,6 +138,8 @@ def compose_config(overrides: Iterable[str]) -> Config:
 
 def from_hydra(options: Any) -> Config:
     """Return a composed configuration as dataclasses, validated. Raises ValueError that names the option."""
+    if unknown := next(_unknown_keys(options), None):
+        raise ValueError(unknown_option(unknown))
     try:
         config = OmegaConf.to_object(options)
     except OmegaConfBaseException as error:
@@ -145,10 +154,31 @@ def from_hydra(options: Any) -> Config:
     return config
 
 
-def load_config(path: Path, options: Sequence[str] = (), places: bool = True) -> Config:
+def _unknown_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the keys that no dataclass declares. Hydra accepts them after a `+`, and OmegaConf then drops them."""
+    kind = OmegaConf.get_type(node)
+    for key in node:
+        if is_dataclass(kind) and key not in {item.name for item in fields(kind)}:
+            yield f"{prefix}{key}"
+        elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
+            yield from _unknown_keys(node[key], f"{prefix}{key}.")
+
+
+def unknown_option(key: str) -> str:
+    """Return the message for an option that does not exist: which adapter has it, or which options are near."""
+    of_adapters = {name: declared(kind, "adapter.") for name, kind in ADAPTERS.items()}
+    if owner := next((name for name, options in of_adapters.items() if key in options), None):
+        return f"{key}: an option of adapter={owner}, which was not chosen; add adapter={owner}"
+    groups = (path.name for path in CONFIG_FOLDER.iterdir() if path.is_dir())
+    known = [*declared(Config), *itertools.chain(*of_adapters.values()), *groups]
+    near = [name for name in known if name.split(".")[-1] == key] or difflib.get_close_matches(key, known, 1)
+    return f"{key}: no such option; " + (f"did you mean {near[0]}?" if near else "--help lists all options")
+
+
+def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] = PLACES) -> Config:
     """Return the configuration that a run has written, validated. `options` of this command line replace its values.
 
-    A saved configuration is data. What leads out of it (code, commands and, with `places`, addresses and files) must be among the options.
+    A saved configuration is data. What leads out of it must be among the options: code, commands, and addresses and files in `places`.
     Raises FileNotFoundError, or ValueError that names what is missing, damaged or of another version.
     """
     if not path.exists():
@@ -205,21 +235,20 @@ def default_name(config: Config) -> str:
 def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:
     """Call `work` with the composed configuration. A user's error becomes one line on rank 0 and exit status 2.
 
-    `--help` prints the command's `document` before the options.
+    `--help` prints the command's `document`, then groups and options.
     """
     import hydra
 
     is_main = os.environ.get("RANK", "0") == "0"
     try:
-        is_multirun = any(a in ("-m", "hydra.mode=MULTIRUN") or re.match("--mu", a) for a in sys.argv[1:])
-        if is_multirun and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            raise ValueError("--multirun: ranks that a launcher has started can train one run only; use python -m dist_vlcl.commands.sweep")
-        sys.argv[1:] = expand_paper(sys.argv[1:])
+        sys.argv[1:] = _checked_words(sys.argv[1:])
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            from dist_vlcl.help import help_text
+
+            print(help_text(document, sys.argv[1:]) if is_main else "", end="")
+            return
     except ValueError as error:
         refuse(error, is_main)
-
-    if document and {"--help", "-h"} & set(sys.argv[1:]):
-        print(document)
     asks_for_full_error = FULL_ERROR in os.environ
 
     @hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="config")
@@ -232,9 +261,7 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
             refuse(error, is_main)
         work(config)
 
-    if not is_main and any(
-        a in ("--help", "-h", "--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv[1:]
-    ):
+    if not is_main and any(a in ("--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv[1:]):
         return  # rank 0 prints it
     os.environ.setdefault(FULL_ERROR, "1")  # otherwise Hydra prints many lines on every rank
     try:
@@ -248,11 +275,33 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
             os.environ.pop(FULL_ERROR, None)
 
 
+def _checked_words(words: list[str]) -> list[str]:
+    """Return a command line with `paper=ID` and `tuned=FILE` expanded. Raises ValueError for words that Hydra would explain badly."""
+    is_multirun = any(word in ("-m", "hydra.mode=MULTIRUN") or re.match("--mu", word) for word in words)
+    if is_multirun and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError("--multirun: ranks that a launcher has started can train one run only; use dist-vlcl sweep")
+    for word in words:
+        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and (meant := [name for name in declared(Config) if flag in (name, name.split(".")[-1])]):
+            raise ValueError(f"{word}: options are NAME=VALUE; did you mean {meant[0]}=...?")
+    return expand_paper(words)
+
+
 def format_error(error: Exception) -> str:
-    """Return Hydra's message about an option in one line, without its search path."""
+    """Return Hydra's message about an option in one line, without its search path, and with our advice instead of Hydra's."""
     causes = [error, *([error.__cause__] if isinstance(error.__cause__, OmegaConfBaseException) else [])]
-    messages = [re.split("To append to your config|Config search path|\n    full_key|See https", str(cause))[0] for cause in causes]
-    return ": ".join(" ".join(message.split()).rstrip(".") for message in messages)
+    text = ": ".join(" ".join(str(cause).split()) for cause in causes)
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return unknown_option(found[1])
+    if found := re.search(r"Ambiguous value for argument '([^=']+)=([^']+)'", text):
+        return f"{found[1]}={found[2]}: write a list in brackets and quotes: '{found[1]}=[{found[2]}]'"
+    if found := re.search(r"override (\S+)=(\S+): Cannot assign \w+ to Dict", text):
+        return f"{found[1]}={found[2]}: give each branch its value: {found[1]}.language={found[2]} {found[1]}.vision={found[2]}"
+    if found := re.search(r"Could not find '(\w+)/([^']+)' Available options in '\w+': (.*?)(?: Config search path|$)", text):
+        group, name, choices = found[1], found[2], [choice for choice in found[3].split() if not choice.endswith("_schema")]
+        advice = f"; your own images: data=folder data.name={name} data.source=PATH" if group == "data" else ""
+        return f"{group}={name}: choose from {', '.join(choices)}{advice}"
+    return re.split("To append to your config|Config search path| full_key|See https", text)[0].strip(" .:")
 
 
 def refuse(error: Exception, is_main: bool = True) -> NoReturn:

@@ -6,12 +6,13 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from PIL import Image
 
-from dist_vlcl.config import Config
+from dist_vlcl.config import Config, TrainConfig
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import Counts
 from dist_vlcl.data.loader import Batch, Loader
@@ -28,7 +29,7 @@ from dist_vlcl.run.state import TrainState
 from dist_vlcl.schedule import warmup_cosine
 from dist_vlcl.zo.noise import Key, derive_seed
 
-Progress = Callable[..., Iterable[Batch]]  # shows how far an iterable of batches is, such as RunLog.progress
+Progress = Callable[..., Iterable[Any]]  # shows how far an iterable is, such as RunLog.progress
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Experiment:
         code = code_digest()
         facts = {"configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code, "packages": package_versions()}
         agree(world, facts, "Start every rank with the same command and the same files.")
+        cfg = replace(cfg, train=fitted(cfg.train, index.count("train", tasks.seen(len(tasks) - 1).classes) / len(tasks)))
         towers = build_towers(cfg, world)
         inputs = {"prompts": towers.prompts(tasks.seen(len(tasks) - 1).names), "image": transformed_sample(towers.image_size)}
         agree(world, {"the model's inputs": {name: digest({name: value}) for name, value in inputs.items()}}, "Install the same packages.")
@@ -82,12 +84,20 @@ class Experiment:
 
     def num_steps(self, task: Task) -> int:
         """Return the number of steps of a task."""
+        assert self.cfg.train.epochs is not None  # fitted
         return min(self.cfg.train.epochs * steps_per_epoch(self.cfg, self.index, task), self.cfg.train.max_steps or sys.maxsize)
 
-    def batches(self, task: Task, state: TrainState, progress: Progress) -> Iterator[PlannedStep]:
-        """Yield the steps that are left in a task, and advance the state's epoch. The caller advances its batch. All ranks call this."""
+    def batches(self, task: Task, state: TrainState, progress: Progress) -> Iterable[PlannedStep]:
+        """Return the steps that are left in a task. They advance the state's epoch; the caller advances its batch. All ranks call this."""
+        total, done = self.num_steps(task), state.epoch * steps_per_epoch(self.cfg, self.index, task) + state.batch
+        described = f"task {task.index + 1}/{len(self.tasks)}"
+        return progress(self._steps(task, state), total=total, completed=done, description=described)
+
+    def _steps(self, task: Task, state: TrainState) -> Iterator[PlannedStep]:
         cfg, world = self.cfg, self.world
+        assert cfg.train.batch_size is not None  # fitted
         steps, per_epoch = self.num_steps(task), steps_per_epoch(cfg, self.index, task)
+        warmup = steps // 10 if cfg.train.warmup_steps is None else cfg.train.warmup_steps
         # Rank 0 draws the seeds of the task's steps and sends them once.
         seeds = torch.tensor([derive_seed(cfg.seed, "step", task.index, k) for k in range(steps)])
         world.broadcast(seeds, f"the seeds of task {task.index + 1}")
@@ -103,11 +113,8 @@ class Experiment:
                 transform=TrainTransform(self.towers.image_size),
                 without=held_out_samples(cfg, self.index, task),
             )
-            total = min(per_epoch, steps - state.epoch * per_epoch)
-            described = f"task {task.index + 1}" + (f" epoch {state.epoch + 1}/{cfg.train.epochs}" if cfg.train.epochs > 1 else "")
-            left = itertools.islice(batches, total - state.batch)
-            for batch in progress(left, total=total, completed=state.batch, description=described):
-                lr = warmup_cosine(done, steps, cfg.first_order.lr, cfg.train.warmup_steps)
+            for batch in itertools.islice(batches, steps - done):
+                lr = warmup_cosine(done, steps, cfg.first_order.lr, warmup)
                 yield PlannedStep(batch, Key(int(seeds[done]), state.step), lr)
                 done += 1
             state.next_epoch()
@@ -149,6 +156,12 @@ class Experiment:
         return count_correct(self.towers, shown, task.names, prefixes, world, noise).tolist()
 
 
+def fitted(train: TrainConfig, images: float) -> TrainConfig:
+    """Return the options with numbers instead of null, for tasks of so many training images: about eight batches, and about 100 steps."""
+    batch_size = train.batch_size or min(128, max(8, 2 ** int(math.log2(max(1, images / 8)))))
+    return replace(train, batch_size=batch_size, epochs=train.epochs or math.ceil(100 / math.ceil(images / batch_size)))
+
+
 def transformed_sample(size: int) -> torch.Tensor:
     """Return a made-up JPEG as the model would see it: `[3, size, size]`. Its bits depend on the image libraries of this machine."""
     pixels = (torch.arange(48 * 64 * 3) * 7919 % 251).to(torch.uint8).view(48, 64, 3).numpy()
@@ -175,9 +188,10 @@ def build_towers(cfg: Config, world: World) -> TwoTowers:
 
 def steps_per_epoch(cfg: Config, index: Index, task: Task) -> int:
     """Return the number of global batches in one epoch of a task."""
+    assert cfg.train.batch_size is not None  # fitted
     return math.ceil((index.count("train", task.classes) - len(held_out_samples(cfg, index, task))) / cfg.train.batch_size)
 
 
 def held_out_samples(cfg: Config, index: Index, task: Task) -> list[SampleId]:
-    """Return the training samples that are evaluated and not trained on (eval.holdout); none by default."""
-    return held_out(index.sizes("train", task.classes), cfg.eval.holdout, cfg.data.split_seed)
+    """Return the training samples that are evaluated and not trained on (eval.holdout), others for each seed; none by default."""
+    return held_out(index.sizes("train", task.classes), cfg.eval.holdout, cfg.data.split_seed + cfg.seed)

@@ -24,17 +24,25 @@ MAX_SUM = 2.0**21  # of a micro-batch: below it, float64 holds every multiple of
 
 
 # Matrix products with fewer rows use other CPU kernels, whose results differ in the last bits. A sample's loss would then depend on how
-# many samples its rank has. Padding also gives a rank without samples something to back-propagate, which DDP requires.
+# many samples its rank has.
 MIN_SAMPLES = 8
 # So many parameters of candidates are stacked at a time (128 MiB in fp32), and at least MIN_PIECE candidates.
 STACKED = 2**25
 MIN_PIECE = 8
 
 
-def padded(batch: Any, image_size: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Return images, labels, positions `[max(B, MIN_SAMPLES), ...]`, and B, the number of samples that count."""
+def min_samples(exact_bits: bool | None, share: int) -> int:
+    """Return up to how many samples a rank's part of a batch is padded (`cluster.exact_bits`). share: its samples of a full batch.
+
+    Without exact bits it is 1, because DDP requires something to back-propagate on a rank without samples.
+    """
+    return MIN_SAMPLES if (share >= MIN_SAMPLES if exact_bits is None else exact_bits) else 1
+
+
+def padded(batch: Any, image_size: int, least: int = MIN_SAMPLES) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return images, labels, positions `[max(B, least), ...]`, and B, the number of samples that count."""
     real = len(batch.labels)
-    blanks = max(0, MIN_SAMPLES - real)
+    blanks = max(0, least - real)
     if not blanks:
         return batch.images, batch.labels, batch.positions, real
     images = torch.cat([batch.images, batch.images.new_zeros(blanks, 3, image_size, image_size)])

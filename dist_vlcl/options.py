@@ -3,8 +3,8 @@
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field, fields, is_dataclass
-from typing import Any
+from dataclasses import Field, field, fields, is_dataclass
+from typing import Any, get_type_hints
 
 
 def option(
@@ -34,6 +34,16 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return leaves
+
+
+def declared(config: type, prefix: str = "") -> dict[str, Field]:
+    """Return every field that holds a value under its dotted key, for a dataclass and those in it."""
+    found: dict[str, Field] = {}
+    hints = get_type_hints(config)
+    for item in fields(config):
+        is_group, key = is_dataclass(hints[item.name]), f"{prefix}{item.name}"
+        found |= declared(hints[item.name], f"{key}.") if is_group else {key: item}
+    return found
 
 
 BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {

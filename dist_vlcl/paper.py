@@ -4,6 +4,8 @@
 `t5-moe-dual`                      A memory probe of Table 5: five steps.
 `x2-lora-cifar10-dual-hop_odd`     Not published: Table 2 with LoRA.
 `frozen-moe-cifar10-dual-hop_odd`  The control of every run that trains these units by zeroth order. Here they are frozen.
+`walk-moe-cifar10-dual-hop_odd`    A control: the same directions and lengths, with random signs; `signwalk-...` for sign steps.
+`sign-moe-cifar10-dual-hop_odd`    The sign strategy beside a plan that was run with MoZO.
 `zero-shot-cifar10`                CLIP without training. Also the control of dual-all, where no other unit learns.
 """
 
@@ -29,6 +31,10 @@ NOT_NAMED = (*MAY_CHANGE, "data.source", "data.allow_pipe")
 DATASET_IDS = {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr"}  # as the ids abbreviate them
 HALF = 6  # blocks of prefix and suffix in the paper; its ids say prefix6 and suffix6
 PROBE_STEPS = 5
+PROBE_CLASSES = 125  # as in benchmarks.memory, with 64 images
+# The random walk of each strategy, and the strategy whose options a random walk has.
+WALKS = {"naive": "walk", "conservative": "walk", "sign": "signwalk", "mozo": "signwalk", "many_probes": "manywalk"}
+WALKING = {"walk": "naive", "signwalk": "sign", "manywalk": "many_probes"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Cell:
     adapter: str  # "" where nothing is trained
     branch: str  # whose units learn by zeroth order: dual, vision, language; none
     layers: str  # which of them: all, hop_odd, hop_even, prefix, suffix; none
-    variant: str  # naive, sign, conservative, mozo; frozen: a control; none: first order everywhere; zero_shot: no training
+    variant: str  # naive, sign, conservative, mozo; frozen, ...walk: controls; none: first order everywhere; zero_shot: no training
     table: int | None = None
     last: float | None = None
     avg: float | None = None
@@ -56,12 +62,22 @@ class Cell:
 
     def control(self) -> "Cell | None":
         """Return the run in which the zeroth-order units are not trained; None for a run without such units and for memory probes."""
-        if self.variant in ("none", "zero_shot", "frozen") or self.table == 5:
+        if self.variant not in WALKS or self.table == 5:
             return None
-        if (self.branch, self.layers) == ("dual", "all"):
-            return self.zero_shot()
+        return self.zero_shot() if (self.branch, self.layers) == ("dual", "all") else self._with("frozen")
+
+    def controls(self) -> list["Cell"]:
+        """Return every run that this one is compared with: frozen units, a random walk, zero-shot and, for MoZO, the sign strategy."""
+        if self.table == 5:
+            return []
+        found = [control] if (control := self.control()) else []
+        found += [self._with(WALKS[self.variant])] if self.variant in WALKS else []
+        return [*found, *([self._with("sign")] if self.variant == "mozo" else []), self.zero_shot()]
+
+    def _with(self, variant: str) -> "Cell":
+        """Return the unpublished cell with the same units and another variant."""
         layers = f"{self.layers}{HALF}" if self.layers in ("prefix", "suffix") else self.layers
-        return _beyond(self, f"frozen-{self.adapter}-{self.tasks_id}-{self.branch}-{layers}", variant="frozen")
+        return _beyond(self, f"{variant}-{self.adapter}-{self.tasks_id}-{self.branch}-{layers}", variant=variant)
 
     def zero_shot(self) -> "Cell":
         """Return the untrained model on the same tasks."""
@@ -88,6 +104,8 @@ class Cell:
         found += [f"orders.span={HALF}"] if self.layers in ("prefix", "suffix") else []
         if self.variant == "frozen":
             return [*found, "orders.order=frozen"]
+        if self.variant in WALKING:
+            return [*found, f"zo={WALKING[self.variant]}", "zo.random_signs=true"]
         return [*found, f"zo={self.variant if _has_config('zo', self.variant) else 'naive'}"]
 
 
@@ -107,7 +125,11 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
         layers += str(orders["span"])
     kind = "lora" if "rank" in adapter else "moe" if "experts" in adapter else "other"
     kind = adapter.get("kind", "").replace(":", ".") or kind  # a user's adapter may have options of any name
-    cell = Cell("", config["data"]["name"], config["tasks"]["increment"], kind, branch, layers, config["zo"]["name"])
+    strategy = config["zo"]["name"]
+    if config["zo"].get("random_signs"):
+        of_paper = "signwalk" if config["zo"]["transform"] == "sign" else "walk"
+        strategy = "manywalk" if strategy == "many_probes" else of_paper
+    cell = Cell("", config["data"]["name"], config["tasks"]["increment"], kind, branch, layers, strategy)
     if branch == "none":
         order = rest
     if branch == "none" or order == rest or (branch, layers) == ("dual", "all"):  # every unit has the same order
@@ -136,13 +158,13 @@ def catalogue() -> dict[str, Cell]:
     """Return every run that has an id, published or not."""
     runs = list(paper_runs().values())
     with_lora = [_beyond(cell, cell.id.replace("t2-moe-", "x2-lora-"), adapter="lora") for cell in runs if cell.table == 2]
-    # The paper does not name the data set of its memory table. Memory does not depend on it.
+    # The paper does not name the data set of its memory table. Tiny-ImageNet has the batch and enough classes for our memory benchmark.
     probes = [
-        _beyond(paper_runs()[f"t1-{adapter}-cifar20-{setting}"], f"t5-{adapter}-{setting}", table=5)
+        _beyond(paper_runs()[f"t1-{adapter}-tiny20-{setting}"], f"t5-{adapter}-{setting}", table=5, increment=PROBE_CLASSES)
         for adapter, settings in published()["table5_memory_gb"].items()
         for setting in settings
     ]
-    controls = [control for cell in (*runs, *with_lora) if (control := cell.control())]
+    controls = [control for cell in (*runs, *with_lora) for control in cell.controls()]
     return {cell.id: cell for cell in (*runs, *with_lora, *probes, *controls)}
 
 
@@ -160,6 +182,7 @@ def groups() -> dict[str, list[str]]:
         "all": list(paper_runs()),
         "lora-layers": [id for id in found if id.startswith("x2-")],
         "frozen": sorted({control.id for cell in paper_runs().values() if (control := cell.control())}),
+        "walks": [id for id in found if id.startswith(("walk-", "signwalk-"))],
         "zero-shot": [id for id in found if id.startswith("zero-shot-")],
     }
 

@@ -6,7 +6,7 @@ Nothing in a configuration is resolved or imported here. What leads out of it co
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ ENVIRONMENT = [{"run": (None, str), "data": (None, str), "code_digest": (None, s
 COUNTS = [[[int]]]  # correct and total by class and row
 MEANS = {"last": NUMBER, "avg": NUMBER, "forgetting": NUMBER}
 ACCURACY = {"complete": bool, **MEANS, "rows": (None, COUNTS), "zero_shot": (None, dict), "steps": (None, int), "seconds": NUMBER}
-STEP = {"step": int, "task": int, "loss": NUMBER, "seconds": NUMBER, "data_seconds": NUMBER, "peak_gib": NUMBER, "zo": (None, dict)}
+TIMES = {"seconds": NUMBER, "data_seconds": NUMBER}
+STEP = {"step": int, "task": int, "loss": NUMBER, **TIMES, "peak_gib": NUMBER, "allocated_gib": NUMBER, "zo": (None, dict)}
 TASK = {"step": int, "task": int, **MEANS, "per_task": (None, [NUMBER]), "seen": NUMBER, "zero_shot": NUMBER}
 METRICS_FORM = {"kind": str, **STEP, **TASK}
 MOVE = {"group": str, "projected_gradient": dict, "coefficient": float}
@@ -71,14 +72,14 @@ def digest_of(config: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(fixed, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
-def leads_out(config: Mapping[str, Any], places: bool = True) -> list[str]:
-    """Return, as OPTION=VALUE, what a saved configuration may not decide: code, commands and, with `places`, addresses and paths.
+def leads_out(config: Mapping[str, Any], places: Sequence[str] = PLACES) -> list[str]:
+    """Return, as OPTION=VALUE, what a saved configuration may not decide: code, commands, and addresses and paths in the options `places`.
 
     A relative path stays below the working directory and is allowed.
     """
     options = flatten(config)
     found = [key for key, ours in OURS.items() if options.get(key, ours) not in (ours, None)]
-    texts = {key: str(options[key]) for key in PLACES if places and options.get(key)}
+    texts = {key: str(options[key]) for key in places if options.get(key)}
     found += [key for key, text in texts.items() if text.startswith("/") or re.search(r":|(^|/)\.\.(/|$)", text)]
     return [f"{key}={options[key]}" for key in found]
 

@@ -1,6 +1,7 @@
 """One start of a run: its position, what it records, and how it saves, resumes and ends."""
 
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, describe
 from dist_vlcl.reading import read_lines
 from dist_vlcl.run import checkpoint
+from dist_vlcl.run.environment import missing_extra
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import METRICS, RunLog, read_journal
@@ -70,6 +72,7 @@ class Session:
         self.records = UnitRecords(folder.path, units, self.cfg.run.record_every_steps, self.state.step, world.is_main)
         self.log.say("\n".join(self.notes))
         if world.is_main:
+            replace_file(folder.path / "classes.json", json.dumps([task.names for task in self.tasks], ensure_ascii=False) + "\n")
             report_status("training")
 
     def __enter__(self) -> "Session":
@@ -91,14 +94,8 @@ class Session:
             f"{cfg.model.name}: {numel[Order.FIRST]:,} parameters learn by first order, {numel[Order.ZEROTH]:,} by zeroth order "
             f"({cfg.zo.name}), {numel[Order.FROZEN]:,} adapter parameters are frozen\n"
             f"{index.name}: {len(self.tasks)} {'task' if len(self.tasks) == 1 else 'tasks'}, {index.count('train'):,} training images; "
-            f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}{groups}"
+            f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}{groups}, epochs {cfg.train.epochs}"
         )
-        shortest = min(map(self.experiment.num_steps, self.tasks))
-        if self.step.learns and shortest < 2 * cfg.train.warmup_steps:
-            self.log.say(
-                f"the shortest task has {shortest} steps: few for train.warmup_steps={cfg.train.warmup_steps}; "
-                f"use at most {max(1, shortest // 2)}"
-            )
 
     def evaluate_untrained(self) -> None:
         """Measure the zero-shot accuracy, unless an earlier start has."""
@@ -127,7 +124,7 @@ class Session:
 
     def steps_left(self, task: Task) -> Iterator[PlannedStep]:
         """Yield the steps that are left in a task; none if no unit learns."""
-        return self.experiment.batches(task, self.state, self.log.progress) if self.step.learns else iter(())
+        return iter(self.experiment.batches(task, self.state, self.log.progress) if self.step.learns else ())
 
     def is_observed(self) -> bool:
         """Whether the next step is to measure gradient and update of every unit."""
@@ -153,7 +150,6 @@ class Session:
         state.seconds += seconds
         self.busy_s.append(report.busy_s)
         zo = {m.group.name: {"projected_gradient": mean(m.sizes.values()), "coefficient": m.coefficient} for m in report.moves}
-        peak_gib = self.world.take_peak_gib()
         self.log.step(
             {
                 "step": state.step,
@@ -165,7 +161,7 @@ class Session:
                 "seconds": seconds,
                 "data_seconds": planned.batch.waited_s,
                 "images_per_second": report.count / seconds,
-                **({} if peak_gib is None else {"peak_gib": peak_gib}),
+                **self.world.take_peaks_gib(),
             }
         )
         if report.count < planned.batch.count:
@@ -228,8 +224,8 @@ class Session:
 
     def complete(self) -> AccuracyMatrix:
         """Write the summary, the plots and the final accuracy; return it."""
-        path, plots = self.folder.path, self.cfg.run.plots
-        if self.world.is_main:
+        path, plots, can_summarize = self.folder.path, self.cfg.run.plots, not missing_extra("pandas", "pyarrow")
+        if self.world.is_main and can_summarize:
             # pandas and matplotlib take a second to import, and only rank 0 needs them.
             from dist_vlcl.report.figures import plot_run
             from dist_vlcl.report.tables import summarize_run
@@ -238,8 +234,9 @@ class Session:
             if plots:
                 plot_run(path)
         self.log.say(
-            f"Done. See {path}/summary.md{f' and {path}/plots/*.png' if plots else ''}; every step is in {path}/metrics.jsonl.\n"
-            "Compare runs: python -m dist_vlcl.commands.report runs/*"
+            f"Done. See {path}/{'summary.md' if can_summarize else 'accuracy.json'}{f' and {path}/plots/*.png' if plots else ''}; "
+            f"every step is in {path}/metrics.jsonl.\n"
+            f"Compare runs: dist-vlcl report runs/*; classify images: dist-vlcl predict {path} IMAGE"
         )
         state = self.state
         ended = {"zero_shot": state.zero_shot, "seconds": state.seconds, "steps": state.step}

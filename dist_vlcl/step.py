@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World
-from dist_vlcl.losses import BatchLosses, LossReport, padded, sample_losses, step_noise
+from dist_vlcl.losses import MIN_SAMPLES, BatchLosses, LossReport, padded, sample_losses, step_noise
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.statistics import UnitStatistics
 from dist_vlcl.model.units import BRANCHES, FlatUnits, UnitId, freeze
@@ -40,7 +40,7 @@ class HybridStep:
     """Forward both towers once, back-propagate for FIRST units, estimate for ZEROTH units from the same features, then update all.
 
     `first_order_of` makes the first-order engine, after the other units have become buffers. The run stops after `max_skips` skipped steps
-    in a row. All ranks build this together. They start with rank 0's adapters.
+    in a row. A rank pads its samples up to `min_samples`. All ranks build this together. They start with rank 0's adapters.
     """
 
     def __init__(
@@ -51,8 +51,9 @@ class HybridStep:
         first_order_of: Callable[[TwoTowers], FirstOrder],
         world: World,
         max_skips: int = 10,
+        min_samples: int = MIN_SAMPLES,
     ):
-        self.towers, self.orders, self.world, self.max_skips = towers, dict(orders), world, max_skips
+        self.towers, self.orders, self.world, self.max_skips, self.min_samples = towers, dict(orders), world, max_skips, min_samples
         self.skips = 0
         self.tokens = torch.zeros(0, 0, dtype=torch.long)
         units = towers.units
@@ -122,7 +123,7 @@ class HybridStep:
     def _forward_backward(self, batches: Sequence[Any], key: Key, planned: int, losses: BatchLosses) -> None:
         """Evaluate the base of each micro-batch, keep it in `losses`, and start the backward pass. planned: samples of the global batch."""
         for k, batch in enumerate(batches):
-            images, labels, positions, real = padded(batch, self.towers.image_size)
+            images, labels, positions, real = padded(batch, self.towers.image_size, self.min_samples)
             noise = step_noise(self.towers, self.tokens, positions, key)
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
                 base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, cache_layer=losses.start)

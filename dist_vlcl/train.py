@@ -12,10 +12,11 @@ from dist_vlcl.dist.agree import agree, digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.dist.zero import first_order
 from dist_vlcl.experiment import Experiment
+from dist_vlcl.losses import min_samples
 from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
-from dist_vlcl.run.environment import ELASTIC
+from dist_vlcl.run.environment import ELASTIC, missing_extra
 from dist_vlcl.run.folder import LOCK_WAIT_S, RunFolder
 from dist_vlcl.run.signals import START_AGAIN, Preemption, report_failure, report_status
 from dist_vlcl.session import Requeued, Session
@@ -29,9 +30,11 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     All ranks call this. After a signal it saves and raises Requeued; a second call with the same configuration continues from there.
     Raises ReplicaDivergedError, naming rank and tensor, if the ranks no longer have the same adapters.
     """
+    require_extras(cfg)
     with Preemption() as preemption:
         experiment = Experiment.open(cfg, world)
         step = build_step(experiment)
+        check_warmup(experiment, step)
         check_same_start(experiment, step)
         folder = open_folder(experiment)
         if folder.is_complete:
@@ -61,13 +64,32 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
             return session.complete()
 
 
+def require_extras(cfg: Config) -> None:
+    """Raise ValueError if the run would need a package that is not installed."""
+    if cfg.run.plots and (text := missing_extra("matplotlib", "pandas", "pyarrow")):
+        raise ValueError(f"run.plots=true: {text}; or give run.plots=false")
+    if cfg.run.record_every_steps and (text := missing_extra("pyarrow")):
+        raise ValueError(f"run.record_every_steps={cfg.run.record_every_steps}: {text}; or give run.record_every_steps=0")
+
+
 def build_step(experiment: Experiment) -> HybridStep:
     """Return the step, which gives every unit its order. All ranks call this."""
     cfg, world = experiment.cfg, experiment.world
     orders = assign(experiment.towers.units, cfg.orders)
+    least = min_samples(cfg.cluster.exact_bits, cfg.train.batch_size // (world.data_size * cfg.train.micro_batches))
     return HybridStep(
-        experiment.towers, orders, cfg.zo, lambda model: first_order(world, cfg.first_order, model), world, cfg.train.max_skips
+        experiment.towers, orders, cfg.zo, lambda model: first_order(world, cfg.first_order, model), world, cfg.train.max_skips, least
     )
+
+
+def check_warmup(experiment: Experiment, step: HybridStep) -> None:
+    """Raise ValueError if a task ends within the warm-up. Runs of the paper are exempt: its ImageNet-R tasks do; so are short looks."""
+    train, shortest = experiment.cfg.train, min(map(experiment.num_steps, experiment.tasks))
+    if step.learns and (train.warmup_steps or 0) >= shortest and not experiment.cfg.paper and train.max_steps is None:
+        raise ValueError(
+            f"train.warmup_steps={train.warmup_steps}: the shortest task has {shortest} steps, so the learning rate would only rise; "
+            f"give at most {shortest // 2}, or null for a tenth of a task, or more train.epochs"
+        )
 
 
 def check_same_start(experiment: Experiment, step: HybridStep) -> None:

@@ -23,10 +23,10 @@ from dist_vlcl.dist.agree import ReplicaDivergedError
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
 from dist_vlcl.orders import OrderPlan, assign
+from dist_vlcl.reading import seal, to_line
 from dist_vlcl.run import checkpoint
-from dist_vlcl.run.files import to_line
 from dist_vlcl.run.folder import RunRefused
-from dist_vlcl.run.log import RunLog, seal
+from dist_vlcl.run.log import RunLog
 from dist_vlcl.run.stragglers import slowest_rank
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import main, train
@@ -236,7 +236,9 @@ def test_other_data_under_the_same_name_are_refused_on_resume(tmp_path):
     cfg = tiny(tmp_path, tmp_path / "data", "mine", "orders=dual_all")
     assert run_ranks(plain, 1, cfg, 2) == ["requeued"]
     index = tmp_path / "data/digits/index.json"
-    index.write_text(index.read_text().replace("digit zero", "digit nought"))
+    content = json.loads(index.read_text().replace("digit zero", "digit nought"))
+    del content["digest"]  # an index that was made so, not a damaged one
+    index.write_text(json.dumps(content))
     assert "nought" in index.read_text()
     with pytest.raises(RunRefused, match="was started on other data"):
         train(cfg, World.alone())

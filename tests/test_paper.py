@@ -9,6 +9,7 @@ from dist_vlcl.options import flatten
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.paper import catalogue, cell_of, groups, paper_runs, run_name, select
 from dist_vlcl.report.records import CELL, WITHOUT_ZEROTH
+from dist_vlcl.report.records import CONTROLS as CONTROL_VARIANTS
 from tests.test_configs import UNITS
 
 IDENTITY = attrgetter(*CELL)  # of a cell, whatever its id
@@ -28,20 +29,25 @@ def test_the_groups_are_as_large_as_the_paper():
     sizes = {name: len(ids) for name, ids in groups().items()}
     assert sizes == {
         **{"table1": 32, "table2": 48, "table3": 6, "table4": 6, "table5": 8, "figure8": 6, "all": 92},
-        **{"lora-layers": 48, "frozen": 68, "zero-shot": 4},  # of 84 rows, Table 3's and 4's share Table 1's and 2's controls
+        **{"lora-layers": 48, "frozen": 68, "walks": 129, "zero-shot": 4},  # of 84 rows, Table 3's and 4's share Table 1's and 2's controls
     }
-    assert len(catalogue()) == 92 + 8 + 48 + 16 + 48 + 48 + 4  # the last: frozen of Table 1, 2 and LoRA layer-wise; zero-shot
+    # The last: frozen of Table 1, 2 and LoRA layer-wise; zero-shot; random walks; sign beside MoZO.
+    assert len(catalogue()) == 92 + 8 + 48 + 16 + 48 + 48 + 4 + 129 + 6
     assert len({IDENTITY(cell) for cell in paper_runs().values()}) == 92
 
 
 def test_every_zeroth_order_run_has_a_control_of_its_units_and_every_run_its_zero_shot():
-    for id, cell in catalogue().items():
+    for cell in catalogue().values():
         control = cell.control()
-        assert (control is not None) == (cell.variant not in WITHOUT_ZEROTH and cell.table != 5)
+        assert (control is not None) == (cell.variant not in (*WITHOUT_ZEROTH, *CONTROL_VARIANTS) and cell.table != 5)
         assert control is None or (catalogue()[control.id] == control and control.tasks_id == cell.tasks_id)
         if control and control.variant == "frozen":
             assert (control.adapter, control.branch, control.layers) == (cell.adapter, cell.branch, cell.layers)
-        assert catalogue()[cell.zero_shot().id].variant == "zero_shot", id
+        variants = [other.variant for other in cell.controls()]
+        assert variants[-1:] == ([] if cell.table == 5 else ["zero_shot"])
+        assert ("walk" in variants) == (cell.variant in ("naive", "conservative") and cell.table != 5)
+        assert ("sign" in variants) == (cell.variant == "mozo") and ("signwalk" in variants) == (cell.variant in ("sign", "mozo"))
+        assert all(catalogue()[other.id] == other for other in cell.controls())
     assert CONTROLS["t4-moe-cifar10-vision-sign"] == CONTROLS["t1-moe-cifar10-vision"] == "frozen-moe-cifar10-vision-all"
     assert CONTROLS["t1-lora-cifar20-dual"] == "zero-shot-cifar20"  # with dual/all frozen nothing learns
 
@@ -68,7 +74,8 @@ def test_lora_by_layers_is_table_2_with_lora():
 
 
 def test_a_memory_probe_is_a_few_steps_of_one_task():
-    config, like = configured("paper=t5-lora-dual"), configured("paper=t1-lora-cifar20-dual")
+    config, like = configured("paper=t5-lora-dual"), configured("paper=t1-lora-tiny20-dual")
+    assert (config.tasks.increment, config.train.batch_size) == (125, 64)  # as in benchmarks.memory
     assert (config.tasks.num_tasks, config.train.max_steps, config.eval.zero_shot) == (1, 5, False)
     assert not config.run.record_every_steps and not config.model.graphs  # these take memory
     assert (config.orders, config.zo, config.adapter, config.data) == (like.orders, like.zo, like.adapter, like.data)
@@ -84,6 +91,9 @@ def test_the_configuration_of_a_cell_realises_that_cell(id):
     [
         (["paper=t1-moe-cifar20-fo", "orders=dual_hop_odd", "zo=mozo"], ("moe", "dual", "hop_odd", "mozo")),
         (["paper=t1-moe-cifar20-fo", "adapter=lora"], ("lora", "none", "none", "none")),
+        (["paper=t1-moe-cifar20-vision", "zo.random_signs=true"], ("moe", "vision", "all", "walk")),
+        (["paper=walk-moe-cifar20-vision-all", "zo=many_probes"], ("moe", "vision", "all", "manywalk")),
+        (["paper=walk-moe-cifar20-vision-all", "zo.transform=sign"], ("moe", "vision", "all", "signwalk")),
         (["paper=t1-moe-cifar20-dual", "orders=vision_all"], ("moe", "vision", "all", "conservative")),
         (["paper=t1-moe-cifar20-dual", "orders=first"], ("moe", "none", "none", "none")),
         (["paper=t2-moe-cifar20-dual-prefix6", "orders.span=4"], ("moe", "dual", "prefix4", "conservative")),

@@ -3,15 +3,20 @@
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dist_vlcl.config import compose_config
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import PlannedStep
+from dist_vlcl.losses import min_samples
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import PLAN_LAYERS, Order, OrderPlan, assign
 from dist_vlcl.step import HybridStep
+from dist_vlcl.train import build_step
 from dist_vlcl.zo.noise import Key, StepNoise, normals
 from dist_vlcl.zo.update import ZerothOrderConfig
 from tests.helpers.naive_step import naive_step
@@ -221,6 +226,33 @@ def test_in_fp32_too_the_losses_are_the_same_bits_however_the_batch_is_cut(cuts)
     )
     assert many.loss == one.loss
     assert [move.record() for move in many.moves] == [move.record() for move in one.moves]
+
+
+@pytest.mark.parametrize(("exact_bits", "share", "computed"), [(None, 7, 3), (None, 8, 8), (True, 3, 8), (False, 64, 3)])
+def test_a_rank_with_three_samples_computes_eight_only_for_the_sake_of_equal_bits(exact_bits, share, computed):
+    """`share`: what the rank has of a full batch. Only the last batch of an epoch is padded if that is eight or more."""
+    step, seen = hybrid(OrderPlan("dual", "all")), []
+    step.min_samples = min_samples(exact_bits, share)
+    step.towers.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]["vision"])))
+    report = step([images(3)], Key(9, 0), LR)
+    assert set(seen) == {computed} and report.count == 3
+
+
+@pytest.mark.parametrize(("options", "least"), [(["train.batch_size=7"], 1), (["train.batch_size=15", "train.micro_batches=2"], 1)])
+def test_the_trainer_pads_by_its_share_of_a_full_batch_unless_exact_bits_says_otherwise(options, least):
+    for more, expected in (([], least), (["cluster.exact_bits=true"], 8), (["train.batch_size=16"], 8)):
+        cfg = compose_config([option for option in options if option.split("=")[0] not in str(more)] + more)
+        step = build_step(SimpleNamespace(cfg=cfg, world=World.alone(), towers=tiny_clip()))
+        assert step.min_samples == expected
+
+
+def test_without_padding_a_small_share_gives_the_same_loss_up_to_rounding():
+    whole = images(12)
+    padded, bare = (hybrid(OrderPlan("dual", "hop_odd")) for _ in range(2))
+    bare.min_samples = 1
+    parts = PlannedStep(whole, Key(9, 0), LR).micro_batches(5)
+    expected, found = padded(parts, Key(9, 0), LR), bare(parts, Key(9, 0), LR)
+    assert found.loss == pytest.approx(expected.loss, abs=1e-9) and found.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-9)
 
 
 def test_samples_skipped_as_damaged_leave_the_mean_over_those_that_are_there():

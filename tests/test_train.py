@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_vlcl.config import Config, compose_config
+from dist_vlcl.config import Config, TrainConfig, compose_config, load_config
 from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import Experiment, fitted
 from dist_vlcl.report.records import read_units
 from dist_vlcl.run.checkpoint import load_newest
 from dist_vlcl.run.folder import RunRefused
 from dist_vlcl.session import Requeued
 from dist_vlcl.step import HybridStep
-from dist_vlcl.train import train
+from dist_vlcl.train import build_step, check_warmup, train
 from tests.helpers.ranks import free_port, run_module, run_ranks, warm_python
 from tests.helpers.tiny_clip import architecture
 
@@ -207,7 +208,7 @@ def test_a_block_that_there_is_not_is_refused_before_data_are_read(tmp_path):
 @pytest.mark.parametrize("how", ["--multirun", "hydra.mode=MULTIRUN"])
 def test_several_runs_in_one_launch_are_refused(tmp_path, how):
     done = run_module("dist_vlcl.train", how, "seed=0,1", cwd=tmp_path, environment={"WORLD_SIZE": "2", "RANK": "0"})
-    assert done.returncode == 2 and "use python -m dist_vlcl.commands.sweep" in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and "use dist-vlcl sweep" in done.stderr and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -220,9 +221,9 @@ def test_several_runs_in_one_launch_are_refused(tmp_path, how):
         ),
         (
             ["train.epoch=2"],
-            "Could not override 'train.epoch': Key 'epoch' not in 'TrainConfig'",
+            "train.epoch: no such option; did you mean train.epochs?",
         ),
-        (["orders=hop"], "Could not find 'orders/hop' Available options in 'orders': dual_all"),
+        (["orders=hop"], "orders=hop: choose from dual_all"),
         (["--multirun", "seed=0,1", "--cfg", "job"], "Only one of --run, --multirun, --cfg"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -231,6 +232,36 @@ def test_a_user_error_is_one_message_before_any_work(words, message, tmp_path):
     done = run_module("dist_vlcl.train", *words, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_null_fits_batch_epochs_and_warmup_to_the_images_and_is_saved_as_numbers(tmp_path, capsys):
+    fit = ["train.batch_size=null", "train.warmup_steps=null", "train.epochs=null", "run.name=fitted", "tasks.num_tasks=1"]
+    cfg = configured(tmp_path, *TINY, *fit, "train.max_steps=20", "eval.zero_shot=false", "orders.layers=[3]", "orders.rest=frozen")
+    train(cfg, World.alone())
+    saved = load_config(cfg.run.folder / "config.yaml", [f"data.root={cfg.data.root}"]).train
+    assert (saved.batch_size, saved.epochs, saved.warmup_steps) == (32, 12, None)  # 288 images: nine batches, 108 steps
+    assert "global batch 32, epochs 12" in capsys.readouterr().out
+    rates = [record["lr"] for record in records(cfg) if record["kind"] == "step"]
+    assert rates[:3] == pytest.approx([cfg.first_order.lr * part for part in (0.5, 1, 1)]) and len(rates) == 20
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "epochs"), [(4, 8, 100), (28, 8, 25), (288, 32, 12), (2500, 128, 5), (10_000, 128, 2), (50_000, 128, 1)]
+)
+def test_a_small_task_gets_small_batches_and_more_epochs(images, batch, epochs):
+    fit = fitted(TrainConfig(batch_size=None, epochs=None), images)
+    assert (fit.batch_size, fit.epochs) == (batch, epochs)
+    assert fitted(TrainConfig(), images) == TrainConfig()
+
+
+def test_a_warmup_that_no_task_survives_is_refused_except_in_the_paper_s_own_runs(tmp_path):
+    words = [*TINY, "train.warmup_steps=5", "tasks.num_tasks=1"]  # 288 images in batches of 60 are five steps
+    with pytest.raises(ValueError, match=r"train\.warmup_steps=5: the shortest task has 5 steps.* give at most 2, or null"):
+        train(configured(tmp_path, *words, "run.name=slow"), World.alone())
+    assert not (tmp_path / "runs").exists()
+    experiment = Experiment.open(configured(tmp_path, *words), World.alone())
+    experiment.cfg.paper = "t1-moe-imgr20-fo"
+    check_warmup(experiment, build_step(experiment))
 
 
 def test_check_validates_the_options_and_does_nothing_else(tmp_path):

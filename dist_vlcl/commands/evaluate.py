@@ -1,14 +1,24 @@
-"""Evaluate a run again from its newest checkpoint:  accelerate launch -m dist_vlcl.commands.evaluate runs/NAME"""
+"""Evaluate a run again, or on other data:  dist-vlcl evaluate runs/NAME [--data FOLDER]
+
+For several processes: accelerate launch -m dist_vlcl.commands.evaluate ...
+"""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dist_vlcl.config import load_config
-from dist_vlcl.continual.metrics import AccuracyMatrix
+from dist_vlcl.continual.evaluator import count_correct
+from dist_vlcl.continual.metrics import AccuracyMatrix, Counts
+from dist_vlcl.data.loader import Loader
+from dist_vlcl.data.names import prompt_names
+from dist_vlcl.data.shards import Index
+from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import ClusterConfig, World
-from dist_vlcl.experiment import Experiment
+from dist_vlcl.experiment import Experiment, build_towers
+from dist_vlcl.inference import WEIGHTS, read_classes, read_trained
 from dist_vlcl.masking import masked
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.state import TrainState
@@ -17,6 +27,7 @@ from dist_vlcl.saved import digest_of, read_config
 EXPLANATION = """
 Loads the adapters of the newest checkpoint and measures the newest row of the accuracy matrix again, on as many ranks as the launcher
 starts. Prints Last, Avg and forgetting in percent. The checkpoint must lie at the end of a task. Nothing in the run folder changes.
+--data measures another data set instead, with all its classes: how much of CLIP's zero-shot accuracy there the training has kept.
 
 The run folder may come from someone else. Its configuration is read as data: code, commands, addresses and absolute paths that it names
 count only if you repeat them as OPTION=VALUE. An error message lists them. Other options that change no result can be given too.
@@ -45,19 +56,51 @@ def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> Acc
     return accuracy
 
 
+def evaluate_elsewhere(folder: Path, location: str, world: World, options: Sequence[str] = ()) -> tuple[list[str], Counts, Counts]:
+    """Return the class names of other shards, and the counts of correct answers before and after training. All ranks call this."""
+    trained, index = read_trained(folder, options=options), Index.load(location)
+    cfg, names = trained.cfg, prompt_names(index.class_names)
+    towers, loader = build_towers(cfg, world), Loader(index, cfg.data, world.device)
+    transform = EvalTransform(towers.image_size)
+    test = loader.test(range(len(names)), batch_size=cfg.eval.batch_size, rank=world.rank, size=world.size, transform=transform)
+    before = count_correct(towers, test, names, [len(names)], world).tolist()[0]  # new adapters change nothing
+    towers.units.load_state_dict(trained.adapters)
+    return names, before, count_correct(towers, test, names, [len(names)], world).tolist()[0]
+
+
+def report(options: argparse.Namespace, world: World) -> str:
+    """Return what the command prints. All ranks call this."""
+    if options.data:
+        names, before, after = evaluate_elsewhere(options.run, options.data, world, options.options)
+        old, new = (sum(correct for correct, _ in counts) / sum(total for _, total in counts) for counts in (before, after))
+        values, counts = {"zero_shot": old, "accuracy": new, "retention": new - old}, after
+    else:
+        accuracy = evaluate_run(options.run, world, options.options)
+        counts = accuracy.rows[-1][: sum(accuracy.task_sizes[: len(accuracy.rows)])]
+        names = [name for names in read_classes(options.run) for name in names] or list(map(str, range(len(counts))))
+        values = {"Last": accuracy.last, "Avg": accuracy.average, "forgetting": accuracy.forgetting}
+    classes = {name: correct / max(1, total) for name, (correct, total) in zip(names, counts, strict=False)}
+    if options.json:
+        return json.dumps({**{key.lower(): value for key, value in values.items()}, "classes": classes}, ensure_ascii=False)
+    lines = [f"{100 * value:6.2f}  {name}" for name, value in classes.items()] if options.classes else []
+    return "\n".join([*lines, "  ".join(f"{key} {100 * value:.2f}" for key, value in values.items())])
+
+
 def main() -> None:
     """Run the command line. Exit status 2 after an error."""
-    parser = argparse.ArgumentParser(prog="python -m dist_vlcl.commands.evaluate", description=__doc__, epilog=EXPLANATION)
+    parser = argparse.ArgumentParser(prog="dist-vlcl evaluate", description=__doc__, epilog=EXPLANATION)
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/NAME")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="what config.yaml may not decide, such as data.root=/data")
-    arguments = parser.parse_args()
-    folder, options, world = arguments.run, arguments.options, World.announced()
+    parser.add_argument("--data", metavar="FOLDER", help="the folder or the address of other shards, such as data/cifar100")
+    parser.add_argument("--classes", action="store_true", help="also print the accuracy of every class")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with fractions")
+    arguments, world = parser.parse_intermixed_args(), World.announced()
     try:
-        cluster = load_config(folder / "config.yaml", options).cluster
+        cluster = load_config(arguments.run / "config.yaml", arguments.options, WEIGHTS).cluster
         world = World.from_environment(ClusterConfig(timeout_s=cluster.timeout_s, threads=cluster.threads))  # any ranks, any device
-        accuracy = evaluate_run(folder, world, options)
+        text = report(arguments, world)
         if world.is_main:
-            print(f"Last {100 * accuracy.last:.2f}  Avg {100 * accuracy.average:.2f}  forgetting {100 * accuracy.forgetting:.2f}")
+            print(text)
     except (OSError, ValueError, RuntimeError) as error:
         world.collectives.stopped(error)  # the others wait for this rank, and can then say why it is gone
         print(masked(f"error on rank {world.rank} of {world.size}: {error}"), file=sys.stderr)

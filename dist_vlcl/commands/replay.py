@@ -41,7 +41,7 @@ def rebuild(folder: Path, start: int | None = None, stop: int | None = None, dev
 
     Raises ValueError if the run has no such units, or if the journal has a gap between start and stop.
     """
-    cfg = load_config(folder / "config.yaml", options, places=False)
+    cfg = load_config(folder / "config.yaml", options, places=())
     saved = _first_checkpoint(folder, start, stop)
     checkpoint.check_identity(saved, {"config": digest_of(read_config(folder / "config.yaml"))})
     records = [record for record in read_journal(folder, saved.step) if stop is None or record["step"] <= stop]

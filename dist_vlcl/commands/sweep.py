@@ -9,7 +9,7 @@
 
 paper=  ids, wildcards and groups, separated by commas.
         Groups of published runs: table1 to table4, table5 (memory probes), figure8 (five seeds), all (the 92 trainings).
-        Other groups: lora-layers (Table 2 with LoRA), frozen and zero-shot (the controls).
+        Other groups: lora-layers (Table 2 with LoRA), frozen, walks (random signs) and zero-shot (the controls).
 seed=   one or several, separated by commas.
 Every other OPTION=VALUE goes to every run. A run's folder is named after its id, its seed and these options.
 
@@ -80,9 +80,7 @@ def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[st
         seeds = chosen["seed"].split(",") if "seed" in chosen else [str(seed) for seed in range(number)]
         pairs |= dict.fromkeys((id, seed) for seed in seeds for id in select([pattern]))
     if controls:
-        cells = [(catalogue()[id], seed) for id, seed in pairs]
-        pairs |= dict.fromkeys((control.id, seed) for cell, seed in cells if (control := cell.control()))
-        pairs |= dict.fromkeys((cell.zero_shot().id, seed) for cell, seed in cells)
+        pairs |= dict.fromkeys((control.id, seed) for id, seed in pairs for control in catalogue()[id].controls())
     own = [f"{key}={value}" for key, value in options if key not in ("paper", "seed")]
     return [(f"paper={id}", f"seed={seed}", *own) for id, seed in pairs]
 
@@ -192,7 +190,7 @@ def main() -> None:
         prog="python -m dist_vlcl.commands.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="+", metavar="OPTION=VALUE", help="paper=..., seed=..., and options of dist_vlcl.train")
-    parser.add_argument("--controls", action="store_true", help="also train every control: the same units frozen, and zero-shot CLIP")
+    parser.add_argument("--controls", action="store_true", help="also train every control: frozen, random walk, zero-shot, sign for MoZO")
     parser.add_argument("--count", action="store_true", help="check the options of every run, print the number of runs, and train nothing")
     parser.add_argument("--item", type=int, metavar="K", help="train only run K of the complete list, counted from 0")
     add_launch_options(parser)

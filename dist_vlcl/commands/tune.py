@@ -1,16 +1,17 @@
 """Choose zeroth-order options on the first task: `python -m dist_vlcl.commands.tune [OPTION=VALUE[,VALUE...] ...]`.
 
-    python -m dist_vlcl.commands.tune data=cifar100 orders=dual_hop_odd zo=mozo
-    python -m dist_vlcl.commands.tune paper=t3-moe-cifar10-mozo-hop_odd seed=0,1 zo.lr_scale=0.3,1,3 zo.epsilon.language=1e-3
-    accelerate launch -m dist_vlcl.train data=cifar100 orders=dual_hop_odd zo=mozo tuned=tuning/NAME/tuned.yaml
+    python -m dist_vlcl.commands.tune data=cifar100 orders=language_all
+    python -m dist_vlcl.commands.tune data=cifar100 orders=vision_all orders.rest=frozen seed=0,1 zo=naive zo.lr_scale=3,10,30
+    accelerate launch -m dist_vlcl.train data=cifar100 orders=language_all tuned=tuning/NAME/tuned.yaml
 
 Every combination of the options with several values is trained on the first task and evaluated on held-out images of its training set.
-Test images are never read. With several seeds, a combination counts with their mean. These options are searched unless you give them one
-value:
+Test images are never read. A combination counts with its mean over the seeds (0, 1 and 2). These options are searched unless you give them
+one value; in a plan with both branches, probes are those of the language branch:
 
-    zo.lr_scale=0.1,1,10                   the zeroth-order learning rate over the first-order one
-    zo.epsilon.BRANCH=1e-3,1e-4            vision: 5e-4,1e-4
-    zo.acceptance=always,best_of_three
+    zo=naive,conservative,sign    zo.lr_scale=0.3,1,3,10    zo.probes=1,16,64
+
+The best combination and the same units frozen are then run again with fresh seeds, which also hold out other images. The best of many
+looks better than it is. The fresh runs took no part in the choice, so their paired difference is unbiased, however many choices there were.
 
 The folder tuning/NAME/ gets the runs and tuned.yaml, which a run or a sweep takes as tuned=FILE. Its tuning.md, tuning.csv and tuning.png
 compare the combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
@@ -18,10 +19,14 @@ compare the combinations with the same units frozen and with zero-shot CLIP. Com
 
 import argparse
 import itertools
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import isnan, nan
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pandas as pd
 from omegaconf import OmegaConf
@@ -30,21 +35,23 @@ from rich.console import Console
 from dist_vlcl.commands.sweep import LEFT, STOPPED, Item, add_launch_options, launcher_of, prepare, print_commands, run_all, split_options
 from dist_vlcl.config import Config, compose_config, refuse
 from dist_vlcl.masking import masked_command
-from dist_vlcl.orders import PLAN_BRANCHES
 from dist_vlcl.report.records import read_records
+from dist_vlcl.report.statistics import paired_test
 from dist_vlcl.report.trials import plot_trials, ranked, trial_table
 from dist_vlcl.run.files import replace_file
 
-EPSILONS = {"language": ["1e-3", "1e-4"], "vision": ["5e-4", "1e-4"]}
+SEEDS, FRESH = ["0", "1", "2"], 5
+SEARCHED = {"zo": ["naive", "conservative", "sign"], "zo.lr_scale": ["0.3", "1", "3", "10"], "zo.probes": ["1", "16", "64"]}
 CONTROL = {"orders.order": "frozen"}
 Choice = dict[str, str]  # option -> value
+Train = Callable[[Sequence[Choice], Sequence[str]], list[pd.DataFrame]]  # choices, seeds -> of each choice: seed, accuracy (%), loss
 
 
 def read_options(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
     """Return the options that all runs share, the options with several values, and the seeds."""
     pairs = split_options(words)
     several = {key: value.split(",") for key, value in pairs if "," in value and not value.startswith(("[", "{"))}
-    seeds = several.pop("seed", None) or [dict(pairs).get("seed", "0")]
+    seeds = several.pop("seed", None) or ([dict(pairs)["seed"]] if "seed" in dict(pairs) else SEEDS)
     return [f"{key}={value}" for key, value in pairs if key not in several and key != "seed"], several, seeds
 
 
@@ -53,9 +60,9 @@ def grid(cfg: Config, several: dict[str, list[str]], fixed: Sequence[str]) -> li
     if cfg.orders.branch == "none" or cfg.orders.order != "zeroth":
         given = f"orders.branch={cfg.orders.branch}, orders.order={cfg.orders.order}"
         raise ValueError(f"{given}: no unit learns by zeroth order, so there is nothing to tune; choose a plan such as orders=dual_hop_odd")
-    searched = {"zo.lr_scale": ["0.1", "1", "10"]}
-    searched |= {f"zo.epsilon.{branch}": EPSILONS[branch] for branch in PLAN_BRANCHES[cfg.orders.branch]}
-    searched |= {"zo.acceptance": ["always", "best_of_three"]}
+    searched = dict(SEARCHED)
+    if cfg.orders.branch == "dual":  # a probe of the vision branch costs a pass over the images
+        searched["zo.probes"] = [f"{{language: {count}, vision: 1}}" for count in SEARCHED["zo.probes"]]
     given_once = {key for key, _ in split_options(fixed)}
     searched = {key: values for key, values in (searched | several).items() if key not in given_once}
     if not searched:
@@ -64,41 +71,96 @@ def grid(cfg: Config, several: dict[str, list[str]], fixed: Sequence[str]) -> li
 
 
 def command_lines(fixed: Sequence[str], choice: Choice, seeds: Sequence[str], folder: Path, holdout: float) -> list[tuple[str, ...]]:
-    """Return the options of a choice's runs, one per seed."""
+    """Return the options of a choice's runs, one per seed. A strategy (zo=NAME) stands before all other options, which win over it."""
     words = [f"{key}={value}" for key, value in choice.items()]
     ours = ["tasks.num_tasks=1", f"eval.holdout={holdout}", "run.trackers=[]", f"run.root={folder}/trials"]
-    name = "-".join(f"{key.split('.')[-1]}_{value}" for key, value in choice.items())
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(f"{key.split('.')[-1]}_{value}" for key, value in choice.items()))
     return [(*fixed, *words, *ours, f"seed={seed}", f"run.name={name}-seed{seed}") for seed in seeds]
 
 
-def trials_of(choices: Sequence[Choice], items: Sequence[Sequence[Item]]) -> pd.DataFrame:
-    """Return one row per choice and seed: the options, accuracy in percent (NaN for a failed run), and loss over its last quarter."""
+def trained(items: Sequence[Item]) -> pd.DataFrame:
+    """Return one row per run: seed, accuracy in percent (NaN for a failed run), zero-shot accuracy, and loss over its last quarter."""
     rows = []
-    for choice, of_choice in zip(choices, items, strict=True):
-        for item in of_choice:
-            losses = [record["loss"] for record in read_records(item.folder).steps]
-            end = mean(losses[-max(1, len(losses) // 4) :]) if losses and item.is_complete else float("nan")
-            rows.append({**choice, "accuracy": 100 * item.accuracy["last"] if item.is_complete else float("nan"), "loss": end})
+    for item in items:
+        losses = [record["loss"] for record in read_records(item.folder).steps]
+        end = mean(losses[-max(1, len(losses) // 4) :]) if losses and item.is_complete else nan
+        before = next(iter((item.accuracy.get("zero_shot") or {}).values()), nan)
+        last = item.accuracy["last"] if item.is_complete else nan
+        rows.append({"seed": dict(split_options(item.options))["seed"], "accuracy": 100 * last, "zero_shot": 100 * before, "loss": end})
     return pd.DataFrame(rows)
 
 
-def write(folder: Path, command: str, fixed: Sequence[str], trials: pd.DataFrame, references: Mapping[str, float]) -> str:
+@dataclass(frozen=True)
+class Search:
+    """The result of a screen and of the fresh runs of its winner."""
+
+    trials: pd.DataFrame  # one row per choice and seed
+    references: dict[str, float]  # accuracies in percent that the screen is compared with
+    best: Choice
+    screened: float  # the winner's gain over its control in the screen, in points
+    fresh: dict[str, Any]  # the paired test of that gain on fresh seeds
+
+    @property
+    def answer(self) -> str:
+        """What the fresh runs say, in one sentence."""
+        options, (gain, low, high) = _words(self.best), (self.fresh[key] for key in ("mean", "low", "high"))
+        if isnan(low):
+            # Without the runs that failed the others would be a selection, which can fake a gain.
+            several = f"{self.fresh['seeds']} differences of {gain:+.2f} points on average, and no interval"
+            known = "some of them failed" if isnan(gain) else several
+            return f"The fresh runs cannot tell whether {options} is better than the same units frozen: {known}."
+        found = "is better than" if low > 0 else "is worse than" if high < 0 else "shows no gain over"
+        interval = f"{gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}, {self.fresh['seeds']} fresh seeds"
+        return f"{options} {found} the same units frozen ({interval})."
+
+    @property
+    def shrinkage(self) -> str:
+        """How much of the winner's gain in the screen did not appear again."""
+        count, lost = len(self.trials[list(self.best)].drop_duplicates()), self.screened - self.fresh["mean"]
+        return f"In the screen it gained {self.screened:+.2f} points, the best of {count} choices. The fresh runs show {lost:.2f} less."
+
+
+def _words(choice: Choice) -> str:
+    return " ".join(f"{key}={value}" for key, value in choice.items())
+
+
+def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh: Sequence[str]) -> Search | None:
+    """Screen the choices, and train the best one and its control again with fresh seeds. None if no run of the screen is complete."""
+    control, *found = train([CONTROL, *choices], seeds)
+    trials = pd.concat([of_choice.assign(**choice) for choice, of_choice in zip(choices, found, strict=True)])
+    trials = trials[[*choices[0], "accuracy", "loss"]].reset_index(drop=True)
+    if trials.accuracy.isna().all():
+        return None
+    row = ranked(trials).iloc[0]
+    best = {key: row[key] for key in choices[0]}
+    values = {"the same units frozen": control.accuracy, "zero-shot CLIP": control.zero_shot}
+    references = {name: float(accuracies.mean()) for name, accuracies in values.items() if accuracies.notna().any()}
+    again, frozen = (of_choice.set_index("seed").accuracy for of_choice in train([best, CONTROL], fresh))
+    gain = float(row.accuracy - control.accuracy.mean())
+    return Search(trials, references, best, gain, paired_test((again - frozen).to_numpy()))
+
+
+def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> str:
     """Write the tables, the picture and the best choice with the other `zo` options; return what the user should read."""
-    choices = ranked(trials)
-    best = choices.iloc[0]
-    as_good = [name for name, accuracy in references.items() if accuracy >= best.accuracy]
-    doubt = f"No better than {' and '.join(as_good)}: the held-out images show no gain from zeroth order." if as_good else ""
-    table = trial_table(choices, references)
+    choices = ranked(found.trials)
+    table = trial_table(choices, found.references)
     note = "Accuracy in % on held-out training images of the first task; test images were not read. The first row is in tuned.yaml."
-    replace_file(folder / "tuning.md", f"# {folder.name}\n\n    {command}\n\n{table}\n{note}\n" + (f"\n**{doubt}**\n" if doubt else ""))
-    trials.to_csv(folder / "tuning.csv", index=False)
-    plot_trials(folder / "tuning.png", trials, choices, references)
-    options = dict(split_options([option for option in fixed if option.startswith("zo.")])) | dict(best[trials.columns[:-2]])
-    content = OmegaConf.from_dotlist([f"{key}={value}" for key, value in options.items()])
-    head = f"# {command}\n# held-out accuracy {best.accuracy:.2f} %, the best of {len(choices)}\n" + (f"# {doubt}\n" if doubt else "")
-    replace_file(folder / "tuned.yaml", head + OmegaConf.to_yaml(content))
+    head = f"# {folder.name}\n\n    {command}\n\n**{found.answer}** {found.shrinkage}"
+    replace_file(folder / "tuning.md", f"{head}\n\n{table}\n{note}\n")
+    found.trials.to_csv(folder / "tuning.csv", index=False)
+    plot_trials(folder / "tuning.png", found.trials, choices, found.references)
+    options = [option for option in (*fixed, *(f"{key}={value}" for key, value in found.best.items())) if option.startswith(("zo=", "zo."))]
+    named = [key.split(".")[1] for key, _ in split_options(options) if key != "zo"]
+    resolved = compose_config([*fixed, *options]).as_dict()["zo"]
+    kept = {key: resolved[key] for key in (*(STRATEGY if "zo" in dict(split_options(options)) else ()), *named)}
+    if isinstance(kept.get("probes"), dict):  # as one value: it replaces a number
+        kept["probes"] = f"{{{', '.join(f'{branch}: {count}' for branch, count in kept['probes'].items())}}}"
+    replace_file(folder / "tuned.yaml", f"# {command}\n# {found.answer}\n" + OmegaConf.to_yaml(OmegaConf.create({"zo": kept})))
     advice = f"Train with tuned={folder}/tuned.yaml; the picture is {folder}/tuning.png"
-    return "\n".join([f"\n{table}", *([doubt] if doubt else []), advice])
+    return "\n".join([f"\n{table}", found.answer, found.shrinkage, advice])
+
+
+STRATEGY = ("name", "transform", "acceptance", "epsilon")  # what configs/zo/NAME.yaml sets
 
 
 def main() -> None:
@@ -108,6 +170,7 @@ def main() -> None:
     )
     parser.add_argument("words", nargs="*", metavar="OPTION=VALUE", help="options of dist_vlcl.train; give several values with commas")
     parser.add_argument("--holdout", type=float, default=0.2, metavar="PART", help="part of each class's training images to hold out (0.2)")
+    parser.add_argument("--fresh", type=int, default=FRESH, metavar="N", help=f"seeds that the best one is run again with ({FRESH})")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: tuning/NAME, after the run's own name)")
     add_launch_options(parser)
     arguments = parser.parse_intermixed_args()
@@ -119,25 +182,33 @@ def main() -> None:
         cfg = compose_config(fixed)
         folder = arguments.out or Path("tuning") / cfg.run.name
         choices = grid(cfg, several, fixed)
-        control, *items = (prepare(command_lines(fixed, choice, seeds, folder, arguments.holdout)) for choice in (CONTROL, *choices))
+        if arguments.fresh < 2:
+            raise ValueError(f"--fresh {arguments.fresh}: give at least 2, because an interval needs two differences")
+        fresh = [str(max(map(int, seeds)) + 1 + k) for k in range(arguments.fresh)]
+
+        def planned(choices: Sequence[Choice], seeds: Sequence[str]) -> list[list[Item]]:
+            return [prepare(command_lines(fixed, choice, seeds, folder, arguments.holdout)) for choice in choices]
+
+        screen = planned([CONTROL, *choices], seeds)
     except ValueError as error:
         refuse(error)
-    runs, launcher = [*control, *itertools.chain(*items)], launcher_of(arguments)
+    launcher = launcher_of(arguments)
     if arguments.list:
-        print_commands(runs, launcher)
+        print_commands(itertools.chain(*screen), launcher)
         return
-    if LEFT in run_all(runs, launcher, console).values():
-        sys.exit(STOPPED)
-    trials = trials_of(choices, items)
-    if trials.accuracy.isna().all():
+
+    def train(choices: Sequence[Choice], seeds: Sequence[str]) -> list[pd.DataFrame]:
+        items = planned(choices, seeds)
+        if LEFT in run_all([*itertools.chain(*items)], launcher, console).values():
+            sys.exit(STOPPED)
+        return [trained(of_choice) for of_choice in items]
+
+    found = search(choices, train, seeds, fresh)
+    if found is None:
         console.print(f"no run was completed; see their messages above, and {folder}/trials")
         sys.exit(1)
-    complete = [item.accuracy for item in control if item.is_complete]
-    zero_shot = [next(iter(accuracy["zero_shot"].values())) for accuracy in complete if accuracy.get("zero_shot")]
-    values = {"the same units frozen": [accuracy["last"] for accuracy in complete], "zero-shot CLIP": zero_shot}
-    references = {name: 100 * mean(accuracies) for name, accuracies in values.items() if accuracies}
     command = f"python -m dist_vlcl.commands.tune {masked_command(arguments.words)} --holdout {arguments.holdout}"
-    console.print(write(folder, command, fixed, trials, references), highlight=False, markup=False, soft_wrap=True)
+    console.print(write(folder, command, fixed, found), highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

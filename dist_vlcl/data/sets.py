@@ -94,8 +94,10 @@ def read_raw(data: DataConfig) -> RawSet:
 
 def digits(_: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """scikit-learn's 1797 handwritten digits: 8x8 pixels, white on black, enlarged to 32x32."""
-    from sklearn.datasets import load_digits
-
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ValueError("data=digits: scikit-learn is not installed: pip install 'dist-vlcl[digits]'") from error
     loaded = load_digits()
     found = [
         Found(None, DIGITS[label], f"{DIGITS[label]}/{number:04d}.png", partial(_digit_png, image))

@@ -224,12 +224,15 @@ def build_command(data: DataConfig) -> str:
 def make_shards(data: DataConfig, track: Track = iter) -> Index:
     """Write the shards of the data set that the options name.
 
-    Raises FileExistsError if there are shards already, since they are not compared with the source.
+    Raises FileExistsError if there are shards already, since they are not compared with the source, and ValueError for a single class.
     """
     folder = Path(data.root) / data.name
     if (folder / "index.json").exists():
         raise FileExistsError(f"{folder} has shards already: remove it to build them again, or choose another data.root")
-    return write_shards(read_raw(data), data, track)
+    raw = read_raw(data)
+    if len(raw.class_names) < 2:
+        raise ValueError(f"data.source={data.source!r}: all images are in one folder, {raw.class_names}; give one folder for each class")
+    return write_shards(raw, data, track)
 
 
 def write_shards(raw: RawSet, data: DataConfig, track: Track = iter) -> Index:

@@ -26,9 +26,16 @@ class ClusterConfig:
     """How the run expects to be started."""
 
     num_processes: int | None = option(None, "Number of ranks that the launcher must have started; null: any number.", min=1)
-    device: str = option("auto", "Where to compute; auto: on a GPU if there is one.", choices=("auto", "cpu", "cuda"))
+    device: str = option(
+        "auto", "Where to compute; auto: on CUDA GPUs if there are any. Apple's MPS is not supported.", choices=("auto", "cpu", "cuda")
+    )
     timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0)
     direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
+    exact_bits: bool | None = option(
+        None,
+        "Pad a rank's samples to 8, so that zeroth order alone has the same bits on any number of ranks; null: only if a rank's part of a "
+        "full batch has 8 samples, where this costs nothing.",
+    )
     threads: int | None = option(
         1,
         "CPU threads of a rank, instead of OMP_NUM_THREADS; null: the cores divided by the ranks. The last bits of sums depend on it.",
@@ -102,13 +109,16 @@ class World:
         """Return the number of this rank's group, which decides the candidates that it evaluates."""
         return self.rank // self.data_size
 
-    def take_peak_gib(self) -> float | None:
-        """Return the peak GPU memory of this rank since the last call in GiB; None on a CPU."""
+    def take_peaks_gib(self) -> dict[str, float]:
+        """Return the peak GPU memory of this rank since the last call in GiB, reserved (`peak_gib`) and allocated; nothing on a CPU.
+
+        Memory of CUDA graphs counts as reserved only.
+        """
         if self.device.type != "cuda":
-            return None
-        peak = torch.cuda.max_memory_reserved(self.device) / 2**30  # allocations of CUDA graphs are not counted as allocated
+            return {}
+        reserved, allocated = torch.cuda.max_memory_reserved(self.device), torch.cuda.max_memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        return peak
+        return {"peak_gib": reserved / 2**30, "allocated_gib": allocated / 2**30}
 
     def sum_exact(self, vector: Tensor, what: str = "numbers") -> Tensor:
         """Return the sum over ranks of an int64 vector `[n]`. Integer sums are exact, so every rank gets the same result."""

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dist_vlcl.model.activation import QuickGELU
+from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.timm_tower import MLP_INPUT, TimmStemAndHead, WholeBlock
 from dist_vlcl.model.tower import AdaptedBlock, ImageStemAndHead, Tower
 from dist_vlcl.model.units import UnitId, Units
@@ -291,6 +292,30 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
     vision = Tower("vision", blocks, stem, model.checkpoint)
     language = Tower("language", adapted("language", text.text.transformer, text.text.attn_mask is not None), text, model.checkpoint)
     return TwoTowers(vision, language, tokenizer, model, size)
+
+
+def merge_lora(model: ModelConfig, lora: LoRAConfig, adapters: Mapping[str, Tensor], seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights of open_clip's own CLIP with LoRA on attention merged in, and their configuration for open_clip.
+
+    adapters: tensors under the names of Units.state_dict. seed: of the run's weights if they are random. Raises ValueError for other
+    adapters: these compute something that CLIP's own weights cannot.
+    """
+    import open_clip
+
+    if not isinstance(lora, LoRAConfig) or "mlp" in lora.targets:
+        raise ValueError("these adapters lie beside the MLP and cannot be merged; only adapter=lora can. Use --to adapters")
+    if "timm_model_name" in open_clip.get_model_config(model.name)["vision_cfg"]:
+        raise ValueError(f"model.name={model.name!r}: merging into blocks of timm is not supported. Use --to adapters")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        clip = _load(model)[0].float()
+        for name in (name for name in adapters if name.endswith("_up")):
+            unit, target = UnitId.parse(name.split("/")[0]), name.split("/")[1].removesuffix("_up")
+            transformer = (clip.visual if unit.branch == "vision" else getattr(clip, "text", clip)).transformer
+            weight = transformer.resblocks[unit.layer - 1].attn.in_proj_weight.chunk(3)["qkv".index(target)]
+            weight += adapters[name] @ adapters[name.replace("_up", "_down")] * lora.factor
+    preprocessing = {key: clip.visual.preprocess_cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    return clip.state_dict(), {"model_cfg": open_clip.get_model_config(model.name), "preprocess_cfg": preprocessing}
 
 
 def unit_ids(model: ModelConfig) -> list[UnitId]:

@@ -31,6 +31,11 @@ class LoRAConfig:
         """Return the adapter's name in the names of runs."""
         return "lora_mlp" if self.targets == ["mlp"] else "lora"
 
+    @property
+    def factor(self) -> float:
+        """Return the factor of the adapter's output."""
+        return self.scale if self.alpha is None else self.alpha / self.rank
+
     def make(self, width: int, generator: torch.Generator) -> "LoRAAdapter":
         """Return a new adapter for a block of width D."""
         return LoRAAdapter(width, self, generator)
@@ -46,7 +51,7 @@ class LoRAAdapter(nn.Module):
     def __init__(self, width: int, config: LoRAConfig, generator: torch.Generator):
         super().__init__()
         self.config = config
-        self.scale = config.scale if config.alpha is None else config.alpha / config.rank
+        self.scale = config.factor
         self.site = "mlp" if config.targets == ["mlp"] else "attention"
         bound = 1 / math.sqrt(width)
         for target in config.targets:

@@ -9,9 +9,10 @@ from markdown_it import MarkdownIt
 
 from dist_vlcl.report import tables
 from dist_vlcl.report.figures import write_picture
+from dist_vlcl.report.measures import MEASURES
 from dist_vlcl.report.paper_figures import pictures_of
-from dist_vlcl.report.records import gather, step_frame
-from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, missing_of, results_of
+from dist_vlcl.report.records import CONTROLS, gather, step_frame
+from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, missing_of, results_of, spread_of
 from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape
 
 TERMS = (
@@ -19,6 +20,13 @@ TERMS = (
     "(number of seeds). Control: the same run with its zeroth-order units frozen, or zero-shot CLIP if nothing else learns. "
     "Δ: mean paired difference over the seeds that both have, in points."
 )
+WORTH_TERMS = (
+    "R = (ours − zero-shot) / (first order on the same units − zero-shot), where no other unit learns. "
+    "Cosine: between estimate and gradient, as expected from the slopes and the estimate's norm. "
+    "Expected descent: the sum over all steps of coefficient times squared slope, in units of the loss. "
+    "The other columns: the share of the steps that an acceptance rule decided. Means over seeds."
+)
+SPREAD = "Is the spread over seeds larger on renditions (ImageNet-R) than on CIFAR-100?"
 
 
 class Report:
@@ -42,11 +50,17 @@ class Report:
         self.pictures = pictures_of(complete, results, comparisons)
         self.data = {"runs": shown, "cells": cells, "comparisons": comparisons, "memory": memory, "missing": missing}
         self.data |= {picture.name: picture.data for picture in self.pictures}
-        shown = [TERMS, *_results(cells[cells.seeds > 0]), *_claims(comparisons), *self._figures()]
+        ours, spread = cells[cells.seeds > 0], spread_of(results)
+        shown = [TERMS, *_results(ours), *_worth(ours), *_claims(comparisons, spread), *self._figures()]
         repeated = runs[runs.is_complete & ~runs.is_probe & ~runs.path.isin(complete.path)].run
         self.left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
         self.left_out |= {row.run: f"not complete, tasks done: {row.tasks_done}" for row in runs[~runs.is_complete].itertuples()}
-        rest = [*_tables(cells, memory), "## What is missing", _missing(missing, len(published), self.left_out)]
+        rest = [
+            *_tables(cells, memory),
+            "## What is missing",
+            *_unasked(comparisons, spread),
+            _missing(missing, len(published), self.left_out),
+        ]
         self.page = _joined(["# Report", *shown, *rest])
 
     def write(self, out: Path) -> None:
@@ -83,24 +97,36 @@ def _results(ours: pd.DataFrame) -> Iterator[str]:
     yield tables.result_table(ours)
 
 
-def _claims(comparisons: pd.DataFrame) -> Iterator[str]:
+def _claims(comparisons: pd.DataFrame, spread: pd.DataFrame) -> Iterator[str]:
     if comparisons.empty:
         return
-    yield "## Comparisons and claims"
+    yield "## Questions"
     yield RULE
     for name, claim in CLAIMS.items():
         found = comparisons[comparisons.claim == name]
-        counted = found[found.variant != "frozen"]  # the controls are in the table, and are no evidence for a claim
+        if found.empty:
+            continue
+        counted = found[~found.variant.isin(CONTROLS)]  # the controls are in the table, and are no evidence for a claim
         counts = (
             counted.assign(verdict=counted.verdict.replace(UNKNOWN, "no interval")).groupby("metric", sort=False).verdict.value_counts()
         )
-        texts = [f"{METRICS[metric]} {verdict}: {count}" for (metric, verdict), count in counts.sort_index(ascending=False).items()]
-        yield f"**{claim.statement}** ({claim.condition}) {'; '.join(texts) or 'Not run'}."
-        if len(found):
-            yield tables.comparison_table(found)
+        names = {**METRICS, **dict.fromkeys(MEASURES, "")}
+        texts = [f"{names[metric]} {verdict}: {count}".strip() for (metric, verdict), count in counts.sort_index(ascending=False).items()]
+        yield f"**{claim.statement}** ({claim.condition}) {'; '.join(texts) or 'Only controls were run'}."
+        yield tables.comparison_table(found)
+    if len(spread):
+        yield f"**{SPREAD}** p: one-sided F-test of equal spreads."
+        yield tables.spread_table(spread)
     if len(others := comparisons[comparisons.claim == ""]):
         yield "**Other differences.** 95 % interval and p of a paired t-test, not corrected for their number."
         yield tables.comparison_table(others)
+
+
+def _worth(ours: pd.DataFrame) -> Iterator[str]:
+    if table := tables.worth_table(ours):
+        yield "## What zeroth order was worth"
+        yield WORTH_TERMS
+        yield table
 
 
 def _tables(cells: pd.DataFrame, memory: pd.DataFrame) -> Iterator[str]:
@@ -114,6 +140,12 @@ def _tables(cells: pd.DataFrame, memory: pd.DataFrame) -> Iterator[str]:
     for title, table in found.items():
         yield title
         yield table
+
+
+def _unasked(comparisons: pd.DataFrame, spread: pd.DataFrame) -> Iterator[str]:
+    unasked = [claim.statement for name, claim in CLAIMS.items() if name not in set(comparisons.claim)] + ([] if len(spread) else [SPREAD])
+    if unasked:
+        yield f"Questions without runs: {' '.join(unasked)}"
 
 
 def _missing(missing: pd.DataFrame, num_published: int, left_out: Mapping[str, str]) -> str:

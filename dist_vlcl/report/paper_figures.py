@@ -45,7 +45,7 @@ class Picture:
 
 def draw_losses(runs: pd.DataFrame, methods: Sequence[str]) -> Drawn | None:
     """Draw the base loss of every step, smoothed within a task: the mean over seeds, and the range of the seeds as a band."""
-    data = gather(runs, step_frame).drop(columns="peak_gib", errors="ignore").dropna()
+    data = gather(runs, step_frame).drop(columns=["peak_gib", "allocated_gib"], errors="ignore").dropna()
     if data.empty:
         return None
     figure = Figure(figsize=(6.9, 3.9))
@@ -127,25 +127,27 @@ FIGURES: dict[int, tuple[str, Callable[[pd.DataFrame, Sequence[str]], Drawn | No
 
 
 def draw_seeds(results: pd.DataFrame) -> Drawn | None:
-    """Draw Last of every seed of every method, with the mean and its 95 % interval."""
+    """Draw Last and Avg of every seed of every method, with the mean and its 95 % interval."""
     trained = in_paper_order(results[results.variant != "zero_shot"], METHOD)
     methods = list(trained.groupby(METHOD, sort=False))
     if max((len(seeds) for _, seeds in methods), default=0) < 2:
         return None
     labels = [_row_label(method_label(*key[:4]), key[4]) for key, _ in methods]
-    figure = Figure(figsize=(6.9, 1.1 + len(labels) * _row_height(labels)))
-    axes = figure.subplots()
-    for row, (_, seeds) in enumerate(methods):
-        first = row == 0
-        axes.plot(seeds["last"], [row] * len(seeds), color=GREY, marker="|", linewidth=0, markersize=9, label="a seed" if first else "")
-        _draw_interval(axes, row, paired_test(seeds["last"].to_numpy()), BLUE, "o", BLUE, "mean, 95 % interval" if first else "")
-    if len(zero_shot := results[results.variant == "zero_shot"]):
-        axes.axvline(zero_shot["last"].mean(), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
-    axes.set_yticks(range(len(labels)), labels, fontsize=9)
-    axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel="Last (%)")
-    put_legend(figure, axes)
-    caption = "Last of every seed, with the mean and its 95 % interval. The paper's figure shows only whole branches."
-    return figure, trained[[*CELL, "other_settings", "run", "seed", "last"]], caption
+    figure = Figure(figsize=(9.0, 1.1 + len(labels) * _row_height(labels)))
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, (metric, name) in zip(both, METRICS.items(), strict=True):
+        for row, (_, seeds) in enumerate(methods):
+            first = row == 0
+            axes.plot(seeds[metric], [row] * len(seeds), color=GREY, marker="|", linewidth=0, markersize=9, label="a seed" if first else "")
+            test, label = paired_test(seeds[metric].to_numpy()), "mean, 95 % interval" if first else ""
+            _draw_interval(axes, row, test, BLUE, "o", BLUE, label)
+        if len(zero_shot := results[results.variant == "zero_shot"]):
+            axes.axvline(zero_shot[metric].mean(), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
+        axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel=f"{name} (%)")
+    both[0].set_yticks(range(len(labels)), labels, fontsize=9)
+    put_legend(figure, both[0])
+    caption = "Last and Avg of every seed, with the mean and its 95 % interval. The paper's figure shows only whole branches."
+    return figure, trained[[*CELL, "other_settings", "run", "seed", *METRICS]], caption
 
 
 def _draw_interval(axes: Axes, place: float, test: Any, color: str, marker: str, face: str, label: str = "") -> None:
@@ -215,7 +217,8 @@ def pictures_of(complete: pd.DataFrame, results: pd.DataFrame, comparisons: pd.D
             caption += f" Other settings than the paper's: {settings}." if settings else ""
             found[name] = Picture(name, title, caption, figure, data)
 
-    for (dataset, settings), tests in comparisons[comparisons.claim != ""].groupby(["dataset", "shared_settings"], sort=False):
+    of_accuracy = comparisons[(comparisons.claim != "") & comparisons.metric.isin(list(METRICS))]
+    for (dataset, settings), tests in of_accuracy.groupby(["dataset", "shared_settings"], sort=False):
         add(f"claims-{dataset}", f"The paper's claims on {DATASETS.get(dataset, dataset)}", settings, draw_claims(tests))
     trained = in_paper_order(complete[complete.variant != "zero_shot"], CELL)
     groups = list(trained.groupby([*GROUP, "adapter"], sort=False))
@@ -233,6 +236,8 @@ def draw_figure(number: int, runs: pd.DataFrame) -> Drawn | None:
     """Draw Figure 2 to 7 from the runs of one group; None without a run of the variant that it is about: that of its last method."""
     _, draw, methods = FIGURES[number]
     runs = runs.assign(method=[method_label("", *fields) for fields in runs[CELL[3:]].to_numpy()])
+    if number == 4 and (by_unit := runs.method_settings.str.contains("zo.granularity=unit", regex=False)).any():
+        runs = runs[by_unit]  # with one slope for a whole branch, all its layers have the same variance
     fewest = runs.groupby("method").method_settings.transform(lambda texts: min(texts, key=lambda text: (len(text), text)))
     runs = runs[runs.method.isin(methods) & (runs.method_settings == fewest)]  # of several settings of a method the fewest
     is_subject = runs.variant == methods[-1].split(", ")[-1]

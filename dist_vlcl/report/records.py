@@ -12,12 +12,15 @@ import pyarrow
 
 from dist_vlcl.options import flatten
 from dist_vlcl.reading import read_lines
-from dist_vlcl.saved import METRICS_FORM, read_accuracy, read_config, read_unit_records
+from dist_vlcl.report.measures import MEASURES, measures_of
+from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM, read_accuracy, read_config, read_unit_records
 
 TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
 UNTRAINED = {"adapter": "", "branch": "none", "layers": "none", "variant": "zero_shot"}  # CLIP as it was downloaded
-WITHOUT_ZEROTH = ("none", "zero_shot", "frozen")  # variants in which no unit learns by zeroth order
+WITHOUT_ZEROTH = ("none", "zero_shot", "frozen")  # variants in which no unit is moved by zeroth order
+RANDOM_WALKS = ("walk", "signwalk", "manywalk")
+CONTROLS = ("frozen", *RANDOM_WALKS)  # variants in which the units that a run is about learn nothing
 IMAGES_PER_CLASS = {"cifar100": (500, 100), "tiny_imagenet": (500, 50), "imagenet_r": (120, 30)}  # training, test; the last on average
 PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a part of the test images"
 
@@ -89,18 +92,17 @@ def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, 
     `realise` maps a resolved configuration to the cell that it realises (a mapping with the fields CELL) and to the configuration of that
     cell. Accuracies are in percent. `other_settings` says in which options the run's configuration differs from the cell's, such as
     "model.name=small_clip; zo.lr_scale=3.0". It is also split: `method_settings` (adapter, orders, zo), `shared_settings` (all others;
-    runs are only compared where these are equal) and `model_settings` (the shared ones that matter without training).
+    runs are only compared where these are equal) and `model_settings` (the shared ones that matter without training). The columns MEASURES
+    say what the zeroth-order steps were worth.
     """
     rows, unreadable = [], {}
     for folder in dict.fromkeys(folders):
         try:
-            row = _run_row(folder, realise)
-            read_units(folder)  # damaged records raise here, where one run is left out by name
-            rows.append(row)
+            rows.append(_run_row(folder, realise))
         except FileNotFoundError:
             unreadable[folder.name] = "not a run folder: it has no config.yaml"
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            unreadable[folder.name] = f"could not read config.yaml, accuracy.json or units/: {next(iter(str(error).splitlines()), '')}"
+            unreadable[folder.name] = f"could not read its files: {next(iter(str(error).splitlines()), '')}"
     return pd.DataFrame(rows), unreadable
 
 
@@ -108,6 +110,8 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
     config = read_config(folder / "config.yaml")
     accuracy = read_accuracy(folder, config)
     cell, reference = realise(config)
+    units = read_units(folder).to_pandas()  # damaged records raise here, where one run is left out by name
+    journal = [] if cell["variant"] in WITHOUT_ZEROTH else read_lines(folder / "journal.jsonl", JOURNAL_FORM)
     before = accuracy.get("zero_shot") or {}
     zero_shot = [100 * before[task] for task in sorted(before, key=int)]
     is_probe = config["train"].get("max_steps") is not None
@@ -127,6 +131,8 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
         "zero_shot_last": zero_shot[-1] if zero_shot else nan,
         "zero_shot_avg": sum(zero_shot) / len(zero_shot) if zero_shot else nan,
         **{key: accuracy.get(key) for key in ("steps", "seconds")},
+        **dict.fromkeys(MEASURES, nan),
+        **measures_of(step_frame(folder), journal, units, config["zo"]),
         "is_complete": accuracy.get("complete") is True,
         "is_probe": is_probe,  # stopped after a few steps: only its memory counts
         "tasks_done": len(accuracy.get("rows", ())),
@@ -138,11 +144,21 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
 def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant: str) -> dict[str, str]:
     """Return the options, as key=value, in which a configuration differs from its cell's and that its method reads."""
     unread: tuple[str, ...] = ("zo.*",) if variant in WITHOUT_ZEROTH else ()
+    unread = ("zo.acceptance",) if variant in RANDOM_WALKS else unread  # random signs always take the step
     unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
-    ours, cell = flatten(config), flatten(reference)
+    ours, cell = _flat(config), _flat(reference)
     # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to a user's adapter.
     keys = [key for key in ours if key in cell and not _matches(key, (*NOT_COMPARED, *unread))]
     return {key: f"{key}={_text(ours, key)}" for key in sorted(keys) if _text(ours, key) != _text(cell, key)}
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every option under its dotted key. Probes per branch are one option: the number of the one branch that reads it, or both."""
+    probes = config.get("zo", {}).get("probes")
+    if not isinstance(probes, Mapping):
+        return flatten(config)
+    text = f"{{{', '.join(f'{branch}: {probes[branch]}' for branch in sorted(probes))}}}"
+    return flatten({**config, "zo": {**config["zo"], "probes": probes.get(config["orders"]["branch"], text)}})
 
 
 def _text(config: Mapping[str, Any], key: str) -> str:
@@ -169,8 +185,8 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
 
 
 def step_frame(folder: Path) -> pd.DataFrame:
-    """Return one row per step of a run: step, task, loss, and peak_gib (NaN where a step did not record it)."""
-    return pd.DataFrame(read_records(folder).steps).reindex(columns=["step", "task", "loss", "peak_gib"])
+    """Return one row per step of a run: step, task, loss, peak_gib (reserved) and allocated_gib; NaN where it was not recorded."""
+    return pd.DataFrame(read_records(folder).steps).reindex(columns=["step", "task", "loss", "peak_gib", "allocated_gib"])
 
 
 def gather(runs: pd.DataFrame, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """Averages over seeds, paired differences with their intervals, and what these say about the paper's claims."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dist_vlcl.report.records import CELL, TASKS, UNTRAINED, WITHOUT_ZEROTH
+from dist_vlcl.report.measures import MEASURES
+from dist_vlcl.report.records import CELL, CONTROLS, TASKS, UNTRAINED, WITHOUT_ZEROTH
 from dist_vlcl.report.tables import DATASETS, METRICS, UNKNOWN, method_label
 
 GROUP = [*TASKS, "shared_settings"]  # runs are compared within a group only
@@ -19,44 +20,68 @@ ORDER = {  # as the paper lists them
     "adapter": ("", "moe", "lora"),
     "branch": ("none", "dual", "vision", "language"),
     "layers": ("none", "all", "hop_odd", "hop_even", "prefix", "suffix"),
-    "variant": ("zero_shot", "none", "frozen", "naive", "sign", "conservative", "mozo"),
+    "variant": ("zero_shot", "none", "frozen", "naive", "sign", "conservative", "mozo", "many_probes"),
 }
 MARGIN = 1.0  # points: a method that is less than this behind has reached the other
-SUPPORTED, CONTRADICTED, NOT_DECIDED = "supported", "contradicted", "not decided"
+WALKS = {"naive": "walk", "conservative": "walk", "many_probes": "manywalk"}  # the random walk of a strategy; else signwalk
+SAME = 0.5  # points: two methods that differ by less count as the same
+RECOVERED = "recovered_{}"  # column: R of Last or Avg
+YES, NO, NOT_DECIDED = "yes", "no", "not decided"
 RULE = (
-    f"A claim is *{SUPPORTED}* if the whole 95 % interval of the mean paired difference (Δ) lies on the claim's side of its bound, "
-    f"*{CONTRADICTED}* if the whole interval lies on the other side, and *{NOT_DECIDED}* if the interval contains the bound. "
-    f"{UNKNOWN}: no interval, because there is one seed or all differences are equal. "
+    f"*{YES}*: the whole 95 % interval of the mean paired difference (Δ) lies on the question's side of its bound. *{NO}*: it lies on "
+    f"the other side. *{NOT_DECIDED}*: it contains the bound. A question without a side has the answer *{NO}* if the whole interval lies "
+    f"within ±{SAME:g} point. {UNKNOWN}: no interval, because there is one seed or all differences are equal. "
     "The intervals are not corrected for their number: one in twenty misses the true difference."
 )
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement about a difference of two methods in points. Without a bound it says that there is a difference in either direction."""
+    """A question about a difference of two methods. Without a bound it asks whether they differ in either direction.
+
+    `measures`: pairs of columns; the difference is the method's first less the other method's second.
+    """
 
     statement: str
     condition: str  # on the difference, as it is printed
     bound: float | None = 0.0
-    is_below: bool = False  # the claim is that the difference is less than the bound
+    is_below: bool = False  # the answer is yes if the difference is less than the bound
+    measures: tuple[tuple[str, str], ...] = (("last", "last"), ("avg", "avg"))
 
     def verdict(self, low: float, high: float) -> str:
         """Return what the 95 % interval of the mean difference says, by RULE."""
         if math.isnan(low):
             return UNKNOWN
+        if self.bound is None and -SAME < low <= 0 <= high < SAME:
+            return f"{NO} (within ±{SAME:g})"
         if self.bound is None:
-            return f"{SUPPORTED} (higher)" if low > 0 else f"{SUPPORTED} (lower)" if high < 0 else NOT_DECIDED
+            return f"{YES} (higher)" if low > 0 else f"{YES} (lower)" if high < 0 else NOT_DECIDED
         if low <= self.bound <= high:
             return NOT_DECIDED
-        return SUPPORTED if (high < self.bound) == self.is_below else CONTRADICTED
+        return YES if (high < self.bound) == self.is_below else NO
 
 
+VISION, LANGUAGE = (((name, name),) for name in ("variance_vision", "variance_language"))
 CLAIMS = {
-    "dual_behind_first_order": Claim("Zeroth order in both branches is behind first order.", "Δ < 0", is_below=True),
-    "language_above_vision": Claim("Zeroth order in the language branch beats zeroth order in vision.", "Δ > 0"),
-    "hop_reaches_first_order": Claim("Zeroth order in every other layer reaches first order.", f"Δ > −{MARGIN:g} point", bound=-MARGIN),
-    "mozo_above_its_plan": Claim("MoZO beats the same plan without it.", "Δ > 0"),
-    "differs_from_control": Claim("Zeroth order differs from freezing the same units.", "Δ ≠ 0", bound=None),
+    "dual_behind_first_order": Claim("Is zeroth order in both branches behind first order?", "Δ < 0", is_below=True),
+    "language_above_vision": Claim("Does zeroth order in language beat zeroth order in vision?", "Δ > 0"),
+    "hop_reaches_first_order": Claim("Does zeroth order in every other layer reach first order?", f"Δ > −{MARGIN:g} point", bound=-MARGIN),
+    "hop_above_block": Claim("Do interleaved layers beat contiguous ones?", "Δ > 0"),
+    "above_naive": Claim("Do sign and conservative steps beat naive ones?", "Δ > 0"),
+    "mozo_above_its_plan": Claim("Does MoZO beat the same plan without it?", "Δ > 0"),
+    "mozo_above_sign": Claim("Does MoZO's smaller epsilon for vision matter beside sign alone?", "Δ ≠ 0", bound=None),
+    "above_random_walk": Claim("Does zeroth order beat steps of the same length with random signs?", "Δ > 0"),
+    "differs_from_control": Claim("Does zeroth order differ from freezing the same units?", "Δ ≠ 0", bound=None),
+    "vision_varies_more": Claim(
+        "Do estimates vary more in vision than in language?", "Δ > 0 in log10", measures=(("variance_vision", "variance_language"),)
+    ),
+    "hop_varies_less": Claim(
+        "Do estimates vary less in interleaved layers than in contiguous ones?", "Δ < 0 in log10", is_below=True, measures=LANGUAGE
+    ),
+    "mozo_varies_less": Claim("Does MoZO lower the variance in vision?", "Δ < 0 in log10", is_below=True, measures=VISION),
+    "dual_oscillates": Claim(
+        "Is the loss rougher with zeroth order in both branches than in one?", "Δ > 0", measures=(("roughness", "roughness"),)
+    ),
 }
 
 
@@ -92,59 +117,179 @@ def results_of(complete: pd.DataFrame) -> pd.DataFrame:
     untrained = untrained.assign(shared_settings=untrained.shared_settings.fillna(untrained.measured_in))
     untrained["is_own"] = untrained.measured_in == untrained.shared_settings  # a measurement within the group comes first
     untrained = untrained.sort_values("is_own", kind="stable").drop_duplicates([*GROUP, "seed"], keep="last")
-    return in_paper_order(pd.concat([trained, untrained[trained.columns]]), [*GROUP, *METHOD, "seed"])
+    untrained = untrained[trained.columns].assign(**dict.fromkeys(MEASURES, np.nan))
+    return with_recovered(in_paper_order(pd.concat([trained, untrained]), [*GROUP, *METHOD, "seed"]))
+
+
+def with_recovered(results: pd.DataFrame) -> pd.DataFrame:
+    """Return the results with R = (ours - zero-shot) / (first order on the same units - zero-shot), of Last and of Avg.
+
+    It is known where no other unit learns (orders.rest=frozen, or dual all) and the same seed has the other two runs in its group.
+    """
+    keys, metrics = [*GROUP, "seed"], list(METRICS)
+    is_alone = results.method_settings.astype(str).str.contains("orders.rest=frozen", regex=False)
+    is_whole = (results.branch == "dual") & (results.layers == "all")
+    own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole)]
+    if own.empty:
+        return results.assign(**{RECOVERED.format(metric): np.nan for metric in metrics})
+    partner = own[[*GROUP, *METHOD, "seed"]].copy()
+    whole = is_whole[own.index]
+    partner["layers"] = ("all but " + own.branch + " " + own.layers).mask(whole, "none")
+    partner["branch"], partner["variant"] = (pd.Series(name, own.index).mask(whole, "none") for name in ("dual", "frozen"))
+    partner["method_settings"] = [_without_zo(text, drops_rest=every) for text, every in zip(own.method_settings, whole, strict=True)]
+    first = partner.merge(results, on=[*GROUP, *METHOD, "seed"], how="left")[metrics].set_index(own.index)
+    before = partner[keys].merge(results[results.variant == "zero_shot"], on=keys, how="left")[metrics].set_index(own.index)
+    ratio = (own[metrics] - before) / (first - before).where(lambda gain: gain.abs() > 1e-9)
+    return results.join(ratio.rename(columns=RECOVERED.format))
+
+
+def _without_zo(settings: str, drops_rest: bool = False) -> str:
+    """Return the settings that a run without zeroth order reads."""
+    dropped = ("zo.", "orders.rest=") if drops_rest else ("zo.",)
+    return "; ".join(text for text in settings.split("; ") if text and not text.startswith(dropped))
 
 
 def compare(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per pair of methods of a group and metric: the mean difference over the seeds that both have, and a paired t-test.
+    """Return one row per pair of methods of a group and measure: the mean difference over the seeds that both have, and a paired t-test.
 
     `low` and `high` bound the 95 % interval; they and `p` are NaN with fewer than two seeds. `claim` and `verdict`: the claim of the paper
     that the difference bears on, if any, and what it says about it. `paper`: the same difference of the published numbers.
     """
     pairs = pd.DataFrame(_pairs(results), columns=[*GROUP, *METHOD, *(f"{name}_2" for name in METHOD), "claim"])
-    values = results[[*GROUP, *METHOD, "other_settings", "seed", *METRICS]]
-    other = values.drop(columns="other_settings").rename(columns={name: f"{name}_2" for name in (*METHOD, *METRICS)})
+    measured = [*METRICS, *(name for name in MEASURES if name in results)]
+    values = results[[*GROUP, *METHOD, "other_settings", "seed", *measured]]
+    other = values.drop(columns="other_settings").rename(columns={name: f"{name}_2" for name in (*METHOD, *measured)})
     joined = pairs.merge(values).merge(other)
     known = published.set_index(CELL)
     rows = []
     for _, both in joined.groupby(list(pairs.columns), sort=False):
         first = both.iloc[0]
         cells = [tuple(first[TASKS]) + tuple(first[[f"{name}{end}" for name in METHOD[:-1]]]) for end in ("", "_2")]
-        for metric in METRICS:
-            test = paired_test((both[metric] - both[f"{metric}_2"]).to_numpy())
+        claim = CLAIMS.get(first.claim, OTHER)
+        for metric, subtracted in claim.measures:
+            if metric not in measured or (differences := (both[metric] - both[f"{subtracted}_2"]).dropna()).empty:
+                continue
+            test = paired_test(differences.to_numpy())
+            theirs = known[metric].get(cells[0], np.nan) - known[metric].get(cells[1], np.nan) if metric in METRICS else np.nan
             rows.append(
                 {
                     **first[[*CELL, "other_settings", "shared_settings", "method_settings"]],
-                    **{"against": method_label(*cells[1][2:]), "metric": metric, **test},
-                    "paper": known[metric].get(cells[0], np.nan) - known[metric].get(cells[1], np.nan),
-                    "claim": first.claim,
-                    "verdict": CLAIMS[first.claim].verdict(test["low"], test["high"]) if first.claim else "",
+                    **{"against": method_label(*cells[1][2:]) if metric == subtracted else "its language branch"},
+                    **{"metric": metric, **test, "paper": theirs, "claim": first.claim},
+                    "verdict": claim.verdict(test["low"], test["high"]) if first.claim else "",
                 }
             )
     names = [*CELL, "other_settings", "shared_settings", "method_settings", "against", "metric", *paired_test([])]
     return pd.DataFrame(rows, columns=[*names, "paper", "claim", "verdict"])
 
 
+OTHER = Claim("", "")  # a difference that bears on no claim
+
+
 def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
     """Yield every comparison: a group, a method, another method, and the name of the claim or ""."""
     for group_and_method in results[[*GROUP, *METHOD]].drop_duplicates().itertuples(index=False):
         *_, adapter, branch, layers, variant, settings = group_and_method
-        is_zeroth, is_whole = variant not in WITHOUT_ZEROTH, layers == "all"
-        if not is_zeroth and variant != "frozen":
+        learns, is_whole, is_hop = variant not in (*WITHOUT_ZEROTH, *CONTROLS), layers == "all", layers in ("hop_odd", "hop_even")
+        if not learns and variant not in CONTROLS:
             continue
-        # A run without zeroth order does not read zo options: it has none of these settings.
-        without = "; ".join(text for text in settings.split("; ") if text and not text.startswith("zo."))
-        if is_zeroth and is_whole and branch == "dual":
-            yield (*group_and_method, *UNTRAINED.values(), "", "differs_from_control")
-        elif is_zeroth:
-            yield (*group_and_method, adapter, branch, layers, "frozen", without, "differs_from_control")
-        behind = "dual_behind_first_order" if is_whole and branch == "dual" else ""
-        claim = "hop_reaches_first_order" if layers in ("hop_odd", "hop_even") else behind
-        yield (*group_and_method, adapter, "none", "none", "none", without, claim)
-        if variant == "mozo":
-            yield (*group_and_method, adapter, branch, layers, "conservative", settings, "mozo_above_its_plan")
+
+        def pair(claim: str, *other: str, found: tuple = group_and_method) -> tuple:
+            return (*found, *other, claim)
+
+        without, units = _without_zo(settings), (adapter, branch, layers)
+        if variant != "frozen" and is_whole and branch == "dual":
+            yield pair("differs_from_control", *UNTRAINED.values(), "")
+        elif variant != "frozen":
+            yield pair("differs_from_control", *units, "frozen", without)
+        claim = "hop_reaches_first_order" if is_hop else "dual_behind_first_order" if is_whole and branch == "dual" and learns else ""
+        yield pair(claim, adapter, "none", "none", "none", without)
         if is_whole and branch == "language":
-            yield (*group_and_method, adapter, "vision", "all", variant, settings, "language_above_vision")
+            yield pair("language_above_vision", adapter, "vision", "all", variant, settings)
+        if not learns:
+            continue
+        walk = "; ".join(text for text in settings.split("; ") if not text.startswith("zo.acceptance="))
+        yield pair("above_random_walk", *units, WALKS.get(variant, "signwalk"), walk)
+        if variant == "mozo":
+            yield pair("mozo_above_its_plan", *units, "conservative", settings)
+            yield pair("mozo_varies_less", *units, "conservative", settings)
+            yield pair("mozo_above_sign", *units, "sign", settings)
+        if variant in ("sign", "conservative"):
+            yield pair("above_naive", *units, "naive", settings)
+        if branch == "dual":
+            yield pair("vision_varies_more", *group_and_method[-len(METHOD) :])
+        for block in ("prefix", "suffix") if is_hop else ():
+            yield pair("hop_above_block", adapter, branch, block, variant, settings)
+            if branch == "language" and "zo.granularity=unit" in settings:  # otherwise all layers have one slope
+                yield pair("hop_varies_less", adapter, branch, block, variant, settings)
+        for single in ("vision", "language") if is_whole and branch == "dual" else ():
+            yield pair("dual_oscillates", adapter, single, layers, variant, settings)
+
+
+def spread_of(results: pd.DataFrame) -> pd.DataFrame:
+    """Return how much Last spreads over seeds on ImageNet-R and on CIFAR-100, one row per method of both, with the p of an F-test."""
+    trained = results[results.variant != "zero_shot"]
+    spread = trained.groupby(["dataset", *METHOD, "shared_settings"])["last"].agg(["std", "count"]).reset_index()
+    both = [spread[(spread.dataset == name) & (spread["count"] > 1)] for name in ("imagenet_r", "cifar100")]
+    found = both[0].merge(both[1], on=METHOD, suffixes=("", "_cifar"))
+    ratio, degrees = (found["std"] / found.std_cifar) ** 2, (found["count"] - 1, found.count_cifar - 1)
+    return found.assign(p=stats.f.sf(ratio, *degrees))[[*METHOD, "std", "count", "std_cifar", "count_cifar", "p"]]
+
+
+def contrasts_of(results: pd.DataFrame, plan: Mapping[str, Any]) -> pd.DataFrame:
+    """Return one row per contrast that was named before the runs (configs/contrasts.yaml): difference, interval, p, Holm's p, answer.
+
+    A contrast has the claim `above` (the difference exceeds `bound`; one-sided paired t-test) or `same` (it lies within ±SAME; two
+    one-sided tests, the larger p). Holm's correction counts every contrast, also those without runs.
+    """
+    rows = []
+    for contrast in plan["contrasts"]:
+        differences, settings = _paired(results, contrast)
+        bound, test = float(contrast.get("bound", 0)), paired_test(differences)
+        p, is_same = np.nan, contrast["claim"] == "same"
+        if is_same and len(differences) > 1 and np.ptp(differences) < 1e-9:
+            p = float(abs(test["mean"]) >= SAME)  # equal differences: nothing is left to chance
+        elif not np.isnan(test["low"]):
+            sides = ((-SAME, "greater"), (SAME, "less")) if is_same else ((bound, "greater"),)
+            p = max(float(stats.ttest_1samp(differences, at, alternative=side).pvalue) for at, side in sides)
+        is_refuted = test["low"] > SAME or test["high"] < -SAME if is_same else test["high"] < bound
+        condition = f"|Δ| < {SAME:g}" if is_same else f"Δ > {bound:g}"
+        rows.append({"name": contrast["name"], "question": contrast["question"], "condition": condition, "metric": contrast["metric"]})
+        rows[-1] |= {**test, "p": p, "is_refuted": is_refuted, "settings": settings}
+    found = pd.DataFrame(rows)
+    found["p_holm"] = holm(found.p)
+    found["answer"] = np.select([found.p_holm < 0.05, found.is_refuted, found.seeds > 0], [YES, NO, NOT_DECIDED], "not run")
+    return found.drop(columns="is_refuted")
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Return p-values after Holm's correction for their number: each is a bound on the error of any of them. Unknown ones count, too."""
+    ordered = p.sort_values()
+    return (ordered * range(len(p), 0, -1)).cummax().clip(upper=1.0).reindex(p.index)
+
+
+def _paired(results: pd.DataFrame, contrast: Mapping[str, Any]) -> tuple[np.ndarray, str]:
+    """Return a contrast's differences by seed, from the group with the most seeds, and the settings of that group."""
+    method, other = (_chosen(results, {**contrast["where"], **contrast[side]}) for side in ("method", "against"))
+    both = method.merge(other, on=[*GROUP, "seed"], suffixes=("", "_2"))
+    if both.empty:
+        return np.array([]), ""
+    of_group = both[both.shared_settings == both.shared_settings.mode()[0]].drop_duplicates("seed")
+    metric = contrast["metric"]
+    return (of_group[metric] - of_group[f"{metric}_2"]).to_numpy(), of_group.other_settings.iloc[0]
+
+
+def _chosen(results: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the results with the wanted fields, and with exactly the wanted settings of zo and orders; others must only be there."""
+    fields = {key: value for key, value in wanted.items() if key in CELL}
+    found = results[(results[list(fields)] == pd.Series(fields)).all(axis=1)]
+    settings = set(wanted.get("settings", ()))
+
+    def fits(row: Any) -> bool:
+        given = set(f"{row.method_settings}; {row.shared_settings}".split("; "))
+        return settings <= given and {text for text in given if text.startswith(("zo.", "orders."))} <= settings
+
+    return found[np.array([fits(row) for row in found.itertuples()], dtype=bool)]
 
 
 def paired_test(differences: Sequence[float] | np.ndarray) -> dict[str, Any]:
@@ -162,6 +307,7 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
 
     `seeds` is 0 for a published cell without a run. `difference`: ours less the paper's. `gain`: ours less the control's, over the
     `gain_seeds` that both have, with its 95 % interval. `to_first`: ours less first order's. `paper_to_first`: the same in the paper.
+    R (RECOVERED) and MEASURES are means over seeds.
     """
     keys = [*CELL, "other_settings", "metric"]
     once = results.drop_duplicates([*CELL, "other_settings", "seed"])  # the untrained model stands in every group
@@ -170,6 +316,8 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     paper = published.melt([*CELL, "id", "table"], list(METRICS), "metric", "paper").rename(columns={"id": "paper_id"})
     first = paper[paper.variant == "none"].rename(columns={"paper": "paper_first"})[[*TASKS, "adapter", "metric", "paper_first"]]
     cells = summary.merge(paper, on=[*CELL, "metric"], how="outer").merge(first, on=[*TASKS, "adapter", "metric"], how="left")
+    worth = once.groupby(keys[:-1])[[*map(RECOVERED.format, METRICS), *MEASURES]].mean().reset_index()
+    cells = cells.merge(worth, on=keys[:-1], how="left")
     cells = cells.fillna({"other_settings": "", "paper_id": "", "seeds": 0})
     gain = {"mean": "gain", "low": "gain_low", "high": "gain_high", "seeds": "gain_seeds"}
     control = comparisons[comparisons.claim == "differs_from_control"].rename(columns=gain)
@@ -188,6 +336,6 @@ def missing_of(cells: pd.DataFrame) -> pd.DataFrame:
     once = cells[cells.metric == "last"]
     run = once[(once.seeds > 0) & (once.other_settings == "")]
     cell = once[(once.paper_id != "") & ~once.paper_id.isin(run.paper_id)].drop_duplicates("paper_id").assign(missing="run")
-    is_zeroth = (once.seeds > 0) & ~once.variant.isin(WITHOUT_ZEROTH)
+    is_zeroth = (once.seeds > 0) & ~once.variant.isin((*WITHOUT_ZEROTH, *CONTROLS))
     control = once[is_zeroth & once.gain_seeds.isna()].assign(missing="control")
     return pd.concat([cell.assign(other_settings=""), control])[["missing", *CELL, "other_settings", "paper_id"]]

@@ -8,11 +8,13 @@ from typing import Any
 import pandas as pd
 
 from dist_vlcl.masking import masked
+from dist_vlcl.report.measures import MEASURES
 from dist_vlcl.report.records import CELL, TASKS, WITHOUT_ZEROTH, read_records
 
 Row = Sequence[float | None]
 UNKNOWN = "–"
 METRICS = {"last": "Last", "avg": "Avg"}
+WORTH = ("cosine", "descent", "ordinary", "stayed", "mirrored", "shortened")
 DATASETS = {"cifar100": "CIFAR-100", "tiny_imagenet": "Tiny-ImageNet", "imagenet_r": "ImageNet-R"}
 PAPER_TABLES = {  # number -> title, and which published cells it shows (Tables 3 and 4 repeat rows for comparison)
     1: ("Zeroth order in a whole branch", "layers in ('none', 'all') and variant in ('none', 'conservative')"),
@@ -84,7 +86,10 @@ def tasks_label(dataset: str, increment: int) -> str:
 def method_label(adapter: str, branch: str, layers: str, variant: str) -> str:
     """Return how a page calls a method, such as "dual hop_odd, mozo". The adapter is named unless it is moe."""
     fixed = {"none": "first order", "zero_shot": "zero-shot CLIP"}
-    name = fixed.get(variant) or f"{branch} {layers}, {variant}"
+    shown = {"walk": "random walk", "signwalk": "random walk of signs", "manywalk": "random walk of many_probes"}
+    name = fixed.get(variant) or f"{branch} {layers}, {shown.get(variant, variant)}"
+    if layers.startswith("all but "):
+        name = f"{layers.removeprefix('all but ')}, first order alone"
     return name if adapter in ("moe", "") else f"{name} ({adapter})"
 
 
@@ -104,12 +109,13 @@ def _ours(cell: Any) -> str:
 
 
 def _by_metric(frame: pd.DataFrame, more: Sequence[str], heads: Sequence[str], texts_of: Callable[[Any], list[str]]) -> str:
-    """Return a table with one row per method and settings (and columns `more`), with the texts of Last and of Avg side by side."""
+    """Return a table with one row per method and settings (and columns `more`), with the texts of the metrics side by side."""
+    names = [{**METRICS, **MEASURES}[metric] for metric in dict.fromkeys(frame.metric)]
     rows = []
     for keys, both in frame.groupby([*CELL, "other_settings", *more], sort=False):
         texts = [text for row in both.itertuples() for text in texts_of(row)]
         rows.append([tasks_label(*keys[:2]), method_label(*keys[2:6]), *keys[7:], *texts, keys[6]])
-    columns = ["data", "method", *more, *(head.format(name) for name in METRICS.values() for head in heads), "other settings"]
+    columns = ["data", "method", *more, *(head.format(name) for name in names for head in heads), "other settings"]
     shown = len(columns) if frame.other_settings.any() else -1
     return markdown_table(columns[:shown], [row[:shown] for row in rows], num_left=2)
 
@@ -118,11 +124,54 @@ def result_table(ours: pd.DataFrame) -> str:
     """Return our results, of each data set the best Last first, each with its paired differences to its control."""
     is_zeroth, is_whole = ~ours.variant.isin(WITHOUT_ZEROTH), (ours.branch == "dual") & (ours.layers == "all")
     ours = ours.assign(control=is_whole.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
-    ours["tasks"] = ours.groupby(TASKS, sort=False).ngroup()
-    ours["best"] = ours.groupby([*CELL, "other_settings"])["mean"].transform("first")
-    ours = ours.sort_values(["tasks", "best"], ascending=[True, False], kind="stable")
     heads = ["{}", "Δ {}", "95 % interval"]
-    return _by_metric(ours, ["control"], heads, lambda c: [_ours(c), signed(c.gain), _interval(c.gain_low, c.gain_high)])
+    return _by_metric(best_first(ours), ["control"], heads, lambda c: [_ours(c), signed(c.gain), _interval(c.gain_low, c.gain_high)])
+
+
+def best_first(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the cells sorted by data set, and there by Last."""
+    tasks = cells.groupby(TASKS, sort=False).ngroup()
+    best = cells.groupby([*CELL, "other_settings"])["mean"].transform("first")
+    return cells.assign(tasks=tasks, best=best).sort_values(["tasks", "best"], ascending=[True, False], kind="stable")
+
+
+def worth_table(ours: pd.DataFrame) -> str:
+    """Return what zeroth order was worth: R, and what its steps measured, one row per method that has any of it; "" without one."""
+    columns = {"recovered_last": "R Last", "recovered_avg": "R Avg", **{name: MEASURES[name] for name in WORTH}}
+    known = ours[(ours.metric == "last") & ours[list(columns)].notna().any(axis=1)]
+    if known.empty:
+        return ""
+    digits = {name: ".4f" if name in ("cosine", "descent") else ".1f" if name in WORTH else ".2f" for name in columns}
+    rows = [
+        [tasks_label(c["dataset"], c["increment"]), method_label(*(c[field] for field in CELL[2:])), c["other_settings"]]
+        + [UNKNOWN if c[name] != c[name] else f"{c[name]:{digits[name]}}".replace("-", "−") for name in columns]
+        for c in best_first(known).to_dict("records")
+    ]
+    return markdown_table(["data", "method", "other settings", *columns.values()], rows, num_left=3)
+
+
+def spread_table(spread: pd.DataFrame) -> str:
+    """Return how much Last spreads over seeds on two data sets."""
+    rows = [
+        [method_label(*row[:4]), row[4], f"{row[5]:.2f} ({row[6]})", f"{row[7]:.2f} ({row[8]})", f"{row[9]:.3f}"]
+        for row in spread.itertuples(index=False)
+    ]
+    heads = ["method", "other settings", "ImageNet-R: spread of Last (seeds)", "CIFAR-100: spread of Last (seeds)", "p"]
+    return markdown_table(heads, rows, num_left=2)
+
+
+def contrast_table(contrasts: pd.DataFrame) -> str:
+    """Return one row per contrast."""
+    rows = []
+    for c in contrasts.itertuples():
+        tested = [signed(c.mean), _interval(c.low, c.high), _probability(c.p), _probability(c.p_holm)]
+        rows.append([c.question, c.condition, METRICS[c.metric], c.seeds, *tested, c.answer])
+    heads = ["question", "condition", "metric", "seeds", "Δ", "95 % interval", "p", "p, Holm", "answer"]
+    return markdown_table(heads, rows, num_left=3)
+
+
+def _probability(p: float) -> str:
+    return UNKNOWN if p != p else f"{p:.3f}"
 
 
 def comparison_table(comparisons: pd.DataFrame) -> str:
@@ -130,11 +179,13 @@ def comparison_table(comparisons: pd.DataFrame) -> str:
     comparisons = comparisons.rename(columns={"against": "compared with"})
     is_claim = bool(comparisons.claim.iloc[0])
 
+    has_paper = is_claim and comparisons.metric.isin(list(METRICS)).all()
+
     def texts(test: Any) -> list[str]:
-        more = [test.verdict, signed(test.paper)] if is_claim else [UNKNOWN if test.p != test.p else f"{test.p:.3f}"]
+        more = [test.verdict, *([signed(test.paper)] if has_paper else [])] if is_claim else [_probability(test.p)]
         return [signed(test.mean), _interval(test.low, test.high), *more]
 
-    more = ["verdict", "paper's Δ {}"] if is_claim else ["p"]
+    more = ["answer", *(["paper's Δ {}"] if has_paper else [])] if is_claim else ["p"]
     return _by_metric(comparisons, ["compared with", "seeds"], ["Δ {}", "95 % interval", *more], texts)
 
 
@@ -153,12 +204,14 @@ def paper_table(cells: pd.DataFrame, number: int) -> str:
 
 
 def memory_of(steps: pd.DataFrame, published_gb: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
-    """Return Table 5, one row per adapter and setting: the paper's GB, and the most GiB that a step of ours has held, by other settings."""
+    """Return Table 5, one row per adapter and setting: the paper's GB, and the most GiB that a step has reserved and allocated."""
     rows = [(adapter, setting, gb) for adapter, settings in published_gb.items() for setting, gb in settings.items()]
     paper = pd.DataFrame(rows, columns=["adapter", "setting", "paper_gb"])
-    ours = steps.assign(setting=steps.branch.mask(steps.branch == "none", "fo"), peak_gib=steps.get("peak_gib"))
+    ours = steps.assign(setting=steps.branch.mask(steps.branch == "none", "fo"))
+    ours = ours.reindex(columns=[*ours.columns.union(["peak_gib", "allocated_gib"])])
     by_setting = ours.groupby(["adapter", "setting", "other_settings"])
-    peaks = by_setting.agg(peak_gib=("peak_gib", "max"), runs=("run", "nunique")).dropna().reset_index()
+    peaks = by_setting.agg(peak_gib=("peak_gib", "max"), allocated_gib=("allocated_gib", "max"), runs=("run", "nunique"))
+    peaks = peaks.dropna(subset="peak_gib").reset_index()
     return paper.merge(peaks, on=["adapter", "setting"], how="left").fillna({"other_settings": "", "runs": 0}).astype({"runs": int})
 
 
@@ -167,6 +220,8 @@ def memory_table(memory: pd.DataFrame) -> str:
     rows = []
     for row in memory.itertuples():
         setting = "first order" if row.setting == "fo" else f"{row.setting} all"
-        ours = [f"{row.peak_gib:.2f}", f"{row.peak_gib / row.paper_gb:.2f}"] if row.runs else [UNKNOWN, UNKNOWN]
-        rows.append([row.adapter, setting, row.other_settings, f"{row.paper_gb:.2f}", *ours])
-    return markdown_table(["adapter", "setting", "other settings", "paper (GB)", "ours (GiB)", "ours / paper"], rows, num_left=3)
+        ours = [row.allocated_gib, row.peak_gib, row.peak_gib / row.paper_gb]
+        texts = [UNKNOWN if number != number else f"{number:.2f}" for number in ours]
+        rows.append([row.adapter, setting, row.other_settings, f"{row.paper_gb:.2f}", *texts])
+    heads = ["adapter", "setting", "other settings", "paper (GB)", "allocated (GiB)", "reserved (GiB)", "reserved / paper"]
+    return markdown_table(heads, rows, num_left=3)

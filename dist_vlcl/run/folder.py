@@ -1,6 +1,7 @@
 """The folder of a run: created by rank 0, and refused if it belongs to another configuration or another data set.
 
 `config.yaml`          The configuration, resolved.
+`classes.json`         The class names of each task.
 `env.json`             One entry per start: the run's id, versions, host, code, command line.
 `metrics.jsonl`        One line per step and per task (log.py).
 `journal.jsonl`        The seed and accepted coefficients of each step (log.py).

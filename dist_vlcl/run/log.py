@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dist_vlcl.dist.world import World
@@ -61,6 +61,7 @@ class RunLog:
         self._folder, state = Path(folder), state or TrainState()
         self._console = console or _default_console()
         self._newest = ""  # what the progress shows of the newest step
+        self._shown_steps: list[tuple[float, float]] = []  # (images, seconds) of the steps of this progress
         self._metrics = JsonLines(self._folder / METRICS, METRICS_FORM, lambda record: is_before(record, state))
         self._journal = JsonLines(self._folder / JOURNAL, JOURNAL_FORM, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
@@ -82,7 +83,9 @@ class RunLog:
         """Log one step. `record` has at least `step`, counted from 1, and `task`."""
         if self._is_main:
             self._write("step", record)
-            self._newest = describe_step(record)
+            if seconds := record.get("seconds"):
+                self._shown_steps.append((record["images_per_second"] * seconds, seconds))
+            self._newest = describe_step(record, self._shown_steps)
 
     def task(self, record: dict[str, Any]) -> None:
         """Log the evaluation after a task, and print the accuracy matrix so far.
@@ -152,10 +155,11 @@ class RunLog:
         self._trackers.log(line)
 
     def _shown(self, items: Iterable[T], total: int, completed: int, description: str) -> Iterator[T]:
-        columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[newest]}"), TimeElapsedColumn())
-        is_live, self._newest, shown = self._console.is_terminal, "", self._clock()
+        columns = (BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[newest]}"))
+        is_live, self._newest, self._shown_steps, shown = self._console.is_terminal, "", [], self._clock()
         with Progress(
-            *(TextColumn("{task.description}"), *columns, TextColumn("left"), TimeRemainingColumn()),
+            TextColumn("{task.description}"),
+            *columns,
             console=self._console,
             disable=not is_live,
             get_time=self._clock,
@@ -210,11 +214,10 @@ def read_journal(folder: Path, after: int) -> Iterator[dict[str, Any]]:
         after += 1
 
 
-def describe_step(record: dict[str, Any]) -> str:
-    """Return the loss, the size of each projected gradient and the rate of a step, as far as its record has them."""
+def describe_step(record: dict[str, Any], steps: Sequence[tuple[float, float]]) -> str:
+    """Return the loss of a step, and the mean rate of these steps, given as (images, seconds)."""
     parts = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
-    parts += [f"{branch} {estimate['projected_gradient']:.2e}" for branch, estimate in (record.get("zo") or {}).items()]
-    parts += [f"{record['images_per_second']:.0f} images/s"] if record.get("images_per_second") is not None else []
+    parts += [f"{sum(images for images, _ in steps) / sum(seconds for _, seconds in steps):.0f} images/s"] if steps else []
     return "  ".join(parts)
 
 

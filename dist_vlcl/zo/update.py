@@ -51,7 +51,8 @@ class ZerothOrderConfig:
         "Ratio of the zeroth-order to the first-order learning rate; auto: probes over the root mean square of the projected gradients.",
     )
     random_signs: bool = option(
-        False, "A control: give every projected gradient a random sign. Steps keep their length, and learn nothing."
+        False,
+        "A control: give every projected gradient a random sign, and always take the step. Steps keep their length, and learn nothing.",
     )
 
     def check(self) -> None:
@@ -159,7 +160,7 @@ class ZerothOrder:
             slopes = with_random_signs(slopes, key)
         moves = self._proposed(slopes, directions)
         steps = [self._step(move, lr) for move in moves]
-        if self.config.acceptance == "always" or not moves:
+        if self.config.acceptance == "always" or self.config.random_signs or not moves:
             return base, [replace(move, coefficient=-step) for move, step in zip(moves, steps, strict=True)]
         losses = evaluate([move.offsets(c) for move, step in zip(moves, steps, strict=True) for c in (-step, step)])
         if not all(map(math.isfinite, losses)):

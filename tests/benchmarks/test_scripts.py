@@ -87,7 +87,7 @@ def test_between_two_hosts_zeroth_order_sends_a_few_packets_and_first_order_its_
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        (step, ["--orders", "sideways", "--count"], "Could not find 'orders/sideways'"),
+        (step, ["--orders", "sideways", "--count"], "orders=sideways: choose from"),
         (step, ["--images", "0"], "--images: 0: give a positive number"),
         (step, ["--classes", "2,few"], "--classes: few: give a positive number"),
         (step, ["cluster.device=cuda"], "cluster.device=cuda: torch finds no GPU"),

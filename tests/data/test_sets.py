@@ -57,6 +57,13 @@ def test_digit_images_are_white_on_black_rgb():
     assert np.asarray(image)[0, 0].max() < 20 and np.asarray(image).max() > 230
 
 
+def test_images_without_a_folder_for_each_class_are_refused(tmp_path):
+    source = images_below(tmp_path, *[f"photos/{number}.png" for number in range(10)])
+    with pytest.raises(ValueError, match=r"all images are in one folder, \['photos'\]; give one folder for each class"):
+        build(DataConfig(name="mine", reader="folder", source=str(source), root=str(tmp_path / "data")))
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_folder_without_a_split_is_split_by_class_and_seed(tmp_path):
     source = images_below(tmp_path, *[f"{name}/{number}.png" for name in ("red_fox", "cat") for number in range(10)])
     config = {"name": "mine", "reader": "folder", "source": str(source), "test_fraction": 0.3}
@@ -324,7 +331,7 @@ def test_the_build_refuses_a_class_whose_images_are_all_bad(tmp_path):
 
 
 def test_a_name_that_commands_the_terminal_is_refused_before_the_work(tmp_path):
-    source = images_below(tmp_path / "s", *[f"\x1b[2Jcat/{number}.png" for number in range(4)])
+    source = images_below(tmp_path / "s", *[f"{name}/{number}.png" for name in ("\x1b[2Jcat", "dog") for number in range(4)])
     with pytest.raises(ValueError, match=r"'\\x1b\[2Jcat' is not a name"):
         make_shards(DataConfig(name="mine", reader="folder", source=str(source), root=str(tmp_path / "data")))
 

@@ -1,6 +1,7 @@
 """Run folders as the trainer writes them, made by the code that the trainer uses, with results that the caller chooses."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from rich.console import Console
 from dist_vlcl.config import Config, compose_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import fitted
 from dist_vlcl.model.statistics import STATISTICS
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign
@@ -48,6 +50,7 @@ def write_run(
     cfg = compose_config([*overrides, f"run.root={root}", "run.trackers=[]"])
     num_classes, train_images, whole = CLASSES[cfg.data.name]
     sizes = [cfg.tasks.increment] * (cfg.tasks.num_tasks or num_classes // cfg.tasks.increment)
+    cfg = replace(cfg, train=fitted(cfg.train, cfg.tasks.increment * train_images))
     steps = math.ceil(cfg.tasks.increment * train_images / cfg.train.batch_size) * cfg.train.epochs
     learns = cfg.orders.rest == "first" or cfg.orders.order == "zeroth"
     run, log = _open(cfg)
@@ -63,6 +66,8 @@ def write_run(
         before = {} if zero_shot is None else {t: zero_shot + 0.02 * (len(sizes) - 1 - t) for t in range(len(sizes))}
         end = {"zero_shot": before, "seconds": 1.0, "steps": len(sizes) * steps if learns else 0}
         run.write_accuracy({**accuracy.summary(), "rows": accuracy.rows, **end}, complete=True)
+    if records and learns:
+        _journal(log, cfg, len(accuracy.rows) * steps)
     log.close()
     run.close()
     if records and learns:
@@ -87,14 +92,37 @@ def _log_steps(log: RunLog, cfg: Config, task: int, steps: int, peak_gib: float 
     share = np.mean([order is Order.FIRST for order in assign(UNITS, cfg.orders).values()])
     for k in range(steps):
         loss = (1.6 + 0.02 * task) * (1 - (0.15 + 0.6 * share) * (1 - math.exp(-4 * k / steps))) * (1 + 0.08 * noise[k])
-        log.step({"step": task * steps + k + 1, "task": task, "loss": loss, **({} if peak_gib is None else {"peak_gib": peak_gib})})
+        peaks = {} if peak_gib is None else {"peak_gib": peak_gib, "allocated_gib": 0.8 * peak_gib}
+        log.step({"step": task * steps + k + 1, "task": task, "loss": loss, **peaks})
+
+
+def _slopes(cfg: Config, steps: int) -> dict[str, np.ndarray]:
+    """Return the one slope of each branch in every step."""
+    rng = np.random.default_rng([cfg.seed, *cfg.run.name.encode()])
+    return {branch: np.abs(rng.normal(size=steps)) + 0.05 for branch in ("language", "vision")}
+
+
+def _journal(log: RunLog, cfg: Config, steps: int) -> None:
+    """Journal ordinary steps at a learning rate of 0.001; every eighth decision stays, and the step after it is mirrored."""
+    slopes = _slopes(cfg, steps)
+    branches = {unit.branch for unit, order in assign(UNITS, cfg.orders).items() if order is Order.ZEROTH}
+    decides = cfg.zo.acceptance != "always" and not cfg.zo.random_signs
+    for k in range(steps):
+        share = {0: 0.0, 1: 1.0}.get(k % 8, -1.0) if decides else -1.0
+        coefficient = share * 0.001 * cfg.zo.lr_scale
+        moves = [
+            {"group": branch, "projected_gradient": {branch: [slopes[branch][k]]}, "coefficient": coefficient}
+            | ({"losses": [1.0, 1.0, 1.0]} if decides else {})
+            for branch in sorted(branches)
+        ]
+        log.journal({"step": k + 1, "task": 0, "seed": k, "lr": 0.001, "device": "cpu", "moves": moves})
 
 
 def _record_units(folder: Path, cfg: Config, num_tasks: int, steps: int) -> None:
     """Record statistics of the expected sizes: the variance of an estimate is s^2, that of a gradient |g|^2 / n."""
     rng = np.random.default_rng([cfg.seed, *cfg.run.name.encode()])
     orders = assign(UNITS, cfg.orders)
-    slopes = {branch: np.abs(rng.normal(size=num_tasks * steps)) + 0.05 for branch in ("language", "vision")}
+    slopes = _slopes(cfg, num_tasks * steps)
     figures = np.empty((num_tasks * steps, len(UNITS), len(STATISTICS)), dtype=np.float32)
     for column, (unit, order) in enumerate(orders.items()):
         numel = NUMEL[unit.branch]

@@ -25,7 +25,7 @@ def frame_of(tmp_path):
         folders = []
         for number, options in enumerate(runs):
             config = compose_config(options).as_dict()
-            steps = images // config["train"]["batch_size"] * config["train"]["epochs"]
+            steps = images // (config["train"]["batch_size"] or 128) * (config["train"]["epochs"] or 1)  # null: data=folder
             accuracy = {"complete": True, "rows": [[(1, per_class)] * 100], "steps": steps, "last": 0.5, "avg": 0.6, "forgetting": 0.1}
             folders.append(tmp_path / f"{number}-{len(list(tmp_path.iterdir()))}")
             folders[-1].mkdir()
@@ -54,6 +54,9 @@ def test_a_published_run_has_no_other_settings_than_the_paper(frame_of, id):
         (["model=small"], SMALL),
         (["model.pretrained=/somewhere/weights.safetensors"], "model.pretrained=weights.safetensors"),
         (["orders.rest=frozen"], "orders.rest=frozen"),
+        (["zo.probes={vision: 2, language: 8}"], "zo.probes={language: 8, vision: 2}"),
+        (["orders=language_all", "zo.probes={language: 8, vision: 2}"], "zo.probes=8"),
+        (["zo.random_signs=true", "zo.acceptance=always", "zo.probes=8"], "zo.probes=8"),  # a random walk always takes the step
         (["seed=4", "tasks.order=seed:4"], "tasks.order=seed:N"),
         (["orders=first", "zo.lr_scale=3.0"], ""),  # first order does not read it
         (["orders=zero_shot", "train.epochs=2", "zo.lr_scale=3.0", "model=small"], "model.name=small_clip; model.pretrained=shipped"),
@@ -72,7 +75,8 @@ def test_a_part_of_the_images_is_another_setting(frame_of):
 def test_data_that_the_paper_does_not_use_are_compared_with_our_defaults(frame_of):
     own = ["data=folder", "data.name=pacs", "tasks.base=3", "tasks.increment=2", "tasks.order=natural"]
     run = frame_of(["paper=t1-moe-imgr20-fo", *own], images=0).iloc[0]
-    assert (run.dataset, run.increment, run.other_settings) == ("pacs", 2, "tasks.base=3")
+    # Without the option, batch and epochs of data=folder fit the number of images.
+    assert (run.dataset, run.increment, run.other_settings) == ("pacs", 2, "tasks.base=3; train.batch_size=128")
 
 
 def test_options_that_only_one_version_has_are_not_compared(tmp_path):
@@ -125,7 +129,7 @@ def test_a_folder_that_cannot_be_read_is_named_with_the_reason(tmp_path):
     (foreign / "config.yaml").write_text("a: 1\n")
     runs, unreadable = run_frame([broken, stray, foreign], realise)
     assert runs.empty and unreadable["stray"] == "not a run folder: it has no config.yaml"
-    assert all(unreadable[name].startswith("could not read config.yaml or accuracy.json: ") for name in (broken.name, "foreign"))
+    assert all(unreadable[name].startswith("could not read its files: ") for name in (broken.name, "foreign"))
 
 
 def test_records_know_their_curves():

@@ -41,7 +41,7 @@ def test_a_summary_is_read_from_the_log(tmp_path):
 
 @pytest.mark.parametrize(("waits", "words", "advises"), [((0.01, 0.02), "took 1.48 % of", False), ((0.1, 0.2), "took 13.04 % of", True)])
 def test_a_summary_says_how_long_steps_waited_for_images(tmp_path, waits, words, advises):
-    lines = [{"kind": "step", "step": k + 1, "seconds": 1.0, "data_seconds": wait} for k, wait in enumerate(waits)]
+    lines = [{"kind": "step", "step": k + 1, "task": 0, "seconds": 1.0, "data_seconds": wait} for k, wait in enumerate(waits)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     page = summarize_run(tmp_path)
     assert words in page and ("data.num_workers" in page) == advises

@@ -7,8 +7,16 @@ import pytest
 from dist_vlcl.run.signals import Preemption
 
 
+@pytest.fixture
+def default_hangup():
+    """SIGHUP as in a terminal; under nohup it is ignored."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_raises_the_flag_and_nothing_else(number):
+def test_a_signal_raises_the_flag_and_nothing_else(number, default_hangup):
     with Preemption() as preemption:
         assert not preemption.requested
         os.kill(os.getpid(), number)

@@ -1,0 +1,91 @@
+"""Export what a run has learned:  dist-vlcl export runs/NAME [--to open_clip] [--push ORG/NAME]"""
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+from safetensors.torch import save_file
+
+from dist_vlcl.config import refuse
+from dist_vlcl.inference import ADAPTERS, CLASSES, CONFIG, Trained, read_trained
+from dist_vlcl.model.clip import merge_lora
+from dist_vlcl.run.files import replace_file
+from dist_vlcl.saved import read_accuracy
+from dist_vlcl.zo.noise import derive_seed
+
+EXPLANATION = """
+--to adapters (default) writes adapters.safetensors, config.yaml, classes.json and a model card; dist_vlcl.load(FOLDER) reads them. The
+weights of CLIP are not in it. --to open_clip merges LoRA into CLIP's weights and writes what open_clip.create_model reads. Experts cannot
+be merged. Both folders have the layout of a repository on the Hugging Face Hub. --push uploads them; log in first: hf auth login.
+"""
+PUBLISHED = ("seed", "paper", "tasks", "model", "adapter", "orders", "zo", "first_order", "train")  # the others may name local paths
+CARD = Path(__file__).with_name("model_card.md")
+USAGE = {
+    "adapters": 'import dist_vlcl\n\nmodel = dist_vlcl.load("{name}")\nlabels, scores = model.classify(["image.jpg"])',
+    "open_clip": 'import open_clip\n\nmodel, preprocess = open_clip.create_model_from_pretrained("hf-hub:{name}")  # or "local-dir:FOLDER"',
+}
+
+
+def export(trained: Trained, out: Path, kind: str, name: str) -> None:
+    """Write the files of an export, `adapters` or `open_clip`, into a folder. Raises ValueError for adapters that cannot be merged."""
+    cfg = trained.cfg
+    if kind == "open_clip":
+        weights, config = merge_lora(cfg.model, cfg.adapter, trained.adapters, derive_seed(cfg.seed, "adapters"))
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({key: t.contiguous() for key, t in weights.items()}, out / "open_clip_model.safetensors", {"format": "pt"})
+        replace_file(out / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        save_file({key: t.contiguous() for key, t in trained.adapters.items()}, out / ADAPTERS, {"format": "pt"})
+        config = {key: value for key, value in cfg.as_dict().items() if key in PUBLISHED}
+        config["data"] = {"name": cfg.data.name, "reader": cfg.data.reader_name}
+        replace_file(out / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        replace_file(out / CLASSES, json.dumps(trained.tasks, ensure_ascii=False) + "\n")
+    replace_file(out / "README.md", card(trained, kind, name))
+
+
+def card(trained: Trained, kind: str, name: str) -> str:
+    """Return the model card: what was trained, on what, with which result, and how to load it."""
+    cfg, names = trained.cfg, [name for names in trained.tasks for name in names]
+    rows = read_accuracy(trained.folder)
+    is_newest = len(rows.get("rows") or ()) == len(trained.tasks) > 0
+    accuracy = f" Test accuracy in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}." if is_newest else ""
+    library, usage, count = "open_clip" if kind == "open_clip" else "dist_vlcl", USAGE[kind].format(name=name), len(names)
+    return CARD.read_text(encoding="utf-8").format(
+        library=library, usage=usage, name=name, cfg=cfg, accuracy=accuracy, count=count, tasks=len(trained.tasks), classes=", ".join(names)
+    )
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a folder to a repository of the Hugging Face Hub. A new repository is private. Return its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(name, private=True, exist_ok=True)
+    return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by dist_vlcl"))
+
+
+def main() -> None:
+    """Run the command line. Exit status 2 after an error."""
+    parser = argparse.ArgumentParser(prog="dist-vlcl export", description=__doc__, epilog=EXPLANATION)
+    parser.add_argument("run", help="the folder of a run, such as runs/NAME, or one of its checkpoints")
+    parser.add_argument("--to", choices=("adapters", "open_clip"), default="adapters", help="what to write (default: adapters)")
+    parser.add_argument("--task", type=int, metavar="N", help="the state after task N (default: the newest checkpoint)")
+    parser.add_argument("--option", action="append", default=[], metavar="OPTION=VALUE", help="what config.yaml may not decide")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: exports/NAME)")
+    parser.add_argument("--push", metavar="ORG/NAME", help="also upload the folder to the Hugging Face Hub, as a private repository")
+    options = parser.parse_args()
+    try:
+        trained = read_trained(options.run, options.task, options.option)
+        out = options.out or Path("exports") / trained.folder.resolve().name
+        export(trained, out, options.to, options.push or out.name)
+        print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+        if options.push:
+            print(f"uploaded: {push(out, options.push)}")
+    except (OSError, ValueError, RuntimeError) as error:
+        refuse(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Use what a run has learned: `dist_vlcl.load("runs/NAME")` returns CLIP with the run's adapters."""
+
+# B images, C classes or prompts, F features, H W sides of an image, S side of the model's image
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from torch import Tensor
+
+from dist_vlcl.config import Config, load_config
+from dist_vlcl.data.shards import decode
+from dist_vlcl.data.transforms import EvalTransform
+from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import build_towers
+from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.reading import read_file, read_json
+from dist_vlcl.run import checkpoint
+from dist_vlcl.run.state import TrainState
+from dist_vlcl.saved import digest_of, read_config
+
+CONFIG, CLASSES, ADAPTERS = "config.yaml", "classes.json", "adapters.safetensors"  # the files of an export
+WEIGHTS = ("model.name", "model.pretrained")  # the options that may name files which are read here
+IMAGES_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run has learned, as its folder or an export of it holds it."""
+
+    folder: Path
+    cfg: Config
+    adapters: dict[str, Tensor]  # under the names of Units.state_dict
+    tasks: list[list[str]]  # class names of each task that was learned; empty if the run did not save them
+
+    def build(self, device: str | torch.device | None = None) -> TwoTowers:
+        """Return the model with the trained adapters."""
+        towers = build_towers(self.cfg, World.alone())
+        towers.units.load_state_dict(self.adapters)
+        return towers.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+class TrainedCLIP:
+    """CLIP with trained adapters, for inference. Features have length 1.
+
+    Images are one image or a sequence of images. An image is a path, a Pillow image, or uint8 values: an array `[H, W, 3]` or a tensor
+    `[3, H, W]`, of any size. A batch of float tensors `[B, 3, S, S]` must come from `preprocess`.
+    """
+
+    def __init__(self, towers: TwoTowers, class_names: Sequence[str] = ()):
+        self.towers, self.class_names, self.tokenizer = towers, list(class_names), towers.tokenizer
+        self._transform = EvalTransform(towers.image_size)
+        self._text: tuple[tuple[str, ...], Tensor] = (), torch.empty(0)  # the newest class names and their features
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device that computes."""
+        return self.towers.logit_scale.device
+
+    def preprocess(self, image: Any) -> Tensor:
+        """Return one image as open_clip's preprocessing does: resized, cropped and normalised, float `[3, S, S]`."""
+        stem: Any = self.towers.vision.stem_and_head
+        return (self._pixels(image).float() / 255 - stem.mean.cpu()) / stem.std.cpu()
+
+    def encode_image(self, images: Any) -> Tensor:
+        """Return unit features `[B, F]`."""
+        if isinstance(images, str | Path | Image.Image) or (hasattr(images, "ndim") and images.ndim == 3):
+            images = [images]
+        parts = [images[start : start + IMAGES_AT_A_TIME] for start in range(0, len(images), IMAGES_AT_A_TIME)]
+        return torch.cat([self.towers.features("vision", self._batch(part)) for part in parts])
+
+    def encode_text(self, prompts: str | Sequence[str] | Tensor) -> Tensor:
+        """Return unit features `[C, F]` of whole prompts, or of tokens `[C, L]`."""
+        tokens = prompts if isinstance(prompts, Tensor) else self.tokenizer([prompts] if isinstance(prompts, str) else list(prompts))
+        return self.towers.features("language", tokens.to(self.device))
+
+    def classify(self, images: Any, class_names: Sequence[str] | None = None) -> tuple[list[str], Tensor]:
+        """Return the most probable class of each image, and the probabilities `[B, C]` in the order of the class names.
+
+        class_names: any names; None takes the classes that the run has learned. Raises ValueError if there are none.
+        """
+        names = self.class_names if class_names is None else list(class_names)
+        if not names or isinstance(class_names, str):
+            raise ValueError(f"class_names={class_names!r}: give a list of names, such as ['seven', 'nine']")
+        if self._text[0] != tuple(names):
+            self._text = tuple(names), self.towers.features("language", self.towers.prompts(names).to(self.device))
+        logits_BC = self.towers.logits(self.encode_image(images), self._text[1])
+        return [names[best] for best in logits_BC.argmax(1).tolist()], logits_BC.softmax(1).cpu()
+
+    def _batch(self, images: Any) -> Tensor:
+        """Return images as the vision tower takes them: values from 0 to 255, `[B, 3, S, S]`."""
+        if isinstance(images, Tensor) and images.is_floating_point():
+            stem: Any = self.towers.vision.stem_and_head
+            return (images.to(self.device) * stem.std + stem.mean) * 255
+        return torch.stack([self._pixels(image) for image in images]).to(self.device)
+
+    def _pixels(self, image: Any) -> Tensor:
+        """Return one image, resized and cropped, uint8 `[3, S, S]`."""
+        if isinstance(image, str | Path):
+            image = decode(Path(image).read_bytes(), str(image))
+        elif isinstance(image, Image.Image):
+            image = np.asarray(image.convert("RGB"))
+        elif isinstance(image, Tensor):
+            image = image.movedim(0, -1).cpu().numpy()
+        if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            found = f"{getattr(image, 'dtype', type(image).__name__)} {list(getattr(image, 'shape', ()))}"
+            raise ValueError(f"image of {found}: give a path, a Pillow image, a uint8 array [H, W, 3] or a uint8 tensor [3, H, W]")
+        return self._transform(image, Random())
+
+
+def load(source: str | Path, task: int | None = None, device: str | torch.device | None = None, options: Sequence[str] = ()) -> TrainedCLIP:
+    """Return CLIP with the adapters of a run, on a GPU if there is one.
+
+    source: the folder of a run or of an export, a file in it, or ORG/NAME on the Hugging Face Hub.
+    task: the state after this task, counted from 1; None takes the newest checkpoint.
+    options: OPTION=VALUE, for code and files that the run's configuration names, such as model.pretrained=/weights.safetensors. The error
+    without them lists them. Raises FileNotFoundError, or ValueError if the source cannot be used.
+    """
+    trained = read_trained(source, task, options)
+    return TrainedCLIP(trained.build(device), [name for names in trained.tasks for name in names])
+
+
+def read_trained(source: str | Path, task: int | None = None, options: Sequence[str] = ()) -> Trained:
+    """Return what the source of `load` holds."""
+    path = Path(source)
+    path = path if path.exists() else _download(str(source))
+    folder = path if path.is_dir() else path.parent
+    cfg, tasks = load_config(folder / CONFIG, options, WEIGHTS), read_classes(folder)
+    if (folder / ADAPTERS).exists():
+        if task not in (None, len(tasks)):
+            raise ValueError(f"task={task}: {folder} is an export, which has the state after task {len(tasks)} only")
+        try:
+            return Trained(folder, cfg, tensors_from_bytes(read_file(folder / ADAPTERS)), tasks)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / ADAPTERS} is damaged ({error}); export the run again") from error
+    saved = _checkpoint_after(folder, task)
+    adapters = {name.removeprefix("adapters/"): t for name, t in saved.tensors.items() if name.startswith("adapters/")}
+    state = TrainState.from_dict(saved.state)
+    return Trained(folder, cfg, adapters, tasks[: state.task + (state.epoch > 0 or state.batch > 0)])
+
+
+def read_classes(folder: Path) -> list[list[str]]:
+    """Return the class names of each task of a run; [] if a version before 0.3 has trained it."""
+    names: list[list[str]] = read_json(folder / CLASSES, [[str]], [])
+    return names
+
+
+def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:
+    """Return the checkpoint at the end of a task; the newest one without a task."""
+    if task is None:
+        if (saved := checkpoint.load_newest(folder, {"config": digest_of(read_config(folder / CONFIG))})) is None:
+            raise FileNotFoundError(f"{folder}/checkpoints has no intact checkpoint; train first")
+        return saved
+    ends = {}
+    for step in checkpoint.saved_steps(folder):
+        saved = checkpoint.load(folder, step)
+        state = TrainState.from_dict(saved.state)
+        if not state.epoch and not state.batch:
+            ends[state.task] = saved
+    if task not in ends:
+        raise ValueError(f"task={task}: {folder} has checkpoints after task {', '.join(map(str, ends)) or 'none'}; run.keep=N keeps more")
+    return ends[task]
+
+
+def _download(name: str) -> Path:
+    """Return the folder of a copy of a repository on the Hugging Face Hub."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).parent.exists():
+        raise FileNotFoundError(f"{name}: no such file or folder; give the folder of a run, such as runs/NAME")
+    from huggingface_hub import constants, snapshot_download
+
+    try:  # into a folder of its own, because the files in the hub's cache are links
+        folder = Path(constants.HF_HUB_CACHE) / "dist_vlcl" / name
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, CLASSES, ADAPTERS], local_dir=folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"{name}: no such folder, and could not load it from the Hugging Face Hub ({reason})") from None

@@ -1,0 +1,51 @@
+"""Claims about the scaling model: it repeats what was measured, and its parts add up."""
+
+import pytest
+
+from benchmarks.cost_model import step_cost
+from tools.scaling_model import NETWORKS, Plan, Rank, all_reduce_s, best_groups, efficiency, step_s
+
+GRADIENTS = 16_109_568  # bytes of ViT-B/16's adapters
+DUAL, FIRST = (lambda **more: Plan.of("ViT-B/16", "dual zeroth order", **more)), (lambda: Plan.of("ViT-B/16", "first order"))
+
+
+@pytest.mark.parametrize(
+    ("network", "ranks", "size", "measured"),
+    [
+        ("WAN 100 Mbit/s", 2, 40, 0.082),
+        ("WAN 100 Mbit/s", 2, GRADIENTS, 1.74),
+        ("WAN 100 Mbit/s", 2, GRADIENTS // 2, 0.917),
+        ("WAN 100 Mbit/s", 4, 40, 0.217),
+        ("WAN 100 Mbit/s", 4, GRADIENTS, 2.95),
+        ("WAN 100 Mbit/s", 4, GRADIENTS // 2, 1.64),
+        ("WAN 10 Mbit/s", 2, 40, 0.404),
+        ("WAN 10 Mbit/s", 2, GRADIENTS, 15.8),
+        ("WAN 10 Mbit/s", 2, GRADIENTS // 2, 8.05),
+    ],
+)
+def test_the_model_is_within_a_fifth_of_gloo_between_shaped_hosts(network, ranks, size, measured):
+    """Measured with --measure between namespaces on 2026-11-28."""
+    assert all_reduce_s(NETWORKS[network], ranks, size, "gloo") == pytest.approx(measured, rel=0.2)
+
+
+def test_one_rank_takes_the_cost_model_s_flops_and_sends_nothing():
+    plan, rank = DUAL(), Rank(1e12, 0.5)
+    flops = step_cost(plan.shapes, plan.orders, plan.zo, 128, plan.classes)
+    assert step_s(plan, 1, 128, NETWORKS["WAN 10 Mbit/s"], rank) == pytest.approx(0.5 + flops / 1e12)
+
+
+def test_gradients_are_hidden_behind_the_candidates_only_in_a_hybrid():
+    network, images = NETWORKS["Ethernet 10 Gbit/s"], 128
+    assert efficiency(Plan.of("ViT-B/16", "hybrid hop_odd"), 64, images, network, strong=False) > 0.99
+    assert efficiency(FIRST(), 64, images, network, strong=False) < 0.95
+
+
+def test_the_defaults_are_a_first_order_step_on_an_h100():
+    assert step_s(FIRST(), 1, 128, NETWORKS["NVLink"]) == pytest.approx(0.251, rel=0.02)  # docs/performance.md
+
+
+def test_direction_groups_pay_only_where_a_rank_has_few_samples():
+    plan = DUAL(probes=16)
+    assert best_groups(plan, 4, 4096, NETWORKS["InfiniBand 400 Gbit/s"]) == 1
+    groups = best_groups(plan, 256, 128, NETWORKS["InfiniBand 400 Gbit/s"])
+    assert groups > 1 and 256 % groups == 0

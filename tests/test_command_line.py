@@ -1,0 +1,87 @@
+"""A wrong word on a command line is refused with what to write instead; --help explains every option; dist-vlcl runs every command."""
+
+import importlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dist_vlcl.__main__ import COMMANDS, main
+from dist_vlcl.commands import launch_files
+from dist_vlcl.config import CONFIG_FOLDER, Config, compose_config, hydra_main
+from dist_vlcl.model.lora import LoRAConfig
+from dist_vlcl.options import declared
+
+ADVICE = {
+    "train.epoch=2": "train.epoch: no such option; did you mean train.epochs?",
+    "+train.epoch=2": "train.epoch: no such option; did you mean train.epochs?",
+    "++train.epoch=2": "train.epoch: no such option; did you mean train.epochs?",
+    "+foo=1": "foo: no such option; --help lists all options",
+    "+model.foo.bar=1": "model.foo: no such option",
+    "+adapter.epsilon=3": "adapter.epsilon: no such option",
+    "epochs=2": "epochs: no such option; did you mean train.epochs?",
+    "dta=digits": "dta: no such option; did you mean data?",
+    "adapter.rank=8": "adapter.rank: an option of adapter=lora, which was not chosen; add adapter=lora",
+    "zo.epsilon=0.001": "zo.epsilon=0.001: give each branch its value: zo.epsilon.language=0.001 zo.epsilon.vision=0.001",
+    "orders.layers=1,3": "orders.layers=1,3: write a list in brackets and quotes: 'orders.layers=[1,3]'",
+    "data=cifar10": "tiny_imagenet; your own images: data=folder data.name=cifar10 data.source=PATH",
+    "adapter=foo": "adapter=foo: choose from lora, lora_mlp, moe",
+    "seed=-1": "seed=-1: give a number of at least 0",
+}
+
+
+@pytest.mark.parametrize("override", ADVICE)
+def test_a_wrong_option_is_refused_with_what_to_write_instead(override):
+    with pytest.raises(ValueError) as caught:
+        compose_config([override])
+    assert ADVICE[override] in str(caught.value)
+
+
+def test_a_flag_that_is_none_is_refused_with_the_option_it_means(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "--epochs", "2"])
+    with pytest.raises(SystemExit) as stopped:
+        hydra_main(print)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: --epochs: options are NAME=VALUE; did you mean train.epochs=...?\n"
+
+
+def test_help_explains_every_option_and_lists_no_schemas(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", "--help", "adapter=lora", "train.epochs=7"])
+    hydra_main(print)
+    said = capsys.readouterr().out
+    for key, item in {**declared(Config), **declared(LoRAConfig, "adapter.")}.items():
+        assert key == "adapter" or (f"  {key}=" in said and " ".join(item.metadata["help"].split()) in " ".join(said.split()))
+    assert "  train.epochs=7" in said and "adapter.experts" not in said and "schema" not in said
+    assert "  adapter  lora, lora_mlp, moe" in said
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_line_starts_the_module_s_own_main(name, monkeypatch):
+    started = []
+    module = importlib.import_module(f"dist_vlcl.{COMMANDS[name][0]}")
+    monkeypatch.setattr(module, "main", lambda: started.append(list(sys.argv)))
+    monkeypatch.setattr("sys.argv", ["dist-vlcl", name, "some", "words"])
+    main()
+    assert started == [[f"dist-vlcl {name}", "some", "words"]]
+
+
+def test_a_command_that_is_none_is_refused_with_all(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["dist-vlcl", "trian"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "error: trian: no such command; choose from train, data," in capsys.readouterr().err
+
+
+def test_launch_files_are_copied_run_there_and_keep_the_user_s_changes(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["dist-vlcl", str(tmp_path)])
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "site.sh").write_text("# mine")
+    launch_files.main()
+    copied = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    shipped = [path for name in ("launch", "slurm") for path in (CONFIG_FOLDER.parent / name).rglob("*.*")]
+    assert copied == {path.relative_to(CONFIG_FOLDER.parent) for path in shipped}
+    assert (tmp_path / "slurm" / "site.sh").read_text() == "# mine"
+    command = [tmp_path / "launch" / "local.sh", "--dry-run", "--processes", "2", "seed=1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert done.returncode == 0 and "-m dist_vlcl.train seed=1" in done.stdout
