@@ -48,7 +48,7 @@ PARSED = {  # module -> words added so that the command does no work, and what i
     "dist_vlcl.commands.replay": ([], "config.yaml is missing"),
     "dist_vlcl.commands.report": ([], r"no such folder: runs/\*"),
 }
-SCRIPTS = ("local.sh", "multinode.sh", "sbatch", "make")
+SCRIPTS = ("local.sh", "multinode.sh", "elastic.sh", "sbatch", "make")
 
 
 def test_every_kind_of_command_is_tested_below():
@@ -83,12 +83,13 @@ def test_every_tuning_is_accepted(command):
     assert tune.grid(compose_config(fixed), several, fixed)
 
 
-@pytest.mark.parametrize("command", commands("local.sh", "multinode.sh"))
+@pytest.mark.parametrize("command", commands("local.sh", "multinode.sh", "elastic.sh"))
 def test_every_launch_script_accepts_its_options(command):
-    words = [word.replace("node1", "localhost") for word in command[1:]]
+    words = [word.replace("node1", "localhost") for word in command[1:] if word != "..."]
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run([ROOT / command[0], "--dry-run", *words], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and "-m dist_vlcl.train" in done.stdout, done.stderr
+    expected = "TCPStore" if "--serve" in words else "-m dist_vlcl.train"
+    assert done.returncode == 0 and expected in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("command", commands("sbatch"))
