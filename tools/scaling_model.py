@@ -4,7 +4,7 @@
     python tools/scaling_model.py --picture docs/images/scaling.png
     python tools/scaling_model.py --grids                           the best number of direction groups
     torchrun --nproc-per-node=2 tools/scaling_model.py --measure    time the collectives of a step on this network, beside the model
-    netns-pair run -- python tools/scaling_model.py --measure --network "Ethernet 1 Gbit/s"      between namespaced hosts
+    python tools/scaling_model.py --measure --network "Ethernet 1 Gbit/s"      on each of several hosts, or of several network namespaces
 
 The FLOPs are those of benchmarks/cost_model.py. The model knows two rates: FLOPs per second of a rank, and seconds a step that do not
 depend on its size (kernel launches). It assumes NCCL, equally fast ranks, and data that arrive in time.
