@@ -2,7 +2,7 @@
 
 Torch, open_clip and the trainer take ten seconds of CPU to import. This program asks a server, which has imported them, for a fork of
 itself. The fork has the caller's arguments, environment, folder, streams, priority, cores and namespaces (those of a node of Slurm, or of
-a host in a network namespace). The caller forwards its signals and ends with the fork's status; if it is killed, the fork is killed too. SIGSTOP
+a network host). The caller forwards its signals and ends with the fork's status; if it is killed, the fork is killed too. SIGSTOP
 stops the caller alone. Launchers (accelerate, torchrun) are real processes, so that Slurm sees their ranks; these are warm.
 """
 
