@@ -75,12 +75,13 @@ def digest_of(config: Mapping[str, Any]) -> str:
 def leads_out(config: Mapping[str, Any], places: Sequence[str] = PLACES) -> list[str]:
     """Return, as OPTION=VALUE, what a saved configuration may not decide: code, commands, and addresses and paths in the options `places`.
 
-    A relative path stays below the working directory and is allowed.
+    A relative path stays below the working directory and is allowed. A file of weights is not: it may lie in the run folder itself.
     """
     options = flatten(config)
     found = [key for key, ours in OURS.items() if options.get(key, ours) not in (ours, None)]
     texts = {key: str(options[key]) for key in places if options.get(key)}
-    found += [key for key, text in texts.items() if text.startswith("/") or re.search(r":|(^|/)\.\.(/|$)", text)]
+    outside = {"model.pretrained": r"[./:]"}  # a tag of open_clip has none of these
+    found += [key for key, text in texts.items() if re.search(outside.get(key, r"^/|:|(^|/)\.\.(/|$)"), text)]
     return [f"{key}={options[key]}" for key in found]
 
 

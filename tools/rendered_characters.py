@@ -2,7 +2,7 @@
 
     python tools/rendered_characters.py characters.png     # look at 200 of them
 
-No data set is read. Half of the images are shrunk to 8x8 pixels and enlarged again, as scikit-learn's digits are.
+No data set is read. Six of ten images are shrunk to 8x8 pixels and enlarged again, as scikit-learn's digits are.
 """
 
 # N images, G glyphs of all fonts, S side of a glyph

@@ -61,6 +61,8 @@ OUTSIDE = {
     "a folder": {"data": {"root": "/elsewhere"}},
     "a folder above": {"data": {"root": "data/../../elsewhere"}},
     "a file of weights": {"model": {"pretrained": "/elsewhere/weights.pt"}},
+    "a file of weights in the run folder": {"model": {"pretrained": "runs/mine/weights.pt"}},
+    "a file of weights here": {"model": {"pretrained": "weights.pt"}},
     "an estimator": {"zo": {"estimator": "antigravity:Class"}},
     "an adapter": {"adapter": {"kind": "antigravity:Class"}},
 }
