@@ -1,5 +1,6 @@
 """The configuration: Hydra composes it, dataclasses hold it, and the rules that span several groups."""
 
+import argparse
 import difflib
 import itertools
 import os
@@ -8,6 +9,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -34,7 +36,7 @@ from dist_vlcl.run.signals import report_status
 from dist_vlcl.saved import MAY_CHANGE, OURS, PLACES, leads_out, read_config
 from dist_vlcl.zo.update import ZerothOrderConfig
 
-FULL_ERROR = "HYDRA_FULL_ERROR"
+FULL_ERROR = "HYDRA_FULL_ERROR"  # set: errors of the user have their traceback, too
 
 
 @dataclass
@@ -56,19 +58,13 @@ class TaskConfig:
 class TrainConfig:
     """How long a task is trained, and on which batches."""
 
-    batch_size: int | None = option(
-        128, "Samples in the global batch, for any number of ranks; null fits it to the number of images.", min=1
-    )
+    batch_size: int | None = option(128, "Samples in the global batch, for any number of ranks; null fits it to the images.", min=1)
     epochs: int | None = option(1, "Passes over the training samples of each task; null takes about 100 steps for each task.", min=1)
-    warmup_steps: int | None = option(
-        30, "Steps of linear warm-up of the learning rate in each task; null takes a tenth of the task's steps.", min=0
-    )
+    warmup_steps: int | None = option(30, "Steps of linear warm-up of the learning rate in each task; null: a tenth of them.", min=0)
     max_steps: int | None = option(None, "Steps per task at most, for a short look or a memory probe; null takes all.", min=1)
     micro_batches: int = option(1, "Gradient accumulation: parts into which a rank divides its share of a batch.", min=1)
     max_skips: int = option(10, "The run fails after so many consecutive steps whose loss or gradient is not finite.", min=1)
-    check_every_steps: int = option(
-        50, "Steps after which the ranks compare a digest of all adapters; they also do so before every checkpoint.", min=1
-    )
+    check_every_steps: int = option(50, "Steps between two comparisons of all adapters over ranks, also before a checkpoint.", min=1)
 
 
 @dataclass
@@ -78,9 +74,7 @@ class EvalConfig:
     batch_size: int = option(512, "Test samples in a batch of each rank.", min=1)
     train_transform: bool = option(False, "Evaluate with the random training transform, as the baseline does.")
     zero_shot: bool = option(True, "Also evaluate before the first task.")
-    holdout: float = option(
-        0.0, "Fraction of each class's training samples that is held out and evaluated in place of the test samples.", min=0, below=1
-    )
+    holdout: float = option(0.0, "Part of each class's training samples to evaluate in place of the test samples.", min=0, below=1)
 
 
 @dataclass
@@ -129,9 +123,15 @@ for _name, _config in ADAPTERS.items():
 
 def compose_config(overrides: Iterable[str]) -> Config:
     """Return the validated configuration that the options of a command line mean. Raises ValueError for a wrong option."""
+    return from_hydra(compose_options(overrides))
+
+
+def compose_options(overrides: Iterable[str], folder: str | None = None) -> DictConfig:
+    """Return the options of a command line as Hydra composes them. `folder`: one with more groups and files than configs/ has."""
+    also = [f"hydra.searchpath=[file://{Path(folder).resolve(strict=True)}]"] if folder else []
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return from_hydra(compose("config", expand_paper(list(overrides))))
+            return compose("config", [*also, *expand_paper(list(overrides))])
     except HydraException as error:
         raise ValueError(format_error(error)) from error
 
@@ -233,58 +233,36 @@ def default_name(config: Config) -> str:
 
 
 def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:
-    """Call `work` with the composed configuration. A user's error becomes one line on rank 0 and exit status 2.
+    """Call `work` with the configuration of the command line. A user's error becomes one line on rank 0 and exit status 2.
 
     `--help` prints the command's `document`, then groups and options.
     """
-    import hydra
-
     is_main = os.environ.get("RANK", "0") == "0"
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--config-dir")
+    flags, words = parser.parse_known_args()
     try:
-        sys.argv[1:] = _checked_words(sys.argv[1:])
-        if {"--help", "-h"} & set(sys.argv[1:]):
-            from dist_vlcl.help import help_text
-
-            print(help_text(document, sys.argv[1:]) if is_main else "", end="")
-            return
-    except ValueError as error:
+        refuse_flags(words)
+        config = from_hydra(compose_options(words, flags.config_dir))
+    except (OSError, ValueError) as error:
+        if FULL_ERROR in os.environ:
+            raise
         refuse(error, is_main)
-    asks_for_full_error = FULL_ERROR in os.environ
+    if flags.help:
+        from dist_vlcl.help import help_text
 
-    @hydra.main(version_base=None, config_path=str(CONFIG_FOLDER), config_name="config")
-    def run(options: DictConfig) -> None:
-        if not asks_for_full_error:
-            os.environ.pop(FULL_ERROR, None)  # from here on errors are not Hydra's
-        try:
-            config = from_hydra(options)
-        except ValueError as error:
-            refuse(error, is_main)
+        print(help_text(document, config) if is_main else "", end="")
+    else:
         work(config)
 
-    if not is_main and any(a in ("--cfg", "-c", "--info", "-i", "--hydra-help") or a.startswith("--cfg") for a in sys.argv[1:]):
-        return  # rank 0 prints it
-    os.environ.setdefault(FULL_ERROR, "1")  # otherwise Hydra prints many lines on every rank
-    try:
-        run()
-    except (HydraException, ValueError) as error:
-        if asks_for_full_error:
-            raise
-        refuse(ValueError(format_error(error)), is_main)
-    finally:
-        if not asks_for_full_error:
-            os.environ.pop(FULL_ERROR, None)
 
-
-def _checked_words(words: list[str]) -> list[str]:
-    """Return a command line with `paper=ID` and `tuned=FILE` expanded. Raises ValueError for words that Hydra would explain badly."""
-    is_multirun = any(word in ("-m", "hydra.mode=MULTIRUN") or re.match("--mu", word) for word in words)
-    if is_multirun and int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ValueError("--multirun: ranks that a launcher has started can train one run only; use dist-vlcl sweep")
-    for word in words:
-        flag = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and (meant := [name for name in declared(Config) if flag in (name, name.split(".")[-1])]):
-            raise ValueError(f"{word}: options are NAME=VALUE; did you mean {meant[0]}=...?")
-    return expand_paper(words)
+def refuse_flags(words: Iterable[str]) -> None:
+    """Raise ValueError for a flag, such as --epochs: options are NAME=VALUE."""
+    if flag := next((word for word in words if word.startswith("-")), None):
+        name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
+        meant = [option for option in declared(Config) if name in (option, option.split(".")[-1])]
+        raise ValueError(f"{flag}: options are NAME=VALUE; " + (f"did you mean {meant[0]}=...?" if meant else "--help lists them"))
 
 
 def format_error(error: Exception) -> str:
@@ -302,6 +280,15 @@ def format_error(error: Exception) -> str:
         advice = f"; your own images: data=folder data.name={name} data.source=PATH" if group == "data" else ""
         return f"{group}={name}: choose from {', '.join(choices)}{advice}"
     return re.split("To append to your config|Config search path| full_key|See https", text)[0].strip(" .:")
+
+
+@contextmanager
+def errors_refused() -> Iterator[None]:
+    """Report an error of the user that is raised inside, and exit with status 2."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        refuse(error)
 
 
 def refuse(error: Exception, is_main: bool = True) -> NoReturn:

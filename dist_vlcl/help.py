@@ -1,23 +1,21 @@
 """What `--help` prints: the choices of every group, and every option with its value, its meaning and what it allows."""
 
 import textwrap
-from collections.abc import Sequence
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, compose_config
+from dist_vlcl.config import CONFIG_FOLDER, Config
 from dist_vlcl.masking import masked
 from dist_vlcl.options import allowed_values, declared, flatten
 
 USAGE = """
 Options are NAME=VALUE, in any order; GROUP=NAME sets several at once. Quote values with { } [ ] or *. The values below are those that this
 command line would give. paper=ID repeats a published run of configs/paper_runs.yaml, such as paper=t2-moe-cifar10-dual-hop_odd.
---check validates the options and exits; --cfg job prints the configuration and exits; --config-dir FOLDER adds your own groups.
+--check validates the options and exits; --config-dir FOLDER adds your own groups.
 """
 TRAIN = "Train CLIP continually:  dist-vlcl train [OPTION=VALUE ...], or accelerate launch -m dist_vlcl.train for several processes\n"
 
 
-def help_text(document: str | None, words: Sequence[str]) -> str:
-    """Return the help of a command on configurations. Raises ValueError if the options among the words are wrong."""
-    config = compose_config([word for word in words if "=" in word and not word.startswith("-")] or ["data=digits"])
+def help_text(document: str | None, config: Config) -> str:
+    """Return the help of a command on configurations."""
     groups = sorted(path for path in CONFIG_FOLDER.iterdir() if path.is_dir())
     choices = [f"  {group.name:8} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups]
     lines, values = [document or TRAIN, USAGE, "Groups", *choices, "", "Options"], flatten(config.as_dict())

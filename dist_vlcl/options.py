@@ -6,23 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "min": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "max": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[Any] | None = None,
-    min: float | None = None,
-    above: float | None = None,
-    max: float | None = None,
-    below: float | None = None,
-) -> Any:
+
+def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, **bounds: float) -> Any:
     """Return a dataclass field with its meaning and allowed values: one of `choices`, or a number within the bounds.
 
-    `min` and `max` belong to the range, `above` and `below` do not. None is allowed if the field's type says so
+    `bounds`: min and max, which belong to the range, above and below, which do not. None is allowed if the field's type says so
     (`float | None`). A list or dictionary as default is copied for every instance, and its items are checked.
     """
-    metadata = {"help": help, "choices": choices, "min": min, "above": above, "max": max, "below": below}
+    assert set(bounds) <= set(BOUNDS)
+    metadata = {"help": help, "choices": choices, **bounds}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: default.copy(), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -46,14 +45,6 @@ def declared(config: type, prefix: str = "") -> dict[str, Field]:
     return found
 
 
-BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "min": ("at least", operator.ge),
-    "above": ("more than", operator.gt),
-    "max": ("at most", operator.le),
-    "below": ("less than", operator.lt),
-}
-
-
 def allowed_values(metadata: Any) -> str:
     """Return as text what a field's metadata allows; "" where it says nothing."""
     if metadata.get("choices"):
@@ -73,13 +64,11 @@ def validate(config: Any, name: str = "") -> None:
             validate(value, key)
             continue
         is_optional = "None" in str(item.type)
-        pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else [(None, value)]
-        for place, one in pairs:
-            if not (one is None and is_optional) and not _is_allowed(one, item.metadata):
-                where = key if place is None else f"{key}.{place}" if isinstance(value, dict) else key
-                given = value if isinstance(value, list | tuple) else one
-                or_null = ", or null" if is_optional else ""
-                raise ValueError(f"{where}={given!r}: {allowed_values(item.metadata)}{or_null}")
+        parts = {f"{key}.{place}": one for place, one in value.items()} if isinstance(value, dict) else {key: value}
+        for where, given in parts.items():
+            items = given if isinstance(given, list | tuple) else [given]
+            if not all((one is None and is_optional) or _is_allowed(one, item.metadata) for one in items):
+                raise ValueError(f"{where}={given!r}: {allowed_values(item.metadata)}{', or null' if is_optional else ''}")
     if callable(check := getattr(config, "check", None)):
         check()
 

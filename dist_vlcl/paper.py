@@ -206,8 +206,8 @@ def _no_such_run(name: str, known: Iterable[str]) -> str:
 def expand_paper(arguments: list[str]) -> list[str]:
     """Return command-line overrides with `tuned=FILE` and `paper=ID` replaced by the overrides that they stand for.
 
-    The user's own overrides come after those of a cell, and win; the run's name shows them. Options of Hydra stay in front, where argparse
-    expects them. Raises ValueError for an unknown id or a file that cannot be read.
+    The user's own overrides come after those of a cell, and win; the run's name shows them. Raises ValueError for an unknown id or a file
+    that cannot be read.
     """
     arguments = [option for argument in arguments for option in _expand_tuned(argument)]
     ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
@@ -215,9 +215,8 @@ def expand_paper(arguments: list[str]) -> list[str]:
         return arguments
     if ids[-1] not in catalogue():
         raise ValueError(f"{_no_such_run(ids[-1], catalogue())}. Ids are in configs/paper_runs.yaml")
-    own = [a for a in arguments if not a.startswith(("paper=", "-"))]
-    first = next(k for k, argument in enumerate(arguments) if "=" in argument and not argument.startswith("-"))
-    return [*arguments[:first], *catalogue()[ids[-1]].overrides(), f"run.name={run_name(ids[-1], own)}", *arguments[first:]]
+    own = [a for a in arguments if not a.startswith("paper=")]
+    return [*catalogue()[ids[-1]].overrides(), f"run.name={run_name(ids[-1], own)}", *arguments]
 
 
 def run_name(id: str, own: list[str]) -> str:

@@ -123,8 +123,6 @@ def test_a_user_s_own_overrides_come_after_a_published_run_s_and_win():
     assert (config.train.batch_size, config.orders.order, config.seed) == (32, "frozen", 3)
     assert config.run.name.startswith("t1-moe-cifar20-dual-seed3-order_frozen-batch_size_32-")
     assert expand_paper(["seed=3"]) == ["seed=3"]
-    shown = expand_paper(["--cfg", "job", "paper=t1-moe-cifar20-dual"])
-    assert shown[:2] == ["--cfg", "job"] and all("=" in word for word in shown[2:])  # argparse takes overrides in one piece only
 
 
 def test_a_published_run_that_there_is_not_is_refused_with_the_nearest():

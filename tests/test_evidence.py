@@ -3,10 +3,17 @@
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import yaml
+from scipy import stats
 
+from dist_vlcl.config import compose_config
+from dist_vlcl.paper import CONFIG_FOLDER
+from dist_vlcl.report.records import CELL
 from tests.helpers.runs import write_run
+from tests.report.test_statistics import FO, results
 
 ROOT = Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("evidence", ROOT / "tools" / "evidence.py")
@@ -71,3 +78,66 @@ def test_the_page_shows_what_the_shipped_csv_files_hold():
         pytest.skip("docs/results has no CSV files yet")
     page = evidence.PAGE.read_text()
     assert evidence.with_section(page, evidence.section(runs)) == page
+
+
+CONTRAST = {
+    **{"name": "a", "question": "?", "metric": "last", "claim": "above", "where": {"dataset": "cifar100"}},
+    **{"method": {"branch": "dual", "variant": "naive", "settings": ["zo.lr_scale=3.0"]}, "against": {"variant": "none"}},
+}
+
+
+def two_methods(differences: list[float], settings: str = "zo.lr_scale=3.0") -> pd.DataFrame:
+    """Return results of first order and of a naive run that differs from it by these points."""
+    frame = results(FO, ("dual", "all", "naive", settings), seeds=len(differences))
+    frame.loc[frame.variant == "naive", "last"] = frame["last"][frame.variant == "none"].to_numpy() + differences
+    return frame
+
+
+@pytest.mark.parametrize(
+    ("claim", "differences", "answer"),
+    [
+        ("above", [1.0, 1.2, 0.9, 1.1], "yes"),
+        ("above", [-1.0, -1.2, -0.9, -1.1], "no"),
+        ("above", [-1.0, 1.2, -0.9, 1.1], "not decided"),
+        ("same", [0.1, -0.1, 0.05, 0.0], "yes"),
+        ("same", [1.0, 1.2, 0.9, 1.1], "no"),
+        ("same", [1.0, -1.2, 0.9, -1.1], "not decided"),  # a wide interval shows nothing
+        ("same", [0.0, 0.0], "not decided"),  # equal by chance once in a while
+        ("same", [0.0] * 10, "yes"),
+        ("same", [0.6] * 10, "not decided"),
+        ("above", [0.6] * 10, "yes"),
+    ],
+)
+def test_a_contrast_is_answered_by_the_test_that_was_named(claim, differences, answer):
+    [found] = evidence.contrasts_of(two_methods(differences), {"contrasts": [{**CONTRAST, "claim": claim}]}).to_dict("records")
+    assert found["answer"] == answer and found["seeds"] == len(differences)
+
+
+def test_an_equivalence_test_is_two_one_sided_tests():
+    differences = np.array([0.2, 0.3, 0.1])  # mean 0.2, standard error 0.1 / sqrt 3; t(2)
+    [found] = evidence.contrasts_of(two_methods(list(differences)), {"contrasts": [{**CONTRAST, "claim": "same"}]}).to_dict("records")
+    assert found["p"] == pytest.approx(stats.t.sf((0.5 - 0.2) / (0.1 / 3**0.5), 2))
+
+
+def test_equal_differences_have_the_p_of_a_sign_test():
+    [found] = evidence.contrasts_of(two_methods([0.1, 0.1]), {"contrasts": [{**CONTRAST, "claim": "same"}]}).to_dict("records")
+    assert found["p"] == 0.25
+
+
+def test_a_contrast_takes_the_settings_that_it_names_and_no_others():
+    for settings, seeds in (("zo.lr_scale=3.0", 4), ("", 0), ("zo.lr_scale=3.0; zo.sides=2", 0), ("adapter.scale=1.0; zo.lr_scale=3.0", 4)):
+        assert evidence.contrasts_of(two_methods([1.0, 2.0, 3.0, 4.0], settings), {"contrasts": [CONTRAST]}).seeds[0] == seeds
+
+
+def test_holm_s_correction_is_that_of_the_textbook_and_counts_contrasts_without_runs():
+    assert list(evidence.holm(pd.Series([0.01, 0.04, 0.03]))) == pytest.approx([0.03, 0.06, 0.06])
+    assert evidence.holm(pd.Series([0.01, np.nan, np.nan]))[0] == pytest.approx(0.03)
+
+
+def test_every_named_contrast_can_be_met_by_a_run():
+    plan = yaml.safe_load((CONFIG_FOLDER / "contrasts.yaml").read_text())
+    assert 5 <= len(plan["contrasts"]) <= 7 and len({contrast["name"] for contrast in plan["contrasts"]}) == len(plan["contrasts"])
+    for contrast in plan["contrasts"]:
+        for side in (contrast["method"], contrast["against"]):
+            assert set(side) <= {*CELL, "settings"} and contrast["claim"] in ("above", "same") and contrast["metric"] in ("last", "avg")
+            compose_config(["zo=naive", *side.get("settings", ())])  # they are options, and allowed

@@ -8,21 +8,39 @@ The page then shows exactly what the CSV files hold; a test compares them.
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import yaml
+from scipy import stats
 
 from dist_vlcl.commands.report import realise
 from dist_vlcl.paper import CONFIG_FOLDER, paper_runs
 from dist_vlcl.report import tables
-from dist_vlcl.report.figures import STYLE, write_picture
+from dist_vlcl.report.figures import STYLE
 from dist_vlcl.report.page import WORTH_TERMS
-from dist_vlcl.report.paper_figures import draw_claims, draw_seeds
-from dist_vlcl.report.records import CONTROLS, run_frame
-from dist_vlcl.report.statistics import CLAIMS, GROUP, RECOVERED, RULE, cells_of, compare, complete_of, contrasts_of, results_of
+from dist_vlcl.report.paper_figures import draw_seeds
+from dist_vlcl.report.records import CELL, CONTROLS, run_frame
+from dist_vlcl.report.statistics import (
+    CLAIMS,
+    GROUP,
+    NO,
+    NOT_DECIDED,
+    RECOVERED,
+    RULE,
+    SAME,
+    YES,
+    cells_of,
+    compare,
+    complete_of,
+    paired_test,
+    results_of,
+)
 from dist_vlcl.run.files import replace_file
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
@@ -70,7 +88,7 @@ def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
     cells = cells_of(results, comparisons, published)
     ours = cells[cells.seeds > 0]
     contrasts = contrasts_of(results, yaml.safe_load((CONFIG_FOLDER / "contrasts.yaml").read_text()))
-    blocks = ["### The primary contrasts", "\n".join(map(sentence, contrasts.itertuples())), tables.contrast_table(contrasts)]
+    blocks = ["### The primary contrasts", "\n".join(map(sentence, contrasts.itertuples())), contrast_table(contrasts)]
     blocks += ["### Results", f"Other settings than the paper's, in all runs: {'; '.join(sorted(shared)) or 'none'}."]
     blocks.append(tables.result_table(ours))
     if worth := tables.worth_table(ours):
@@ -82,23 +100,85 @@ def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
         if len(found):
             blocks += [f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})", tables.comparison_table(found)]
     blocks.append(f"Questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}")
-    with matplotlib.rc_context(STYLE):
-        drawn = [
-            (f"results-{dataset}-inc{increment}-{number}", draw_seeds(part))
-            for number, ((dataset, increment, _), part) in enumerate(results.groupby(GROUP, sort=False), 1)
-        ]
-        of_accuracy = comparisons[(comparisons.claim != "") & comparisons.metric.isin(list(tables.METRICS))]
-        drawn += [
-            (f"results-claims-{dataset}-{number}", draw_claims(part))
-            for number, ((dataset, _), part) in enumerate(of_accuracy.groupby(["dataset", "shared_settings"], sort=False), 1)
-        ]
-        for name, picture in drawn:
-            if picture:
-                blocks.append(f"![{picture[2].split('.')[0]}](images/{name}.png)")
+    with matplotlib.rc_context(fname=STYLE):
+        for number, ((dataset, increment, _), part) in enumerate(results.groupby(GROUP, sort=False), 1):
+            if picture := draw_seeds(part):
+                name = f"results-{dataset}-inc{increment}-{number}.png"
+                blocks.append(f"![{picture.caption.split('.')[0]}](images/{name})")
                 if pictures:
                     pictures.mkdir(parents=True, exist_ok=True)
-                    write_picture(picture[0], pictures / f"{name}.png")
+                    picture.figure.savefig(pictures / name)
     return "\n\n".join(block.rstrip() for block in blocks)
+
+
+def contrasts_of(results: pd.DataFrame, plan: Mapping[str, Any]) -> pd.DataFrame:
+    """Return one row per contrast that was named before the runs (configs/contrasts.yaml): difference, interval, p, Holm's p, answer.
+
+    A contrast has the claim `above` (the difference exceeds `bound`; one-sided paired t-test) or `same` (it lies within ±SAME; two
+    one-sided tests, the larger p). Holm's correction counts every contrast, also those without runs.
+    """
+    rows = []
+    for contrast in plan["contrasts"]:
+        differences, settings = paired(results, contrast)
+        bound, test, is_same = float(contrast.get("bound", 0)), paired_test(differences), contrast["claim"] == "same"
+        p = max(p_above(differences, -SAME), p_above(-differences, -SAME)) if is_same else p_above(differences, bound)
+        is_refuted = test["low"] > SAME or test["high"] < -SAME if is_same else test["high"] < bound
+        condition = f"|Δ| < {SAME:g}" if is_same else f"Δ > {bound:g}"
+        rows.append({"name": contrast["name"], "question": contrast["question"], "condition": condition, "metric": contrast["metric"]})
+        rows[-1] |= {**test, "p": p, "is_refuted": is_refuted, "settings": settings}
+    found = pd.DataFrame(rows)
+    found["p_holm"] = holm(found.p)
+    found["answer"] = np.select([found.p_holm < 0.05, found.is_refuted, found.seeds > 0], [YES, NO, NOT_DECIDED], "not run")
+    return found.drop(columns="is_refuted")
+
+
+def p_above(differences: np.ndarray, bound: float) -> float:
+    """Return p of a one-sided t-test, of a sign test if all differences are equal and have no standard error, NaN with fewer than two."""
+    if len(differences) < 2:
+        return np.nan
+    if np.ptp(differences) < 1e-9:
+        return float(stats.binomtest(int(np.sum(differences > bound)), len(differences), alternative="greater").pvalue)
+    return float(stats.ttest_1samp(differences, bound, alternative="greater").pvalue)
+
+
+def holm(p: pd.Series) -> pd.Series:
+    """Return p-values after Holm's correction for their number: each is a bound on the error of any of them. Unknown ones count, too."""
+    ordered = p.sort_values()
+    return (ordered * range(len(p), 0, -1)).cummax().clip(upper=1.0).reindex(p.index)
+
+
+def paired(results: pd.DataFrame, contrast: Mapping[str, Any]) -> tuple[np.ndarray, str]:
+    """Return a contrast's differences by seed, from the group with the most seeds, and the settings of that group."""
+    method, other = (chosen(results, {**contrast["where"], **contrast[side]}) for side in ("method", "against"))
+    both = method.merge(other, on=[*GROUP, "seed"], suffixes=("", "_2"))
+    if both.empty:
+        return np.array([]), ""
+    of_group = both[both.shared_settings == both.shared_settings.mode()[0]].drop_duplicates("seed")
+    metric = contrast["metric"]
+    return (of_group[metric] - of_group[f"{metric}_2"]).to_numpy(), of_group.other_settings.iloc[0]
+
+
+def chosen(results: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
+    """Return the results with the wanted fields, and with exactly the wanted settings of zo and orders; others must only be there."""
+    fields = {key: value for key, value in wanted.items() if key in CELL}
+    found = results[(results[list(fields)] == pd.Series(fields)).all(axis=1)]
+    settings = set(wanted.get("settings", ()))
+
+    def fits(row: Any) -> bool:
+        given = set(f"{row.method_settings}; {row.shared_settings}".split("; "))
+        return settings <= given and {text for text in given if text.startswith(("zo.", "orders."))} <= settings
+
+    return found[np.array([fits(row) for row in found.itertuples()], dtype=bool)]
+
+
+def contrast_table(contrasts: pd.DataFrame) -> str:
+    """Return one row per contrast."""
+    rows = []
+    for c in contrasts.itertuples():
+        tested = [tables.signed(c.mean), tables.interval(c.low, c.high), tables.number(c.p, ".3f"), tables.number(c.p_holm, ".3f")]
+        rows.append([c.question, c.condition, tables.METRICS[c.metric], c.seeds, *tested, c.answer])
+    heads = ["question", "condition", "metric", "seeds", "Δ", "95 % interval", "p", "p, Holm", "answer"]
+    return tables.markdown_table(heads, rows, num_left=3)
 
 
 def sentence(contrast) -> str:

@@ -1,11 +1,18 @@
 """Evaluate a run again, or on other data:  dist-vlcl evaluate runs/NAME [--data FOLDER]
 
 For several processes: accelerate launch -m dist_vlcl.commands.evaluate ...
+
+Loads the adapters of the newest checkpoint and measures the newest row of the accuracy matrix again, on as many ranks as the launcher
+starts. Prints Last, Avg and forgetting in percent. The checkpoint must lie at the end of a task. Nothing in the run folder changes.
+--data measures another data set instead, with all its classes: how much of CLIP's zero-shot accuracy there the training has kept.
+
+The run folder may come from someone else. Its configuration is read as data: code, commands, addresses and absolute paths that it names
+count only if you repeat them as OPTION=VALUE. An error message lists them. Other options that change no result can be given too.
 """
 
-import argparse
 import json
 import sys
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,15 +30,6 @@ from dist_vlcl.masking import masked
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.saved import digest_of, read_config
-
-EXPLANATION = """
-Loads the adapters of the newest checkpoint and measures the newest row of the accuracy matrix again, on as many ranks as the launcher
-starts. Prints Last, Avg and forgetting in percent. The checkpoint must lie at the end of a task. Nothing in the run folder changes.
---data measures another data set instead, with all its classes: how much of CLIP's zero-shot accuracy there the training has kept.
-
-The run folder may come from someone else. Its configuration is read as data: code, commands, addresses and absolute paths that it names
-count only if you repeat them as OPTION=VALUE. An error message lists them. Other options that change no result can be given too.
-"""
 
 
 def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> AccuracyMatrix:
@@ -68,7 +66,7 @@ def evaluate_elsewhere(folder: Path, location: str, world: World, options: Seque
     return names, before, count_correct(towers, test, names, [len(names)], world).tolist()[0]
 
 
-def report(options: argparse.Namespace, world: World) -> str:
+def report(options: Namespace, world: World) -> str:
     """Return what the command prints. All ranks call this."""
     if options.data:
         names, before, after = evaluate_elsewhere(options.run, options.data, world, options.options)
@@ -88,7 +86,7 @@ def report(options: argparse.Namespace, world: World) -> str:
 
 def main() -> None:
     """Run the command line. Exit status 2 after an error."""
-    parser = argparse.ArgumentParser(prog="dist-vlcl evaluate", description=__doc__, epilog=EXPLANATION)
+    parser = ArgumentParser(prog="dist-vlcl evaluate", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/NAME")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="what config.yaml may not decide, such as data.root=/data")
     parser.add_argument("--data", metavar="FOLDER", help="the folder or the address of other shards, such as data/cifar100")

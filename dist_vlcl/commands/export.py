@@ -1,24 +1,24 @@
-"""Export what a run has learned:  dist-vlcl export runs/NAME [--to open_clip] [--push ORG/NAME]"""
+"""Export what a run has learned:  dist-vlcl export runs/NAME [--to open_clip] [--push ORG/NAME]
 
-import argparse
+--to adapters (default) writes adapters.safetensors, config.yaml, classes.json and a model card; dist_vlcl.load(FOLDER) reads them. The
+weights of CLIP are not in it. --to open_clip merges LoRA into CLIP's weights and writes what open_clip.create_model reads. Experts cannot
+be merged. Both folders have the layout of a repository on the Hugging Face Hub. --push uploads them; log in first: hf auth login.
+"""
+
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import yaml
 from safetensors.torch import save_file
 
-from dist_vlcl.config import refuse
+from dist_vlcl.config import errors_refused
 from dist_vlcl.inference import ADAPTERS, CLASSES, CONFIG, Trained, read_trained
 from dist_vlcl.model.clip import merge_lora
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.saved import read_accuracy
 from dist_vlcl.zo.noise import derive_seed
 
-EXPLANATION = """
---to adapters (default) writes adapters.safetensors, config.yaml, classes.json and a model card; dist_vlcl.load(FOLDER) reads them. The
-weights of CLIP are not in it. --to open_clip merges LoRA into CLIP's weights and writes what open_clip.create_model reads. Experts cannot
-be merged. Both folders have the layout of a repository on the Hugging Face Hub. --push uploads them; log in first: hf auth login.
-"""
 PUBLISHED = ("seed", "paper", "tasks", "model", "adapter", "orders", "zo", "first_order", "train")  # the others may name local paths
 CARD = Path(__file__).with_name("model_card.md")
 USAGE = {
@@ -68,7 +68,7 @@ def push(folder: Path, name: str) -> str:
 
 def main() -> None:
     """Run the command line. Exit status 2 after an error."""
-    parser = argparse.ArgumentParser(prog="dist-vlcl export", description=__doc__, epilog=EXPLANATION)
+    parser = ArgumentParser(prog="dist-vlcl export", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a run, such as runs/NAME, or one of its checkpoints")
     parser.add_argument("--to", choices=("adapters", "open_clip"), default="adapters", help="what to write (default: adapters)")
     parser.add_argument("--task", type=int, metavar="N", help="the state after task N (default: the newest checkpoint)")
@@ -76,15 +76,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: exports/NAME)")
     parser.add_argument("--push", metavar="ORG/NAME", help="also upload the folder to the Hugging Face Hub, as a private repository")
     options = parser.parse_args()
-    try:
+    with errors_refused():
         trained = read_trained(options.run, options.task, options.option)
         out = options.out or Path("exports") / trained.folder.resolve().name
         export(trained, out, options.to, options.push or out.name)
         print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
         if options.push:
             print(f"uploaded: {push(out, options.push)}")
-    except (OSError, ValueError, RuntimeError) as error:
-        refuse(error)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Copy the scripts for several processes, machines and Slurm:  dist-vlcl launch-files FOLDER"""
 
-import argparse
 import shutil
+from argparse import ArgumentParser
 from pathlib import Path
 
 from dist_vlcl.paper import CONFIG_FOLDER
@@ -9,7 +9,7 @@ from dist_vlcl.paper import CONFIG_FOLDER
 
 def main() -> None:
     """Run the command line. A file that exists is not replaced: it may hold the settings of a site."""
-    parser = argparse.ArgumentParser(prog="dist-vlcl launch-files", description=__doc__)
+    parser = ArgumentParser(prog="dist-vlcl launch-files", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write launch/ and slurm/")
     folder, written = parser.parse_args().folder, 0
     for source in (file for name in ("launch", "slurm") for file in (CONFIG_FOLDER.parent / name).rglob("*.*")):

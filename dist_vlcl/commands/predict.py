@@ -1,17 +1,16 @@
 """Classify images with a trained run:  dist-vlcl predict runs/NAME IMAGE... [--classes cat,dog]"""
 
-import argparse
 import json
+from argparse import ArgumentParser
 from pathlib import Path
 
-from dist_vlcl.config import refuse
-from dist_vlcl.data.shards import ShardError
+from dist_vlcl.config import errors_refused
 from dist_vlcl.inference import load
 
 
 def main() -> None:
     """Run the command line. Exit status 2 after an error."""
-    parser = argparse.ArgumentParser(prog="dist-vlcl predict", description=__doc__)
+    parser = ArgumentParser(prog="dist-vlcl predict", description=__doc__)
     parser.add_argument("run", help="the folder of a run or of an export, or ORG/NAME on the Hugging Face Hub")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="PNG, JPEG or WebP files")
     parser.add_argument("--classes", metavar="NAME,NAME", help="class names to choose from (default: those that the run has learned)")
@@ -20,12 +19,10 @@ def main() -> None:
     parser.add_argument("--option", action="append", default=[], metavar="OPTION=VALUE", help="what config.yaml may not decide")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image")
     options = parser.parse_args()
-    try:
+    with errors_refused():
         model = load(options.run, options.task, options=options.option)
         names = options.classes.split(",") if options.classes else model.class_names
         scores = model.classify(options.images, names)[1]
-    except (OSError, ValueError, RuntimeError, ShardError) as error:
-        refuse(error)
     for image, row in zip(options.images, scores, strict=True):
         best = row.topk(min(max(1, options.top), len(names)))
         pairs = [(names[place], score) for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)]

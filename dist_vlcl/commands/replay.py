@@ -1,7 +1,11 @@
-"""Rebuild the zeroth-order units of a run from a checkpoint and the journal:  python -m dist_vlcl.commands.replay runs/NAME"""
+"""Rebuild the zeroth-order units of a run from a checkpoint and the journal:  python -m dist_vlcl.commands.replay runs/NAME
 
-import argparse
+Repeats every zeroth-order update from the seeds and coefficients in journal.jsonl, without data and without a forward pass. If the run has
+a checkpoint of the last step, compares bit for bit. Exit status: 0 if equal or nothing to compare with, 1 if different, 2 after an error.
+"""
+
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +15,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dist_vlcl.config import Config, load_config
-from dist_vlcl.masking import masked
+from dist_vlcl.config import Config, errors_refused, load_config
 from dist_vlcl.model.units import FlatTensors, UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run import checkpoint
@@ -20,11 +23,6 @@ from dist_vlcl.run.log import JOURNAL, read_journal
 from dist_vlcl.saved import digest_of, read_config
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder
-
-EXPLANATION = """
-Repeats every zeroth-order update from the seeds and coefficients in journal.jsonl, without data and without a forward pass. If the run has
-a checkpoint of the last step, compares bit for bit. Exit status: 0 if equal or nothing to compare with, 1 if different, 2 after an error.
-"""
 
 
 @dataclass(frozen=True)
@@ -87,28 +85,21 @@ def different_tensors(rebuilt: Rebuilt, saved: checkpoint.Checkpoint) -> list[st
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(prog="python -m dist_vlcl.commands.replay", description=__doc__, epilog=EXPLANATION)
+    parser = ArgumentParser(prog="dist-vlcl replay", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/NAME")
-    parser.add_argument(
-        "--start", type=int, metavar="STEP", help="start from the checkpoint of this step (default: the newest before the end)"
-    )
+    parser.add_argument("--start", type=int, metavar="STEP", help="start from the checkpoint of this step (default: the newest)")
     parser.add_argument("--stop", type=int, metavar="STEP", help="stop after this step (default: the last one in the journal)")
     parser.add_argument("--device", default="cpu", help="the device on which the run drew its directions: cpu (default) or cuda")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="own classes that config.yaml names, such as zo.estimator=a:B")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the rebuilt units to this safetensors file")
     options = parser.parse_intermixed_args()
-    try:
+    with errors_refused():
         rebuilt = rebuild(options.run, options.start, options.stop, options.device, options.options)
         if options.output:
             save_file(rebuilt.tensors, options.output)
         saved = checkpoint.load(options.run, rebuilt.stop) if rebuilt.stop in checkpoint.saved_steps(options.run) else None
-    except (OSError, ValueError, RuntimeError) as error:
-        print(masked(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
     numbers = sum(t.numel() for t in rebuilt.tensors.values())
-    print(
-        f"rebuilt {numbers:,} parameters of the zeroth-order units after step {rebuilt.stop}, from the checkpoint of step {rebuilt.start}"
-    )
+    print(f"rebuilt {numbers:,} parameters of zeroth-order units after step {rebuilt.stop}, from the checkpoint of step {rebuilt.start}")
     if saved is None:
         print(f"there is no checkpoint of step {rebuilt.stop} to compare with")
     elif names := different_tensors(rebuilt, saved):

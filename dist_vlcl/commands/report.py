@@ -4,7 +4,7 @@ Writes OUT/report.html (one file with its pictures inside), OUT/report.md, OUT/i
 The report shows all complete runs, the differences between them, what these say about the paper's claims, and the paper's numbers.
 """
 
-import argparse
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
@@ -36,9 +36,7 @@ def configuration_of(cell: Cell) -> dict[str, Any]:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_vlcl.commands.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="dist-vlcl report", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, such as runs/*; others are skipped and named")
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="where to write (default: report)")
     arguments = parser.parse_args()
@@ -47,7 +45,7 @@ def main() -> None:
     runs, unreadable = run_frame(arguments.runs, realise)
     if runs.empty:
         parser.error(masked(f"none of these is a run folder: {'; '.join(f'{name}: {why}' for name, why in unreadable.items())}"))
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(fname=STYLE):
         report = Report(runs, pd.DataFrame(map(asdict, paper_runs().values())), published()["table5_memory_gb"], unreadable)
         report.write(arguments.out)
     print(f"{int(runs.is_complete.sum())} complete runs of {len(runs)}, {len(report.pictures)} pictures: open {arguments.out}/report.html")

@@ -18,14 +18,13 @@ that fails does not stop the others; its name is printed at the end.
 Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option, 75 if a signal stopped the sweep (start it again).
 """
 
-import argparse
 import ctypes
-import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_vlcl.config import compose_config, refuse
+from dist_vlcl.config import compose_config, errors_refused
 from dist_vlcl.masking import masked_command
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
@@ -111,7 +110,7 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
     return list(items.values())
 
 
-def launcher_of(arguments: argparse.Namespace) -> list[str]:
+def launcher_of(arguments: Namespace) -> list[str]:
     """Return the command that starts a run, before its options: with the launcher given, or one process per GPU, or one."""
     number = arguments.processes or max(1, torch.cuda.device_count())
     if arguments.launcher:
@@ -169,15 +168,12 @@ def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) ->
 
 
 def print_commands(items: Iterable[Item], launcher: Sequence[str]) -> None:
-    """Print the command line of every run, until the reader (such as `head`) has closed the pipe."""
-    try:
-        for item in items:
-            print(shlex.join([*launcher, *item.options]), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    """Print the command line of every run."""
+    for item in items:
+        print(shlex.join([*launcher, *item.options]))
 
 
-def add_launch_options(parser: argparse.ArgumentParser) -> None:
+def add_launch_options(parser: ArgumentParser) -> None:
     """Add the options that say how each run is started."""
     parser.add_argument("--list", action="store_true", help="print the command of every run, and train nothing")
     parser.add_argument("--processes", type=int, metavar="N", help="processes of each run (default: one per GPU of this machine, or one)")
@@ -186,9 +182,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_vlcl.commands.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="dist-vlcl sweep", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="OPTION=VALUE", help="paper=..., seed=..., and options of dist_vlcl.train")
     parser.add_argument("--controls", action="store_true", help="also train every control: frozen, random walk, zero-shot, sign for MoZO")
     parser.add_argument("--count", action="store_true", help="check the options of every run, print the number of runs, and train nothing")
@@ -196,15 +190,13 @@ def main() -> None:
     add_launch_options(parser)
     arguments = parser.parse_intermixed_args()
     console = Console()
-    try:
+    with errors_refused():
         commands = command_lines(arguments.words, arguments.controls)
         if arguments.item is not None:
             if not 0 <= arguments.item < len(commands):
                 raise ValueError(f"--item {arguments.item}: choose from 0 to {len(commands) - 1}")
             commands = commands[arguments.item : arguments.item + 1]
         items = prepare(track(commands, "checking", console=console, transient=True) if console.is_terminal else commands)
-    except ValueError as error:
-        refuse(error)
     if arguments.count:
         print(len(items))
         return

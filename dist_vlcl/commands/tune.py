@@ -13,14 +13,14 @@ one value; in a plan with both branches, probes are those of the language branch
 The best combination and the same units frozen are then run again with fresh seeds, which also hold out other images. The best of many
 looks better than it is. The fresh runs took no part in the choice, so their paired difference is unbiased, however many choices there were.
 
-The folder tuning/NAME/ gets the runs and tuned.yaml, which a run or a sweep takes as tuned=FILE. Its tuning.md, tuning.csv and tuning.png
-compare the combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
+The folder tuning/NAME/ gets the runs and tuned.yaml, which a run or a sweep takes as tuned=FILE. Its tuning.md and tuning.csv compare the
+combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
 """
 
-import argparse
 import itertools
 import re
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
@@ -33,11 +33,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from dist_vlcl.commands.sweep import LEFT, STOPPED, Item, add_launch_options, launcher_of, prepare, print_commands, run_all, split_options
-from dist_vlcl.config import Config, compose_config, refuse
+from dist_vlcl.config import Config, compose_config, errors_refused
 from dist_vlcl.masking import masked_command
 from dist_vlcl.report.records import read_records
 from dist_vlcl.report.statistics import paired_test
-from dist_vlcl.report.trials import plot_trials, ranked, trial_table
+from dist_vlcl.report.tables import ranked, trial_table
 from dist_vlcl.run.files import replace_file
 
 SEEDS, FRESH = ["0", "1", "2"], 5
@@ -141,14 +141,12 @@ def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh:
 
 
 def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> str:
-    """Write the tables, the picture and the best choice with the other `zo` options; return what the user should read."""
-    choices = ranked(found.trials)
-    table = trial_table(choices, found.references)
+    """Write the tables and the best choice with the other `zo` options; return what the user should read."""
+    table = trial_table(ranked(found.trials), found.references)
     note = "Accuracy in % on held-out training images of the first task; test images were not read. The first row is in tuned.yaml."
     head = f"# {folder.name}\n\n    {command}\n\n**{found.answer}** {found.shrinkage}"
     replace_file(folder / "tuning.md", f"{head}\n\n{table}\n{note}\n")
     found.trials.to_csv(folder / "tuning.csv", index=False)
-    plot_trials(folder / "tuning.png", found.trials, choices, found.references)
     options = [option for option in (*fixed, *(f"{key}={value}" for key, value in found.best.items())) if option.startswith(("zo=", "zo."))]
     named = [key.split(".")[1] for key, _ in split_options(options) if key != "zo"]
     resolved = compose_config([*fixed, *options]).as_dict()["zo"]
@@ -156,8 +154,7 @@ def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> st
     if isinstance(kept.get("probes"), dict):  # as one value: it replaces a number
         kept["probes"] = f"{{{', '.join(f'{branch}: {count}' for branch, count in kept['probes'].items())}}}"
     replace_file(folder / "tuned.yaml", f"# {command}\n# {found.answer}\n" + OmegaConf.to_yaml(OmegaConf.create({"zo": kept})))
-    advice = f"Train with tuned={folder}/tuned.yaml; the picture is {folder}/tuning.png"
-    return "\n".join([f"\n{table}", found.answer, found.shrinkage, advice])
+    return "\n".join([f"\n{table}", found.answer, found.shrinkage, f"Train with tuned={folder}/tuned.yaml"])
 
 
 STRATEGY = ("name", "transform", "acceptance", "epsilon")  # what configs/zo/NAME.yaml sets
@@ -165,9 +162,7 @@ STRATEGY = ("name", "transform", "acceptance", "epsilon")  # what configs/zo/NAM
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dist_vlcl.commands.tune", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="dist-vlcl tune", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="OPTION=VALUE", help="options of dist_vlcl.train; give several values with commas")
     parser.add_argument("--holdout", type=float, default=0.2, metavar="PART", help="part of each class's training images to hold out (0.2)")
     parser.add_argument("--fresh", type=int, default=FRESH, metavar="N", help=f"seeds that the best one is run again with ({FRESH})")
@@ -175,7 +170,7 @@ def main() -> None:
     add_launch_options(parser)
     arguments = parser.parse_intermixed_args()
     console = Console()
-    try:
+    with errors_refused():
         if not 0 < arguments.holdout < 1:
             raise ValueError(f"--holdout {arguments.holdout}: give a number of more than 0 and less than 1")
         fixed, several, seeds = read_options(arguments.words)
@@ -190,8 +185,6 @@ def main() -> None:
             return [prepare(command_lines(fixed, choice, seeds, folder, arguments.holdout)) for choice in choices]
 
         screen = planned([CONTROL, *choices], seeds)
-    except ValueError as error:
-        refuse(error)
     launcher = launcher_of(arguments)
     if arguments.list:
         print_commands(itertools.chain(*screen), launcher)

@@ -1,6 +1,5 @@
 """Pictures of one run, drawn without a display, and the style of all pictures: readable for colour-blind readers and in grey print."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,7 @@ from dist_vlcl.report.records import Records, read_records
 
 # Okabe and Ito's palette, with Tol's wine as purple, since theirs is too pale for a thin line. Line styles repeat the distinction.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#882255", "#595959"
-LOOKS = {"vision": (BLUE, "-"), "language": (ORANGE, "--")}
-OTHER_LOOK = (GREEN, "-.")  # both branches moved as one
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "figure.constrained_layout.use": True,
-    "text.parse_math": False,  # names of data sets and options are the user's: a $ is a $
-}
+STYLE = Path(__file__).with_name("figures.mplstyle")
 MAX_NUMBERED = 22  # columns of a matrix; with more, a cell has no room for its number
 
 
@@ -37,13 +22,13 @@ def plot_run(folder: Path | str) -> list[Path]:
     """Draw every picture for which a run's metrics.jsonl has data into its folder plots/, and return the paths."""
     records, plots = read_records(folder), Path(folder) / "plots"
     plots.mkdir(exist_ok=True)
-    names = {"accuracy_matrix": plot_matrix, "accuracy": plot_accuracy, "loss": plot_loss, "projected_gradient": plot_projected_gradients}
+    names = {"accuracy_matrix": plot_matrix, "accuracy": plot_accuracy, "loss": plot_loss}
     drawn = []
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(fname=STYLE):
         for name, plot in names.items():
             if figure := plot(records):
                 drawn.append(plots / f"{name}.png")
-                write_picture(figure, drawn[-1])
+                figure.savefig(drawn[-1])
     return drawn
 
 
@@ -93,50 +78,26 @@ def plot_accuracy(records: Records) -> Figure | None:
 
 def plot_loss(records: Records) -> Figure | None:
     """Draw the base loss of every step, raw and smoothed, with the tasks' borders; None without data."""
-    steps = _step_values(records, lambda record: record.get("loss"))
+    steps = pd.DataFrame(records.steps).reindex(columns=["step", "task", "loss"]).astype({"loss": float})
+    steps = steps[np.isfinite(steps.loss)]
     if steps.empty:
         return None
     figure = Figure(figsize=(7.2, 3.8))
     axes = figure.subplots()
-    axes.plot(steps.step, steps.value, color=BLUE, alpha=0.35, linewidth=0.7, label="every step")
-    for index, (_, part) in enumerate(steps.groupby("task")):  # a loss jumps where a task begins
-        label = "" if index else "smoothed within a task"
-        axes.plot(part.step, smoothed(part.value), color=BLUE, linewidth=1.8, label=label)
-    axes.set(xlabel="step", ylabel="loss")
+    axes.plot(steps.step, steps.loss, color=BLUE, alpha=0.35, linewidth=0.7, label="every step")
+    draw_loss(axes, steps.assign(run=""), "smoothed within a task", color=BLUE)
     put_legend(figure, axes)
     draw_borders(axes, steps)
     return figure
 
 
-def plot_projected_gradients(records: Records) -> Figure | None:
-    """Draw the size of each branch's projected gradient, and the share of its moves that were accepted; None without zeroth-order steps."""
-    branches = sorted({branch for record in records.steps for branch in record.get("zo") or {}}, reverse=True)
-    gradients = {branch: _zo_values(records, branch, "projected_gradient") for branch in branches}
-    gradients = {branch: steps[steps.value > 0] for branch, steps in gradients.items() if (steps.value > 0).any()}
-    if not gradients:
-        return None
-    figure = Figure(figsize=(7.2, 5.4))
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    for branch, sizes in gradients.items():
-        color, line = LOOKS.get(branch, OTHER_LOOK)
-        top.plot(sizes.step, sizes.value, color=color, alpha=0.2, linewidth=0, marker=".", markersize=3)
-        for index, (_, part) in enumerate(sizes.groupby("task")):
-            mean = np.exp(smoothed(np.log(part.value), at_least=20))
-            top.plot(part.step, mean, color=color, linestyle=line, linewidth=1.8, label="" if index else branch)
-        for _, part in _zo_values(records, branch, "coefficient").groupby("task"):
-            below.plot(part.step, 100 * smoothed(part.value > 0, at_least=20), color=color, linestyle=line)
-    top.set(yscale="log", ylabel="|projected gradient|")
-    put_legend(figure, top)
-    below.set(ylim=(-4, 104), xlabel="step", ylabel="moves accepted (%)")
-    steps = _step_values(records, lambda record: record["step"])
-    draw_borders(top, steps)
-    draw_borders(below, steps, labels=False)
-    return figure
-
-
-def write_picture(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG."""
-    figure.savefig(path)
+def draw_loss(axes: Axes, steps: pd.DataFrame, label: str, **look: Any) -> None:
+    """Draw the loss of runs (columns run, task, step, loss), smoothed within each task: their mean, and their range as a band."""
+    for index, (_, of_task) in enumerate(steps.groupby("task")):  # a loss jumps where a task begins
+        by_run = smoothed(of_task.pivot_table(index="step", columns="run", values="loss").dropna())
+        axes.plot(by_run.index, by_run.mean(axis=1), linewidth=1.7, label="" if index else label, **look)
+        axes.fill_between(by_run.index, by_run.min(axis=1), by_run.max(axis=1), color=look["color"], alpha=0.15, linewidth=0)
+    axes.set(xlabel="step", ylabel="loss")
 
 
 def percents(fractions: Any) -> np.ndarray:
@@ -144,44 +105,25 @@ def percents(fractions: Any) -> np.ndarray:
     return 100 * np.array(fractions, dtype=float)
 
 
-def _step_values(records: Records, value_of: Callable[[dict[str, Any]], Any]) -> pd.DataFrame:
-    """Return step, task and a value of every step that has one; values that are not finite are left out."""
-    steps = [(record["step"], record.get("task", 0), value_of(record)) for record in records.steps]
-    frame = pd.DataFrame(steps, columns=["step", "task", "value"]).astype({"value": float})
-    return frame[np.isfinite(frame.value)]
-
-
-def _zo_values(records: Records, branch: str, name: str) -> pd.DataFrame:
-    """Return step, task and the size of one number of a branch's zeroth-order move."""
-    steps = _step_values(records, lambda record: ((record.get("zo") or {}).get(branch) or {}).get(name))
-    return steps.assign(value=steps.value.abs())
-
-
-def smoothed(values: Any, at_least: int = 1) -> Any:
+def smoothed(values: Any) -> Any:
     """Return the mean of each value (of a Series, or of each column) and its neighbours: a tenth of all values, fewer at the ends."""
-    reach = max(at_least, min(len(values) // 10, 200)) // 2
+    reach = min(len(values) // 10, 200) // 2
     return values.rolling(2 * reach + 1, center=True, min_periods=1).mean()
 
 
-def put_legend(figure: Figure, axes: Axes, columns: int | None = None) -> None:
-    """Put the legend of `axes` above all axes of the figure, in one line or in so many columns."""
-    handles, labels = axes.get_legend_handles_labels()
-    # Outside the axes, because data may be anywhere inside.
-    figure.legend(handles, labels, loc="outside upper right", ncols=columns or len(labels), fontsize=9)
+def put_legend(figure: Figure, axes: Axes) -> None:
+    """Put the legend of `axes` above all axes of the figure, because data may be anywhere inside of them."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=9)
 
 
-def draw_borders(axes: Axes, steps: pd.DataFrame, labels: bool = True) -> None:
-    """Draw a line where each task but the first begins, given `step` and `task` of all steps, with as many numbers as there is room for."""
+def draw_borders(axes: Axes, steps: pd.DataFrame) -> None:
+    """Draw a line where each task begins, given `step` and `task` of all steps, with as many numbers as there is room for."""
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    above: dict[str, Any] = {"xytext": (2, 3), "textcoords": "offset points", "fontsize": 8, "color": GREY}
     begins = steps.groupby("task").step.min()
     for task, begin in begins.iloc[:: _stride(len(begins))].items():
-        if begin > begins.iloc[0]:
-            axes.axvline(begin, color=GREY, linewidth=0.7, linestyle=":")
-        if labels and len(begins) > 1:
-            axes.annotate(f"{task + 1}", (begin, 1), xycoords=("data", "axes fraction"), **above)
-    if labels and len(begins) > 1:
-        axes.annotate("task", (0, 1), xycoords="axes fraction", ha="right", **above)
+        axes.axvline(begin, color=GREY, linewidth=0.7, linestyle=":")
+        name = f"task {task + 1}" if task == begins.index[0] else task + 1
+        axes.annotate(name, (begin, 1), (2, 3), ("data", "axes fraction"), "offset points", fontsize=8, color=GREY)
 
 
 def _stride(number: int) -> int:

@@ -1,18 +1,17 @@
 """The page of a report as Markdown and as one HTML file: runs, claims, figures, the paper's tables, and missing runs."""
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from markdown_it import MarkdownIt
 
 from dist_vlcl.report import tables
-from dist_vlcl.report.figures import write_picture
-from dist_vlcl.report.measures import MEASURES
-from dist_vlcl.report.paper_figures import pictures_of
+from dist_vlcl.report.paper_figures import Picture, pictures_of
 from dist_vlcl.report.records import CONTROLS, gather, step_frame
-from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, missing_of, results_of, spread_of
+from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, results_of
 from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape
 
 TERMS = (
@@ -26,7 +25,6 @@ WORTH_TERMS = (
     "Expected descent: the sum over all steps of coefficient times squared slope, in units of the loss. "
     "The other columns: the share of the steps that an acceptance rule decided. Means over seeds."
 )
-SPREAD = "Is the spread over seeds larger on renditions (ImageNet-R) than on CIFAR-100?"
 
 
 class Report:
@@ -36,7 +34,7 @@ class Report:
     are not in the report, each with the reason.
     """
 
-    def __init__(self, runs: pd.DataFrame, published: pd.DataFrame, memory_gb: Mapping, left_out: Mapping[str, str]) -> None:
+    def __init__(self, runs: pd.DataFrame, published: pd.DataFrame, memory_gb: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
         complete = complete_of(runs)
         results = results_of(complete)
         comparisons = compare(results, published)
@@ -45,23 +43,17 @@ class Report:
         in_table = (runs.variant == "none") | ((runs.layers == "all") & (runs.variant == "conservative"))
         whole = runs.loc[runs.is_complete & in_table, ["adapter", "branch", "other_settings", "run", "path"]]
         memory = tables.memory_of(gather(whole, step_frame), memory_gb)
-        missing = missing_of(cells)
         shown = complete.drop(columns=["path", "shared_settings", "method_settings", "model_settings"])
-        self.pictures = pictures_of(complete, results, comparisons)
-        self.data = {"runs": shown, "cells": cells, "comparisons": comparisons, "memory": memory, "missing": missing}
+        self.pictures = pictures_of(complete, results)
+        self.data = {"runs": shown, "cells": cells, "comparisons": comparisons, "memory": memory}
         self.data |= {picture.name: picture.data for picture in self.pictures}
-        ours, spread = cells[cells.seeds > 0], spread_of(results)
-        shown = [TERMS, *_results(ours), *_worth(ours), *_claims(comparisons, spread), *self._figures()]
         repeated = runs[runs.is_complete & ~runs.is_probe & ~runs.path.isin(complete.path)].run
         self.left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
         self.left_out |= {row.run: f"not complete, tasks done: {row.tasks_done}" for row in runs[~runs.is_complete].itertuples()}
-        rest = [
-            *_tables(cells, memory),
-            "## What is missing",
-            *_unasked(comparisons, spread),
-            _missing(missing, len(published), self.left_out),
-        ]
-        self.page = _joined(["# Report", *shown, *rest])
+        ours = cells[cells.seeds > 0]
+        blocks = ["# Report", TERMS, *_results(ours), *_claims(comparisons), *_figures(self.pictures), *_tables(cells, memory)]
+        blocks += _missing(comparisons, self.left_out)
+        self.page = "\n\n".join(block.rstrip() for block in blocks) + "\n"
 
     def write(self, out: Path) -> None:
         """Write the page, its pictures and its data into a folder."""
@@ -70,34 +62,29 @@ class Report:
         written = {}
         for picture in self.pictures:
             path = out / "images" / f"{picture.name}.png"
-            write_picture(picture.figure, path)
+            picture.figure.savefig(path)
             written[f"images/{path.name}"] = path.read_bytes()
         for name, frame in self.data.items():
             frame.to_csv(out / "data" / f"{name}.csv", index=False)
         (out / "report.md").write_text(self.page)
         (out / "report.html").write_text(to_html(self.page, written))
 
-    def _figures(self) -> Iterator[str]:
-        yield "## Figures"
-        for picture in self.pictures:
-            yield f"![{escape(picture.title)}](images/{picture.name}.png)"
-            yield f"**{escape(picture.title)}.** {escape(picture.caption)} Data: `data/{picture.name}.csv`."
-
-
-def _joined(blocks: Iterable[str]) -> str:
-    return "\n\n".join(block.rstrip() for block in blocks) + "\n"
-
 
 def _results(ours: pd.DataFrame) -> Iterator[str]:
     yield "## What was run"
+    worth = tables.worth_table(ours)
     by_kind = ours.groupby(ours.variant == "zero_shot").other_settings  # the untrained model has no settings of training
     if by_kind.nunique().max() == 1 and ours.other_settings.any():
         yield f"Other settings than the paper's, in all runs: {escape(max(by_kind.first(), key=len))}."
         ours = ours.assign(other_settings="")
     yield tables.result_table(ours)
+    if worth:
+        yield "## What zeroth order was worth"
+        yield WORTH_TERMS
+        yield worth
 
 
-def _claims(comparisons: pd.DataFrame, spread: pd.DataFrame) -> Iterator[str]:
+def _claims(comparisons: pd.DataFrame) -> Iterator[str]:
     if comparisons.empty:
         return
     yield "## Questions"
@@ -107,54 +94,43 @@ def _claims(comparisons: pd.DataFrame, spread: pd.DataFrame) -> Iterator[str]:
         if found.empty:
             continue
         counted = found[~found.variant.isin(CONTROLS)]  # the controls are in the table, and are no evidence for a claim
-        counts = (
-            counted.assign(verdict=counted.verdict.replace(UNKNOWN, "no interval")).groupby("metric", sort=False).verdict.value_counts()
-        )
-        names = {**METRICS, **dict.fromkeys(MEASURES, "")}
-        texts = [f"{names[metric]} {verdict}: {count}".strip() for (metric, verdict), count in counts.sort_index(ascending=False).items()]
+        verdicts = counted.assign(verdict=counted.verdict.replace(UNKNOWN, "no interval"), metric=counted.metric.map(METRICS).fillna(""))
+        counts = verdicts.groupby("metric", sort=False).verdict.value_counts().sort_index(ascending=False)
+        texts = [f"{metric} {verdict}: {count}".strip() for (metric, verdict), count in counts.items()]
         yield f"**{claim.statement}** ({claim.condition}) {'; '.join(texts) or 'Only controls were run'}."
         yield tables.comparison_table(found)
-    if len(spread):
-        yield f"**{SPREAD}** p: one-sided F-test of equal spreads."
-        yield tables.spread_table(spread)
     if len(others := comparisons[comparisons.claim == ""]):
         yield "**Other differences.** 95 % interval and p of a paired t-test, not corrected for their number."
         yield tables.comparison_table(others)
 
 
-def _worth(ours: pd.DataFrame) -> Iterator[str]:
-    if table := tables.worth_table(ours):
-        yield "## What zeroth order was worth"
-        yield WORTH_TERMS
-        yield table
+def _figures(pictures: list[Picture]) -> Iterator[str]:
+    yield "## Figures"
+    for picture in pictures:
+        yield f"![{escape(picture.title)}](images/{picture.name}.png)"
+        yield f"**{escape(picture.title)}.** {escape(picture.caption)} Data: `data/{picture.name}.csv`."
 
 
 def _tables(cells: pd.DataFrame, memory: pd.DataFrame) -> Iterator[str]:
     found = {f"### Table {number}. {title}": tables.paper_table(cells, number) for number, (title, _) in PAPER_TABLES.items()}
-    found = {title: table for title, table in found.items() if table}
     if memory.runs.any():
         found["### Table 5. Peak memory of a step"] = tables.memory_table(memory)
-    if found:
+    if any(found.values()):
         yield "## The paper's tables"
         yield "The paper's numbers are single runs. With another model than the paper's, compare differences and not accuracies."
     for title, table in found.items():
-        yield title
-        yield table
+        if table:
+            yield title
+            yield table
 
 
-def _unasked(comparisons: pd.DataFrame, spread: pd.DataFrame) -> Iterator[str]:
-    unasked = [claim.statement for name, claim in CLAIMS.items() if name not in set(comparisons.claim)] + ([] if len(spread) else [SPREAD])
-    if unasked:
-        yield f"Questions without runs: {' '.join(unasked)}"
-
-
-def _missing(missing: pd.DataFrame, num_published: int, left_out: Mapping[str, str]) -> str:
-    """Return one paragraph on what a complete reproduction would still need, and on the folders that were not used."""
-    counts = missing.missing.value_counts()
-    text = f"{counts.get('run', 0)} of the paper's {num_published} cells have no run here with the paper's model and settings; "
-    text += f"of our results, {counts.get('control', 0)} have no control. `data/missing.csv` lists both."
-    reasons = "; ".join(f"{escape(name)} ({escape(reason)})" for name, reason in sorted(left_out.items()))
-    return text + (f" Folders that were left out: {reasons}." if reasons else "")
+def _missing(comparisons: pd.DataFrame, left_out: Mapping[str, str]) -> Iterator[str]:
+    """Yield the questions that no run answers, and the folders that were not used."""
+    yield "## What is missing"
+    unasked = [claim.statement for name, claim in CLAIMS.items() if name not in set(comparisons.claim)]
+    yield f"Questions without runs: {' '.join(unasked) or 'none'}"
+    if left_out:
+        yield f"Folders that were left out: {'; '.join(f'{escape(name)} ({escape(reason)})' for name, reason in sorted(left_out.items()))}."
 
 
 def to_html(page: str, pictures: Mapping[str, bytes]) -> str:

@@ -13,7 +13,7 @@ import pyarrow
 from dist_vlcl.options import flatten
 from dist_vlcl.reading import read_lines
 from dist_vlcl.report.measures import MEASURES, measures_of
-from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM, read_accuracy, read_config, read_unit_records
+from dist_vlcl.saved import JOURNAL_FORM, MAY_CHANGE, METRICS_FORM, read_accuracy, read_config, read_unit_records
 
 TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
@@ -26,10 +26,7 @@ PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a p
 
 # Options that do not change a result or its meaning, and those that are the cell itself.
 NOT_COMPARED = (
-    *("seed", "paper", "run.*", "cluster.*", "eval.batch_size", "eval.zero_shot", "model.graphs"),
-    *(f"data.{key}" for key in ("root", "url", "source", "reader", "allow_pipe", "on_error")),
-    *(f"data.{key}" for key in ("num_workers", "cache_gib", "encoding", "samples_per_shard", "timeout_s")),
-    *(f"train.{key}" for key in ("micro_batches", "max_skips", "check_every_steps")),
+    *(*MAY_CHANGE, "seed", "paper", "eval.zero_shot", "data.source", "data.reader", "data.samples_per_shard", "train.micro_batches"),
     *("orders.branch", "orders.layers", "orders.order", "orders.span", "zo.name"),
 )
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")

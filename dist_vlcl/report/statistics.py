@@ -1,7 +1,7 @@
 """Averages over seeds, paired differences with their intervals, and what these say about the paper's claims."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +89,8 @@ def in_paper_order(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return a frame sorted by some columns: data sets and methods as the paper lists them, others by value."""
 
     def rank(column: pd.Series) -> pd.Series:
-        known = ORDER.get(str(column.name), ())
-        if column.name == "increment":
-            return -column
-        return column.map(lambda value: f"{known.index(value) if value in known else len(known)} {value}") if known else column
+        values = [*ORDER.get(str(column.name), ()), *sorted(set(column), reverse=column.name == "increment")]
+        return column.map(values.index)
 
     return frame.sort_values(list(columns), key=rank, kind="stable", ignore_index=True)
 
@@ -130,8 +128,6 @@ def with_recovered(results: pd.DataFrame) -> pd.DataFrame:
     is_alone = results.method_settings.astype(str).str.contains("orders.rest=frozen", regex=False)
     is_whole = (results.branch == "dual") & (results.layers == "all")
     own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole)]
-    if own.empty:
-        return results.assign(**{RECOVERED.format(metric): np.nan for metric in metrics})
     partner = own[[*GROUP, *METHOD, "seed"]].copy()
     whole = is_whole[own.index]
     partner["layers"] = ("all but " + own.branch + " " + own.layers).mask(whole, "none")
@@ -226,72 +222,6 @@ def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
             yield pair("dual_oscillates", adapter, single, layers, variant, settings)
 
 
-def spread_of(results: pd.DataFrame) -> pd.DataFrame:
-    """Return how much Last spreads over seeds on ImageNet-R and on CIFAR-100, one row per method of both, with the p of an F-test."""
-    trained = results[results.variant != "zero_shot"]
-    spread = trained.groupby(["dataset", *METHOD, "shared_settings"])["last"].agg(["std", "count"]).reset_index()
-    both = [spread[(spread.dataset == name) & (spread["count"] > 1)] for name in ("imagenet_r", "cifar100")]
-    found = both[0].merge(both[1], on=METHOD, suffixes=("", "_cifar"))
-    ratio, degrees = (found["std"] / found.std_cifar) ** 2, (found["count"] - 1, found.count_cifar - 1)
-    return found.assign(p=stats.f.sf(ratio, *degrees))[[*METHOD, "std", "count", "std_cifar", "count_cifar", "p"]]
-
-
-def contrasts_of(results: pd.DataFrame, plan: Mapping[str, Any]) -> pd.DataFrame:
-    """Return one row per contrast that was named before the runs (configs/contrasts.yaml): difference, interval, p, Holm's p, answer.
-
-    A contrast has the claim `above` (the difference exceeds `bound`; one-sided paired t-test) or `same` (it lies within ±SAME; two
-    one-sided tests, the larger p). Holm's correction counts every contrast, also those without runs.
-    """
-    rows = []
-    for contrast in plan["contrasts"]:
-        differences, settings = _paired(results, contrast)
-        bound, test = float(contrast.get("bound", 0)), paired_test(differences)
-        p, is_same = np.nan, contrast["claim"] == "same"
-        if is_same and len(differences) > 1 and np.ptp(differences) < 1e-9:
-            p = float(abs(test["mean"]) >= SAME)  # equal differences: nothing is left to chance
-        elif not np.isnan(test["low"]):
-            sides = ((-SAME, "greater"), (SAME, "less")) if is_same else ((bound, "greater"),)
-            p = max(float(stats.ttest_1samp(differences, at, alternative=side).pvalue) for at, side in sides)
-        is_refuted = test["low"] > SAME or test["high"] < -SAME if is_same else test["high"] < bound
-        condition = f"|Δ| < {SAME:g}" if is_same else f"Δ > {bound:g}"
-        rows.append({"name": contrast["name"], "question": contrast["question"], "condition": condition, "metric": contrast["metric"]})
-        rows[-1] |= {**test, "p": p, "is_refuted": is_refuted, "settings": settings}
-    found = pd.DataFrame(rows)
-    found["p_holm"] = holm(found.p)
-    found["answer"] = np.select([found.p_holm < 0.05, found.is_refuted, found.seeds > 0], [YES, NO, NOT_DECIDED], "not run")
-    return found.drop(columns="is_refuted")
-
-
-def holm(p: pd.Series) -> pd.Series:
-    """Return p-values after Holm's correction for their number: each is a bound on the error of any of them. Unknown ones count, too."""
-    ordered = p.sort_values()
-    return (ordered * range(len(p), 0, -1)).cummax().clip(upper=1.0).reindex(p.index)
-
-
-def _paired(results: pd.DataFrame, contrast: Mapping[str, Any]) -> tuple[np.ndarray, str]:
-    """Return a contrast's differences by seed, from the group with the most seeds, and the settings of that group."""
-    method, other = (_chosen(results, {**contrast["where"], **contrast[side]}) for side in ("method", "against"))
-    both = method.merge(other, on=[*GROUP, "seed"], suffixes=("", "_2"))
-    if both.empty:
-        return np.array([]), ""
-    of_group = both[both.shared_settings == both.shared_settings.mode()[0]].drop_duplicates("seed")
-    metric = contrast["metric"]
-    return (of_group[metric] - of_group[f"{metric}_2"]).to_numpy(), of_group.other_settings.iloc[0]
-
-
-def _chosen(results: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
-    """Return the results with the wanted fields, and with exactly the wanted settings of zo and orders; others must only be there."""
-    fields = {key: value for key, value in wanted.items() if key in CELL}
-    found = results[(results[list(fields)] == pd.Series(fields)).all(axis=1)]
-    settings = set(wanted.get("settings", ()))
-
-    def fits(row: Any) -> bool:
-        given = set(f"{row.method_settings}; {row.shared_settings}".split("; "))
-        return settings <= given and {text for text in given if text.startswith(("zo.", "orders."))} <= settings
-
-    return found[np.array([fits(row) for row in found.itertuples()], dtype=bool)]
-
-
 def paired_test(differences: Sequence[float] | np.ndarray) -> dict[str, Any]:
     """Return seeds, mean, low, high, p of a t-test of paired differences."""
     found = {"seeds": len(differences), "mean": float(np.mean(differences)) if len(differences) else np.nan}
@@ -329,13 +259,3 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     cells["paper_to_first"] = (cells.paper - cells.pop("paper_first")).where(is_zeroth)
     cells["metric"] = pd.Categorical(cells.metric, list(METRICS))
     return in_paper_order(cells.astype({"seeds": int}), keys)
-
-
-def missing_of(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per published cell that has no run with the paper's settings, and per zeroth-order result without its control."""
-    once = cells[cells.metric == "last"]
-    run = once[(once.seeds > 0) & (once.other_settings == "")]
-    cell = once[(once.paper_id != "") & ~once.paper_id.isin(run.paper_id)].drop_duplicates("paper_id").assign(missing="run")
-    is_zeroth = (once.seeds > 0) & ~once.variant.isin((*WITHOUT_ZEROTH, *CONTROLS))
-    control = once[is_zeroth & once.gain_seeds.isna()].assign(missing="control")
-    return pd.concat([cell.assign(other_settings=""), control])[["missing", *CELL, "other_settings", "paper_id"]]

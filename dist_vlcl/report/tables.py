@@ -1,4 +1,4 @@
-"""Tables as Markdown, accuracies in percent with two digits: the summary of a run, and the tables of a report."""
+"""Tables as Markdown, accuracies in percent with two digits: the summary of a run, the tables of a report and of a search over options."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,9 +36,14 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], num_le
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def number(value: float | None, form: str = ".2f") -> str:
+    """Return a number as text, or a dash if it is unknown (None or NaN)."""
+    return UNKNOWN if value is None or value != value else f"{value:{form}}".replace("-", "−")
+
+
 def percent(fraction: float | None) -> str:
-    """Return a fraction in percent with two digits, or a dash if it is unknown."""
-    return UNKNOWN if fraction is None else f"{100 * fraction:.2f}"
+    """Return a fraction in percent, or a dash if it is unknown."""
+    return number(None if fraction is None else 100 * fraction)
 
 
 def accuracy_table(matrix: Sequence[Row], seen: Row) -> str:
@@ -95,10 +100,11 @@ def method_label(adapter: str, branch: str, layers: str, variant: str) -> str:
 
 def signed(value: float) -> str:
     """Return a difference with its sign, or a dash if it is NaN."""
-    return UNKNOWN if value != value else f"{value:+.2f}".replace("-", "−")
+    return number(value, "+.2f")
 
 
-def _interval(low: float, high: float) -> str:
+def interval(low: float, high: float) -> str:
+    """Return the bounds of an interval, or a dash if they are NaN."""
     return UNKNOWN if low != low else f"[{signed(low)}, {signed(high)}]"
 
 
@@ -125,7 +131,7 @@ def result_table(ours: pd.DataFrame) -> str:
     is_zeroth, is_whole = ~ours.variant.isin(WITHOUT_ZEROTH), (ours.branch == "dual") & (ours.layers == "all")
     ours = ours.assign(control=is_whole.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
     heads = ["{}", "Δ {}", "95 % interval"]
-    return _by_metric(best_first(ours), ["control"], heads, lambda c: [_ours(c), signed(c.gain), _interval(c.gain_low, c.gain_high)])
+    return _by_metric(best_first(ours), ["control"], heads, lambda c: [_ours(c), signed(c.gain), interval(c.gain_low, c.gain_high)])
 
 
 def best_first(cells: pd.DataFrame) -> pd.DataFrame:
@@ -142,57 +148,30 @@ def worth_table(ours: pd.DataFrame) -> str:
     if known.empty:
         return ""
     digits = {name: ".4f" if name in ("cosine", "descent") else ".1f" if name in WORTH else ".2f" for name in columns}
-    rows = [
-        [tasks_label(c["dataset"], c["increment"]), method_label(*(c[field] for field in CELL[2:])), c["other_settings"]]
-        + [UNKNOWN if c[name] != c[name] else f"{c[name]:{digits[name]}}".replace("-", "−") for name in columns]
-        for c in best_first(known).to_dict("records")
-    ]
+    rows = []
+    for c in best_first(known).to_dict("records"):
+        method = [tasks_label(c["dataset"], c["increment"]), method_label(*(c[field] for field in CELL[2:])), c["other_settings"]]
+        rows.append([*method, *(number(c[name], form) for name, form in digits.items())])
     return markdown_table(["data", "method", "other settings", *columns.values()], rows, num_left=3)
 
 
-def spread_table(spread: pd.DataFrame) -> str:
-    """Return how much Last spreads over seeds on two data sets."""
-    rows = [
-        [method_label(*row[:4]), row[4], f"{row[5]:.2f} ({row[6]})", f"{row[7]:.2f} ({row[8]})", f"{row[9]:.3f}"]
-        for row in spread.itertuples(index=False)
-    ]
-    heads = ["method", "other settings", "ImageNet-R: spread of Last (seeds)", "CIFAR-100: spread of Last (seeds)", "p"]
-    return markdown_table(heads, rows, num_left=2)
-
-
-def contrast_table(contrasts: pd.DataFrame) -> str:
-    """Return one row per contrast."""
-    rows = []
-    for c in contrasts.itertuples():
-        tested = [signed(c.mean), _interval(c.low, c.high), _probability(c.p), _probability(c.p_holm)]
-        rows.append([c.question, c.condition, METRICS[c.metric], c.seeds, *tested, c.answer])
-    heads = ["question", "condition", "metric", "seeds", "Δ", "95 % interval", "p", "p, Holm", "answer"]
-    return markdown_table(heads, rows, num_left=3)
-
-
-def _probability(p: float) -> str:
-    return UNKNOWN if p != p else f"{p:.3f}"
-
-
 def comparison_table(comparisons: pd.DataFrame) -> str:
-    """Return one row per comparison: mean difference, interval, and the verdict with the paper's difference (of a claim) or p."""
-    comparisons = comparisons.rename(columns={"against": "compared with"})
-    is_claim = bool(comparisons.claim.iloc[0])
-
+    """Return one row per comparison: mean difference, interval, and p, or for a claim the answer and the paper's own difference."""
+    comparisons, is_claim = comparisons.rename(columns={"against": "compared with"}), bool(comparisons.claim.iloc[0])
     has_paper = is_claim and comparisons.metric.isin(list(METRICS)).all()
 
     def texts(test: Any) -> list[str]:
-        more = [test.verdict, *([signed(test.paper)] if has_paper else [])] if is_claim else [_probability(test.p)]
-        return [signed(test.mean), _interval(test.low, test.high), *more]
+        paper = [signed(test.paper)] if has_paper else []
+        return [signed(test.mean), interval(test.low, test.high), test.verdict if is_claim else number(test.p, ".3f"), *paper]
 
-    more = ["answer", *(["paper's Δ {}"] if has_paper else [])] if is_claim else ["p"]
-    return _by_metric(comparisons, ["compared with", "seeds"], ["Δ {}", "95 % interval", *more], texts)
+    heads = ["Δ {}", "95 % interval", "answer" if is_claim else "p", *(["paper's Δ {}"] if has_paper else [])]
+    return _by_metric(comparisons, ["compared with", "seeds"], heads, texts)
 
 
-def paper_table(cells: pd.DataFrame, number: int) -> str:
+def paper_table(cells: pd.DataFrame, table: int) -> str:
     """Return Table 1, 2, 3 or 4 of the paper with our results; "" without a run. Only data sets and adapters with a run are shown."""
-    published = cells[cells.paper_id != ""].query(PAPER_TABLES[number][1])
-    run = published[(published.table == number) & (published.seeds > 0)]
+    published = cells[cells.paper_id != ""].query(PAPER_TABLES[table][1])
+    run = published[(published.table == table) & (published.seeds > 0)]
     shown = published.merge(run[[*TASKS, "adapter"]].drop_duplicates())
 
     def texts(cell: Any) -> list[str]:
@@ -220,8 +199,29 @@ def memory_table(memory: pd.DataFrame) -> str:
     rows = []
     for row in memory.itertuples():
         setting = "first order" if row.setting == "fo" else f"{row.setting} all"
-        ours = [row.allocated_gib, row.peak_gib, row.peak_gib / row.paper_gb]
-        texts = [UNKNOWN if number != number else f"{number:.2f}" for number in ours]
-        rows.append([row.adapter, setting, row.other_settings, f"{row.paper_gb:.2f}", *texts])
+        sizes = [row.paper_gb, row.allocated_gib, row.peak_gib, row.peak_gib / row.paper_gb]
+        rows.append([row.adapter, setting, row.other_settings, *map(number, sizes)])
     heads = ["adapter", "setting", "other settings", "paper (GB)", "allocated (GiB)", "reserved (GiB)", "reserved / paper"]
     return markdown_table(heads, rows, num_left=3)
+
+
+def ranked(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per choice of options, the best first: accuracy (mean over seeds), lowest, highest, seeds, loss.
+
+    `trials` has one row per choice and seed: the options as text, `accuracy` on held-out images in percent (NaN for a failed run) and
+    `loss`. Choices with equal accuracy are ordered by loss, because few held-out images often give equal accuracies. Failed ones come last.
+    """
+    options = [column for column in trials if column not in ("accuracy", "loss")]
+    by_choice = trials.groupby(options, sort=False)
+    found = by_choice.accuracy.agg(accuracy="mean", lowest="min", highest="max", seeds="count").assign(loss=by_choice.loss.mean())
+    return found.sort_values(["accuracy", "loss"], ascending=[False, True], kind="stable").reset_index()
+
+
+def trial_table(choices: pd.DataFrame, references: Mapping[str, float]) -> str:
+    """Return a table of ranked choices, followed by the accuracies in percent that they are compared with."""
+    options, rows = list(choices.columns[:-5]), []
+    for row in choices.to_dict("records"):
+        spread = f"{row['lowest']:.2f} – {row['highest']:.2f}" if row["seeds"] > 1 else ""
+        rows.append([*(row[option] for option in options), number(row["accuracy"]), spread, row["seeds"], number(row["loss"], ".4f")])
+    rows += [[name, *[""] * (len(options) - 1), number(value), "", "", ""] for name, value in references.items()]
+    return markdown_table([*options, "held-out accuracy", "lowest – highest", "seeds", "loss"], rows)

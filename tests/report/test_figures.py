@@ -6,15 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dist_vlcl.report.figures import plot_accuracy, plot_loss, plot_projected_gradients, plot_run, smoothed
+from dist_vlcl.report.figures import plot_accuracy, plot_loss, plot_run, smoothed
 from dist_vlcl.report.records import read_records
 
-ALL = ["accuracy_matrix", "accuracy", "loss", "projected_gradient"]
+ALL = ["accuracy_matrix", "accuracy", "loss"]
 
 
 def step_record(step: int, task: int) -> dict:
-    zo = {"language": {"projected_gradient": -2.0, "coefficient": 0.0}, "vision": {"projected_gradient": 0.1, "coefficient": -1e-3}}
-    return {"kind": "step", "step": step, "task": task, "loss": 1.0 + task, "zo": zo}
+    return {"kind": "step", "step": step, "task": task, "loss": 1.0 + task}
 
 
 def task_record(task: int) -> dict:
@@ -37,7 +36,7 @@ def write(folder, lines: list[dict]):
     return folder
 
 
-def test_a_run_gets_four_pictures(tmp_path):
+def test_a_run_gets_three_pictures(tmp_path):
     paths = plot_run(write(tmp_path, records()))
     assert [path.stem for path in paths] == ALL
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.parent == tmp_path / "plots" for path in paths)
@@ -51,13 +50,11 @@ def without(*keys: str) -> list[dict]:
     ("lines", "pictures"),
     [
         ([], []),
-        (records()[:1], ["loss", "projected_gradient"]),
-        (without("zo"), ["accuracy_matrix", "accuracy", "loss"]),
-        (without("loss", "zo"), ["accuracy_matrix", "accuracy"]),
-        (without("per_task"), ["accuracy", "loss", "projected_gradient"]),
-        (without("seen"), ["accuracy_matrix", "loss", "projected_gradient"]),
-        ([{**record, "loss": float("nan"), "zo": None} for record in records()], ["accuracy_matrix", "accuracy"]),
-        ([{**step_record(1, 0), "zo": {"vision": {"projected_gradient": 0.0}, "other": {}}}], ["loss"]),
+        (records()[:1], ["loss"]),
+        (without("loss"), ["accuracy_matrix", "accuracy"]),
+        (without("per_task"), ["accuracy", "loss"]),
+        (without("seen"), ["accuracy_matrix", "loss"]),
+        ([{**record, "loss": float("nan")} for record in records()], ["accuracy_matrix", "accuracy"]),
     ],
 )
 def test_what_is_missing_is_not_drawn_and_breaks_nothing(tmp_path, lines, pictures):
@@ -78,12 +75,6 @@ def test_the_loss_is_smoothed_within_a_task_and_not_across(tmp_path):
     raw, first, second, *_ = curves(plot_loss(read_records(write(tmp_path, records()))).axes[0])
     assert raw[1] == [1.0] * 10 + [2.0] * 10
     assert first[1] == pytest.approx([1.0] * 10) and second[1] == pytest.approx([2.0] * 10)
-
-
-def test_a_move_of_coefficient_zero_counts_as_not_accepted(tmp_path):
-    shares = curves(plot_projected_gradients(read_records(write(tmp_path, records()))).axes[1])
-    assert {y for _, ys in shares[:2] for y in ys} == {100.0}  # vision
-    assert {y for _, ys in shares[2:4] for y in ys} == {0.0}  # language
 
 
 def test_smoothing_equals_the_mean_of_the_neighbours():

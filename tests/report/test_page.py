@@ -105,17 +105,6 @@ def test_another_model_is_not_compared_with_the_paper_s_accuracy(report):
     assert f"| first order | 80.47 | 20.00 ± 0.00 (2) | – | – | – | 86.97 | 31.00 ± 0.00 (2) | – | – | – | {SETTINGS} |" in table
 
 
-def test_missing_cells_and_controls_are_listed(report):
-    missing = data(report, "missing")
-    ids = set(missing[missing.missing == "run"].paper_id)
-    assert len(ids) == 90 and "t3-moe-imgr20-mozo-hop_even" in ids and "t1-moe-cifar20-fo" not in ids
-    controls = missing[missing.missing == "control"]
-    assert sorted(zip(controls.dataset, controls.variant, strict=True)) == [
-        *(("cifar100", "mozo"), ("digits", "conservative"), ("digits", "mozo"))
-    ]
-    assert "90 of the paper's 92 cells have no run here" in page(report) and "of our results, 3 have no control" in page(report)
-
-
 def test_folders_that_are_not_used_are_named_with_the_reason(report):
     unused = page(report).split("## What is missing")[1]
     assert "t1-moe-cifar20-dual-seed0 (not complete, tasks done: 2)" in unused

@@ -3,13 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
-from scipy import stats
 
-from dist_vlcl.config import compose_config
-from dist_vlcl.paper import CONFIG_FOLDER
 from dist_vlcl.report.records import CELL
-from dist_vlcl.report.statistics import CLAIMS, compare, contrasts_of, holm, paired_test, spread_of
+from dist_vlcl.report.statistics import CLAIMS, compare, paired_test
 
 MEASURED = ["variance_vision", "variance_language", "roughness"]
 
@@ -110,62 +106,6 @@ def test_groups_are_never_compared_with_each_other():
     assert compare(pd.concat([one, other]), NO_PAPER).empty
 
 
-CONTRAST = {
-    **{"name": "a", "question": "?", "metric": "last", "claim": "above", "where": {"dataset": "cifar100"}},
-    **{"method": {"branch": "dual", "variant": "naive", "settings": ["zo.lr_scale=3.0"]}, "against": {"variant": "none"}},
-}
-
-
-def two_methods(differences: list[float], settings: str = "zo.lr_scale=3.0") -> pd.DataFrame:
-    """Return results of first order and of a naive run that differs from it by these points."""
-    frame = results(FO, ("dual", "all", "naive", settings), seeds=len(differences))
-    frame.loc[frame.variant == "naive", "last"] = frame["last"][frame.variant == "none"].to_numpy() + differences
-    return frame
-
-
-@pytest.mark.parametrize(
-    ("claim", "differences", "answer"),
-    [
-        ("above", [1.0, 1.2, 0.9, 1.1], "yes"),
-        ("above", [-1.0, -1.2, -0.9, -1.1], "no"),
-        ("above", [-1.0, 1.2, -0.9, 1.1], "not decided"),
-        ("same", [0.1, -0.1, 0.05, 0.0], "yes"),
-        ("same", [1.0, 1.2, 0.9, 1.1], "no"),
-        ("same", [1.0, -1.2, 0.9, -1.1], "not decided"),  # a wide interval shows nothing
-        ("same", [0.0, 0.0, 0.0, 0.0], "yes"),
-        ("same", [0.6, 0.6, 0.6, 0.6], "not decided"),
-    ],
-)
-def test_a_contrast_is_answered_by_the_test_that_was_named(claim, differences, answer):
-    [found] = contrasts_of(two_methods(differences), {"contrasts": [{**CONTRAST, "claim": claim}]}).to_dict("records")
-    assert found["answer"] == answer and found["seeds"] == 4
-
-
-def test_an_equivalence_test_is_two_one_sided_tests():
-    differences = np.array([0.2, 0.3, 0.1])  # mean 0.2, standard error 0.1 / sqrt 3; t(2)
-    [found] = contrasts_of(two_methods(list(differences)), {"contrasts": [{**CONTRAST, "claim": "same"}]}).to_dict("records")
-    assert found["p"] == pytest.approx(stats.t.sf((0.5 - 0.2) / (0.1 / 3**0.5), 2))
-
-
-def test_a_contrast_takes_the_settings_that_it_names_and_no_others():
-    for settings, seeds in (("zo.lr_scale=3.0", 4), ("", 0), ("zo.lr_scale=3.0; zo.sides=2", 0), ("adapter.scale=1.0; zo.lr_scale=3.0", 4)):
-        assert contrasts_of(two_methods([1.0, 2.0, 3.0, 4.0], settings), {"contrasts": [CONTRAST]}).seeds[0] == seeds
-
-
-def test_holm_s_correction_is_that_of_the_textbook_and_counts_contrasts_without_runs():
-    assert list(holm(pd.Series([0.01, 0.04, 0.03]))) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm(pd.Series([0.01, np.nan, np.nan]))[0] == pytest.approx(0.03)
-
-
-def test_every_named_contrast_can_be_met_by_a_run():
-    plan = yaml.safe_load((CONFIG_FOLDER / "contrasts.yaml").read_text())
-    assert 5 <= len(plan["contrasts"]) <= 7 and len({contrast["name"] for contrast in plan["contrasts"]}) == len(plan["contrasts"])
-    for contrast in plan["contrasts"]:
-        for side in (contrast["method"], contrast["against"]):
-            assert set(side) <= {*CELL, "settings"} and contrast["claim"] in ("above", "same") and contrast["metric"] in ("last", "avg")
-            compose_config(["zo=naive", *side.get("settings", ())])  # they are options, and allowed
-
-
 @pytest.mark.parametrize(
     ("method", "other", "claim", "measure"),
     [
@@ -194,10 +134,3 @@ def test_vision_is_compared_with_language_within_a_run():
     frame = results(("dual", "hop_odd", "naive", "")).assign(variance_vision=[1.0, 2.0, 3.0], variance_language=[0.5, 1.4, 2.6])
     [found] = compare(frame, NO_PAPER).query("claim == 'vision_varies_more'").to_dict("records")
     assert (found["mean"], found["verdict"]) == (pytest.approx(0.5), "yes")
-
-
-def test_the_spread_over_seeds_is_compared_by_the_f_test():
-    frame = results(("dual", "all", "naive", ""))
-    wider = frame.assign(dataset="imagenet_r", last=3 * frame["last"])
-    [found] = spread_of(pd.concat([frame, wider])).to_dict("records")
-    assert found["std"] == pytest.approx(3 * found["std_cifar"]) and found["p"] == pytest.approx(stats.f.sf(9, 2, 2))

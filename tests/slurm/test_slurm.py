@@ -275,7 +275,11 @@ def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_op
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_VLCL_HOME": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
     environment["SLURM_RESTART_COUNT"] = str(restarts)
     done = subprocess.run([ROOT / "slurm/train.sbatch", *SECRET], env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert f"start {restarts} of job 7" in done.stdout and "--engine ddp --processes 1 data.url data.root\n" in done.stdout and done.returncode == status
+    assert (
+        f"start {restarts} of job 7" in done.stdout
+        and "--engine ddp --processes 1 data.url data.root\n" in done.stdout
+        and done.returncode == status
+    )
     assert "hush" not in done.stdout + done.stderr
     assert ("requeue node1" in done.stdout) == is_queued
 
