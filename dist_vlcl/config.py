@@ -60,7 +60,7 @@ class TrainConfig:
 
     batch_size: int | None = option(128, "Samples in the global batch, for any number of ranks; null fits it to the images.", min=1)
     epochs: int | None = option(1, "Passes over the training samples of each task; null takes about 100 steps for each task.", min=1)
-    warmup_steps: int | None = option(30, "Steps of linear warm-up of the learning rate in each task; null: a tenth of them.", min=0)
+    warmup_steps: int | None = option(30, "Steps of linear warm-up in each task; null takes a tenth of the task's steps.", min=0)
     max_steps: int | None = option(None, "Steps per task at most, for a short look or a memory probe; null takes all.", min=1)
     micro_batches: int = option(1, "Gradient accumulation: parts into which a rank divides its share of a batch.", min=1)
     max_skips: int = option(10, "The run fails after so many consecutive steps whose loss or gradient is not finite.", min=1)
@@ -74,7 +74,7 @@ class EvalConfig:
     batch_size: int = option(512, "Test samples in a batch of each rank.", min=1)
     train_transform: bool = option(False, "Evaluate with the random training transform, as the baseline does.")
     zero_shot: bool = option(True, "Also evaluate before the first task.")
-    holdout: float = option(0.0, "Part of each class's training samples to evaluate in place of the test samples.", min=0, below=1)
+    holdout: float = option(0.0, "Part of each class's training samples, held out and evaluated instead of test samples.", min=0, below=1)
 
 
 @dataclass
@@ -98,14 +98,10 @@ class Config:
     def check(self) -> None:
         """Raise ValueError for options of different groups that contradict each other. `validate` calls this after all other checks."""
         if self.data.timeout_s >= self.cluster.timeout_s and self.data.url:
-            raise ValueError(
-                f"data.timeout_s={self.data.timeout_s:g}: give less than cluster.timeout_s={self.cluster.timeout_s:g}, because the other "
-                "ranks wait while one reads"
-            )
+            most = f"cluster.timeout_s={self.cluster.timeout_s:g}, because the other ranks wait while one reads"
+            raise ValueError(f"data.timeout_s={self.data.timeout_s:g}: give less than {most}")
         if self.cluster.direction_groups > 1 and self.data.on_error == "skip":
-            raise ValueError(
-                "data.on_error=skip: not with cluster.direction_groups, since all groups need the same samples; use data.on_error=stop"
-            )
+            raise ValueError("data.on_error=skip: not with cluster.direction_groups, which need the same samples; use data.on_error=stop")
         if self.orders.order == "zeroth" and self.zo.granularity == "joint" and self.orders.branch in ("vision", "language"):
             raise ValueError("zo.granularity=joint: moves both branches by one estimate; use orders.branch=dual")
 
@@ -121,19 +117,18 @@ for _name, _config in ADAPTERS.items():
     _store.store(group="adapter", name=f"{_name}_schema", node=_config)
 
 
-def compose_config(overrides: Iterable[str]) -> Config:
-    """Return the validated configuration that the options of a command line mean. Raises ValueError for a wrong option."""
-    return from_hydra(compose_options(overrides))
+def compose_config(overrides: Iterable[str], folder: str | None = None) -> Config:
+    """Return the validated configuration that the options of a command line mean. Raises ValueError for a wrong option.
 
-
-def compose_options(overrides: Iterable[str], folder: str | None = None) -> DictConfig:
-    """Return the options of a command line as Hydra composes them. `folder`: one with more groups and files than configs/ has."""
+    `folder`: one with more groups and files than configs/ has. Raises FileNotFoundError if there is none.
+    """
     also = [f"hydra.searchpath=[file://{Path(folder).resolve(strict=True)}]"] if folder else []
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            return compose("config", [*also, *expand_paper(list(overrides))])
+            options = compose("config", [*also, *expand_paper(list(overrides))])
     except HydraException as error:
         raise ValueError(format_error(error)) from error
+    return from_hydra(options)
 
 
 def from_hydra(options: Any) -> Config:
@@ -187,18 +182,15 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
     if odd := [key for key in given if not any(fnmatch(key, pattern) for pattern in (*MAY_CHANGE, *PLACES, *OURS))]:
         raise ValueError(f"{odd[0]}: the run decides this; give only options that lead to code, data or weights, or change no result")
     if needed := [word for word in leads_out(content, places) if word.partition("=")[0] not in given]:
-        raise ValueError(
-            f"{path} names code, commands, addresses or files, which only a command line may name. To trust them, add: {shlex.join(needed)}"
-        )
+        advice = f"which only a command line may name. To trust them, add: {shlex.join(needed)}"
+        raise ValueError(f"{path} names code, commands, addresses or files, {advice}")
     schema = OmegaConf.structured(Config)
     try:
         for key, value in given.items():
             group, _, name = key.partition(".")
             content[group][name] = value
         saved = OmegaConf.create(content)
-        if saved.adapter.get("kind"):
-            saved.adapter = _custom_adapter(saved.adapter)
-        else:
+        if not saved.adapter.get("kind"):
             schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
         merged = OmegaConf.merge(schema, saved)
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
@@ -226,9 +218,9 @@ def default_name(config: Config) -> str:
     data += "" if config.model.precision == "fp32" else f"-{config.model.precision}"
     named = layers + (str(plan.span) if plan.span else "") if isinstance(layers, str) else "list"
     how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]
-    orders = "fo" if plan.branch == "none" else f"{how}-{plan.branch}-{named}"
-    if plan.branch == "none" and plan.rest == "frozen":
-        orders = "zero-shot"
+    orders = f"{how}-{plan.branch}-{named}"
+    if plan.branch == "none":
+        orders = "zero-shot" if plan.rest == "frozen" else "fo"
     return f"{data}-inc{config.tasks.increment}-{config.adapter.label}-{orders}-seed{config.seed}"
 
 
@@ -244,7 +236,7 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
     flags, words = parser.parse_known_args()
     try:
         refuse_flags(words)
-        config = from_hydra(compose_options(words, flags.config_dir))
+        config = compose_config(words, flags.config_dir)
     except (OSError, ValueError) as error:
         if FULL_ERROR in os.environ:
             raise

@@ -30,10 +30,7 @@ class OrderPlan:
     """A set of units with one order; every other unit has the order `rest`."""
 
     branch: str = option("dual", "Branches that the plan chooses units from; dual: both.", choices=tuple(PLAN_BRANCHES))
-    layers: Any = option(
-        "hop_odd",
-        "Layers that the plan chooses: all, hop_odd, hop_even, prefix, suffix, a list of layers, or one of these for each branch.",
-    )
+    layers: Any = option("hop_odd", "Layers of the plan: all, hop_odd, hop_even, prefix, suffix, a list, or one of these for each branch.")
     span: int | None = option(None, "Number of layers of prefix and suffix; null: half of the tower.", min=1)
     order: str = option("zeroth", "Order of the chosen units; frozen is the control without training.", choices=ORDERS)
     rest: str = option("first", "Order of all other units.", choices=ORDERS)
@@ -43,15 +40,11 @@ class OrderPlan:
         branches = PLAN_BRANCHES[self.branch]
         by_branch = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(BRANCHES, self.layers)
         if isinstance(self.layers, Mapping) and (unplanned := sorted(set(by_branch) - set(branches))):
-            raise ValueError(
-                f"orders.layers.{unplanned[0]}: orders.branch={self.branch} chooses from {' and '.join(branches) or 'no branch'} only; "
-                "leave this out, or use orders.branch=dual"
-            )
+            allowed = f"orders.branch={self.branch} chooses from {' and '.join(branches) or 'no branch'} only"
+            raise ValueError(f"orders.layers.{unplanned[0]}: {allowed}; leave this out, or use orders.branch=dual")
         if not all(map(_names_layers, by_branch.values())):
-            raise ValueError(
-                f"orders.layers={self.layers!r}: choose from {', '.join(PLAN_LAYERS)}, or give a list such as [1,3,5], "
-                f"or one of these for each of {', '.join(BRANCHES)}"
-            )
+            allowed = f"choose from {', '.join(PLAN_LAYERS)}, or give a list such as [1,3,5], or one of these for each branch"
+            raise ValueError(f"orders.layers={self.layers!r}: {allowed}")
 
     def layers_of(self, branch: str, depth: int) -> set[int]:
         """Return the layers that the plan chooses in a tower of `depth` blocks. Raises ValueError for a layer that it does not have."""

@@ -11,6 +11,7 @@
 
 import difflib
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -127,8 +128,7 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
     kind = adapter.get("kind", "").replace(":", ".") or kind  # a user's adapter may have options of any name
     strategy = config["zo"]["name"]
     if config["zo"].get("random_signs"):
-        of_paper = "signwalk" if config["zo"]["transform"] == "sign" else "walk"
-        strategy = "manywalk" if strategy == "many_probes" else of_paper
+        strategy = {"many_probes": "manywalk"}.get(strategy, "signwalk" if config["zo"]["transform"] == "sign" else "walk")
     cell = Cell("", config["data"]["name"], config["tasks"]["increment"], kind, branch, layers, strategy)
     if branch == "none":
         order = rest
@@ -209,7 +209,8 @@ def expand_paper(arguments: list[str]) -> list[str]:
     The user's own overrides come after those of a cell, and win; the run's name shows them. Raises ValueError for an unknown id or a file
     that cannot be read.
     """
-    arguments = [option for argument in arguments for option in _expand_tuned(argument)]
+    expanded = (_expand_tuned(Path(word.removeprefix("tuned="))) if word.startswith("tuned=") else [word] for word in arguments)
+    arguments = list(itertools.chain(*expanded))
     ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
     if not ids:
         return arguments
@@ -235,17 +236,12 @@ def run_name(id: str, own: list[str]) -> str:
     return f"{id}-seed{seed}-{slug}-{digest}"
 
 
-def _expand_tuned(argument: str) -> Iterator[str]:
-    """Yield an argument, or for `tuned=FILE` the options in the file."""
-    if not argument.startswith("tuned="):
-        yield argument
-        return
-    path = Path(argument.removeprefix("tuned="))
-    advice = "give a tuned.yaml written by python -m dist_vlcl.commands.tune"
+def _expand_tuned(path: Path) -> Iterator[str]:
+    """Yield the options in a file that tune has written."""
     try:
         content = read_config(path)
+        if outside := leads_out(content):
+            raise ValueError(f"it names code, commands, addresses or files; give these yourself: {' '.join(outside)}")
     except (OSError, ValueError) as error:
-        raise ValueError(f"tuned={str(path)!r}: could not read it ({error}); {advice}") from None
-    if outside := leads_out(content):
-        raise ValueError(f"tuned={str(path)!r}: it names code, commands, addresses or files; give these yourself: {' '.join(outside)}")
+        raise ValueError(f"tuned={str(path)!r}: could not read it ({error}); give a tuned.yaml that dist-vlcl tune has written") from None
     yield from (f"{key}={'null' if value is None else value}" for key, value in flatten(content).items())

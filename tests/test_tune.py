@@ -91,7 +91,7 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
     assert len((found / "tuning.csv").read_text().splitlines()) == 3
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
     trials = list((found / "trials").iterdir())
-    assert len(trials) == 7 and re.search(r"\*\*.* the same units frozen.* 2 (fresh seeds|differences).*\*\*", page)
+    assert len(trials) == 7 and re.search(r"\*\*.* the same units frozen.* (2 fresh seeds|all differences).*\*\*", page)
     for trial in trials:
         cfg = load_config(trial / "config.yaml")
         assert (cfg.tasks.num_tasks, cfg.eval.holdout) == (1, 0.2)

@@ -25,10 +25,7 @@ def run(config: Config) -> None:
     try:
         build(config.data)
     except (ValueError, OSError, RuntimeError) as error:
-        advice = (
-            "\nThis machine cannot download it. Get the official archive on another machine, then add data.source=PATH: "
-            f"python -m dist_vlcl.commands.build_data data={config.data.name} data.source=PATH"
-        )
+        advice = "\nThis machine cannot download it. Get the official archive on another machine, and add data.source=PATH."
         refuse(OSError(f"{error}{advice}") if isinstance(error, URLError) else error)
 
 

@@ -125,11 +125,8 @@ def launcher_of(arguments: Namespace) -> list[str]:
 
 def train(command: Sequence[str], stop: Preemption) -> int:
     """Train one run in a new process and return its exit status. A signal to us stops it; it saves a checkpoint."""
-    process = subprocess.Popen(
-        command,
-        start_new_session=True,  # a signal to our process group then reaches the ranks once, through us
-        preexec_fn=_prepare_child,
-    )
+    # In a session of its own: a signal to our process group then reaches the ranks once, through us.
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=_prepare_child)
     while process.poll() is None and not stop.requested:
         time.sleep(0.1)
     if stop.requested:

@@ -106,9 +106,8 @@ class Search:
         options, (gain, low, high) = _words(self.best), (self.fresh[key] for key in ("mean", "low", "high"))
         if isnan(low):
             # Without the runs that failed the others would be a selection, which can fake a gain.
-            several = f"{self.fresh['seeds']} differences of {gain:+.2f} points on average, and no interval"
-            known = "some of them failed" if isnan(gain) else several
-            return f"The fresh runs cannot tell whether {options} is better than the same units frozen: {known}."
+            reason = "some of them failed" if isnan(gain) else f"all differences are {gain:+.2f} points"
+            return f"The fresh runs cannot tell whether {options} is better than the same units frozen: {reason}."
         found = "is better than" if low > 0 else "is worse than" if high < 0 else "shows no gain over"
         interval = f"{gain:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}, {self.fresh['seeds']} fresh seeds"
         return f"{options} {found} the same units frozen ({interval})."

@@ -21,9 +21,8 @@ def run(config: Config) -> None:
     except (ValueError, OSError, ShardError) as error:
         print(masked(f"error: {error}"), file=sys.stderr)
         sys.exit(1 if isinstance(error, ShardError) else 2)
-    Console().print(
-        f"{masked(index.location)}: {index.count('train')} training and {index.count('test')} test images, every shard as it was written"
-    )
+    counts = f"{index.count('train')} training and {index.count('test')} test images"
+    Console().print(f"{masked(index.location)}: {counts}, every shard as it was written")
 
 
 def main() -> None:

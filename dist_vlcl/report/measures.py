@@ -42,14 +42,9 @@ def measures_of(steps: pd.DataFrame, journal: Iterable[Mapping[str, Any]], units
         return found
     found["descent"] = float(moves.descent.sum(skipna=False))
     if len(of_zeroth):
-        squares = pd.DataFrame(
-            {
-                "gradient": moves.groupby("step").square.sum(),
-                "estimate": (of_zeroth.gradient_norm**2).groupby(of_zeroth.step).sum(),
-            }
-        ).dropna()
-        ratios = squares.gradient / squares.estimate
-        found["cosine"] = float((ratios[squares.estimate > 0] ** 0.5).mean())
+        estimates = (of_zeroth.gradient_norm**2).groupby(of_zeroth.step).sum()
+        ratios = moves.groupby("step").square.sum() / estimates[estimates > 0]  # NaN for a step without both
+        found["cosine"] = float((ratios**0.5).mean())
     return found
 
 
@@ -70,7 +65,5 @@ def _move(line: Mapping[str, Any], move: Mapping[str, Any], zo: Mapping[str, Any
     length = (line["lr"] or 0.0) * scale
     share = -coefficient / length if length else 0.0
     decision = "stayed" if abs(share) < 1e-9 else "shortened" if abs(share) < 1 - 1e-6 else "ordinary" if share > 0 else "mirrored"
-    return {
-        **{"step": line["step"], "square": square, "descent": -coefficient * product, "length": length},
-        **{"decision": decision, "is_decided": "losses" in move},
-    }
+    worth = {"step": line["step"], "square": square, "descent": -coefficient * product, "length": length}
+    return {**worth, "decision": decision, "is_decided": "losses" in move}

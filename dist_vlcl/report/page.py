@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 from dist_vlcl.report import tables
 from dist_vlcl.report.paper_figures import Picture, pictures_of
-from dist_vlcl.report.records import CONTROLS, gather, step_frame
+from dist_vlcl.report.records import CONTROLS
 from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, results_of
 from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape
 
@@ -39,10 +39,7 @@ class Report:
         results = results_of(complete)
         comparisons = compare(results, published)
         cells = cells_of(results, comparisons, published)
-        # Reading the steps takes time: only of runs that are in Table 5.
-        in_table = (runs.variant == "none") | ((runs.layers == "all") & (runs.variant == "conservative"))
-        whole = runs.loc[runs.is_complete & in_table, ["adapter", "branch", "other_settings", "run", "path"]]
-        memory = tables.memory_of(gather(whole, step_frame), memory_gb)
+        memory = tables.memory_of(runs, memory_gb)
         shown = complete.drop(columns=["path", "shared_settings", "method_settings", "model_settings"])
         self.pictures = pictures_of(complete, results)
         self.data = {"runs": shown, "cells": cells, "comparisons": comparisons, "memory": memory}

@@ -43,7 +43,7 @@ class Picture:
 
 def draw_losses(runs: pd.DataFrame, methods: Sequence[str]) -> Picture | None:
     """Draw the base loss of every step, smoothed within a task: the mean over seeds, and the range of the seeds as a band."""
-    data = gather(runs, step_frame).drop(columns=["peak_gib", "allocated_gib"], errors="ignore").dropna()
+    data = gather(runs, step_frame).drop(columns=["peak_gib", "allocated_gib"]).dropna()
     if data.empty:
         return None
     figure = Figure(figsize=(6.9, 3.9))
@@ -148,12 +148,12 @@ def draw_seeds(results: pd.DataFrame) -> Picture | None:
     height = 0.27 + 0.17 * max(label.count("\n") for label in labels)
     figure = Figure(figsize=(9.0, 1.1 + len(labels) * height))
     both = figure.subplots(1, 2, sharey=True)
+    rows = trained.groupby(METHOD, sort=False).ngroup()
     for axes, (metric, name) in zip(both, METRICS.items(), strict=True):
-        for row, (_, seeds) in enumerate(methods):
-            test, shown = paired_test(seeds[metric].to_numpy()), ["a seed", "mean, 95 % interval"] if row == 0 else ["", ""]
-            axes.plot(seeds[metric], [row] * len(seeds), color=GREY, marker="|", linewidth=0, markersize=9, label=shown[0])
-            reach = None if np.isnan(test["low"]) else [[test["mean"] - test["low"]], [test["high"] - test["mean"]]]
-            axes.errorbar([test["mean"]], [row], xerr=reach, color=BLUE, fmt="o", markersize=5, capsize=2.5, label=shown[1])
+        axes.plot(trained[metric], rows, color=GREY, marker="|", linewidth=0, markersize=9, label="a seed")
+        tests = pd.DataFrame([paired_test(seeds[metric].to_numpy()) for _, seeds in methods])
+        reach = [tests["mean"] - tests.low, tests.high - tests["mean"]]
+        axes.errorbar(tests["mean"], tests.index, xerr=reach, color=BLUE, fmt="o", markersize=5, capsize=2.5, label="mean, 95 % interval")
         if len(zero_shot := results[results.variant == "zero_shot"]):
             axes.axvline(zero_shot[metric].mean(), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
         axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel=f"{name} (%)")

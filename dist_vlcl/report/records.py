@@ -107,7 +107,7 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
     config = read_config(folder / "config.yaml")
     accuracy = read_accuracy(folder, config)
     cell, reference = realise(config)
-    units = read_units(folder).to_pandas()  # damaged records raise here, where one run is left out by name
+    steps, units = step_frame(folder), read_units(folder).to_pandas()  # damaged records raise here, where one run is left out by name
     journal = [] if cell["variant"] in WITHOUT_ZEROTH else read_lines(folder / "journal.jsonl", JOURNAL_FORM)
     before = accuracy.get("zero_shot") or {}
     zero_shot = [100 * before[task] for task in sorted(before, key=int)]
@@ -129,7 +129,8 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
         "zero_shot_avg": sum(zero_shot) / len(zero_shot) if zero_shot else nan,
         **{key: accuracy.get(key) for key in ("steps", "seconds")},
         **dict.fromkeys(MEASURES, nan),
-        **measures_of(step_frame(folder), journal, units, config["zo"]),
+        **measures_of(steps, journal, units, config["zo"]),
+        **steps[["peak_gib", "allocated_gib"]].max(),
         "is_complete": accuracy.get("complete") is True,
         "is_probe": is_probe,  # stopped after a few steps: only its memory counts
         "tasks_done": len(accuracy.get("rows", ())),

@@ -128,6 +128,8 @@ def with_recovered(results: pd.DataFrame) -> pd.DataFrame:
     is_alone = results.method_settings.astype(str).str.contains("orders.rest=frozen", regex=False)
     is_whole = (results.branch == "dual") & (results.layers == "all")
     own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole)]
+    if own.empty:
+        return results.assign(**{RECOVERED.format(metric): np.nan for metric in metrics})
     partner = own[[*GROUP, *METHOD, "seed"]].copy()
     whole = is_whole[own.index]
     partner["layers"] = ("all but " + own.branch + " " + own.layers).mask(whole, "none")
@@ -156,8 +158,7 @@ def compare(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     values = results[[*GROUP, *METHOD, "other_settings", "seed", *measured]]
     other = values.drop(columns="other_settings").rename(columns={name: f"{name}_2" for name in (*METHOD, *measured)})
     joined = pairs.merge(values).merge(other)
-    known = published.set_index(CELL)
-    rows = []
+    known, rows, about = published.set_index(CELL), [], [*CELL, "other_settings", "shared_settings", "method_settings"]
     for _, both in joined.groupby(list(pairs.columns), sort=False):
         first = both.iloc[0]
         cells = [tuple(first[TASKS]) + tuple(first[[f"{name}{end}" for name in METHOD[:-1]]]) for end in ("", "_2")]
@@ -167,16 +168,11 @@ def compare(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
                 continue
             test = paired_test(differences.to_numpy())
             theirs = known[metric].get(cells[0], np.nan) - known[metric].get(cells[1], np.nan) if metric in METRICS else np.nan
-            rows.append(
-                {
-                    **first[[*CELL, "other_settings", "shared_settings", "method_settings"]],
-                    **{"against": method_label(*cells[1][2:]) if metric == subtracted else "its language branch"},
-                    **{"metric": metric, **test, "paper": theirs, "claim": first.claim},
-                    "verdict": claim.verdict(test["low"], test["high"]) if first.claim else "",
-                }
-            )
-    names = [*CELL, "other_settings", "shared_settings", "method_settings", "against", "metric", *paired_test([])]
-    return pd.DataFrame(rows, columns=[*names, "paper", "claim", "verdict"])
+            against = method_label(*cells[1][2:]) if metric == subtracted else "its language branch"
+            verdict = claim.verdict(test["low"], test["high"]) if first.claim else ""
+            found = {"against": against, "metric": metric, **test, "paper": theirs, "claim": first.claim, "verdict": verdict}
+            rows.append({**first[about], **found})
+    return pd.DataFrame(rows, columns=[*about, "against", "metric", *paired_test([]), "paper", "claim", "verdict"])
 
 
 OTHER = Claim("", "")  # a difference that bears on no claim

@@ -182,16 +182,16 @@ def paper_table(cells: pd.DataFrame, table: int) -> str:
     return _by_metric(shown, [], heads, texts) if len(shown) else ""
 
 
-def memory_of(steps: pd.DataFrame, published_gb: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
+def memory_of(runs: pd.DataFrame, published_gb: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     """Return Table 5, one row per adapter and setting: the paper's GB, and the most GiB that a step has reserved and allocated."""
     rows = [(adapter, setting, gb) for adapter, settings in published_gb.items() for setting, gb in settings.items()]
     paper = pd.DataFrame(rows, columns=["adapter", "setting", "paper_gb"])
-    ours = steps.assign(setting=steps.branch.mask(steps.branch == "none", "fo"))
-    ours = ours.reindex(columns=[*ours.columns.union(["peak_gib", "allocated_gib"])])
-    by_setting = ours.groupby(["adapter", "setting", "other_settings"])
+    is_whole = (runs.layers == "all") & (runs.variant == "conservative")
+    ours = runs[runs.is_complete & runs.peak_gib.notna() & (is_whole | (runs.variant == "none"))]
+    by_setting = ours.assign(setting=ours.branch.replace("none", "fo")).groupby(["adapter", "setting", "other_settings"])
     peaks = by_setting.agg(peak_gib=("peak_gib", "max"), allocated_gib=("allocated_gib", "max"), runs=("run", "nunique"))
-    peaks = peaks.dropna(subset="peak_gib").reset_index()
-    return paper.merge(peaks, on=["adapter", "setting"], how="left").fillna({"other_settings": "", "runs": 0}).astype({"runs": int})
+    ours = paper.merge(peaks.reset_index(), on=["adapter", "setting"], how="left")
+    return ours.fillna({"other_settings": "", "runs": 0}).astype({"runs": int})
 
 
 def memory_table(memory: pd.DataFrame) -> str:
