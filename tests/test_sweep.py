@@ -12,7 +12,7 @@ from argparse import Namespace
 import pytest
 import yaml
 
-from dist_vlcl.commands import sweep, tune
+from dist_vlcl.commands import sweep
 from dist_vlcl.report.records import read_records
 from tests.helpers.ranks import warm_python
 
@@ -131,20 +131,3 @@ def test_the_items_of_an_array_are_the_runs_in_order(monkeypatch, capfd):
         "--multi_gpu",
         "--num_processes",
     ]
-
-
-@pytest.mark.parametrize(
-    ("command", "words"),
-    [
-        (sweep, ["paper=zero-shot-cifar10,t1-moe-cifar10-fo"]),
-        (tune, ["zo.lr_scale=1,2", "zo.epsilon.vision=1e-3", "zo.epsilon.language=1e-3"]),
-    ],
-    ids=["sweep", "tune"],
-)
-def test_a_list_whose_reader_has_gone_ends_in_silence(monkeypatch, command, words):
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as out:  # closing flushes once more
-        monkeypatch.setattr(sys, "stdout", out)
-        monkeypatch.setattr(sys, "argv", ["command", *words, "--list"])
-        command.main()

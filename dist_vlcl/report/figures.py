@@ -22,10 +22,9 @@ def plot_run(folder: Path | str) -> list[Path]:
     """Draw every picture for which a run's metrics.jsonl has data into its folder plots/, and return the paths."""
     records, plots = read_records(folder), Path(folder) / "plots"
     plots.mkdir(exist_ok=True)
-    names = {"accuracy_matrix": plot_matrix, "accuracy": plot_accuracy, "loss": plot_loss}
     drawn = []
     with matplotlib.rc_context(fname=STYLE):
-        for name, plot in names.items():
+        for name, plot in {"accuracy_matrix": plot_matrix, "accuracy": plot_accuracy, "loss": plot_loss}.items():
             if figure := plot(records):
                 drawn.append(plots / f"{name}.png")
                 figure.savefig(drawn[-1])
@@ -34,11 +33,12 @@ def plot_run(folder: Path | str) -> list[Path]:
 
 def plot_matrix(records: Records) -> Figure | None:
     """Draw the accuracy on task j after task i as a heat map with numbers, and A_t in a column beside it; None without data."""
-    matrix = percents(pd.DataFrame(records.matrix))  # rows that end at the newest task are filled up with NaN
+    matrix = 100 * pd.DataFrame(records.matrix).to_numpy(dtype=float)  # rows that end at the newest task are filled up with NaN
     num_rows, num_tasks = matrix.shape
     if not num_tasks:
         return None
-    cells = np.column_stack([matrix, np.full(num_rows, np.nan), percents(records.of_tasks("seen"))])  # an empty column, and A_t
+    seen = 100 * np.array(records.of_tasks("seen"), dtype=float)
+    cells = np.column_stack([matrix, np.full(num_rows, np.nan), seen])  # an empty column, and A_t
     low = np.floor(np.nanmin(cells) / 10) * 10
     figure = Figure(figsize=(min(0.5 * num_tasks + 2.7, 12), np.clip(0.5 * num_rows + 1.4, 2.6, 11)))
     axes = figure.subplots()
@@ -60,7 +60,7 @@ def plot_matrix(records: Records) -> Figure | None:
 
 def plot_accuracy(records: Records) -> Figure | None:
     """Draw A_t after every task, and the zero-shot accuracy on the same classes if it is known; None without data."""
-    seen, zero_shot = percents(records.of_tasks("seen")), percents(records.of_tasks("zero_shot"))
+    seen, zero_shot = (100 * np.array(records.of_tasks(name), dtype=float) for name in ("seen", "zero_shot"))
     if not np.isfinite(seen).any():
         return None
     figure = Figure(figsize=(6.4, 3.8))
@@ -98,11 +98,6 @@ def draw_loss(axes: Axes, steps: pd.DataFrame, label: str, **look: Any) -> None:
         axes.plot(by_run.index, by_run.mean(axis=1), linewidth=1.7, label="" if index else label, **look)
         axes.fill_between(by_run.index, by_run.min(axis=1), by_run.max(axis=1), color=look["color"], alpha=0.15, linewidth=0)
     axes.set(xlabel="step", ylabel="loss")
-
-
-def percents(fractions: Any) -> np.ndarray:
-    """Return fractions in percent, NaN for None."""
-    return 100 * np.array(fractions, dtype=float)
 
 
 def smoothed(values: Any) -> Any:

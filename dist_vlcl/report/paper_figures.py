@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, draw_loss, put_legend
 from dist_vlcl.report.records import CELL, gather, read_units, step_frame
@@ -63,13 +64,15 @@ def draw_units(runs: pd.DataFrame, methods: Sequence[str]) -> Picture | None:
         return None
     figure = Figure(figsize=(6.9, 6.9))
     grid = figure.subplots(len(UNIT_STATISTICS), len(TOWERS), sharex="col", sharey="row")
-    every = -(-int(data.layer.max()) // 12)
     for (name, tower), axes in zip(itertools.product(UNIT_STATISTICS, TOWERS), grid.flat, strict=True):
         for index, method in enumerate(methods):
             units = data[(data.method == method) & (data.tower == tower)]
             # Side by side, because first-order units have similar values in all plans.
             _draw_unit_curve(axes, units, name, LOOKS[index], offset=0.13 * (index - (len(methods) - 1) / 2))
-        axes.set(yscale="log", xlabel="layer", ylabel=UNIT_STATISTICS[name][2], xticks=range(1, int(data.layer.max()) + 1, every))
+        axes.set(yscale="log", xlabel="layer", ylabel=UNIT_STATISTICS[name][2])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(LogFormatter())  # the default one writes mathematics, which is shown as it is
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
         axes.label_outer()
     for axes, tower in zip(grid[0], TOWERS, strict=True):
         axes.set_title(f"{tower} tower", fontsize=10)

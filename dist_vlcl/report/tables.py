@@ -53,10 +53,8 @@ def accuracy_table(matrix: Sequence[Row], seen: Row) -> str:
     Row i ends at task i; a task that is still to come is blank.
     """
     names = [f"task {task + 1}" for task in range(len(matrix))]
-    rows = [
-        [name, *map(percent, row), *[""] * (len(names) - len(row)), percent(mean)]
-        for name, row, mean in zip(names, matrix, seen, strict=True)
-    ]
+    blank = [""] * len(names)
+    rows = [[name, *map(percent, row), *blank[len(row) :], percent(mean)] for name, row, mean in zip(names, matrix, seen, strict=True)]
     return markdown_table(["after", *names, "A_t"], rows)
 
 

@@ -3,8 +3,10 @@
 import itertools
 
 import matplotlib
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from dist_vlcl.report import paper_figures
 from dist_vlcl.report.figures import STYLE
 from dist_vlcl.report.paper_figures import draw_seeds
 from tests.report.test_statistics import FO, NOTE, ZERO_SHOT, results
@@ -38,3 +40,15 @@ def test_a_label_of_several_lines_has_the_room_it_needs():
         picture = draw_seeds(results(*METHODS))
         assert_readable(picture.figure)
     assert len(picture.data) == 3 * (len(METHODS) - 1)
+
+
+def test_a_logarithmic_axis_has_plain_numbers(monkeypatch):
+    about = [("vision", layer, "zeroth", "mozo", 10.0**-layer) for layer in range(1, 7)]
+    units = pd.DataFrame(about, columns=["tower", "layer", "order", "method", "coordinate_variance"])
+    units = units.assign(norm_variance=units.layer / 10, mean_update=1.0)
+    monkeypatch.setattr(paper_figures, "gather", lambda runs, read: units)
+    with matplotlib.rc_context(fname=STYLE):
+        figure = paper_figures.draw_units(pd.DataFrame(), ["mozo"]).figure
+        FigureCanvasAgg(figure).draw()
+    shown = [text.get_text() for axes in figure.axes for text in axes.get_yticklabels()]
+    assert "1e−05" in shown and not any("$" in text for text in shown)
