@@ -46,6 +46,13 @@ def test_a_flag_that_is_none_is_refused_with_the_option_it_means(monkeypatch, ca
     assert capsys.readouterr().err == "error: --epochs: options are NAME=VALUE; did you mean train.epochs=...?\n"
 
 
+def test_a_folder_of_configurations_that_there_is_not_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["train", "--config-dir", str(tmp_path / "none")])
+    with pytest.raises(SystemExit) as stopped:
+        hydra_main(print)
+    assert stopped.value.code == 2 and f"No such file or directory: '{tmp_path}/none'" in capsys.readouterr().err
+
+
 def test_help_explains_every_option_and_lists_no_schemas(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train", "--help", "adapter=lora", "train.epochs=7"])
     hydra_main(print)
