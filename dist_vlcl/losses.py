@@ -39,15 +39,13 @@ def min_samples(exact_bits: bool | None, share: int) -> int:
     return MIN_SAMPLES if (share >= MIN_SAMPLES if exact_bits is None else exact_bits) else 1
 
 
-def padded(batch: Any, image_size: int, least: int = MIN_SAMPLES) -> tuple[Tensor, Tensor, Tensor, int]:
+def padded(batch: Any, least: int = MIN_SAMPLES) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return images, labels, positions `[max(B, least), ...]`, and B, the number of samples that count."""
     real = len(batch.labels)
-    blanks = max(0, least - real)
-    if not blanks:
-        return batch.images, batch.labels, batch.positions, real
-    images = torch.cat([batch.images, batch.images.new_zeros(blanks, 3, image_size, image_size)])
-    labels, positions = (torch.cat([part, part.new_zeros(blanks)]) for part in (batch.labels, batch.positions))
-    return images, labels, positions, real
+    parts = (batch.images, batch.labels, batch.positions)
+    if real < least:
+        parts = tuple(torch.cat([part, part.new_zeros(least - real, *part.shape[1:])]) for part in parts)
+    return *parts, real
 
 
 def step_noise(towers: TwoTowers, tokens: Tensor, positions: Tensor, key: Key) -> StepNoise:

@@ -47,9 +47,7 @@ class Session:
         self.experiment, self.step, self.folder = experiment, step, folder
         self.cfg, self.world, self.tasks = experiment.cfg, experiment.world, experiment.tasks
         world = self.world
-        self.saved = None
-        if not folder.is_new:
-            self.saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
+        self.saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
         self.state = TrainState.from_dict(self.saved.state) if self.saved else TrainState()
         self.notes: list[str] = []  # what differs between this start and those before
         self.journalled = self._read_journal()
@@ -250,7 +248,7 @@ class Session:
         it ends at the first step of another device type, since their last bits differ between devices.
         """
         state, folder, device = self.state, self.folder, self.world.device.type
-        if folder.is_new or not self.tasks_left():
+        if not self.tasks_left():
             return []
         found = self.world.on_main(lambda: journalled_steps(folder.path, state), "the journal")
         if self.step.first.parameters:

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -268,7 +268,8 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
 
     def adapted(branch: str, transformer: Any, causal: bool) -> list[AdaptedBlock]:
         blocks, transformer.resblocks = transformer.resblocks, nn.ModuleList()  # so that each parameter has one name
-        _refuse_unknown_blocks(model.name, branch, blocks)
+        if odd := {type(block).__name__ for block in blocks} - {"ResidualAttentionBlock"}:
+            raise _without_blocks(model.name, branch, f"open_clip's {odd.pop()}")
         return [
             AdaptedBlock(block, adapter.make(block.attn.embed_dim, generator), UnitId(branch, layer), causal)
             for layer, block in enumerate(blocks, start=1)
@@ -426,26 +427,8 @@ def _replace_activations(clip: nn.Module) -> None:
                 setattr(module, name, QuickGELU())
 
 
-def _refuse_unknown_blocks(name: str, branch: str, blocks: Iterable[nn.Module]) -> None:
-    for kind in {type(block).__name__ for block in blocks} - {"ResidualAttentionBlock"}:
-        raise _without_blocks(name, branch, f"open_clip's {kind}")
-
-
-# A model that works for those that do not, by the beginning of the name
-NEAR = {
-    "MobileCLIP2": "MobileCLIP2-B",
-    "MobileCLIP": "MobileCLIP-B",
-    "coca": "coca_ViT-B-32",
-    "roberta": "ViT-B-32",
-    "nllb": "ViT-B-16-SigLIP-i18n-256",
-    "mt5": "ViT-B-16-SigLIP-i18n-256",
-    "xlm": "ViT-B-16-SigLIP-i18n-256",
-}
-
-
 def _without_blocks(name: str, branch: str, kind: str) -> ValueError:
-    near = next((model for start, model in NEAR.items() if name.startswith(start)), "ViT-B-16-quickgelu")
     return ValueError(
         f"model.name={name!r}: its {branch} tower is {kind}, and adapters need transformer blocks of open_clip or timm; "
-        f"use a model such as {near}"
+        f"use a model such as ViT-B-16-quickgelu, or another one of docs/models.md"
     )

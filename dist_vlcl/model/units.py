@@ -114,9 +114,7 @@ class FlatUnits(FlatTensors):
         self.units = Units(units)
         super().__init__({name: tensor.float() for name, tensor in self.units.state_dict().items()})
         for unit in units:
-            for name in unit.names:
-                delattr(unit.adapter, name)
-                unit.adapter.register_buffer(name, None)
+            freeze(unit)
         self.rebind_views()
 
     def rebind_views(self) -> None:
