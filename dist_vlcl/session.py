@@ -51,15 +51,10 @@ class Session:
         self.state = TrainState.from_dict(self.saved.state) if self.saved else TrainState()
         self.notes: list[str] = []  # what differs between this start and those before
         self.journalled = self._read_journal()
-        if self.saved and self.state.world_size != world.size:
-            self.notes.append(
-                f"resuming on {world.size} ranks what {self.state.world_size} have saved: the same batches, sums are rounded differently"
-            )
         threads = torch.get_num_threads() if world.device.type == "cpu" else 0
-        if self.saved and self.state.threads and threads and self.state.threads != threads:
-            self.notes.append(
-                f"resuming with {threads} CPU threads per rank what {self.state.threads} have computed: sums are rounded differently"
-            )
+        for what, was, now in (("ranks", self.state.world_size, world.size), ("CPU threads per rank", self.state.threads, threads)):
+            if self.saved and was and now and was != now:
+                self.notes.append(f"resuming with {now} {what} what {was} have computed: the same batches, sums are rounded differently")
         self.state.world_size, self.state.threads = world.size, threads
         self.notes.append(folder.message + (f", after step {self.state.step}" if self.state.step else ""))
         self.accuracy = AccuracyMatrix([len(task.classes) for task in self.tasks], [[tuple(c) for c in row] for row in self.state.accuracy])
@@ -263,9 +258,8 @@ class Session:
         if len(records) < len(found):
             first = found[len(records)]
             self.notes.append(
-                f"the steps from {first['step']} on were taken on {first.get('device', 'another device')}, and this start is on {device}. "
-                "They are taken again and not restored from the journal: normal directions differ in their last bits "
-                "(zo.directions=rademacher is the same on both)"
+                f"the steps from {first['step']} on were taken on {first.get('device', 'another device')}, this start is on {device}: they "
+                "are taken again, since normal directions differ in their last bits (zo.directions=rademacher is the same on both)"
             )
         per_epoch = steps_per_epoch(self.cfg, self.experiment.index, self.tasks[state.task])
         state.epoch, state.batch = divmod(state.epoch * per_epoch + state.batch + len(records), per_epoch)

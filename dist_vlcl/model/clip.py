@@ -407,14 +407,12 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
 def _how_to_get_weights(model: ModelConfig) -> str:
     import open_clip
 
-    tags, file = open_clip.list_pretrained_tags_by_model(model.name), "model.pretrained=/path/to/weights.safetensors"
+    tags = open_clip.list_pretrained_tags_by_model(model.name)
+    advice = f"open_clip has {'weights of it as ' + ', '.join(tags) if tags else 'no weights of it'}"
     if model.pretrained in tags:
-        return (
-            "On a machine with internet run\n"
-            f"  python -c \"import open_clip; open_clip.create_model('{model.name}', pretrained='{model.pretrained}')\"\n"
-            f"and copy its Hugging Face cache to this machine, or give a local safetensors file: {file}"
-        )
-    return f"open_clip has {'weights of it as ' + ', '.join(tags) if tags else 'no weights of it'}; or give a safetensors file: {file}"
+        command = f"import open_clip; open_clip.create_model('{model.name}', pretrained='{model.pretrained}')"
+        advice = f'On a machine with internet run\n  python -c "{command}"\nand copy its Hugging Face cache to this machine'
+    return f"{advice}; or give a safetensors file: model.pretrained=/path/to/weights.safetensors"
 
 
 def _replace_activations(clip: nn.Module) -> None:
