@@ -171,14 +171,8 @@ class BatchLosses:
         dtype = torch.promote_types(flat.values_n.dtype, part.features[branch].dtype)
         is_delta, offsets_Kn = branch in self.delta_branches, torch.stack(offsets).to(dtype)
         values: Any = Perturbed(flat.values_n[None], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n)
-        moved: Any
-        moved, _ = tower.run(
-            part.cached_inputs[branch],
-            inputs,
-            start=self.start[branch],
-            stacked_params=flat.views(values),
-            noise=part.noise,
-        )
+        stacked: Any = flat.views(values)
+        moved: Any = tower.run(part.cached_inputs[branch], inputs, start=self.start[branch], stacked_params=stacked, noise=part.noise)[0]
         return torch.cat([base, base + moved.change if is_delta else moved])
 
     def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: MicroBatch) -> Tensor:

@@ -143,29 +143,18 @@ class Session:
         state.seconds += seconds
         self.busy_s.append(report.busy_s)
         zo = {m.group.name: {"projected_gradient": mean(m.sizes.values()), "coefficient": m.coefficient} for m in report.moves}
-        self.log.step(
-            {
-                "step": state.step,
-                "task": state.task,
-                "loss": report.loss,
-                "lr": planned.lr,
-                "gradient_norm": report.gradient_norm,
-                "zo": zo,
-                "seconds": seconds,
-                "data_seconds": planned.batch.waited_s,
-                "images_per_second": report.count / seconds,
-                **self.world.take_peaks_gib(),
-            }
-        )
+        place = {"step": state.step, "task": state.task}
+        result = {"loss": report.loss, "lr": planned.lr, "gradient_norm": report.gradient_norm, "zo": zo}
+        times = {"seconds": seconds, "data_seconds": planned.batch.waited_s, "images_per_second": report.count / seconds}
+        self.log.step({**place, **result, **times, **self.world.take_peaks_gib()})
         if report.count < planned.batch.count:
-            self.log.note(f"step {state.step}: {planned.batch.count - report.count} damaged samples were skipped", state.step, state.task)
+            self.log.note(f"step {state.step}: {planned.batch.count - report.count} damaged samples were skipped", **place)
         if report.skipped:
-            self.log.note(f"step {state.step} was skipped: {report.skipped}", state.step, state.task)
+            self.log.note(f"step {state.step} was skipped: {report.skipped}", **place)
         if report.unit_statistics is not None:
             self.records.add(state.step, state.task, report.unit_statistics, sizes_by_unit(self.step, report.moves))
-        moves = [move.record() for move in report.moves]
-        line = {"step": state.step, "task": state.task, "seed": planned.key.seed, "lr": planned.lr, "device": self.world.device.type}
-        self.log.journal({**line, "moves": moves})
+        drawn = {"seed": planned.key.seed, "lr": planned.lr, "device": self.world.device.type}
+        self.log.journal({**place, **drawn, "moves": [move.record() for move in report.moves]})
 
     def compare_ranks(self) -> None:
         """Raise ReplicaDivergedError, naming rank and tensor, unless all ranks have the same adapters. Report a slow rank.

@@ -91,12 +91,7 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls,
-        settings: RunConfig,
-        config: dict[str, Any],
-        world: World,
-        data: str | None = None,
-        code: str | None = None,
+        cls, settings: RunConfig, config: dict[str, Any], world: World, data: str | None = None, code: str | None = None
     ) -> "RunFolder":
         """Create or reopen the folder of a run. All ranks call this.
 
