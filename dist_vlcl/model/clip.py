@@ -386,9 +386,7 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
     unit_ids(model)  # raises for an unknown architecture
     if model.pretrained == "openai" and not model.name.endswith("-quickgelu"):
         raise ValueError(f"model.name={model.name!r}: OpenAI's weights need QuickGELU; use model.name={model.name}-quickgelu")
-    source: str | None = str(SMALL / "small_clip.safetensors") if model.pretrained == "shipped" else model.pretrained
-    if model.pretrained == "random":
-        source = None
+    source = {"shipped": str(SMALL / "small_clip.safetensors"), "random": None}.get(model.pretrained, model.pretrained)
     try:
         logging.disable(logging.ERROR)  # open_clip logs errors on the root logger; users get one line from us instead
         with warnings.catch_warnings():
