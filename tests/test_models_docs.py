@@ -7,7 +7,7 @@ from pathlib import Path
 import open_clip
 import pytest
 
-from dist_vlcl.model.clip import MLP_INPUT, ModelConfig, tower_depths, unit_ids
+from dist_vlcl.model.clip import MLP_INPUT, NEAR, ModelConfig, tower_depths, unit_ids
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "tools/models_docs.py"))
@@ -22,15 +22,16 @@ def test_the_page_is_what_the_script_prints_and_at_least_100_architectures_work(
 
 
 def test_the_model_that_a_refusal_names_works():
-    assert tower_depths("ViT-B-16-quickgelu")["vision"] == 12
+    for name in {*NEAR.values(), "ViT-B-16-quickgelu"}:
+        assert tower_depths(name)["vision"] >= 12
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("RN50", "its vision tower is a ResNet, and adapters need transformer blocks of open_clip or timm; use a model such as ViT-B-16"),
-        ("MobileCLIP-S1", "its vision tower is timm's FastVit, and adapters need transformer blocks"),
-        ("roberta-ViT-B-32", "its language tower is roberta-base of the package transformers, and adapters need transformer blocks"),
+        ("MobileCLIP-S1", "its vision tower is timm's FastVit, and adapters need .* such as MobileCLIP-B"),
+        ("roberta-ViT-B-32", "its language tower is roberta-base of the package transformers, and adapters need .* such as ViT-B-32"),
     ],
 )
 def test_other_towers_are_refused_with_the_reason_and_a_model_that_works(name, words):

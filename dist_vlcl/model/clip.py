@@ -423,8 +423,21 @@ def _replace_activations(clip: nn.Module) -> None:
                 setattr(module, name, QuickGELU())
 
 
+# A model that works for those that do not, by the beginning of the name
+NEAR = {
+    "MobileCLIP2": "MobileCLIP2-B",
+    "MobileCLIP": "MobileCLIP-B",
+    "coca": "coca_ViT-B-32",
+    "roberta": "ViT-B-32",
+    "nllb": "ViT-B-16-SigLIP-i18n-256",
+    "mt5": "ViT-B-16-SigLIP-i18n-256",
+    "xlm": "ViT-B-16-SigLIP-i18n-256",
+}
+
+
 def _without_blocks(name: str, branch: str, kind: str) -> ValueError:
+    near = next((model for start, model in NEAR.items() if name.startswith(start)), "ViT-B-16-quickgelu")
     return ValueError(
         f"model.name={name!r}: its {branch} tower is {kind}, and adapters need transformer blocks of open_clip or timm; "
-        f"use a model such as ViT-B-16-quickgelu, or another one of docs/models.md"
+        f"use a model such as {near}"
     )
