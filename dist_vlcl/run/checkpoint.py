@@ -102,7 +102,7 @@ def load(folder: Path | str, step: int, identity: Mapping[str, str] = NOBODY) ->
     found = _read(_path(folder, step), step)
     for key, name in (("run", "another run"), ("config", "another configuration"), ("data", "other data")):
         was, now = found.identity.get(key), identity.get(key)
-        if None in (was, now) or was == now:
+        if was is None or now is None or was == now:
             continue
         if key == "run":
             raise BrokenCheckpoint(f"{found.path} belongs to {name}")
