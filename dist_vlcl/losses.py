@@ -42,10 +42,11 @@ def min_samples(exact_bits: bool | None, share: int) -> int:
 def padded(batch: Any, least: int = MIN_SAMPLES) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return images, labels, positions `[max(B, least), ...]`, and B, the number of samples that count."""
     real = len(batch.labels)
-    parts = (batch.images, batch.labels, batch.positions)
+    parts = [batch.images, batch.labels, batch.positions]
     if real < least:
-        parts = tuple(torch.cat([part, part.new_zeros(least - real, *part.shape[1:])]) for part in parts)
-    return *parts, real
+        parts = [torch.cat([part, part.new_zeros(least - real, *part.shape[1:])]) for part in parts]
+    images, labels, positions = parts
+    return images, labels, positions, real
 
 
 def step_noise(towers: TwoTowers, tokens: Tensor, positions: Tensor, key: Key) -> StepNoise:
