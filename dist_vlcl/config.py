@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.dist.first_order import FirstOrderConfig
@@ -193,6 +193,8 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
         if not saved.adapter.get("kind"):
             schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
         merged = OmegaConf.merge(schema, saved)
+    except ConfigKeyError as error:
+        raise ValueError(f"{path}: this version has no option {error.full_key}; use the version that saved the run") from error
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is damaged, or of another version of dist_vlcl, which can read it ({reason})") from error

@@ -39,14 +39,13 @@ def min_samples(exact_bits: bool | None, share: int) -> int:
     return MIN_SAMPLES if (share >= MIN_SAMPLES if exact_bits is None else exact_bits) else 1
 
 
-def padded(batch: Any, image_size: int, least: int = MIN_SAMPLES) -> tuple[Tensor, Tensor, Tensor, int]:
+def padded(batch: Any, least: int = MIN_SAMPLES) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return images, labels, positions `[max(B, least), ...]`, and B, the number of samples that count."""
     real = len(batch.labels)
-    blanks = max(0, least - real)
-    if not blanks:
-        return batch.images, batch.labels, batch.positions, real
-    images = torch.cat([batch.images, batch.images.new_zeros(blanks, 3, image_size, image_size)])
-    labels, positions = (torch.cat([part, part.new_zeros(blanks)]) for part in (batch.labels, batch.positions))
+    parts = [batch.images, batch.labels, batch.positions]
+    if real < least:
+        parts = [torch.cat([part, part.new_zeros(least - real, *part.shape[1:])]) for part in parts]
+    images, labels, positions = parts
     return images, labels, positions, real
 
 
@@ -173,14 +172,8 @@ class BatchLosses:
         dtype = torch.promote_types(flat.values_n.dtype, part.features[branch].dtype)
         is_delta, offsets_Kn = branch in self.delta_branches, torch.stack(offsets).to(dtype)
         values: Any = Perturbed(flat.values_n[None], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n)
-        moved: Any
-        moved, _ = tower.run(
-            part.cached_inputs[branch],
-            inputs,
-            start=self.start[branch],
-            stacked_params=flat.views(values),
-            noise=part.noise,
-        )
+        stacked: Any = flat.views(values)
+        moved: Any = tower.run(part.cached_inputs[branch], inputs, start=self.start[branch], stacked_params=stacked, noise=part.noise)[0]
         return torch.cat([base, base + moved.change if is_delta else moved])
 
     def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: MicroBatch) -> Tensor:

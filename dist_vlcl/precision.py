@@ -80,7 +80,7 @@ class SlopePrecision:
         towers: the model, or a copy of it in another precision.
         """
         losses = BatchLosses(towers, self.flats, tokens, self.world, delta_branches)
-        images, labels, positions, real = padded(batch, towers.image_size)
+        images, labels, positions, real = padded(batch)
         noise, result = step_noise(towers, tokens, positions, key), {}
         losses.add(images, labels, noise, towers({"vision": images, "language": tokens}, noise, losses.start), real)
         for branch in self.flats:

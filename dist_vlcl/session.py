@@ -47,21 +47,14 @@ class Session:
         self.experiment, self.step, self.folder = experiment, step, folder
         self.cfg, self.world, self.tasks = experiment.cfg, experiment.world, experiment.tasks
         world = self.world
-        self.saved = None
-        if not folder.is_new:
-            self.saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
+        self.saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
         self.state = TrainState.from_dict(self.saved.state) if self.saved else TrainState()
         self.notes: list[str] = []  # what differs between this start and those before
         self.journalled = self._read_journal()
-        if self.saved and self.state.world_size != world.size:
-            self.notes.append(
-                f"resuming on {world.size} ranks what {self.state.world_size} have saved: the same batches, sums are rounded differently"
-            )
         threads = torch.get_num_threads() if world.device.type == "cpu" else 0
-        if self.saved and self.state.threads and threads and self.state.threads != threads:
-            self.notes.append(
-                f"resuming with {threads} CPU threads per rank what {self.state.threads} have computed: sums are rounded differently"
-            )
+        for what, was, now in (("ranks", self.state.world_size, world.size), ("CPU threads per rank", self.state.threads, threads)):
+            if self.saved and was and now and was != now:
+                self.notes.append(f"resuming with {now} {what} what {was} have computed: the same batches, sums are rounded differently")
         self.state.world_size, self.state.threads = world.size, threads
         self.notes.append(folder.message + (f", after step {self.state.step}" if self.state.step else ""))
         self.accuracy = AccuracyMatrix([len(task.classes) for task in self.tasks], [[tuple(c) for c in row] for row in self.state.accuracy])
@@ -150,29 +143,18 @@ class Session:
         state.seconds += seconds
         self.busy_s.append(report.busy_s)
         zo = {m.group.name: {"projected_gradient": mean(m.sizes.values()), "coefficient": m.coefficient} for m in report.moves}
-        self.log.step(
-            {
-                "step": state.step,
-                "task": state.task,
-                "loss": report.loss,
-                "lr": planned.lr,
-                "gradient_norm": report.gradient_norm,
-                "zo": zo,
-                "seconds": seconds,
-                "data_seconds": planned.batch.waited_s,
-                "images_per_second": report.count / seconds,
-                **self.world.take_peaks_gib(),
-            }
-        )
+        place = {"step": state.step, "task": state.task}
+        result = {"loss": report.loss, "lr": planned.lr, "gradient_norm": report.gradient_norm, "zo": zo}
+        times = {"seconds": seconds, "data_seconds": planned.batch.waited_s, "images_per_second": report.count / seconds}
+        self.log.step({**place, **result, **times, **self.world.take_peaks_gib()})
         if report.count < planned.batch.count:
-            self.log.note(f"step {state.step}: {planned.batch.count - report.count} damaged samples were skipped", state.step, state.task)
+            self.log.note(f"step {state.step}: {planned.batch.count - report.count} damaged samples were skipped", **place)
         if report.skipped:
-            self.log.note(f"step {state.step} was skipped: {report.skipped}", state.step, state.task)
+            self.log.note(f"step {state.step} was skipped: {report.skipped}", **place)
         if report.unit_statistics is not None:
             self.records.add(state.step, state.task, report.unit_statistics, sizes_by_unit(self.step, report.moves))
-        moves = [move.record() for move in report.moves]
-        line = {"step": state.step, "task": state.task, "seed": planned.key.seed, "lr": planned.lr, "device": self.world.device.type}
-        self.log.journal({**line, "moves": moves})
+        drawn = {"seed": planned.key.seed, "lr": planned.lr, "device": self.world.device.type}
+        self.log.journal({**place, **drawn, "moves": [move.record() for move in report.moves]})
 
     def compare_ranks(self) -> None:
         """Raise ReplicaDivergedError, naming rank and tensor, unless all ranks have the same adapters. Report a slow rank.
@@ -250,7 +232,7 @@ class Session:
         it ends at the first step of another device type, since their last bits differ between devices.
         """
         state, folder, device = self.state, self.folder, self.world.device.type
-        if folder.is_new or not self.tasks_left():
+        if not self.tasks_left():
             return []
         found = self.world.on_main(lambda: journalled_steps(folder.path, state), "the journal")
         if self.step.first.parameters:
@@ -265,9 +247,8 @@ class Session:
         if len(records) < len(found):
             first = found[len(records)]
             self.notes.append(
-                f"the steps from {first['step']} on were taken on {first.get('device', 'another device')}, and this start is on {device}. "
-                "They are taken again and not restored from the journal: normal directions differ in their last bits "
-                "(zo.directions=rademacher is the same on both)"
+                f"the steps from {first['step']} on were taken on {first.get('device', 'another device')}, this start is on {device}: they "
+                "are taken again, since normal directions differ in their last bits (zo.directions=rademacher is the same on both)"
             )
         per_epoch = steps_per_epoch(self.cfg, self.experiment.index, self.tasks[state.task])
         state.epoch, state.batch = divmod(state.epoch * per_epoch + state.batch + len(records), per_epoch)

@@ -73,9 +73,7 @@ class HybridStep:
 
         names = {id(t): f"{address}/{name}" for address, unit in units.items() for name, t in unit.tensors().items()}
         self.first_names = [names[id(p)] for p in self.first.parameters]
-        place = {name: k for k, name in enumerate(self.first_names)}
-        learning = {b: [u for u in units if u.branch == b and orders[u] is Order.FIRST] for b in BRANCHES}
-        self.first_units = [(ids, [place[f"{u}/{name}"] for u in ids for name in units[u].names]) for ids in learning.values() if ids]
+        self.first_units = {b: [u for u in units if u.branch == b and orders[u] is Order.FIRST] for b in BRANCHES}
         self.statistics: UnitStatistics | None = None  # made when it is first needed
 
     @property
@@ -123,7 +121,7 @@ class HybridStep:
     def _forward_backward(self, batches: Sequence[Any], key: Key, planned: int, losses: BatchLosses) -> None:
         """Evaluate the base of each micro-batch, keep it in `losses`, and start the backward pass. planned: samples of the global batch."""
         for k, batch in enumerate(batches):
-            images, labels, positions, real = padded(batch, self.towers.image_size, self.min_samples)
+            images, labels, positions, real = padded(batch, self.min_samples)
             noise = step_noise(self.towers, self.tokens, positions, key)
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
                 base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, cache_layer=losses.start)
@@ -161,9 +159,9 @@ class HybridStep:
         self.statistics = self.statistics or UnitStatistics(self.towers.units)
         with self.first.gathered_parameters():
             self.statistics.begin()
-        gradients = self.first.gradients()
-        for ids, places in self.first_units:
-            self.statistics.observe(ids, [gradients[place] for place in places], scale)
+        gradients = dict(zip(self.first_names, self.first.gradients(), strict=True))
+        for ids in filter(None, self.first_units.values()):
+            self.statistics.observe(ids, [gradients[f"{u}/{name}"] for u in ids for name in self.towers.units[u].names], scale)
 
     def _observe_moves(self, moves: Sequence[Move]) -> Tensor:
         assert self.statistics is not None

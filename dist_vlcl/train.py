@@ -17,7 +17,7 @@ from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.run.environment import ELASTIC, missing_extra
-from dist_vlcl.run.folder import LOCK_WAIT_S, RunFolder
+from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.signals import START_AGAIN, Preemption, report_failure, report_status
 from dist_vlcl.session import Requeued, Session
 from dist_vlcl.step import HybridStep
@@ -36,7 +36,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
         step = build_step(experiment)
         check_warmup(experiment, step)
         check_same_start(experiment, step)
-        folder = open_folder(experiment)
+        folder = RunFolder.open(cfg.run, cfg.as_dict(), world, experiment.index.fingerprint, experiment.code)
         if folder.is_complete:
             if world.is_main:
                 print(folder.message)
@@ -106,13 +106,6 @@ def check_same_start(experiment: Experiment, step: HybridStep) -> None:
         },
         "If only the first direction differs, the ranks have different CPUs: use zo.directions=rademacher, which needs no rounding.",
     )
-
-
-def open_folder(experiment: Experiment) -> RunFolder:
-    """Create or reopen the run's folder. All ranks call this. Raises RunRefused if it belongs to another configuration or data set."""
-    cfg = experiment.cfg
-    wait_s = min(LOCK_WAIT_S, cfg.cluster.timeout_s / 2)  # the other ranks wait for rank 0 in a collective
-    return RunFolder.open(cfg.run, cfg.as_dict(), experiment.world, experiment.index.fingerprint, experiment.code, wait_s)
 
 
 def check(cfg: Config) -> None:

@@ -17,9 +17,9 @@ from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import PLAN_LAYERS, Order, OrderPlan, assign
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import build_step
-from dist_vlcl.zo.noise import Key, StepNoise, normals
+from dist_vlcl.zo.noise import Key, StepNoise
 from dist_vlcl.zo.update import ZerothOrderConfig
-from tests.helpers.naive_step import naive_step
+from tests.helpers.naive_step import naive_step, normals
 from tests.helpers.tiny_clip import MLP_LORA, MOE, NAMES, WholeCLIP, adapter_values, batch_of, tiny_clip
 
 CLASSES, IMAGES, LR = NAMES[:3], 4, 0.01

@@ -37,11 +37,13 @@ class Rebuilt:
 def rebuild(folder: Path, start: int | None = None, stop: int | None = None, device: str = "cpu", options: Sequence[str] = ()) -> Rebuilt:
     """Return the zeroth-order units after step `stop` (default: the journal's last), starting from the checkpoint of step `start`.
 
-    Raises ValueError if the run has no such units, or if the journal has a gap between start and stop.
+    Raises ValueError if the run has no such units, if the journal has a gap between start and stop, or if every checkpoint is after stop.
     """
     cfg = load_config(folder / "config.yaml", options, places=())
     saved = _first_checkpoint(folder, start, stop)
-    checkpoint.check_identity(saved, {"config": digest_of(read_config(folder / "config.yaml"))})
+    if stop is not None and stop < saved.step:
+        steps = ", ".join(map(str, checkpoint.saved_steps(folder)))
+        raise ValueError(f"step {stop} is before step {saved.step}, where the replay starts; {folder} has checkpoints of steps {steps}")
     records = [record for record in read_journal(folder, saved.step) if stop is None or record["step"] <= stop]
     reached = saved.step + len(records)
     if stop is not None and reached < stop:
@@ -61,9 +63,9 @@ def _first_checkpoint(folder: Path, start: int | None, stop: int | None) -> chec
     if start is None:
         if not steps:
             raise ValueError(f"{folder}/checkpoints has no checkpoint of this version to start from")
-        end = stop or max((record["step"] for record in read_journal(folder, steps[0])), default=steps[0])
+        end = max((record["step"] for record in read_journal(folder, steps[0])), default=steps[0]) if stop is None else stop
         start = max((step for step in steps if step < end), default=steps[0])
-    return checkpoint.load(folder, start)
+    return checkpoint.load(folder, start, {"config": digest_of(read_config(folder / "config.yaml"))})
 
 
 def _zeroth_order(cfg: Config, saved: Mapping[str, Tensor], device: str) -> dict[str, dict[str, Tensor]]:

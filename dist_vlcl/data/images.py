@@ -2,24 +2,15 @@
 
 import io
 import re
+from contextlib import suppress
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-from PIL.ExifTags import Base
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 1 << 26  # a decompression bomb has few bytes and billions of pixels
 PIXELS = "ppm"  # images stored as pixels: binary PPM, a short header and H x W x 3 bytes, which any viewer opens
 PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
-TURNS = {  # EXIF orientation -> what turns the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 def is_ppm(data: bytes) -> bool:
@@ -53,20 +44,13 @@ def _decode(data: bytes) -> np.ndarray:
     if image.format == "PNG":
         image.verify()  # the checksums of all parts; after it the file must be opened again
         image = _open(data)
-    turn = TURNS.get(_orientation(image))
+    image.load()
+    with suppress(Exception):  # damaged EXIF does not make the pixels unreadable
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16-bit grey: the high byte, as Pillow takes it of 16-bit colours
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    image = image.convert("RGB")
-    return np.asarray(image if turn is None else image.transpose(turn))
+    return np.asarray(image.convert("RGB"))
 
 
 def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation; 1 (upright) if there is no EXIF that can be read."""
-    try:
-        return image.getexif().get(Base.Orientation, 1)
-    except Exception:  # damaged EXIF does not make the pixels unreadable
-        return 1

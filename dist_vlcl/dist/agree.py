@@ -57,9 +57,5 @@ def agree_on_tensors(world: World, what: str, tensors: Mapping[str, Tensor]) -> 
     replicas = [tuple(sorted(own.items())) for own in each]
     usual = replicas.index(Counter(replicas).most_common(1)[0][0])
     odd = {rank: [name for name in each[rank] if each[rank][name] != each[usual].get(name)] for rank in range(world.size)}
-    where = [f"{world.collectives.named(rank)} in {_listed(names)}" for rank, names in odd.items() if names]
+    where = [f"{world.collectives.named(rank)} in {len(names)} tensors, {', '.join(names[:3])}" for rank, names in odd.items() if names]
     raise ReplicaDivergedError(f"{what}: ranks {[rank for rank in odd if odd[rank]]} differ from rank {usual}: {'; '.join(where)}")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more tensors" if len(names) > 3 else "")

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -268,7 +268,8 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
 
     def adapted(branch: str, transformer: Any, causal: bool) -> list[AdaptedBlock]:
         blocks, transformer.resblocks = transformer.resblocks, nn.ModuleList()  # so that each parameter has one name
-        _refuse_unknown_blocks(model.name, branch, blocks)
+        if odd := {type(block).__name__ for block in blocks} - {"ResidualAttentionBlock"}:
+            raise _without_blocks(model.name, branch, f"open_clip's {odd.pop()}")
         return [
             AdaptedBlock(block, adapter.make(block.attn.embed_dim, generator), UnitId(branch, layer), causal)
             for layer, block in enumerate(blocks, start=1)
@@ -385,9 +386,7 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
     unit_ids(model)  # raises for an unknown architecture
     if model.pretrained == "openai" and not model.name.endswith("-quickgelu"):
         raise ValueError(f"model.name={model.name!r}: OpenAI's weights need QuickGELU; use model.name={model.name}-quickgelu")
-    source: str | None = str(SMALL / "small_clip.safetensors") if model.pretrained == "shipped" else model.pretrained
-    if model.pretrained == "random":
-        source = None
+    source = {"shipped": str(SMALL / "small_clip.safetensors"), "random": None}.get(model.pretrained, model.pretrained)
     try:
         logging.disable(logging.ERROR)  # open_clip logs errors on the root logger; users get one line from us instead
         with warnings.catch_warnings():
@@ -406,14 +405,12 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
 def _how_to_get_weights(model: ModelConfig) -> str:
     import open_clip
 
-    tags, file = open_clip.list_pretrained_tags_by_model(model.name), "model.pretrained=/path/to/weights.safetensors"
+    tags = open_clip.list_pretrained_tags_by_model(model.name)
+    advice = f"open_clip has {'weights of it as ' + ', '.join(tags) if tags else 'no weights of it'}"
     if model.pretrained in tags:
-        return (
-            "On a machine with internet run\n"
-            f"  python -c \"import open_clip; open_clip.create_model('{model.name}', pretrained='{model.pretrained}')\"\n"
-            f"and copy its Hugging Face cache to this machine, or give a local safetensors file: {file}"
-        )
-    return f"open_clip has {'weights of it as ' + ', '.join(tags) if tags else 'no weights of it'}; or give a safetensors file: {file}"
+        command = f"import open_clip; open_clip.create_model('{model.name}', pretrained='{model.pretrained}')"
+        advice = f'On a machine with internet run\n  python -c "{command}"\nand copy its Hugging Face cache to this machine'
+    return f"{advice}; or give a safetensors file: model.pretrained=/path/to/weights.safetensors"
 
 
 def _replace_activations(clip: nn.Module) -> None:
@@ -424,11 +421,6 @@ def _replace_activations(clip: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, OpenClipQuickGELU):
                 setattr(module, name, QuickGELU())
-
-
-def _refuse_unknown_blocks(name: str, branch: str, blocks: Iterable[nn.Module]) -> None:
-    for kind in {type(block).__name__ for block in blocks} - {"ResidualAttentionBlock"}:
-        raise _without_blocks(name, branch, f"open_clip's {kind}")
 
 
 # A model that works for those that do not, by the beginning of the name

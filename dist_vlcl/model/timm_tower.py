@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_vlcl.model.perturbed import Perturbed
-from dist_vlcl.model.tower import AdaptedBlock, ImageStemAndHead
+from dist_vlcl.model.tower import AdaptedBlock, Context, ImageStemAndHead
 
 # The module of a block whose input is the sum after the attention, where an adapter beside the MLP reads; by class of the block.
 MLP_INPUT = {"Block": "norm2", "RelPosBlock": "norm2", "EvaBlock": "norm2", "EvaBlockPostNorm": "mlp"}
@@ -69,7 +69,7 @@ class WholeBlock(AdaptedBlock):
             attention.qkv.bias = nn.Parameter(torch.cat([attention.q_bias, attention.k_bias, attention.v_bias]), requires_grad=False)
             attention.q_bias = attention.k_bias = attention.v_bias = None
 
-    def cached_input(self, x: Tensor, reads: Tensor | None = None, visible: Tensor | None = None) -> tuple[Tensor, ...]:
+    def cached_input(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         if self.adapter.site == "attention":
             return (x,)
         sums: list[Tensor] = []
@@ -78,17 +78,9 @@ class WholeBlock(AdaptedBlock):
             out = self._call(x)
         return sums[0].unflatten(0, tuple(x.shape[:2])), out
 
-    def finish(
-        self,
-        cached_input: tuple[Tensor, ...],
-        stacked_params: dict[str, Tensor],
-        noise: Tensor | None,
-        dropout_mask: Tensor | None,
-        reads: Tensor | None = None,
-        visible: Tensor | None = None,
-    ) -> Tensor:
+    def finish(self, cached_input: tuple[Tensor, ...], stacked_params: dict[str, Tensor], context: Context) -> Tensor:
         if self.adapter.site == "mlp":
-            return super().finish(cached_input, stacked_params, noise, dropout_mask)
+            return super().finish(cached_input, stacked_params, context)
         x: Any = cached_input[0]
         copies = max(t.shape[0] for t in (x, *stacked_params.values()))
         if any(isinstance(t, Perturbed) for t in stacked_params.values()) and not isinstance(x, Perturbed):

@@ -4,7 +4,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +22,21 @@ ROWS_AT_A_TIME = {"cpu": 4096, "meta": 4096, "cuda": 8192}  # few rows stay in a
 SAMPLES_AT_A_TIME = 8  # at least, because matrix products with fewer rows have other last bits
 
 
+class Context(NamedTuple):
+    """What a block gets beside its input."""
+
+    noise: Tensor | None = None  # of the router, [B, E]; None for none
+    dropout_mask: Tensor | None = None  # [B, R, width]
+    reads: Tensor | None = None  # the positions of the output that are read, [B, R]; None for all
+    visible: Tensor | None = None  # which positions each position sees, [B, L, L]; None for what `causal` says
+
+
 class AdaptedBlock(nn.Module):
     """A frozen residual attention block with its adapter, divided at the point where the adapter starts to act.
 
     `cached_input` computes everything that does not depend on the adapter, `finish` the rest. A perturbed evaluation restarts from the
-    cached input of its first perturbed block, so attention and MLP of that block are not computed again. `reads` `[B, R]` are the only
-    positions of the block's output that will be read. The other positions then serve only as keys and values.
+    cached input of its first perturbed block, so attention and MLP of that block are not computed again. Positions that are not read serve
+    only as keys and values.
     """
 
     def __init__(self, block: Any, adapter: Any, unit_id: UnitId, causal: bool):
@@ -37,59 +46,41 @@ class AdaptedBlock(nn.Module):
         self.causal = causal
         self.unit = Unit(unit_id, adapter)
 
-    def forward(
-        self,
-        hidden: Hidden,
-        stacked_params: dict[str, Tensor] | None = None,
-        noise: Tensor | None = None,
-        dropout_mask: Tensor | None = None,
-        reads: Tensor | None = None,
-        visible: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, hidden: Hidden, stacked_params: dict[str, Tensor] | None, context: Context) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the block's output `[K, B, L, D]` and its cached input, detached. stacked_params: None for the block's own tensors.
-
-        visible: which positions each position sees `[B, L, L]`; None for what `causal` says.
 
         Parameters are read only here, because ZeRO-3 gathers them for the time of a module's call.
         """
-        cached_input = hidden if isinstance(hidden, tuple) else self.cached_input(hidden, reads, visible)
+        cached_input = hidden if isinstance(hidden, tuple) else self.cached_input(hidden, context)
         tensors = stacked_params or {name: t[None] for name, t in self.unit.tensors().items()}
         tensors = {name: t.to(cached_input[0].dtype) for name, t in tensors.items()}
-        return self.finish(cached_input, tensors, noise, dropout_mask, reads, visible), tuple(t.detach() for t in cached_input)
+        return self.finish(cached_input, tensors, context), tuple(t.detach() for t in cached_input)
 
-    def cached_input(self, x: Tensor, reads: Tensor | None = None, visible: Tensor | None = None) -> tuple[Tensor, ...]:
+    def cached_input(self, x: Tensor, context: Context) -> tuple[Tensor, ...]:
         """Return everything that the block computes before its adapter acts, from its input `[K, B, L, D]`."""
-        normed = self.block.ln_1(x)
+        normed, reads = self.block.ln_1(x), context.reads
         query_input = normed if reads is None else select_positions(normed, reads)
         x = x if reads is None else select_positions(x, reads)
         if self.adapter.site == "attention":
             return x, normed, query_input, *self._project(normed, query_input)
         q, k, v = self._project(normed, query_input)
         del normed, query_input  # the peak memory of a candidate is here
-        u = x + self.block.ls_1(self._attend(q, k, v, reads, visible))
+        u = x + self.block.ls_1(self._attend(q, k, v, context))
         del q, k, v
         return u, u + self._mlp(u)
 
-    def finish(
-        self,
-        cached_input: tuple[Tensor, ...],
-        stacked_params: dict[str, Tensor],
-        noise: Tensor | None,
-        dropout_mask: Tensor | None,
-        reads: Tensor | None = None,
-        visible: Tensor | None = None,
-    ) -> Tensor:
-        """Return the block's output `[K, B, L, D]`, or `[K, B, R, D]` at the positions `reads`, for K sets of the adapter's tensors."""
+    def finish(self, cached_input: tuple[Tensor, ...], stacked_params: dict[str, Tensor], context: Context) -> Tensor:
+        """Return the block's output `[K, B, L, D]`, or `[K, B, R, D]` at the positions that are read, for K parameter sets."""
         if self.adapter.site == "mlp":
             u, rest = cached_input
-            return rest + self.adapter(u, stacked_params, noise, dropout_mask)
+            return rest + self.adapter(u, stacked_params, context.noise, context.dropout_mask)
         x, normed, query_input, *qkv = cached_input
         inputs = {"q": query_input, "k": normed, "v": normed}
         q, k, v = (
             p + self.adapter.delta(inputs[t], stacked_params, t) if f"{t}_up" in stacked_params else p
             for t, p in zip("qkv", qkv, strict=True)
         )
-        u = x + self.block.ls_1(self._attend(q, k, v, reads, visible))
+        u = x + self.block.ls_1(self._attend(q, k, v, context))
         return u + self._mlp(u)
 
     def _project(self, normed: Tensor, query_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,10 +96,10 @@ class AdaptedBlock(nn.Module):
     def _mlp(self, u: Tensor) -> Tensor:
         return self.block.ls_2(self.block.mlp(self.block.ln_2(u)))
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, reads: Tensor | None, visible: Tensor | None) -> Tensor:
-        visible_BRL = visible
-        if visible is not None and reads is not None:
-            visible_BRL = select_positions(visible[None], reads)[0]
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        reads, visible_BRL = context.reads, context.visible
+        if visible_BRL is not None and reads is not None:
+            visible_BRL = select_positions(visible_BRL[None], reads)[0]
         elif self.causal and reads is not None:
             visible_BRL = torch.arange(k.shape[2], device=reads.device) <= reads[..., None]
         out_KBRD = attention(q, k, v, self.block.attn.num_heads, self.causal, visible_BRL)
@@ -281,7 +272,7 @@ class Tower(nn.Module):
             if dropout_mask is not None and layer in reads:
                 dropout_mask = select_positions(dropout_mask[None], reads[layer])[0]
             stacked = stacked_params.get(block.unit.id) if stacked_params else None
-            arguments = (hidden, stacked, router, dropout_mask, reads.get(layer), visible)
+            arguments = (hidden, stacked, Context(router, dropout_mask, reads.get(layer), visible))
             if recompute:
                 hidden, cached_input = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -57,15 +57,10 @@ class Units(dict[UnitId, Unit]):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy the tensors in. Raises ValueError, with nothing changed, if a name is missing or unknown, or a shape differs."""
         own = self.state_dict()
-        if set(own) != set(state):
-            raise ValueError(
-                f"adapter tensors do not match: {sorted(set(own) ^ set(state))[:4]} are only in the model or only in the checkpoint"
-            )
-        for name, tensor in own.items():
-            if tensor.shape != state[name].shape:
-                raise ValueError(
-                    f"adapter tensor {name}: the model has shape {tuple(tensor.shape)}, the checkpoint {tuple(state[name].shape)}"
-                )
+        shapes, saved = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
+        if odd := sorted(name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name)):
+            found = "; ".join(f"{name}: the model has {shapes.get(name)}, the checkpoint {saved.get(name)}" for name in odd[:4])
+            raise ValueError(f"the shapes of {len(odd)} adapter tensors differ ({found})")
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
@@ -114,9 +109,7 @@ class FlatUnits(FlatTensors):
         self.units = Units(units)
         super().__init__({name: tensor.float() for name, tensor in self.units.state_dict().items()})
         for unit in units:
-            for name in unit.names:
-                delattr(unit.adapter, name)
-                unit.adapter.register_buffer(name, None)
+            freeze(unit)
         self.rebind_views()
 
     def rebind_views(self) -> None:

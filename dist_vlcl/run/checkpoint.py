@@ -77,55 +77,48 @@ def save(
 def load_newest(folder: Path | str, identity: Mapping[str, str] = NOBODY) -> Checkpoint | None:
     """Return the newest checkpoint of a run folder that is intact, or None. Warns of each newer one and says what is wrong with it.
 
-    `identity`: what the checkpoint must belong to. One of another run is left out like a damaged one. Raises ValueError for one of this run
-    with another configuration or other data, and for a run folder of version 0.1.
+    `identity`: what the checkpoint must belong to, as in `load`. One of another run is left out like a damaged one.
     """
-    if is_of_version_0_1(folder):
-        raise ValueError(f"{folder} has checkpoints of version 0.1, which this version cannot read: use version 0.1, or train again")
     skipped, found = [], None
     for step in reversed(saved_steps(folder)):
         try:
-            found = load(folder, step)
-            if found.identity.get("run") in (None, identity.get("run", found.identity.get("run"))):
-                break
-            skipped.append(f"{found.path} belongs to another run")
-            found = None
+            found = load(folder, step, identity)
+            break
         except (BrokenCheckpoint, OSError) as error:
             skipped.append(str(error))
     if skipped:
         outcome = f"using {found.path.name} instead" if found else "no intact checkpoint is left"
         warn(f"skipped: {'; '.join(skipped)}; {outcome}")
-    if found:
-        check_identity(found, identity)
     return found
 
 
-def check_identity(found: Checkpoint, identity: Mapping[str, str]) -> None:
-    """Raise ValueError if a checkpoint was saved with another configuration or other data."""
-    for key, name in (("config", "another configuration"), ("data", "other data")):
-        if identity.get(key) and found.identity.get(key, identity[key]) != identity[key]:
-            raise ValueError(
-                f"{found.path} was saved with {name} (digest {found.identity[key][:16]}, here {identity[key][:16]}): "
-                "restore config.yaml and the data of this run, or start anew with run.overwrite=true"
-            )
+def load(folder: Path | str, step: int, identity: Mapping[str, str] = NOBODY) -> Checkpoint:
+    """Return the checkpoint of one step. Raises FileNotFoundError, or BrokenCheckpoint if it is damaged or belongs to another run.
 
-
-def load(folder: Path | str, step: int) -> Checkpoint:
-    """Return the checkpoint of one step. Raises FileNotFoundError or BrokenCheckpoint."""
+    Raises ValueError if it was saved with another configuration or other data than those of `identity`.
+    """
     if step not in saved_steps(folder):
         raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; choose from {saved_steps(folder) or 'none'}")
-    return _read(_path(folder, step), step)
+    found = _read(_path(folder, step), step)
+    for key, name in (("run", "another run"), ("config", "another configuration"), ("data", "other data")):
+        was, now = found.identity.get(key), identity.get(key)
+        if was is None or now is None or was == now:
+            continue
+        if key == "run":
+            raise BrokenCheckpoint(f"{found.path} belongs to {name}")
+        raise ValueError(
+            f"{found.path} was saved with {name} (digest {was[:16]}, here {now[:16]}): "
+            "restore config.yaml and the data of this run, or start anew with run.overwrite=true"
+        )
+    return found
 
 
 def saved_steps(folder: Path | str) -> list[int]:
-    """Return the steps of the checkpoints in a run folder, intact or not, in ascending order."""
-    matches = map(NAME.fullmatch, (path.name for path in (Path(folder) / "checkpoints").glob("step-*")))
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def is_of_version_0_1(folder: Path | str) -> bool:
-    """Whether a run folder has checkpoints in the format of version 0.1: a folder for each."""
-    return any((Path(folder) / "checkpoints").glob("step-*/manifest.json"))
+    """Return the steps of the checkpoints in a run folder, intact or not, in ascending order. Raises ValueError for version 0.1."""
+    names = sorted(path.name for path in (Path(folder) / "checkpoints").glob("step-*"))
+    if any((Path(folder) / "checkpoints" / name / "manifest.json").exists() for name in names):
+        raise ValueError(f"{folder} has checkpoints of version 0.1, which this version cannot read: use version 0.1, or train again")
+    return sorted(int(match[1]) for match in map(NAME.fullmatch, names) if match)
 
 
 def _path(folder: Path | str, step: int) -> Path:

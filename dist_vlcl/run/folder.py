@@ -30,7 +30,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.masking import masked_values
 from dist_vlcl.options import flatten, option
 from dist_vlcl.reading import or_warn, read_json, seal, warn
-from dist_vlcl.run.checkpoint import is_of_version_0_1, load_newest
+from dist_vlcl.run.checkpoint import load_newest, saved_steps
 from dist_vlcl.run.environment import ELASTIC, describe_environment, is_restart
 from dist_vlcl.run.files import make_folder, replace_file
 from dist_vlcl.saved import ENVIRONMENT, MAY_CHANGE, digest_of, read_accuracy, read_config
@@ -84,7 +84,6 @@ class RunFolder:
 
     path: Path
     is_main: bool
-    is_new: bool  # no earlier start of this run has left anything
     is_complete: bool
     message: str  # for the user, in one line
     identity: dict[str, str]  # of the run, its configuration and its data; every checkpoint has it
@@ -92,21 +91,15 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls,
-        settings: RunConfig,
-        config: dict[str, Any],
-        world: World,
-        data: str | None = None,
-        code: str | None = None,
-        wait_s: float = LOCK_WAIT_S,
+        cls, settings: RunConfig, config: dict[str, Any], world: World, data: str | None = None, code: str | None = None
     ) -> "RunFolder":
         """Create or reopen the folder of a run. All ranks call this.
 
         `config`: the resolved configuration, nested. `data`: a digest of the data set, which must not change between starts.
-        `code`: a digest of the code; a change is reported. `wait_s`: how long a restart by a scheduler waits for a process that uses the
-        folder.
-        Raises RunRefused on all ranks if the folder cannot be used.
+        `code`: a digest of the code; a change is reported. Raises RunRefused on all ranks if the folder cannot be used.
         """
+        # The other ranks wait for rank 0 in a collective.
+        wait_s = LOCK_WAIT_S if world.size == 1 else min(LOCK_WAIT_S, world.collectives.timeout_s / 2)
         lock: TextIO | None = None
 
         def prepare() -> dict[str, Any]:
@@ -183,7 +176,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     begin = f"{'starting' if is_new else 'continuing'} {path}"
     if is_complete:
         begin = f"{path} is complete: see its summary.md and plots/. To train again, choose another run.name or seed, or run.overwrite=true"
-    return lock, {"path": path, "is_new": is_new, "is_complete": is_complete, "identity": identity, "message": "; ".join([begin, *notes])}
+    return lock, {"path": path, "is_complete": is_complete, "identity": identity, "message": "; ".join([begin, *notes])}
 
 
 def _is_used(path: Path) -> bool:
@@ -223,13 +216,10 @@ def _set_aside(path: Path, lock: TextIO) -> tuple[TextIO, Path]:
 
 def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
     """Return one text per change that a resume accepts; raise RunRefused for any other change."""
-    if is_of_version_0_1(path):
-        raise RunRefused(f"{path} was started by version 0.1, whose checkpoints this version cannot read; {ADVICE}")
-    if not (path / "config.yaml").exists():
-        raise RunRefused(f"{path} holds a run without its config.yaml: {ADVICE}")
     try:
+        saved_steps(path)  # raises for version 0.1
         changes = differences(read_config(path / "config.yaml"), config)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise RunRefused(f"{error}; {ADVICE}") from error
     allowed = {key: change for key, change in changes.items() if any(fnmatch(key, pattern) for pattern in MAY_CHANGE)}
     refused = [f"  {key}: {change}" for key, change in changes.items() if key not in allowed]
@@ -239,11 +229,10 @@ def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
 
 
 def _id_of(path: Path, starts: list[dict[str, Any]]) -> str | None:
-    """Return the id of the run that the folder belongs to: of its newest start or, if env.json is lost, of its newest checkpoint."""
-    known = [start["run"] for start in starts if start.get("run")]
-    if known or starts or not (saved := load_newest(path)):
-        return known[-1] if known else None
-    return saved.identity.get("run")
+    """Return the id of the run in the folder, as its newest start or, if env.json is lost, its newest checkpoint has it."""
+    saved = None if starts else load_newest(path)
+    known = [saved.identity if saved else {}, *starts]
+    return next((start["run"] for start in reversed(known) if start.get("run")), None)
 
 
 def _check_facts(path: Path, facts: dict[str, str | None], starts: list[dict[str, Any]]) -> list[str]:

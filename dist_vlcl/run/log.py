@@ -155,15 +155,10 @@ class RunLog:
         self._trackers.log(line)
 
     def _shown(self, items: Iterable[T], total: int, completed: int, description: str) -> Iterator[T]:
-        columns = (BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[newest]}"))
+        texts = [TextColumn("{task.description}"), TextColumn("{task.fields[newest]}")]
+        columns = (texts[0], BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn(), texts[1])
         is_live, self._newest, self._shown_steps, shown = self._console.is_terminal, "", [], self._clock()
-        with Progress(
-            TextColumn("{task.description}"),
-            *columns,
-            console=self._console,
-            disable=not is_live,
-            get_time=self._clock,
-        ) as bar:
+        with Progress(*columns, console=self._console, disable=not is_live, get_time=self._clock) as bar:
             task = bar.add_task(description, total=total, completed=completed, newest="")
             for done, item in enumerate(items, completed + 1):
                 yield item
@@ -197,9 +192,8 @@ def is_before(record: dict[str, Any], state: TrainState) -> bool:
 
 def differing(found: Sequence[int], expected: Sequence[int]) -> str:
     """Return as text which expected numbers are missing, which occur twice, or that the order is another; "" if all is as expected."""
-    counts = Counter(found)
-    kinds = {"missing": [k for k in expected if not counts[k]], "doubled": [k for k, n in counts.items() if n > 1]}
-    texts = [f"{kind}: {len(numbers)}, the first is {numbers[0]}" for kind, numbers in kinds.items() if numbers]
+    missing, doubled = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
+    texts = [f"{kind}: {len(odd)}, the first is {min(odd)}" for kind, odd in (("missing", missing), ("doubled", doubled)) if odd]
     return "; ".join(texts) or ("in another order" if list(found) != list(expected) else "")
 
 

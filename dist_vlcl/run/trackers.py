@@ -71,23 +71,11 @@ def _start_wandb(folder: Path, settings: RunConfig, id: str | None) -> tuple[Any
     import wandb
     from accelerate.tracking import WandBTracker
 
-    def start(**mode: str) -> Any:
-        # wandb itself waits 90 s for a network, which is long on a compute node that has none.
-        own = wandb.Settings(console="off", silent=True, init_timeout=30)
-        tracker = WandBTracker(settings.project, dir=str(folder), name=settings.name, id=id, resume="allow", settings=own, **mode)
-        tracker.start()
-        return tracker
-
-    if os.environ.get("WANDB_MODE"):  # wandb reads it
-        tracker = start()
-    elif not wandb.login(prompt=False):
-        tracker = start(mode="offline")
-    else:
-        try:
-            tracker = start(mode="online")
-        except Exception as error:
-            warnings.warn(f"wandb continues offline: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
-            tracker = start(mode="offline")
+    # wandb itself waits 90 s for a network, which is long on a compute node that has none, and reads WANDB_MODE if it is given no mode.
+    own = wandb.Settings(console="off", silent=True, init_timeout=30)
+    mode = None if os.environ.get("WANDB_MODE") or wandb.login(prompt=False) else "offline"
+    tracker = WandBTracker(settings.project, dir=str(folder), name=settings.name, id=id, resume="allow", settings=own, mode=mode)
+    tracker.start()
     tracker.tracker.define_metric("global_step")
     tracker.tracker.define_metric("*", step_metric="global_step")
     return tracker, tracker.tracker.id

@@ -8,6 +8,7 @@ hundreds of them need not be in memory together. This module does not know how m
 # n parameters of a branch
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,14 +74,11 @@ class FiniteDifference:
 
     def projected_gradients(self, groups: Sequence[Group], base: float, losses: Sequence[float]) -> list[Slopes]:
         """Return the slopes of each group. `losses` are those of `candidates`, in the same order; `base` is the unperturbed loss."""
-        remaining = iter(losses)
+        remaining, limit = iter(losses), math.inf if self.clip is None else self.clip
         result: list[Slopes] = []
         for group in groups:
             differences = [
                 next(remaining) - base if self.sides == 1 else (next(remaining) - next(remaining)) / 2 for _ in range(self.probes_of(group))
             ]
-            result.append({b: tuple(self._clipped(d / self.epsilon[b]) for d in differences) for b in group.slices})
+            result.append({b: tuple(max(-limit, min(limit, d / self.epsilon[b])) for d in differences) for b in group.slices})
         return result
-
-    def _clipped(self, slope: float) -> float:
-        return slope if self.clip is None else max(-self.clip, min(self.clip, slope))

@@ -168,12 +168,6 @@ class NoiseField:
         return self._tables[width]
 
 
-def normals(name: str, numel: int, key: Key, stream: int) -> Tensor:
-    """Return the noise of one parameter `[n]`: the slow, clear twin of `NoiseField.normals`."""
-    counter = (torch.arange(-(-numel // NORMALS_PER_COUNTER)), name_id(name), key.step, stream)
-    return _to_normals(philox4x32(counter, key.seed)).flatten()[:numel]
-
-
 def normals_by_row(names: Sequence[str], rows_R: Tensor, numel: int, key: Key, stream: int) -> Tensor:
     """Return N(0, 1) noise `[names, R, numel]`. Row r depends on `rows_R[r]` (below 2^24), not on its place among the rows."""
     words = _row_words(names, rows_R, -(-numel // NORMALS_PER_COUNTER), key, stream)

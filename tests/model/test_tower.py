@@ -5,6 +5,7 @@
 import pytest
 import torch
 
+from dist_vlcl.model.tower import Context
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.zo.noise import Key, StepNoise
 from tests.helpers.tiny_clip import LORA, MLP_LORA, MOE, NAMES, WholeCLIP, adapter_values, pictures, tiny_clip
@@ -172,7 +173,7 @@ def test_nothing_is_kept_for_backward_below_the_first_first_order_unit():
     tower, images = towers.vision, pictures(2)
     x = tower.embed(images)
     for block in tower.blocks[:2]:
-        x = block.finish(block.cached_input(x), {n: t[None] for n, t in block.unit.tensors().items()}, None, None)
+        x = block.finish(block.cached_input(x, Context()), {n: t[None] for n, t in block.unit.tensors().items()}, Context())
         assert not x.requires_grad
     assert tower.run(tower.embed(images), images)[0].requires_grad
 

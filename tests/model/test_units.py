@@ -88,7 +88,7 @@ def test_freezing_keeps_the_values():
     [
         (lambda state: state.pop("vision.1/router"), "vision.1/router"),
         (lambda state: state.update({"vision.9/router": torch.zeros(1)}), "vision.9/router"),
-        (lambda state: state.update({"vision.1/router": torch.zeros(3, 2)}), r"vision.1/router: the model has shape \(32, 2\).*\(3, 2\)"),
+        (lambda state: state.update({"vision.1/router": torch.zeros(3, 2)}), r"vision.1/router: the model has \(32, 2\).*\(3, 2\)"),
     ],
     ids=["missing", "unknown", "misshapen"],
 )

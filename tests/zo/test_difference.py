@@ -8,7 +8,8 @@ import torch
 
 from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, FiniteDifference
 from dist_vlcl.zo.flat import Group, groups_of
-from dist_vlcl.zo.noise import Key, normals
+from dist_vlcl.zo.noise import Key
+from tests.helpers.naive_step import normals
 from tests.zo.flats import SIZES, Problem, bowl, matrix, quadratic, smooth, two_branches
 
 KEY = Key(3, 1)

@@ -16,10 +16,10 @@ from dist_vlcl.zo.noise import (
     derive_seed,
     dropout_mask_by_row,
     name_id,
-    normals,
     normals_by_row,
     philox4x32,
 )
+from tests.helpers.naive_step import normals
 
 KEY = Key(seed=0x1234_5678_9ABC_DEF0, step=7)
 SIZES = {"language.1/router": 6, "language.1/up_weight": 1003, "vision.1/router": 6, "vision.2/down_weight": 4096}

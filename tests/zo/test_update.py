@@ -13,9 +13,9 @@ import torch
 from dist_vlcl.model.units import FlatTensors
 from dist_vlcl.options import validate
 from dist_vlcl.zo.flat import groups_of
-from dist_vlcl.zo.noise import Key, normals
+from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder, ZerothOrderConfig
-from tests.helpers.naive_step import naive_step
+from tests.helpers.naive_step import naive_step, normals
 from tests.zo.flats import SIZES, Problem, bowl, quadratic, smooth, two_branches
 
 EPSILON = {"language": 1e-3, "vision": 1e-3}
