@@ -16,7 +16,10 @@ PACKAGE = Path(dist_vlcl.__file__).parent
 FLOORS = [  # first match rules; a module that no line covers has no floor, and is refused
     ("data.tasks", 0),
     ("commands", 4),
-    ("report.build", 4),  # the old name of a command
+    ("data.build", 4),  # old names of commands
+    ("data.verify", 4),
+    ("run.replay", 4),
+    ("report.build", 4),
     ("model.clip", 1),
     ("continual.evaluator", 2),
     ("continual.metrics", 0),

@@ -174,8 +174,11 @@ def test_citation_names_the_paper():
 @pytest.mark.parametrize(
     "old, new",
     {
+        "data.build": "build_data",
+        "data.verify": "verify",
         "evaluate": "evaluate",
         "report.build": "report",
+        "run.replay": "replay",
         "sweep": "sweep",
         "tune": "tune",
     }.items(),
