@@ -151,7 +151,9 @@ def test_a_unit_s_candidate_restarts_at_its_own_block_with_the_bits_of_a_restart
 
 
 def test_a_candidate_that_changes_nothing_has_the_base_s_loss():
-    step = hybrid(OrderPlan("vision", "all"), dataclasses.replace(STRATEGIES["conservative"], granularity="unit", clip=1e-300), double=False)
+    step = hybrid(
+        OrderPlan("vision", "all"), dataclasses.replace(STRATEGIES["conservative"], granularity="unit", clip=1e-300), double=False
+    )
     moves = step([images()], Key(9, 0), LR).moves  # the steps are rounded to zero
     assert {loss for move in moves for loss in move.losses} == {moves[0].losses[0]}
 
