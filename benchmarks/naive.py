@@ -137,7 +137,7 @@ class NaiveStep:
             random = block.adapter.draw(noise, branch, block.unit.id.layer, x_BLD.shape[1], True)
             x_BLD = self._block(block, x_BLD, mask_LL, *random)
         rows = tower.stem_and_head.reads(inputs)
-        last = x_BLD[:, :1] if rows is None else x_BLD[torch.arange(len(x_BLD), device=x_BLD.device)[:, None], rows]
+        last = x_BLD if rows is None else x_BLD[torch.arange(len(x_BLD), device=x_BLD.device)[:, None], rows]
         return F.normalize(tower.stem_and_head.pool(last), dim=-1)
 
     def _block(self, block: AdaptedBlock, x: Tensor, mask: Tensor | None, router: Tensor | None, dropout_mask: Tensor | None) -> Tensor:
