@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.perturbed import Perturbed
-from dist_vlcl.model.units import BRANCHES, FlatUnits
+from dist_vlcl.model.units import FlatUnits
 from dist_vlcl.zo.difference import Candidate
 from dist_vlcl.zo.noise import Key, StepNoise
 

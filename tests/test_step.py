@@ -137,15 +137,17 @@ def test_options_too_are_those_of_the_whole_model(strategy, options):
 def test_a_unit_s_candidate_restarts_at_its_own_block_with_the_bits_of_a_restart_at_the_branch_s_first(adapter, monkeypatch):
     config = dataclasses.replace(STRATEGIES["conservative"], granularity="unit")
     plan, found = OrderPlan("vision", [2, 3]), []
+    starts, run = [], Tower.run
+    monkeypatch.setattr(
+        Tower, "run", lambda *arguments, start=1, **options: (starts.append(start), run(*arguments, start=start, **options))[1]
+    )
     for by_unit in (True, False):
-        step, starts, run = hybrid(plan, config, adapter, double=False), [], Tower.run
-        with monkeypatch.context() as patched:
-            patched.setattr("dist_vlcl.step.BatchLosses", lambda *arguments, by_unit=by_unit: BatchLosses(*arguments[:-1], by_unit))
-            patched.setattr(Tower, "run", lambda *a, start=1, **options: (starts.append(start), run(*a, start=start, **options))[1])
-            report = step([images()], Key(9, 0), LR)
-        # The base of both towers, the probes of vision.2 and vision.3, then the best of three.
-        assert starts == ([1, 1, 2, 3, 2, 3] if by_unit else [1, 1, 2, 2])
+        step = hybrid(plan, config, adapter, double=False)
+        monkeypatch.setattr("dist_vlcl.step.BatchLosses", lambda *arguments, by_unit=by_unit: BatchLosses(*arguments[:-1], by_unit))
+        report = step([images()], Key(9, 0), LR)
         found.append(([move.record() for move in report.moves], step.state_dict()))
+    # The base of both towers, the probes of vision.2 and vision.3, then the best of three.
+    assert starts == [1, 1, 2, 3, 2, 3, 1, 1, 2, 2]
     assert found[0][0] == found[1][0]
     assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
 
