@@ -5,7 +5,6 @@ import contextlib
 import copy
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -63,37 +62,62 @@ def format_cell(cell: Any) -> str:
     return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
-def make_parser(document: str | None, images: int, classes: int, orders: str, options: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that all benchmarks of a step have, and their defaults. `options` go before the user's."""
-    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    help_options = "any option of dist_vlcl.train, such as zo=mozo, model=small, model.precision=bf16 or cluster.device=cuda"
-    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help=help_options)
-    parser.add_argument("--images", type=positive, default=images, help="images of the global batch (default: %(default)s)")
-    parser.add_argument(
-        "--classes", type=numbers, default=[classes], help=f"classes of the task; commas between several (default: {classes})"
-    )
-    parser.add_argument("--orders", default=orders, help="order plans with commas between, or all (default: %(default)s)")
-    parser.set_defaults(default_options=tuple(options))
-    return parser
+HELP = {
+    "images": "images of the global batch",
+    "classes": "classes of the task",
+    "orders": "order plans with commas between, or all",
+    "repeats": "turns that are timed; directions of a slope",
+    "steps": "steps that are timed",
+    "count": "only count FLOPs; any size on any machine",
+    "slope": "measure rounding in slopes instead of speed",
+    "strong": "all ranks together have --images; without it each rank has",
+    "interface": "network interface of this host whose bytes and packets are read",
+    "side": "side of the stored images in pixels",
+    "size": "side that the model takes, in pixels",
+    "format": "format of the original images: png or jpeg",
+    "stored": "number of images that are stored",
+}
 
 
-def run(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], list[Table]], arguments: Sequence[str] | None) -> None:
-    """Measure, print the tables, and write them as JSON if asked to. Exit status 2 and one line for an error of the user."""
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables and the machine to this file")
-    args = parser.parse_intermixed_args(arguments)
-    is_main = os.environ.get("RANK", "0") == "0"
-    try:
-        tables = measure(args)
-        if is_main and args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            content = {"tables": [vars(table) for table in tables], "machine": machine()}
-            args.json.write_text(json.dumps(content, indent=1) + "\n")
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    if is_main:
+def benchmark(
+    measure: Callable[[argparse.Namespace], list[Table]], document: str | None, options: Sequence[str] = (), **arguments: Any
+) -> Callable[..., None]:
+    """Return the `main` of a benchmark: it measures, prints the tables, and writes them as JSON if asked to. A script starts at once.
+
+    arguments: their defaults. With `orders` among them, the user can give options of dist_vlcl.train; `options` go before these. `main`
+    ends with exit status 2 and one line for an error of the user.
+    """
+
+    def main(given: Sequence[str] | None = None) -> None:
+        parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if "orders" in arguments:
+            help_options = "any option of dist_vlcl.train, such as zo=mozo, model=small, model.precision=bf16 or cluster.device=cuda"
+            parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help=help_options)
+        for name, default in arguments.items():
+            if default is False:
+                parser.add_argument(f"--{name}", action="store_true", help=HELP[name])
+            else:
+                kind = positive if isinstance(default, int) else str
+                parser.add_argument(f"--{name}", default=default, type=kind, help=f"{HELP[name]} (default: %(default)s)")
+        parser.add_argument("--json", type=Path, metavar="FILE", help="also write the tables and the machine to this file")
+        args = parser.parse_intermixed_args(given)
+        args.options = [*options, *getattr(args, "options", [])]
+        try:
+            tables = measure(args)
+            if os.environ.get("RANK", "0") != "0":
+                return
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps({"tables": list(map(vars, tables)), "machine": machine()}, indent=1) + "\n")
+        except (ValueError, RuntimeError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         described = ", ".join(f"{name} {value}" for name, value in machine().items())
         print("\n\n".join([*[table.markdown() for table in tables], f"*{described}*"]))
+
+    if measure.__module__ == "__main__":
+        main()
+    return main
 
 
 def positive(text: str) -> int:
@@ -103,23 +127,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def numbers(text: str) -> list[int]:
-    """Read positive numbers with commas between from a command line."""
-    return [positive(part) for part in text.split(",")]
-
-
 def machine() -> dict[str, Any]:
     """Return what a reader needs to judge a time."""
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
-        "python": platform.python_version(),
         "dist_vlcl": __version__,
     }
 
@@ -199,27 +215,39 @@ class Workload:
 
 
 def workloads_of(args: argparse.Namespace) -> list[tuple[str, Workload]]:
-    """Return (name of the order plan, workload) for every combination of order plan and number of classes on the command line."""
+    """Return (name, workload) of every order plan on the command line."""
     plans = ORDER_PLANS if args.orders == "all" else args.orders.split(",")
-    pairs = [(orders, classes) for orders in plans for classes in args.classes]
-    options = (*args.default_options, *args.options)
-    return [(orders, Workload((*options, f"orders={orders}"), args.images, classes)) for orders, classes in pairs]
+    return [(orders, Workload((*args.options, f"orders={orders}"), args.images, args.classes)) for orders in plans]
+
+
+def measured_by_ranks(args: argparse.Namespace, measured: Callable[[World, Workload], Row]) -> tuple[Config, World, list[Row]]:
+    """Return the configuration, and one row per order plan. All ranks call this."""
+    pairs = workloads_of(args)
+    config = pairs[0][1].config
+    world = World.from_environment(config.cluster)
+    try:
+        return config, world, [{"orders": orders, **measured(world, workload)} for orders, workload in pairs]
+    finally:
+        world.close()
 
 
 # time
 
 
-def interleaved(variants: Mapping[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
+def interleaved(
+    variants: Mapping[str, Callable[[], Any]], repeats: int, device: str, barrier: Callable[[], None] | None = None
+) -> dict[str, list[float]]:
     """Return the seconds of each variant, one after the other in each turn, so that other work on the machine slows all of them.
 
-    Seconds are CPU seconds of all threads on a CPU, and elapsed time on a GPU. The first turn is not counted. On a GPU it is the
-    first three: the second records CUDA graphs.
+    Seconds are CPU seconds of all threads on a CPU, and elapsed time on a GPU or with a `barrier`, where ranks wait before each work. The
+    first turn is not counted. On a GPU or with a barrier it is the first three: they build buckets and record CUDA graphs.
     """
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    warm = 3 if device == "cuda" else 1
+    clock, warm = (time.process_time, 1) if device == "cpu" and barrier is None else (time.perf_counter, 3)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(warm + repeats):
         for name, work in variants.items():
+            if barrier:
+                barrier()
             start = clock()
             work()
             if device == "cuda":
@@ -238,25 +266,29 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> str:
 # counted costs, the same on any machine. They need shapes only: any size can be counted on the meta device, `without_numbers`
 
 
-class Flops(TorchDispatchMode):
+class Observer(TorchDispatchMode):
+    """Sees every operator that runs within it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.observe(function, args, kwargs or {}, result)
+        return result
+
+
+class Flops(Observer):
     """Counts the FLOPs (two for a multiplication with addition) of matrix products, convolutions and attention in `total`.
 
     torch's FlopCounterMode also assigns them to modules. Its hooks fail on views of parameters that were made under no_grad.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
+    total = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
+    def observe(self, function, args, kwargs, result) -> None:
         formula = flop_registry.get(function.overloadpacket)
         if formula is not None:
             if function._overloadname == "dtype":  # products that accumulate in fp32 (model/perturbed.py); torch's formula does not know it
                 args = args[:2]
             self.total += formula(*args, **kwargs, out_val=result)
-        return result
 
 
 def flops(work: Callable[[], Any]) -> int:
@@ -281,13 +313,11 @@ def saved_bytes(work: Callable[[], Any], besides: Iterable[Tensor] = ()) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = work()
-    total = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in known)
-    del result
-    return total
+        _alive = work()
+    return sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in known)
 
 
-class PeakBytes(TorchDispatchMode):
+class PeakBytes(Observer):
     """Tracks bytes of tensors that are made within it: `alive` now, and `peak`. An operator's own workspace is not seen."""
 
     def __init__(self) -> None:
@@ -295,29 +325,22 @@ class PeakBytes(TorchDispatchMode):
         self.alive = self.peak = 0
         self._known: set[int] = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def observe(self, function, args, kwargs, result) -> None:
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage(), given)
-        return result
-
-    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address in self._known or address in given:
-            return
-        self._known.add(address)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._drop, address, size)
+        for storage in (t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)):
+            address, size = storage._cdata, storage.nbytes()
+            if address not in self._known | given:
+                self._known.add(address)
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+                weakref.finalize(storage, self._drop, address, size)
 
     def _drop(self, address: int, size: int) -> None:
         self._known.discard(address)
         self.alive -= size
 
 
-class Collectives(TorchDispatchMode):
+class Collectives(Observer):
     """Lists the collectives of torch.distributed in `found`: (operation, bytes that this rank contributes). DDP's are among them."""
 
     def __init__(self) -> None:
@@ -325,7 +348,7 @@ class Collectives(TorchDispatchMode):
         self.found: list[tuple[str, int]] = []
         self.gradient_bytes = 0  # all-reduced in floating point; losses are added as integers
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def observe(self, function, args, kwargs, result) -> None:
         if function.namespace == "c10d":
             name = function.overloadpacket.__name__.rstrip("_")
             given = tree_leaves(args[1] if name.startswith("allgather") else args[0])  # all-gathers name their output first
@@ -334,7 +357,6 @@ class Collectives(TorchDispatchMode):
             self.found.append((name, size))
             if name.startswith("allreduce") and all(t.is_floating_point() for t in tensors):
                 self.gradient_bytes += size
-        return function(*args, **(kwargs or {}))
 
 
 class _Zeros(TorchDispatchMode):

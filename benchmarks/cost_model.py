@@ -9,7 +9,6 @@ convolutions. It leaves out what is linear in the activations: norms, GELU, soft
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.model.timm_tower import TimmStemAndHead
+from dist_vlcl.model.tower import Tower
 from dist_vlcl.model.units import BRANCHES, UnitId
 from dist_vlcl.orders import Order
 from dist_vlcl.zo.update import ZerothOrderConfig
@@ -79,107 +79,68 @@ class Block:
 class TowerShape:
     """The sizes that a tower's FLOPs depend on."""
 
-    width: int
+    block: Block  # all but the last
+    read: int  # positions of the last block
     depth: int
-    tokens: int
-    read: int
-    columns: int
-    site: str
-    mlp: int
     embed: int  # FLOPs of the patch embedding of a sample
     features: int
-    head: int = 0  # FLOPs of a sample in the head, beside a projection to the features
+    head: int  # FLOPs of a sample from the last block's output to the features
 
     @cached_property
     def blocks(self) -> list[Block]:
-        inner = Block(self.tokens, self.tokens, self.width, self.columns, self.site, self.mlp)
-        return [inner] * (self.depth - 1) + [replace(inner, read=self.read)]
-
-    @property
-    def project(self) -> int:
-        return 2 * self.width * self.features + self.head
+        return [self.block] * (self.depth - 1) + [replace(self.block, read=self.read)]
 
     @property
     def forward(self) -> int:
-        return self.embed + sum(block.forward for block in self.blocks) + self.project
+        return self.embed + sum(block.forward for block in self.blocks) + self.head
 
     def forward_from(self, layer: int) -> int:
         """One evaluation that restarts at the adapter of `layer` (from 1)."""
-        return self.blocks[layer - 1].forward_from_adapter + sum(block.forward for block in self.blocks[layer:]) + self.project
+        return self.blocks[layer - 1].forward_from_adapter + sum(block.forward for block in self.blocks[layer:]) + self.head
 
     def delta_from(self, layers: set[int]) -> int:
         """Delta-forward's additional FLOPs: products whose two factors both change, of attention and of perturbed adapters, twice."""
         above = sum(block.attention for block in self.blocks[min(layers) :])
         lowest = self.blocks[min(layers) - 1]
         own = sum(self.blocks[layer - 1].adapter for layer in layers) - lowest.adapter // 2  # the lowest adapter's input does not change
-        return above + own + (lowest.attention if self.site == "attention" else 0)
+        return above + own + (lowest.attention if self.block.site == "attention" else 0)
 
     def backward(self, learning: set[int]) -> int:
         """Back-propagate from the features to the lowest of the `learning` layers."""
-        if not learning:
-            return 0
         lowest = min(learning)
         above = sum(self.blocks[layer - 1].backward(layer in learning) for layer in range(lowest + 1, self.depth + 1))
-        return self.project + above + self.blocks[lowest - 1].backward_to_adapter
+        return self.head + above + self.blocks[lowest - 1].backward_to_adapter
 
 
 def tower_shapes(towers: TwoTowers, prompt_tokens: int) -> dict[str, TowerShape]:
     """Return the shapes of a model's towers, for prompts of `prompt_tokens`."""
-    visual = towers.vision.stem_and_head.visual
-    ends = _timm_ends(towers) if isinstance(towers.vision.stem_and_head, TimmStemAndHead) else _open_clip_ends(visual)
-    text = {"tokens": prompt_tokens, "read": 2, "embed": 0, "features": ends["features"]}
-    result = {}
-    for branch, sizes in (("vision", ends), ("language", text)):
-        tower = towers.tower(branch)
-        block, adapter = tower.block(1).block, tower.block(1).adapter
-        config: MoEConfig | LoRAConfig = adapter.config
-        result[branch] = TowerShape(
-            width=(block.ln_1 if branch == "language" or hasattr(block, "ln_1") else block.norm1).weight.shape[0],
-            depth=tower.depth,
-            columns=config.rank * len(config.targets) if isinstance(config, LoRAConfig) else config.top_k * config.bottleneck,
-            site=adapter.site,
-            mlp=sum(p.numel() for p in block.mlp.parameters() if p.ndim == 2),
-            **sizes,
-        )
-    return result
+    device = towers.logit_scale.device
+    image = torch.zeros(1, 3, towers.image_size, towers.image_size, dtype=torch.uint8, device=device)
+    inputs = {"vision": image, "language": torch.zeros(1, prompt_tokens, dtype=torch.long, device=device)}
+    return {branch: _tower_shape(towers.tower(branch), sample) for branch, sample in inputs.items()}
 
 
-def _open_clip_ends(visual: Any) -> dict[str, int]:
-    patches = len(visual.positional_embedding) - 1
-    read = 1 if visual.pool_type == "tok" else patches + 1
-    return {
-        "tokens": patches + 1,
-        "read": read,
-        "embed": 2 * patches * visual.conv1.weight.numel(),
-        "features": visual.proj.shape[1],
-    }
-
-
-def _timm_ends(towers: TwoTowers) -> dict[str, int]:
-    """Count stem and head of timm, with one image. A model that pools its class token could do with that position of the last block."""
-    stem, size = towers.vision.stem_and_head, towers.image_size
-    image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=towers.logit_scale.device)
-    hidden: list[torch.Tensor] = []
-    with torch.no_grad():
-        embed = flops(lambda: hidden.append(stem.embed(image)))
-        head = flops(lambda: hidden.append(stem.pool(hidden[0])))
-    features = hidden[1].shape[-1]
-    read = 1 if stem.visual.trunk.global_pool == "token" else stem.tokens
-    return {"tokens": stem.tokens, "read": read, "embed": embed, "features": features, "head": head - 2 * stem.width * features}
+@torch.no_grad()
+def _tower_shape(tower: Tower, sample: torch.Tensor) -> TowerShape:
+    """Return the shape of a tower. FLOPs of its stem and head are counted with one sample."""
+    stem, adapter = tower.stem_and_head, tower.block(1).adapter
+    results: list[torch.Tensor] = []
+    embed = flops(lambda: results.append(stem.embed(sample)))
+    tokens, width = results[0].shape[1:]
+    reads = stem.reads(sample)
+    read = tokens if reads is None else reads.shape[1]
+    head = flops(lambda: results.append(stem.pool(results[0][:, :read])))
+    if isinstance(stem, TimmStemAndHead) and stem.visual.trunk.global_pool == "token":
+        read = 1  # timm's blocks compute all positions, but the model would need only the class token of the last one
+    config: MoEConfig | LoRAConfig = adapter.config
+    columns = config.rank * len(config.targets) if isinstance(config, LoRAConfig) else config.top_k * config.bottleneck
+    mlp = sum(p.numel() for p in tower.block(1).block.mlp.parameters() if p.ndim == 2)
+    block = Block(tokens, tokens, width, columns, adapter.site, mlp)
+    return TowerShape(block, read, tower.depth, embed, results[1].shape[-1], head)
 
 
 Shapes = Mapping[str, TowerShape]
 Orders = Mapping[UnitId, Order]
-
-
-def evaluations(config: ZerothOrderConfig, branch: str) -> int:
-    """Return how many perturbed losses a branch needs beside the base loss (granularity branch)."""
-    return config.probes_of(branch) * config.sides + (2 if config.acceptance == "best_of_three" else 0)
-
-
-def naive_evaluations(config: ZerothOrderConfig) -> int:
-    """Return the losses of the naive step: two a probe as MeZO, five for a conservative step as ZO-LLM."""
-    return 2 * max(map(config.probes_of, BRANCHES)) + (3 if config.acceptance == "best_of_three" else 0)
 
 
 def step_cost(
@@ -197,10 +158,11 @@ def step_cost(
     backward = sum((samples[b] * shape.backward(first[b]) + logits) for b, shape in shapes.items() if first[b])
     perturbed = 0
     for b, shape in shapes.items():
-        if zeroth[b]:
-            again = shape.forward_from(min(zeroth[b]))
-            count = evaluations(config, b)
-            beside = phases * again + count * shape.delta_from(zeroth[b]) if b in delta_branches else 0
+        count = config.probes_of(b) * config.sides + (2 if config.acceptance == "best_of_three" else 0)  # of a branch, or of each unit
+        for start in sorted(zeroth[b]) if config.granularity == "unit" else sorted(zeroth[b])[:1]:
+            again = shape.forward_from(start)
+            moved = {layer for layer in zeroth[b] if layer >= start}
+            beside = phases * again + count * shape.delta_from(moved) if b in delta_branches else 0
             perturbed += samples[b] * (count * again + beside) + count * logits
     return forward + backward + perturbed
 
@@ -209,13 +171,15 @@ def naive_cost(shapes: Shapes, orders: Orders, config: ZerothOrderConfig, images
     """Return the FLOPs of the naive step: a first-order pass over the whole CLIP, then losses of the whole CLIP for zeroth order."""
     samples = {"vision": images, "language": classes}
     zeroth, first = _layers(orders, Order.ZEROTH), _layers(orders, Order.FIRST)
-    tokens = {"vision": shapes["vision"].tokens, "language": CONTEXT}
-    whole = {b: replace(shape, tokens=tokens[b], read=tokens[b]) for b, shape in shapes.items()}  # all positions of the last block
+    tokens = {"vision": shapes["vision"].block.tokens, "language": CONTEXT}  # all positions of the last block are computed
+    whole = {b: replace(s, block=replace(s.block, tokens=tokens[b], read=tokens[b]), read=tokens[b]) for b, s in shapes.items()}
     logits = 2 * images * classes * shapes["vision"].features
     forward = logits + sum(samples[b] * shape.forward for b, shape in whole.items())
     backward = sum((samples[b] * shape.backward(first[b]) + logits) for b, shape in whole.items() if first[b])
-    perturbed = naive_evaluations(config) * forward if any(zeroth.values()) else 0
-    return (forward if any(first.values()) or not perturbed else 0) + backward + perturbed
+    estimates = sum(map(len, zeroth.values())) if config.granularity == "unit" else int(any(zeroth.values()))
+    losses = 2 * max(map(config.probes_of, BRANCHES)) + (3 if config.acceptance == "best_of_three" else 0)  # as in MeZO and ZO-LLM
+    perturbed = estimates * losses * forward
+    return (forward if any(first.values()) else 0) + backward + perturbed
 
 
 def _layers(orders: Orders, order: Order) -> dict[str, set[int]]:

@@ -9,40 +9,33 @@ Bytes are counted from the tensors that are alive, without what an operator uses
 """
 
 import argparse
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from benchmarks.common import PeakBytes, Row, Table, Workload, make_parser, run, saved_bytes, without_numbers, workloads_of
-from benchmarks.step import naive_step
+from benchmarks.common import PeakBytes, Row, Table, Workload, benchmark, saved_bytes, without_numbers, workloads_of
+from benchmarks.naive import naive_step, refusal
 from dist_vlcl.dist.world import World
-from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.paper import PROBE_CLASSES
 from dist_vlcl.zo.noise import Key, StepNoise
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
-    run(make_parser(__doc__, images=64, classes=125, orders="first,language_all,vision_all,dual_all"), measure, arguments)
 
 
 def measure(args: argparse.Namespace) -> list[Table]:
     """Return the bytes saved a sample, and the peak of each order plan."""
     peaks = []
     for orders, workload in workloads_of(args):
-        row: Row = {"orders": orders, "classes": workload.classes, "counted GB": peak_bytes(workload) / 1e9}
-        if workload.device == "cuda":
-            row |= measured(workload)
-        peaks.append(row)
+        on_gpu = measured(workload) if workload.device == "cuda" else {}
+        peaks.append({"orders": orders, "classes": workload.classes, "counted GB": peak_bytes(workload) / 1e9, **on_gpu})
     model = workload.config.model
     title = f"{model.name}, {model.precision}{', checkpoints' if model.checkpoint else ''}"
-    steps = {"ours": False, "naive, fp32": True} if isinstance(workload.config.adapter, MoEConfig) else {"ours": False}
+    reason = refusal(workload.towers("meta"), workload.config.zo)
+    steps = {"ours": False} if reason else {"ours": False, "naive, fp32": True}
     saved = []
     for name, naive in steps.items():
         image, prompt = (saved_per_sample(branch, workload, naive) / 1e6 for branch in ("vision", "language"))
         saved.append({"step": name, "MB per image": image, "MB per prompt": prompt})
     return [
-        Table(f"Saved for the backward pass, first order everywhere: {title}", saved),
+        Table(f"Saved for the backward pass, first order everywhere: {title}", saved, reason),
         Table(f"Peak of a step, weights included: {title}, {args.images} images", peaks),
     ]
 
@@ -51,20 +44,15 @@ def saved_per_sample(branch: str, workload: Workload, naive: bool = False, sampl
     """Return the bytes saved for the backward pass of an image (vision) or a prompt (language), with first order everywhere."""
     few = workload.changed("orders=first", images=samples, classes=samples)
     with without_numbers():
-        if naive:
-            step = naive_step(few, "meta")
-            towers, inputs, forward = step.towers, step.tokens, step.features
-        else:
-            towers = few.towers("meta")
-            inputs = towers.prompts(few.class_names).to("meta")
-
-            def forward(branch: str, inputs: torch.Tensor, noise: StepNoise) -> Any:
-                return towers({branch: inputs}, noise)[branch][0]
-
-        if branch == "vision":
-            inputs = few.batch(towers).images
+        step: Any = naive_step(few, "meta") if naive else few.step(few.towers("meta"), World.alone("meta"))
+        towers = step.towers
+        inputs = {"vision": few.batch(towers).images, "language": step.tokens}
         noise = StepNoise(Key(0, 0), {branch: torch.arange(samples, device="meta")})
-        return saved_bytes(lambda: forward(branch, inputs, noise), besides=[*towers.parameters(), *towers.buffers()]) / samples
+
+        def forward() -> Any:
+            return step.features(branch, inputs[branch], noise) if naive else towers({branch: inputs[branch]}, noise)[branch][0]
+
+        return saved_bytes(forward, besides=[*towers.parameters(), *towers.buffers()]) / samples
 
 
 def peak_bytes(workload: Workload) -> int:
@@ -95,5 +83,4 @@ def measured(workload: Workload) -> Row:
     return {"allocated GB": torch.cuda.max_memory_allocated() / 1e9, "reserved GB": torch.cuda.max_memory_reserved() / 1e9}
 
 
-if __name__ == "__main__":
-    main()
+main = benchmark(measure, __doc__, images=64, classes=PROBE_CLASSES, orders="first,language_all,vision_all,dual_all")

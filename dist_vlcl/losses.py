@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.perturbed import Perturbed
-from dist_vlcl.model.units import BRANCHES, FlatUnits
+from dist_vlcl.model.units import FlatUnits
 from dist_vlcl.zo.difference import Candidate
 from dist_vlcl.zo.noise import Key, StepNoise
 
@@ -82,14 +82,15 @@ class MicroBatch:
     real: int
     noise: StepNoise
     features: dict[str, Tensor]  # of each branch, [1, B, F] or [1, C, F]
-    cached_inputs: dict[str, Any]  # of each branch, where its candidates restart
+    cached_inputs: dict[str, dict[int, Any]]  # of each branch, by the layers at which its candidates restart
 
 
 class BatchLosses:
     """Losses of candidates on one global batch. It skips every computation that a candidate's perturbation cannot change.
 
     delta_branches: branches whose candidates compute the change of the features instead of the features (`model.perturbed`). Their losses
-    are computed in float64. The result is the same number with less rounding.
+    are computed in float64. The result is the same number with less rounding. by_unit: candidates begin at any zeroth-order block, so each
+    of these blocks keeps its input; otherwise all candidates of a branch restart at its first zeroth-order block.
     """
 
     def __init__(
@@ -100,10 +101,12 @@ class BatchLosses:
         world: World,
         delta_branches: Collection[str] = (),
         stop: bool = False,
+        by_unit: bool = False,
     ):
         self.towers, self.flats, self.tokens, self.world = towers, flats, tokens, world
         self.delta_branches, self.stop = delta_branches, stop
-        self.start = {branch: min(unit.layer for unit in flat.slices) for branch, flat in flats.items()}
+        layers = {branch: [unit.layer for unit in flat.slices] for branch, flat in flats.items()}  # from the lowest up
+        self.starts = layers if by_unit else {branch: found[:1] for branch, found in layers.items()}
         self.micro_batches: list[MicroBatch] = []
         self.first_report: LossReport | None = None  # the ranks exchange count and stop with the first losses of a step only
 
@@ -145,36 +148,52 @@ class BatchLosses:
 
     def _evaluate(self, piece: Mapping[int, Candidate]) -> dict[int, tuple[Tensor, Tensor]]:
         """Return of each candidate of a piece the sum of its losses on this rank, in units of 2^-32, and whether it is unusable."""
-        rows: dict[int, dict[str, int]] = {}  # of each candidate: its row in the features of each branch
-        offsets: dict[str, list[Tensor]] = {branch: [] for branch in self.flats}
+        offsets: dict[tuple[str, int], list[Tensor]] = {}  # by branch and first perturbed layer
+        rows: dict[int, dict[str, tuple[int, int]]] = {}  # of each candidate, per branch: first perturbed layer, row in its features
         for k, candidate in piece.items():
-            rows[k] = dict.fromkeys(BRANCHES, 0)
+            rows[k] = {}
             for branch, offset in candidate.items():
-                offsets[branch].append(offset)
-                rows[k][branch] = len(offsets[branch])
+                start = self._start(branch, offset)
+                together = offsets.setdefault((branch, start), [])
+                rows[k][branch] = start, len(together)
+                together.append(offset)
         result: dict[int, tuple[Tensor, Tensor]] = {}
         for part in self.micro_batches:
-            features = {branch: self._features(branch, offsets.get(branch, []), part) for branch in BRANCHES}
-            for k, row in rows.items():
-                total = self._loss_sum(features["vision"][row["vision"]], features["language"][row["language"]], part)
+            base = {b: f[0].double() if self.delta_branches else f[0] for b, f in part.features.items()}
+            moved = {place: self._features(*place, stack, part) for place, stack in offsets.items()}
+            for k, own in rows.items():
+                features = base | {branch: moved[branch, start][row] for branch, (start, row) in own.items()}
+                total = self._loss_sum(features["vision"], features["language"], part)
                 is_usable = total < MAX_SUM  # False for NaN and infinity
                 found = (torch.where(is_usable, total, 0.0) * RESOLUTION).long(), ~is_usable
                 result[k] = (result[k][0] + found[0], result[k][1] | found[1]) if k in result else found
         return result
 
-    def _features(self, branch: str, offsets: list[Tensor], part: MicroBatch) -> Tensor:
-        """Return features `[1 + K, B, F]`: those of the base, then those of each offset, from the first perturbed block on."""
-        base = part.features[branch].double() if self.delta_branches else part.features[branch]
-        if not offsets:
-            return base
+    def _start(self, branch: str, offset: Tensor) -> int:
+        """Return the first layer that an offset moves, if its candidate can restart there."""
+        if len(self.starts[branch]) == 1:
+            return self.starts[branch][0]
+        first = int((offset != 0).int().argmax())  # 0 if the offset is zero everywhere
+        return next(unit.layer for unit, part in self.flats[branch].slices.items() if first < part.stop)
+
+    def _features(self, branch: str, start: int, offsets: list[Tensor], part: MicroBatch) -> Tensor:
+        """Return the features `[K, B, F]` of offsets, evaluated from block `start` on."""
         flat, tower = self.flats[branch], self.towers.tower(branch)
         inputs = part.images if branch == "vision" else self.tokens
         dtype = torch.promote_types(flat.values_n.dtype, part.features[branch].dtype)
         is_delta, offsets_Kn = branch in self.delta_branches, torch.stack(offsets).to(dtype)
         values: Any = Perturbed(flat.values_n[None], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n)
-        stacked: Any = flat.views(values)
-        moved: Any = tower.run(part.cached_inputs[branch], inputs, start=self.start[branch], stacked_params=stacked, noise=part.noise)[0]
-        return torch.cat([base, base + moved.change if is_delta else moved])
+        moved: Any
+        moved, _ = tower.run(
+            part.cached_inputs[branch][start],
+            inputs,
+            start=start,
+            stacked_params=flat.views(values),
+            noise=part.noise,
+        )
+        if is_delta:
+            return part.features[branch].double() + moved.change
+        return moved.double() if self.delta_branches else moved
 
     def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: MicroBatch) -> Tensor:
         """Return the sum of the samples' losses, each rounded to 2^-32, float64 ()."""

@@ -82,7 +82,7 @@ class SlopePrecision:
         losses = BatchLosses(towers, self.flats, tokens, self.world, delta_branches)
         images, labels, positions, real = padded(batch)
         noise, result = step_noise(towers, tokens, positions, key), {}
-        losses.add(images, labels, noise, towers({"vision": images, "language": tokens}, noise, losses.start), real)
+        losses.add(images, labels, noise, towers({"vision": images, "language": tokens}, noise, losses.starts), real)
         for branch in self.flats:
             epsilon = self.zeroth.config.epsilon[branch]
             pairs = [losses([{}, {branch: self.zeroth.directions.draw(branch, key, q) * epsilon}]).losses for q in range(directions)]

@@ -98,7 +98,8 @@ class HybridStep:
         """
         self.world.collectives.where = f"step {key.step + 1}"
         self.precision.check_once(self.tokens, batches[0], key)
-        losses = BatchLosses(self.towers, self.flats, self.tokens, self.world, self.precision.delta_branches, stop)
+        by_unit = self.zeroth.config.granularity == "unit"
+        losses = BatchLosses(self.towers, self.flats, self.tokens, self.world, self.precision.delta_branches, stop, by_unit)
         planned = sum(batch.count for batch in batches)
         self._forward_backward(batches, key, planned, losses)
         report, moves = self._decide(losses, key, lr)  # gradients travel meanwhile
@@ -124,7 +125,7 @@ class HybridStep:
             images, labels, positions, real = padded(batch, self.min_samples)
             noise = step_noise(self.towers, self.tokens, positions, key)
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
-                base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, cache_layer=losses.start)
+                base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, cache_layers=losses.starts)
                 logits_BC = self.towers.logits(base["vision"][0][0], base["language"][0][0])
                 loss_sum = sample_losses(logits_BC, labels, self.towers.config.loss)[:real].sum()
                 # DDP averages gradients over ranks. This factor makes the average the mean over the global batch, however it is divided.

@@ -12,15 +12,16 @@ from dist_vlcl.config import compose_config
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import PlannedStep
-from dist_vlcl.losses import min_samples
+from dist_vlcl.losses import BatchLosses, min_samples
 from dist_vlcl.model.moe import MoEConfig
+from dist_vlcl.model.tower import Tower
 from dist_vlcl.orders import PLAN_LAYERS, Order, OrderPlan, assign
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import build_step
 from dist_vlcl.zo.noise import Key, StepNoise
 from dist_vlcl.zo.update import ZerothOrderConfig
 from tests.helpers.naive_step import naive_step, normals
-from tests.helpers.tiny_clip import MLP_LORA, MOE, NAMES, WholeCLIP, adapter_values, batch_of, tiny_clip
+from tests.helpers.tiny_clip import LORA, MLP_LORA, MOE, NAMES, WholeCLIP, adapter_values, batch_of, tiny_clip
 
 CLASSES, IMAGES, LR = NAMES[:3], 4, 0.01
 SAME = {"language": 1e-3, "vision": 1e-3}
@@ -130,6 +131,33 @@ def test_options_too_are_those_of_the_whole_model(strategy, options):
     twin = Twin(step)
     follow(step, twin, steps=1)
     twin.check(step)
+
+
+@pytest.mark.parametrize("adapter", [MOE, MLP_LORA, LORA], ids=["moe", "lora at the mlp", "lora"])
+def test_a_unit_s_candidate_restarts_at_its_own_block_with_the_bits_of_a_restart_at_the_branch_s_first(adapter, monkeypatch):
+    config = dataclasses.replace(STRATEGIES["conservative"], granularity="unit")
+    plan, found = OrderPlan("vision", [2, 3]), []
+    starts, run = [], Tower.run
+    monkeypatch.setattr(
+        Tower, "run", lambda *arguments, start=1, **options: (starts.append(start), run(*arguments, start=start, **options))[1]
+    )
+    for by_unit in (True, False):
+        step = hybrid(plan, config, adapter, double=False)
+        monkeypatch.setattr("dist_vlcl.step.BatchLosses", lambda *arguments, by_unit=by_unit: BatchLosses(*arguments[:-1], by_unit))
+        report = step([images()], Key(9, 0), LR)
+        found.append(([move.record() for move in report.moves], step.state_dict()))
+    # The base of both towers, the probes of vision.2 and vision.3, then the best of three.
+    assert starts == [1, 1, 2, 3, 2, 3, 1, 1, 2, 2]
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
+
+
+def test_a_candidate_that_changes_nothing_has_the_base_s_loss():
+    step = hybrid(
+        OrderPlan("vision", "all"), dataclasses.replace(STRATEGIES["conservative"], granularity="unit", clip=1e-300), double=False
+    )
+    moves = step([images()], Key(9, 0), LR).moves  # the steps are rounded to zero
+    assert {loss for move in moves for loss in move.losses} == {moves[0].losses[0]}
 
 
 @pytest.mark.parametrize("adapter", [MLP_LORA, QUIET, MoEConfig(experts=3, top_k=2, bottleneck=4)], ids=["lora", "quiet", "top 2 of 3"])

@@ -280,7 +280,7 @@ class Sizes:
     def arguments(self, **values: Any) -> argparse.Namespace:
         """Return arguments for a function of a benchmark, as its command line would."""
         options = [*self.model, f"cluster.device={self.device}"]
-        return argparse.Namespace(default_options=(), options=options, images=self.images, classes=[self.classes], **values)
+        return argparse.Namespace(options=options, images=self.images, classes=self.classes, **values)
 
 
 @contextmanager
@@ -486,7 +486,7 @@ def time_steps(sizes: Sizes, results: Results) -> None:
 def times_of(sizes: Sizes, orders: str, strategy: str) -> Row:
     """Return the columns of one setting."""
     from benchmarks.common import interleaved, ratio
-    from benchmarks.step import naive_step
+    from benchmarks.naive import naive_step
     from dist_vlcl.dist.world import World
     from dist_vlcl.zo.noise import Key
 

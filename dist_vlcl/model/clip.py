@@ -229,14 +229,18 @@ class TwoTowers(nn.Module):
         longest = min(int(self.language.stem_and_head.reads(tokens).max()) + 1, tokens.shape[1])
         return tokens[:, : -(-longest // multiple) * multiple]
 
-    def forward(self, inputs: dict[str, Tensor], noise: Any = None, cache_layer: dict[str, int] | None = None) -> dict[str, tuple]:
-        """Return (unit features `[1, B, F]`, cached input of block `cache_layer[branch]`) per branch: the base evaluation of a step.
+    def forward(
+        self, inputs: dict[str, Tensor], noise: Any = None, cache_layers: Mapping[str, Sequence[int]] | None = None
+    ) -> dict[str, tuple]:
+        """Return (unit features `[1, B, F]`, cached inputs of the blocks `cache_layers[branch]` by layer) per branch.
+
+        This is the base evaluation of a step.
 
         inputs: uint8 images `[B, 3, S, S]` under `vision`, tokens `[C, L]` under `language`.
         """
-        layers = cache_layer or {}
+        layers = cache_layers or {}
         return {
-            branch: self.tower(branch).run(self.tower(branch).embed(x), x, noise=noise, cache_layer=layers.get(branch))
+            branch: self.tower(branch).run(self.tower(branch).embed(x), x, noise=noise, cache_layers=layers.get(branch, ()))
             for branch, x in inputs.items()
         }
 

@@ -18,8 +18,8 @@ from dist_vlcl.model.perturbed import Perturbed
 Outputs = tuple[Tensor | None, ...]
 
 # Graphs kept, with gradients (True) and without. A graph with gradients has its own memory, those without share theirs. The one that was
-# used longest ago is dropped.
-MAX_GRAPHS = {True: 2, False: 32}
+# used longest ago is dropped. With zo.granularity=unit each block of a tower has its own: up to four for each of 24 blocks.
+MAX_GRAPHS = {True: 2, False: 128}
 
 
 class Graphs:

@@ -3,7 +3,7 @@
 # K parameter sets, B samples, L tokens, R positions that are read, D width, H heads, F features; an axis of size 1 serves every K
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -209,10 +209,10 @@ class Tower(nn.Module):
         start: int = 1,
         stacked_params: StackedParams | None = None,
         noise: Any = None,
-        cache_layer: int | None = None,
+        cache_layers: Collection[int] = (),
         training: bool = True,
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-        """Return unit features `[K, B, F]` and the cached input of block `cache_layer`, or None.
+    ) -> tuple[Tensor, dict[int, tuple[Tensor, ...]]]:
+        """Return unit features `[K, B, F]`, and the cached inputs of the blocks `cache_layers` by layer.
 
         hidden: the result of `embed(inputs)`, or the cached input of block `start`. stacked_params: K values of some units; the others use
         their own. noise: the step's `StepNoise`. Without gradients a few samples at a time run through all blocks, so that the peak memory
@@ -221,8 +221,7 @@ class Tower(nn.Module):
         length = self.stem_and_head.length(inputs)
         drawn = [self.block(layer).adapter.draw(noise, self.branch, layer, length, training) for layer in range(start, self.depth + 1)]
         if torch.is_grad_enabled() or not self.in_slices:
-            features, *cached_input = self._call(hidden, inputs, drawn, stacked_params, start, cache_layer)
-            return features, tuple(cached_input) or None
+            return _by_layer(self._call(hidden, inputs, drawn, stacked_params, start, cache_layers), cache_layers)
         copies = 1 + max((t.shape[0] for tensors in (stacked_params or {}).values() for t in tensors.values()), default=0)
         at_a_time = max(SAMPLES_AT_A_TIME, ROWS_AT_A_TIME[inputs.device.type] // (copies * length))
         results = []
@@ -230,9 +229,9 @@ class Tower(nn.Module):
             samples = slice(int(indices[0]), int(indices[-1]) + 1)
             part = tuple(t[:, samples] for t in hidden) if isinstance(hidden, tuple) else hidden[:, samples]
             draws = [tuple(None if t is None else t[samples] for t in pair) for pair in drawn]
-            results.append(self._call(part, inputs[samples], draws, stacked_params, start, cache_layer))
-        features, *cached_input = results[0] if len(results) == 1 else (torch.cat(tensors, 1) for tensors in zip(*results, strict=True))
-        return features, tuple(cached_input) or None
+            results.append(self._call(part, inputs[samples], draws, stacked_params, start, cache_layers))
+        outputs = results[0] if len(results) == 1 else [torch.cat(tensors, 1) for tensors in zip(*results, strict=True)]
+        return _by_layer(outputs, cache_layers)
 
     def record(self) -> None:
         """Replay CUDA graphs from now on."""
@@ -255,9 +254,9 @@ class Tower(nn.Module):
         drawn: Sequence[tuple[Tensor | None, Tensor | None]],
         stacked_params: StackedParams | None = None,
         start: int = 1,
-        cache_layer: int | None = None,
+        cache_layers: Collection[int] = (),
     ) -> tuple[Tensor, ...]:
-        """Return unit features `[K, B, F]`, followed by the tensors of the cached input of block `cache_layer`.
+        """Return unit features `[K, B, F]`, followed by the tensors of the cached inputs of the blocks `cache_layers`, from the lowest up.
 
         drawn: (router noise, dropout mask) of each block from `start` on. The K axis appears at the first block with stacked parameters.
         See `run` for the other arguments.
@@ -277,10 +276,17 @@ class Tower(nn.Module):
                 hidden, cached_input = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden, cached_input = block(*arguments)
-            if layer == cache_layer:
-                cached = cached_input
+            if layer in cache_layers:
+                cached += cached_input
             del arguments, cached_input  # keep the peak memory within a block
         return unit_features(hidden, inputs, self.stem_and_head), *cached
+
+
+def _by_layer(outputs: Sequence[Tensor], cache_layers: Collection[int]) -> tuple[Tensor, dict[int, tuple[Tensor, ...]]]:
+    """Return the features and the cached inputs by layer, from the outputs of `Tower.forward`: equally many tensors for each layer."""
+    features, *cached = outputs
+    size = len(cached) // max(1, len(cache_layers))
+    return features, {layer: tuple(cached[k * size : (k + 1) * size]) for k, layer in enumerate(sorted(cache_layers))}
 
 
 @perturbable(difference)

@@ -76,10 +76,10 @@ def test_k_candidates_that_restart_at_their_block_are_k_whole_passes(family, ada
     towers = tiny(family, ADAPTERS[adapter], double=True)
     for branch, depth in DEPTH.items():
         tower, inputs = towers.tower(branch), inputs_of(towers, branch)
-        base, cached_input = tower.run(tower.embed(inputs), inputs, noise=noise(), cache_layer=2)
+        base, cached = tower.run(tower.embed(inputs), inputs, noise=noise(), cache_layers=[2])
         changes = moved(towers, branch, range(2, depth + 1), 3)
         values = values_at(towers, changes)
-        restarted, _ = tower.run(cached_input, inputs, start=2, stacked_params=values, noise=noise())
+        restarted, _ = tower.run(cached[2], inputs, start=2, stacked_params=values, noise=noise())
         for k in range(3):
             alone = {id: {name: t[[k]] for name, t in tensors.items()} for id, tensors in values.items()}
             whole, _ = tower.run(tower.embed(inputs), inputs, stacked_params=alone, noise=noise())
@@ -90,7 +90,7 @@ def test_k_candidates_that_restart_at_their_block_are_k_whole_passes(family, ada
             for id, tensors in changes.items()
         }
         with torch.no_grad():
-            delta, _ = tower.run(cached_input, inputs, start=2, stacked_params=pairs, noise=noise())
+            delta, _ = tower.run(cached[2], inputs, start=2, stacked_params=pairs, noise=noise())
         torch.testing.assert_close(delta.change, (restarted - base).detach(), **EXACT)
 
 
@@ -127,8 +127,8 @@ def test_the_blocks_of_a_vision_tower_may_be_bfloat16(family):
             for id, tensors in changes.items()
         }
         with torch.no_grad():
-            _, cached_input = tower.run(tower.embed(images), images, cache_layer=2)
-            found[tower.dtype] = tower.run(cached_input, images, start=2, stacked_params=pairs)[0].change.double()
+            _, cached = tower.run(tower.embed(images), images, cache_layers=[2])
+            found[tower.dtype] = tower.run(cached[2], images, start=2, stacked_params=pairs)[0].change.double()
     error = found[torch.bfloat16] - found[torch.float64]
     assert float(error.norm()) < 0.05 * float(found[torch.float64].norm())
 

@@ -64,13 +64,24 @@ def test_k_sets_in_one_forward_are_k_forwards(towers, branch, layers):
 @pytest.mark.parametrize("branch", DEPTH)
 @pytest.mark.parametrize("start", [1, 2, 3])
 def test_a_restart_from_a_carry_is_the_whole_forward(towers, branch, start):
-    base, cached_input = run(towers, branch, cache_layer=start)
+    base, cached = run(towers, branch, cache_layers=[start])
     tower, inputs = towers.tower(branch), inputs_of(towers, branch)
-    again, _ = tower.run(cached_input, inputs, start=start, noise=noise())
+    again, _ = tower.run(cached[start], inputs, start=start, noise=noise())
     torch.testing.assert_close(again, base, **EXACT)
     stacked_params = sets_of(towers, branch, range(start, 4), 2)
-    restarted, _ = tower.run(cached_input, inputs, start=start, stacked_params=stacked_params, noise=noise())
+    restarted, _ = tower.run(cached[start], inputs, start=start, stacked_params=stacked_params, noise=noise())
     torch.testing.assert_close(restarted, run(towers, branch, stacked_params=stacked_params)[0], **EXACT)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("adapter", [MOE, LORA], ids=["moe", "lora"])
+def test_one_pass_caches_the_inputs_of_several_blocks(adapter, grad):
+    towers = tiny_clip(adapter=adapter, double=True)
+    with torch.set_grad_enabled(grad):
+        _, together = run(towers, "language", cache_layers=[3, 1])
+        alone = [run(towers, "language", cache_layers=[layer])[1][layer] for layer in (1, 3)]
+    assert list(together) == [1, 3] and not any(t.requires_grad for t in together[1])
+    assert all(torch.equal(a, b) for layer, found in zip((1, 3), alone, strict=True) for a, b in zip(together[layer], found, strict=True))
 
 
 def test_a_prompt_cut_to_the_longest_has_the_features_of_the_whole_context(towers):
