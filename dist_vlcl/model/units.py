@@ -54,19 +54,19 @@ class Units(dict[UnitId, Unit]):
         """Return every tensor of every unit under `branch.layer/name`. The names do not depend on the order plan."""
         return {f"{id}/{name}": t.detach() for id, unit in self.items() for name, t in unit.tensors().items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the tensors in. Raises ValueError, with nothing changed, if a name is missing or unknown, or a shape differs."""
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError if a name is missing or unknown, or a shape differs."""
         own = self.state_dict()
         if set(own) != set(state):
-            raise ValueError(
-                f"adapter tensors do not match: {sorted(set(own) ^ set(state))[:4]} are only in the model or only in the checkpoint"
-            )
+            raise ValueError(f"adapter tensors do not match: {sorted(set(own) ^ set(state))[:4]} are only in the model or only in the file")
         for name, tensor in own.items():
             if tensor.shape != state[name].shape:
-                raise ValueError(
-                    f"adapter tensor {name}: the model has shape {tuple(tensor.shape)}, the checkpoint {tuple(state[name].shape)}"
-                )
-        for name, tensor in own.items():
+                raise ValueError(f"adapter tensor {name}: the model has shape {tuple(tensor.shape)}, the file {tuple(state[name].shape)}")
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the tensors in. Raises ValueError, with nothing changed, if they are not those of this model."""
+        self.check(state)
+        for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
 
 
