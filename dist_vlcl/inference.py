@@ -156,9 +156,8 @@ def read_start(cfg: Config) -> dict[str, Tensor]:
         names = [name for name, _ in cfg.adapter.make(64, torch.Generator()).named_parameters()]
         expected = {f"{unit}/{name}" for unit in unit_ids(cfg.model) for name in names}
         if odd := sorted(expected ^ set(adapters)):
-            raise ValueError(
-                f"{odd[0]} is {'missing there' if odd[0] in expected else 'not in this model'}: other adapters, or another depth"
-            )
+            where = "missing there" if odd[0] in expected else "not in this model"
+            raise ValueError(f"{odd[0]} is {where}: other adapters, or another depth")
     except (OSError, ValueError, checkpoint.BrokenCheckpoint) as error:
         raise ValueError(f"adapter.init={source!r}: cannot start from these adapters: {error}") from None
     return adapters
