@@ -58,7 +58,8 @@ def test_a_run_starts_from_the_adapters_of_another_and_resumes_without_it(root, 
         (cfg.run.folder / "checkpoints" / f"step-{step:08d}.safetensors").unlink()
     train(cfg, World.alone())  # from the checkpoint of step 0
     again = checkpoint.load(cfg.run.folder, checkpoint.saved_steps(cfg.run.folder)[-1]).tensors
-    assert all(torch.equal(again[name], t) for name, t in end.items()) and not torch.equal(end[name], start[name])
+    assert all(torch.equal(again[key], tensor) for key, tensor in end.items())
+    assert not torch.equal(end[f"adapters/{name}"], start[f"adapters/{name}"])
     assert evaluate_run(cfg.run.folder, World.alone(), [f"data.root={root}/data"]).rows == read_accuracy(cfg.run.folder)["rows"]
 
 
@@ -80,7 +81,10 @@ def test_a_run_whose_start_is_lost_is_not_started_from_new_adapters(root, tmp_pa
     (cfg.run.folder / "accuracy.json").unlink()
     for path in (cfg.run.folder / "checkpoints").iterdir():
         path.write_bytes(b"damaged")
-    with pytest.warns(RuntimeWarning, match="no intact checkpoint"), pytest.raises(ValueError, match="no intact checkpoint, and began with"):
+    with (
+        pytest.warns(RuntimeWarning, match="no intact checkpoint"),
+        pytest.raises(ValueError, match="no intact checkpoint, and began with"),
+    ):
         train(cfg, World.alone())
 
 
