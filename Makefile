@@ -1,12 +1,15 @@
 # make train   a first run: hybrid MoZO on handwritten digits, two processes (or one per GPU), a few minutes
 # make test    the tests            make check   style and types
+# make oldest  the tests of what depends on other packages, with the oldest versions that pyproject.toml allows
 PYTHON ?= python3
 BIN = .venv/bin
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ "$$n" -gt 0 ] && echo $$n || echo 2)
 # One more than there are cores, at most 5: many tests wait for processes of their own, for a network or for Slurm.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && echo 5 || echo $$((n + 1)))
 
-.PHONY: train test check install clean
+OLDEST = tests/report tests/run tests/data tests/model tests/test_configs.py tests/test_command_line.py tests/test_inference.py
+
+.PHONY: train test check oldest install clean
 
 train: install
 	$(BIN)/accelerate launch $(if $(filter-out 1,$(PROCESSES)),--multi_gpu --main_process_port 0) --num_processes $(PROCESSES) --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -20,6 +23,12 @@ check: install
 	$(BIN)/ruff format --check dist_vlcl benchmarks tests tools
 	$(BIN)/mypy
 
+oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[report,digits,transformers,dev]'
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(OLDEST) $(ARGS)
+
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -29,4 +38,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-oldest runs

@@ -27,7 +27,8 @@ def main() -> Any:
         try:
             return importlib.import_module(f"dist_vlcl.{COMMANDS[name][0]}").main()
         except ModuleNotFoundError as error:
-            sys.exit(f"error: dist-vlcl {name}: {error.name} is not installed: pip install 'dist-vlcl[all]'")
+            print(f"error: dist-vlcl {name}: {error.name} is not installed: pip install 'dist-vlcl[report]'", file=sys.stderr)
+            sys.exit(2)
     if name not in ("--help", "-h"):
         print(f"error: {name}: no such command; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)

@@ -104,6 +104,9 @@ class Config:
             raise ValueError("data.on_error=skip: not with cluster.direction_groups, which need the same samples; use data.on_error=stop")
         if self.orders.order == "zeroth" and self.zo.granularity == "joint" and self.orders.branch in ("vision", "language"):
             raise ValueError("zo.granularity=joint: moves both branches by one estimate; use orders.branch=dual")
+        trained = {self.orders.rest, self.orders.order if self.orders.branch != "none" else "frozen"} - {"frozen"}
+        if getattr(self.adapter, "init", None) and not trained:
+            raise ValueError("adapter.init: this plan trains no unit; to measure an earlier run: dist-vlcl evaluate RUN --data FOLDER")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dictionaries."""
@@ -179,6 +182,8 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: give the folder of a run")
     content, given = read_config(path), dict(option.partition("=")[::2] for option in options)
+    if isinstance(content.get("adapter"), dict):
+        content["adapter"].pop("init", None)  # its tensors are in the run's checkpoints
     if odd := [key for key in given if not any(fnmatch(key, pattern) for pattern in (*MAY_CHANGE, *PLACES, *OURS))]:
         raise ValueError(f"{odd[0]}: the run decides this; give only options that lead to code, data or weights, or change no result")
     if needed := [word for word in leads_out(content, places) if word.partition("=")[0] not in given]:
@@ -223,7 +228,8 @@ def default_name(config: Config) -> str:
     orders = f"{how}-{plan.branch}-{named}"
     if plan.branch == "none":
         orders = "zero-shot" if plan.rest == "frozen" else "fo"
-    return f"{data}-inc{config.tasks.increment}-{config.adapter.label}-{orders}-seed{config.seed}"
+    adapter = f"{config.adapter.label}{'-warm' if getattr(config.adapter, 'init', None) else ''}"
+    return f"{data}-inc{config.tasks.increment}-{adapter}-{orders}-seed{config.seed}"
 
 
 def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:

@@ -22,13 +22,16 @@ from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import build_towers
 from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.options import flatten
 from dist_vlcl.reading import read_file, read_json
 from dist_vlcl.run import checkpoint
+from dist_vlcl.run.environment import is_restart
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.saved import digest_of, read_config
 
 CONFIG, CLASSES, ADAPTERS = "config.yaml", "classes.json", "adapters.safetensors"  # the files of an export
 WEIGHTS = ("model.name", "model.pretrained")  # the options that may name files which are read here
+OF_TRAINING = ("adapter.init", "adapter.dropout", "adapter.router_noise", "adapter.noise_at_eval")  # trained adapters do not depend on them
 IMAGES_AT_A_TIME = 256
 
 
@@ -130,21 +133,64 @@ def load(source: str | Path, task: int | None = None, device: str | torch.device
 
 def read_trained(source: str | Path, task: int | None = None, options: Sequence[str] = ()) -> Trained:
     """Return what the source of `load` holds."""
-    path = Path(source)
-    path = path if path.exists() else _download(str(source))
-    folder = path if path.is_dir() else path.parent
-    cfg, tasks = load_config(folder / CONFIG, options, WEIGHTS), read_classes(folder)
-    if (folder / ADAPTERS).exists():
+    path = _locate(source)
+    return Trained(_folder_of(path), load_config(_folder_of(path) / CONFIG, options, WEIGHTS), *_read_adapters(path, task))
+
+
+def read_start(cfg: Config) -> dict[str, Tensor]:
+    """Return the adapters that `adapter.init` names; {} without it, or if the run has a checkpoint to continue from.
+
+    Raises ValueError if there are none, or if they are of another kind, or were trained with other options or for another model.
+    """
+    source, run = getattr(cfg.adapter, "init", None), cfg.run
+    if not source or (checkpoint.saved_steps(run.folder) and (is_restart() or not run.overwrite)):
+        return {}
+    try:
+        path = _locate(source)
+        config = _folder_of(path) / CONFIG
+        theirs, ours = flatten(read_config(config) if config.exists() else {}), flatten(cfg.as_dict())
+        fixed = [key for key in theirs if key.startswith((*WEIGHTS, "adapter.")) and key not in OF_TRAINING]
+        if changed := [key for key in fixed if _last(theirs[key]) != _last(ours.get(key))]:
+            raise ValueError(f"they were trained with {changed[0]}={theirs[changed[0]]}, and here it is {ours.get(changed[0])}")
+        return _read_adapters(path)[0]
+    except (OSError, ValueError, checkpoint.BrokenCheckpoint) as error:
+        raise ValueError(f"adapter.init={source!r}: cannot start from these adapters: {error}") from None
+
+
+def _last(value: Any) -> str:
+    """Return the last part of a path, or any other value as text: the same weights may lie elsewhere now."""
+    return str(value).rpartition("/")[2]
+
+
+def _locate(source: str | Path) -> Path:
+    return Path(source) if Path(source).exists() else _download(str(source))
+
+
+def _folder_of(path: Path) -> Path:
+    """Return the folder of a run or of an export that a path is or lies in."""
+    return path if path.is_dir() else path.parents[path.parent.name == "checkpoints"]
+
+
+def _read_adapters(path: Path, task: int | None = None) -> tuple[dict[str, Tensor], list[list[str]]]:
+    """Return the adapters in a folder or a safetensors file, and the class names of each task that they have learned."""
+    folder = _folder_of(path)
+    tasks, is_file = read_classes(folder), path.suffix == ".safetensors" and path.parent == folder
+    if is_file or (folder / ADAPTERS).exists():
         if task not in (None, len(tasks)):
             raise ValueError(f"task={task}: {folder} is an export, which has the state after task {len(tasks)} only")
         try:
-            return Trained(folder, cfg, tensors_from_bytes(read_file(folder / ADAPTERS)), tasks)
+            return _adapters_in(tensors_from_bytes(read_file(path if is_file else folder / ADAPTERS))), tasks
         except SafetensorError as error:
-            raise ValueError(f"{folder / ADAPTERS} is damaged ({error}); export the run again") from error
-    saved = _checkpoint_after(folder, task)
-    adapters = {name.removeprefix("adapters/"): t for name, t in saved.tensors.items() if name.startswith("adapters/")}
+            raise ValueError(f"{path if is_file else folder / ADAPTERS} is damaged ({error}); export the run again") from error
+    match = checkpoint.NAME.fullmatch(path.name)
+    saved = checkpoint.load(folder, int(match[1])) if match else _checkpoint_after(folder, task)
     state = TrainState.from_dict(saved.state)
-    return Trained(folder, cfg, adapters, tasks[: state.task + (state.epoch > 0 or state.batch > 0)])
+    return _adapters_in(saved.tensors), tasks[: state.task + (state.epoch > 0 or state.batch > 0)]
+
+
+def _adapters_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the adapters among the tensors of a checkpoint, or all tensors of an export."""
+    return {name.removeprefix("adapters/"): t for name, t in tensors.items() if not name.startswith("adamw/")}
 
 
 def read_classes(folder: Path) -> list[list[str]]:

@@ -22,7 +22,7 @@ MAY_CHANGE = (  # patterns of the options that a resume may change, because they
 )
 PLACES = (  # options that name files and addresses
     *(f"data.{key}" for key in ("root", "url", "source", "test_source", "split_file", "class_names")),
-    *("model.name", "model.pretrained"),
+    *("model.name", "model.pretrained", "adapter.init"),
 )
 OURS = {"zo.estimator": "finite_difference", "adapter.kind": None, "data.allow_pipe": False}  # other values run the user's code
 MAX_CONFIG_BYTES = 1 << 20

@@ -3,13 +3,14 @@
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.data.tasks import Task
@@ -42,18 +43,25 @@ class Requeued(Exception):
 class Session:
     """The state, log and unit records of a run between two starts. Every rank has one and calls every method; rank 0 writes."""
 
-    def __init__(self, experiment: Experiment, step: HybridStep, folder: RunFolder):
-        """Load the newest checkpoint and the journal's steps after it, and open the log and the unit records at that position."""
+    def __init__(self, experiment: Experiment, step: HybridStep, folder: RunFolder, start: Mapping[str, Tensor]):
+        """Load the newest checkpoint and the journal's steps after it, and open the log and the unit records at that position.
+
+        `start`: the adapters that a run without a checkpoint starts from; {} for new ones.
+        """
         self.experiment, self.step, self.folder = experiment, step, folder
         self.cfg, self.world, self.tasks = experiment.cfg, experiment.world, experiment.tasks
         world = self.world
-        self.saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
-        self.state = TrainState.from_dict(self.saved.state) if self.saved else TrainState()
+        saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
+        self.state = TrainState.from_dict(saved.state) if saved else TrainState()
+        if getattr(self.cfg.adapter, "init", None) and not saved and not start:
+            raise ValueError(f"{folder.path} has no intact checkpoint, and began with adapter.init: run.overwrite=true starts anew")
+        self.is_resumed = saved is not None
+        self.tensors = saved.tensors if saved else {f"adapters/{name}": t for name, t in start.items()}
         self.notes: list[str] = []  # what differs between this start and those before
         self.journalled = self._read_journal()
         threads = torch.get_num_threads() if world.device.type == "cpu" else 0
         for what, was, now in (("ranks", self.state.world_size, world.size), ("CPU threads per rank", self.state.threads, threads)):
-            if self.saved and was and now and was != now:
+            if saved and was and now and was != now:
                 self.notes.append(f"resuming with {now} {what} what {was} have computed: the same batches, sums are rounded differently")
         self.state.world_size, self.state.threads = world.size, threads
         self.notes.append(folder.message + (f", after step {self.state.step}" if self.state.step else ""))
@@ -92,7 +100,7 @@ class Session:
 
     def evaluate_untrained(self) -> None:
         """Measure the zero-shot accuracy, unless an earlier start has."""
-        if self.state.task or self.saved or not self.cfg.eval.zero_shot:
+        if self.state.task or self.is_resumed or not self.cfg.eval.zero_shot:
             return
         self.state.zero_shot = self.experiment.evaluate_untrained(self.log.progress)
         percent = [100 * accuracy for accuracy in self.state.zero_shot.values()]
@@ -106,9 +114,11 @@ class Session:
         """Prepare the step for a task; after a resume also restore its tensors and repeat the journal's steps."""
         self.step.begin(task.names)
         self.world.collectives.take_busy_s()  # the time until now belongs to no step
-        if self.saved:
-            self.step.load_state_dict(self.saved.tensors)
-            self.saved = None
+        if self.tensors:
+            self.step.load_state_dict(self.tensors)
+            if not self.is_resumed:
+                self.save()  # so that a resume does not read adapter.init again
+            self.tensors = {}
         if self.journalled:
             self.step.replay(self.journalled)
             agree(self.world, {"the adapters rebuilt from the journal": digest(self.step.towers.units.state_dict())})

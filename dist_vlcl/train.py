@@ -12,6 +12,7 @@ from dist_vlcl.dist.agree import agree, digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.dist.zero import first_order
 from dist_vlcl.experiment import Experiment
+from dist_vlcl.inference import read_start
 from dist_vlcl.losses import min_samples
 from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import unit_ids
@@ -32,7 +33,10 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     """
     require_extras(cfg)
     with Preemption() as preemption:
+        start = world.on_main(lambda: read_start(cfg), "adapter.init")
         experiment = Experiment.open(cfg, world)
+        if start:
+            experiment.towers.units.check(start)
         step = build_step(experiment)
         check_warmup(experiment, step)
         check_same_start(experiment, step)
@@ -41,7 +45,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
             if world.is_main:
                 print(folder.message)
             return None
-        with Session(experiment, step, folder) as session:
+        with Session(experiment, step, folder, start) as session:
             session.describe()
             session.evaluate_untrained()
             for task in session.tasks_left():
@@ -109,8 +113,10 @@ def check_same_start(experiment: Experiment, step: HybridStep) -> None:
 
 
 def check(cfg: Config) -> None:
-    """Print that a configuration is valid, or exit with status 2 if its plan does not fit the model's depth."""
+    """Print that a configuration is valid, or exit with status 2: a package is missing, or plan or adapters do not fit the model."""
     try:
+        require_extras(cfg)
+        read_start(cfg)
         assign(unit_ids(cfg.model), cfg.orders)
     except ValueError as error:
         refuse(error)

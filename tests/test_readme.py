@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dist_vlcl.__main__ import COMMANDS
 from dist_vlcl.commands import tune
 from dist_vlcl.config import CONFIG_FOLDER, compose_config
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "LOG.md")]
 WITH_COMMANDS = [page for page in PAGES if page.name not in ("extending.md", "performance.md")]  # which have tests of their own
-COMMAND = re.compile(r"(accelerate launch .* -m|python -m|make|torchrun .* -m|sbatch|launch/\w+\.sh) ")
+COMMAND = re.compile(r"(accelerate launch .* -m|python -m|dist-vlcl|make|torchrun .* -m|sbatch|launch/\w+\.sh) ")
 
 
 def commands_of(page: Path) -> list[list[str]]:
@@ -26,7 +27,13 @@ def commands_of(page: Path) -> list[list[str]]:
     text = page.read_text().replace("\\\n", " ")
     lines = [re.sub(r"\s# .*", "", line.strip()) for line in text.splitlines() if line.startswith("    ")]
     inline = [words for words in re.findall(r"`([^`\n]+)`", text) if not re.search(r"\b[A-Z]{2,}\b", words)]
-    return [shlex.split(line) for line in lines + inline if COMMAND.match(line) and "..." not in line]
+    return [as_module(shlex.split(line)) for line in lines + inline if COMMAND.match(line) and "..." not in line]
+
+
+def as_module(command: list[str]) -> list[str]:
+    """Return a command with `dist-vlcl NAME` replaced by the module that it runs."""
+    is_short = command[0] == "dist-vlcl"
+    return ["python", "-m", f"dist_vlcl.{COMMANDS[command[1]][0]}", *command[2:]] if is_short else command
 
 
 def commands(*kinds: str) -> list:
@@ -46,6 +53,8 @@ PARSED = {  # module -> words added so that the command does no work, and what i
     "dist_vlcl.commands.sweep": (["--count"], r"^\d+$"),
     "dist_vlcl.commands.evaluate": ([], "config.yaml is missing"),
     "dist_vlcl.commands.replay": ([], "config.yaml is missing"),
+    "dist_vlcl.commands.predict": ([], "no such file or folder"),
+    "dist_vlcl.commands.export": ([], "no such file or folder"),
     "dist_vlcl.commands.report": ([], r"no such folder: runs/\*"),
 }
 SCRIPTS = ("local.sh", "multinode.sh", "elastic.sh", "sbatch", "make")
@@ -68,6 +77,7 @@ def test_every_command_is_accepted_by_its_parser(command, tmp_path, monkeypatch,
     module = kind_of(command)
     added, expected = PARSED[module]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()  # otherwise runs/NAME may be a repository on the Hugging Face Hub
     monkeypatch.setattr(sys, "argv", [*command[command.index(module) :], *added])
     try:
         importlib.import_module(module).main()

@@ -49,6 +49,15 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
     assert (second / "metrics.jsonl").stat().st_mtime_ns == written
 
 
+def test_missing_data_and_weights_are_named_once_and_before_the_first_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = ["paper=t1-moe-cifar20-fo,t1-moe-cifar20-dual", "model=small", "model.pretrained=/none.safetensors", *QUIET]
+    status, said = swept(monkeypatch, capfd, *words)
+    assert status == 2 and said.count("cifar100/index.json is missing; build the shards first") == 1
+    assert said.count("model.pretrained='/none.safetensors': could not load the weights") == 1 and "to train" not in said
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_signal_stops_the_sweep_with_its_run_saved(tmp_path):
     """Slurm's SIGUSR1, to the sweep alone."""
     long = [word for word in SHORT if "max_steps" not in word] + ["train.epochs=1000"]

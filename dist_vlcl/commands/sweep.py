@@ -13,8 +13,8 @@ paper=  ids, wildcards and groups, separated by commas.
 seed=   one or several, separated by commas.
 Every other OPTION=VALUE goes to every run. A run's folder is named after its id, its seed and these options.
 
-All options are checked before the first run starts. Complete runs are skipped, and interrupted runs continue from their checkpoint. A run
-that fails does not stop the others; its name is printed at the end.
+All options, data sets and weights are checked before the first run starts. Complete runs are skipped, and interrupted runs continue from
+their checkpoint. A run that fails does not stop the others; its name is printed at the end.
 Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option, 75 if a signal stopped the sweep (start it again).
 """
 
@@ -26,7 +26,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,9 +34,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_vlcl.config import compose_config, errors_refused
+from dist_vlcl.config import Config, compose_config, errors_refused
+from dist_vlcl.data.shards import open_index
 from dist_vlcl.masking import masked_command
-from dist_vlcl.model.clip import unit_ids
+from dist_vlcl.model.clip import build_clip, unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.paper import catalogue, published, select
 from dist_vlcl.run.signals import Preemption
@@ -52,6 +53,7 @@ class Item:
 
     options: tuple[str, ...]
     folder: Path
+    config: Config = field(compare=False, repr=False)
 
     @property
     def accuracy(self) -> dict:
@@ -106,7 +108,7 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
         if folder in items:
             both = f"{masked_command(items[folder].options)} and {masked_command(options)}"
             raise ValueError(f"{both} would share the folder {folder}: leave out run.name, and every run gets its own")
-        items[folder] = Item(options, folder)
+        items[folder] = Item(options, folder, config)
     return list(items.values())
 
 
@@ -139,13 +141,28 @@ def _prepare_child() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: the run saves and stops if this process is killed
 
 
+def missing_inputs(configs: Sequence[Config]) -> list[str]:
+    """Open every data set and load every model of these runs once. Return what is missing, one text for each."""
+    found = []
+    works = {repr(config.data): lambda config=config: open_index(config.data) for config in configs}
+    works |= {repr(config.model): lambda config=config: build_clip(config.model, config.adapter) for config in configs}
+    for work in works.values():
+        try:
+            work()
+        except (OSError, ValueError, RuntimeError) as error:
+            found.append(str(error))
+    return found
+
+
 def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) -> dict[Item, str]:
     """Train the runs that are not complete, in order. Return the outcome of each run: LEFT only if a signal has stopped us.
 
-    A failed run does not stop the others.
+    A failed run does not stop the others. Exits with status 2 before the first run if a data set or the weights of a model are missing.
     """
     outcomes = {item: COMPLETE if item.is_complete else LEFT for item in items}
     missing = [item for item in items if outcomes[item] == LEFT]
+    if len(missing) > 1 and (texts := missing_inputs([item.config for item in missing])):
+        refuse(ValueError("\n".join(texts)))
     console.print(f"{len(missing)} of {len(items)} to train, the others are complete", highlight=False)
     with Preemption() as stop:
         for number, item in enumerate(missing, 1):

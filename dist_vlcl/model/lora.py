@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dist_vlcl.model.moe import linear
+from dist_vlcl.model.moe import INIT, linear
 from dist_vlcl.options import option
 
 
@@ -25,6 +25,7 @@ class LoRAConfig:
     )
     scale: float = option(1.0, "Factor of the adapter's output.")
     alpha: float | None = option(None, "If given, the scale is alpha / rank.")
+    init: str | None = option(None, INIT)
 
     @property
     def label(self) -> str:

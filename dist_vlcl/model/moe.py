@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dist_vlcl.model.perturbed import difference, perturbable, product
 from dist_vlcl.options import option
 
+INIT = "Start from the adapters of an earlier run: its folder, an export, or a safetensors file of either; null starts from new ones."
+
 
 @dataclass
 class MoEConfig:
@@ -29,6 +31,7 @@ class MoEConfig:
         "Reproduce the baseline's defect Q1: router noise at evaluation too. Text noise is drawn once per evaluation; the baseline draws "
         "it again for each batch of 64 images.",
     )
+    init: str | None = option(None, INIT)
 
     label = "moe"  # in the names of runs
 

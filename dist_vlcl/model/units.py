@@ -54,14 +54,18 @@ class Units(dict[UnitId, Unit]):
         """Return every tensor of every unit under `branch.layer/name`. The names do not depend on the order plan."""
         return {f"{id}/{name}": t.detach() for id, unit in self.items() for name, t in unit.tensors().items()}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the tensors in. Raises ValueError, with nothing changed, if a name is missing or unknown, or a shape differs."""
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError if a name is missing or unknown, or a shape differs."""
         own = self.state_dict()
         shapes, saved = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
         if odd := sorted(name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name)):
-            found = "; ".join(f"{name}: the model has {shapes.get(name)}, the checkpoint {saved.get(name)}" for name in odd[:4])
+            found = "; ".join(f"{name}: the model has {shapes.get(name)}, the file {saved.get(name)}" for name in odd[:4])
             raise ValueError(f"the shapes of {len(odd)} adapter tensors differ ({found})")
-        for name, tensor in own.items():
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the tensors in. Raises ValueError, with nothing changed, if they are not those of this model."""
+        self.check(state)
+        for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])
 
 

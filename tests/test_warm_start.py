@@ -1,0 +1,137 @@
+"""A run can start from the adapters of an earlier run (adapter.init), and a start that does not fit is refused before any work."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dist_vlcl import train as train_module
+from dist_vlcl.commands.evaluate import evaluate_run
+from dist_vlcl.commands.export import export
+from dist_vlcl.config import compose_config
+from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import Experiment
+from dist_vlcl.inference import read_start, read_trained
+from dist_vlcl.run import checkpoint
+from dist_vlcl.saved import read_accuracy
+from dist_vlcl.train import train
+from tests.helpers.tiny_clip import architecture
+
+RUN = [f"model.name={architecture(3, 3)}", "model.pretrained=random", "orders=first", "first_order.lr=0.01", "adapter.scale=1.0"]
+RUN += ["tasks.num_tasks=1", "train.epochs=1", "train.batch_size=60", "train.warmup_steps=1", "cluster.threads=1", "run.keep=9"]
+RUN += ["run.trackers=[]", "run.progress=false", "run.plots=false", "run.record_every_steps=0"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Return a folder with the run `first`, which has learned one task, and its export."""
+    root = tmp_path_factory.mktemp("runs")
+    train(config(root, "first", init=None), World.alone())
+    export(read_trained(root / "first"), root / "export", "adapters", "first")
+    return root
+
+
+def config(root: Path, name: str, *options: str, init: Path | str | None):
+    options = (*options, *([f"adapter.init={init}"] if init else []))
+    return compose_config([*RUN, f"run.root={root}", f"run.name={name}", f"data.root={root}/data", *options])
+
+
+@pytest.mark.parametrize("source", ["first", "first/checkpoints/step-00000005.safetensors", "export", "export/adapters.safetensors"])
+def test_every_form_of_a_trained_run_gives_its_adapters(root, source):
+    expected, start = read_trained(root / "first").adapters, read_start(config(root, "new", init=root / source))
+    assert start.keys() == expected.keys() and all(torch.equal(start[name], t) for name, t in expected.items())
+
+
+def test_a_run_starts_from_the_adapters_of_another_and_resumes_without_it(root, tmp_path, capsys):
+    shutil.copytree(root / "first", tmp_path / "source")
+    cfg = config(root, "warm", "tasks.order=[4,5,0,1,2,3,6,7,8,9]", init=tmp_path / "source")
+    train(cfg, World.alone())
+    start, end = (checkpoint.load(cfg.run.folder, step).tensors for step in (0, checkpoint.saved_steps(cfg.run.folder)[-1]))
+    for name, tensor in read_trained(tmp_path / "source").adapters.items():
+        assert torch.equal(start[f"adapters/{name}"], tensor)
+
+    shutil.rmtree(tmp_path / "source")
+    (cfg.run.folder / "accuracy.json").unlink()
+    for step in checkpoint.saved_steps(cfg.run.folder)[1:]:
+        (cfg.run.folder / "checkpoints" / f"step-{step:08d}.safetensors").unlink()
+    train(cfg, World.alone())  # from the checkpoint of step 0
+    again = checkpoint.load(cfg.run.folder, checkpoint.saved_steps(cfg.run.folder)[-1]).tensors
+    assert all(torch.equal(again[key], tensor) for key, tensor in end.items())
+    assert not torch.equal(end[f"adapters/{name}"], start[f"adapters/{name}"])
+    assert evaluate_run(cfg.run.folder, World.alone(), [f"data.root={root}/data"]).rows == read_accuracy(cfg.run.folder)["rows"]
+
+
+def test_zero_shot_means_clip_without_the_earlier_adapters(root, monkeypatch):
+    changes, measure = [], Experiment.evaluate_untrained
+
+    def observed(experiment, *arguments):
+        changes.extend(float(unit.tensors()["up_weight"].abs().max()) for unit in experiment.towers.units.values())
+        return measure(experiment, *arguments)
+
+    monkeypatch.setattr(Experiment, "evaluate_untrained", observed)
+    train(config(root, "compared", "train.max_steps=1", init=root / "first"), World.alone())
+    assert changes == [0.0] * 6
+
+
+def test_a_run_whose_start_is_lost_is_not_started_from_new_adapters(root, tmp_path):
+    cfg = config(root, "broken", init=root / "first")
+    train(cfg, World.alone())
+    (cfg.run.folder / "accuracy.json").unlink()
+    for path in (cfg.run.folder / "checkpoints").iterdir():
+        path.write_bytes(b"damaged")
+    with (
+        pytest.warns(RuntimeWarning, match="no intact checkpoint"),
+        pytest.raises(ValueError, match="no intact checkpoint, and began with"),
+    ):
+        train(cfg, World.alone())
+
+
+def test_an_export_names_no_path_of_its_start(root, tmp_path):
+    cfg = config(root, "exported", "train.max_steps=1", init=root / "first")
+    train(cfg, World.alone())
+    export(read_trained(cfg.run.folder), tmp_path / "out", "adapters", "exported")
+    assert str(root) in (cfg.run.folder / "config.yaml").read_text() and str(root) not in (tmp_path / "out" / "config.yaml").read_text()
+
+
+REFUSED = {
+    "adapter=lora": "they were trained with adapter.experts=2, and here it is None",
+    f"model.name={architecture(4, 3)}": "they were trained with model.name=tiny-3-3, and here it is tiny-4-3",
+    "adapter.scale=0.5": "they were trained with adapter.scale=1.0, and here it is 0.5",
+    "adapter.experts=3": "they were trained with adapter.experts=2, and here it is 3",
+    "adapter.init=runs/none": "no such",
+    "orders=zero_shot": "this plan trains no unit",
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_adapters_that_do_not_fit_are_refused_before_the_data_are_opened(root, option, monkeypatch):
+    monkeypatch.setattr(train_module.Experiment, "open", lambda *_: pytest.fail("opened the data"))
+    with pytest.raises(ValueError, match=REFUSED[option]) as caught:
+        train(config(root, "refused", f"adapter.init={root}/first", option, init=None), World.alone())
+    assert str(caught.value).startswith("adapter.init") and not (root / "refused").exists()
+
+
+def test_a_file_of_tensors_alone_is_checked_by_names_and_shapes(root, tmp_path):
+    tensors = load_file(root / "export" / "adapters.safetensors")
+    save_file(tensors, tmp_path / "alone.safetensors")
+    train(config(root, "alone", "train.max_steps=1", init=tmp_path / "alone.safetensors"), World.alone())
+    with pytest.raises(ValueError, match=r"adapter tensor .*: the model has shape \(2, 32, 32\), the file \(2, 64, 32\)"):
+        train(config(root, "misshapen", "adapter.bottleneck=32", init=tmp_path / "alone.safetensors"), World.alone())
+    save_file({name: t for name, t in tensors.items() if "vision.2" not in name}, tmp_path / "part.safetensors")
+    with pytest.raises(ValueError, match=r"do not match: \['vision.2/down_bias'"):
+        train(config(root, "part", init=tmp_path / "part.safetensors"), World.alone())
+    (tmp_path / "bad.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"bad.safetensors is damaged"):
+        train(config(root, "bad", init=tmp_path / "bad.safetensors"), World.alone())
+
+
+def test_a_file_of_tuned_options_may_not_name_adapters(tmp_path):
+    (tmp_path / "tuned.yaml").write_text("adapter: {init: /elsewhere}\n")
+    with pytest.raises(ValueError, match=r"give these yourself: adapter\.init=/elsewhere"):
+        compose_config([f"tuned={tmp_path}/tuned.yaml"])
+
+
+def test_a_warm_run_has_a_name_of_its_own():
+    assert compose_config(["run.name=auto", "adapter.init=runs/first"]).run.name == "digits-inc2-moe-warm-mozo-dual-hop_odd-seed0"
