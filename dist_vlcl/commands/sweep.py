@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_vlcl.config import Config, compose_config, errors_refused
+from dist_vlcl.config import Config, compose_config, errors_refused, refuse
 from dist_vlcl.data.shards import open_index
 from dist_vlcl.masking import masked_command
 from dist_vlcl.model.clip import build_clip, unit_ids
@@ -144,7 +144,7 @@ def _prepare_child() -> None:
 def missing_inputs(configs: Sequence[Config]) -> list[str]:
     """Open every data set and load every model of these runs once. Return what is missing, one text for each."""
     found = []
-    works = {repr(config.data): lambda config=config: open_index(config.data) for config in configs}
+    works: dict[str, Callable[[], object]] = {repr(config.data): lambda config=config: open_index(config.data) for config in configs}
     works |= {repr(config.model): lambda config=config: build_clip(config.model, config.adapter) for config in configs}
     for work in works.values():
         try:
