@@ -27,6 +27,7 @@ import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -144,8 +145,8 @@ def _prepare_child() -> None:
 def missing_inputs(configs: Sequence[Config]) -> list[str]:
     """Open every data set and load every model of these runs once. Return what is missing, one text for each."""
     found = []
-    works: dict[str, Callable[[], object]] = {repr(config.data): lambda config=config: open_index(config.data) for config in configs}
-    works |= {repr(config.model): lambda config=config: build_clip(config.model, config.adapter) for config in configs}
+    works: dict[str, Callable[[], object]] = {repr(config.data): partial(open_index, config.data) for config in configs}
+    works |= {repr(config.model): partial(build_clip, config.model, config.adapter) for config in configs}
     for work in works.values():
         try:
             work()
