@@ -230,8 +230,7 @@ def _custom_adapter(options: Any) -> DictConfig:
 def default_name(config: Config) -> str:
     """Return a name made of data, adapter, estimator, plan and seed. A run of `paper=ID` gets its name from paper.run_name."""
     plan, layers = config.orders, config.orders.layers
-    data = config.data.name.replace("/", "-")
-    data += "" if config.model.name == "small_clip" else f"-{config.model.name}"
+    data = config.data.name.replace("/", "-") + ("" if config.model.name == "small_clip" else f"-{config.model.name}")
     data += "" if config.model.precision == "fp32" else f"-{config.model.precision}"
     named = layers + (str(plan.span) if plan.span else "") if isinstance(layers, str) else "list"
     how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]

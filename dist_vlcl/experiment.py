@@ -17,7 +17,7 @@ from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix, Counts, SetsMatrix
 from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
-from dist_vlcl.data.shards import Index, decode, open_index, open_sets
+from dist_vlcl.data.shards import Index, decode, open_sets
 from dist_vlcl.data.tasks import SampleId, Task, TaskStream, generator, held_out
 from dist_vlcl.data.transforms import EvalTransform, TrainTransform
 from dist_vlcl.dist.agree import agree, digest
@@ -147,8 +147,7 @@ class Experiment:
 
     def accuracy(self, rows: list[Counts]) -> AccuracyMatrix:
         """Return the accuracy matrix with these rows."""
-        kind = SetsMatrix if self.cfg.tasks.sets else AccuracyMatrix
-        return kind([len(task.classes) for task in self.tasks], rows)
+        return (SetsMatrix if self.cfg.tasks.sets else AccuracyMatrix)([len(task.classes) for task in self.tasks], rows)
 
     def _count_sets(self, described: str, progress: Progress) -> Counts:
         """Return the counts of every task's classes, when only the classes of that task can be chosen. All ranks call this."""
@@ -190,15 +189,11 @@ def transformed_sample(size: int) -> torch.Tensor:
 
 def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
     """Return the index of the shards, which rank 0 builds if it can, and the tasks. All ranks call this and raise rank 0's error."""
-
-    def open_data() -> tuple[Index, int | list[int]]:
-        return open_sets(cfg.data, cfg.tasks.sets) if cfg.tasks.sets else (open_index(cfg.data), cfg.tasks.increment)
-
-    world.on_main(lambda: bool(open_data()), "the data set as rank 0 finds it")
-    index, increment = open_data()
+    world.on_main(lambda: bool(open_sets(cfg.data, cfg.tasks.sets)), "the data set as rank 0 finds it")
+    index, sizes = open_sets(cfg.data, cfg.tasks.sets)
     order = class_order(cfg.tasks.order, len(index.class_names), paper_order(index.reader))
     names = prompt_names(index.class_names, cfg.data.underscore_names)
-    return index, TaskStream(names, increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
+    return index, TaskStream(names, sizes or cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
 
 
 def build_towers(cfg: Config, world: World) -> TwoTowers:

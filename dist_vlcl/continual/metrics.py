@@ -107,8 +107,7 @@ class SetsMatrix(AccuracyMatrix):
 
     def summary(self) -> dict:
         """Return the metrics after the newest task, with the accuracy on every set."""
-        newest = len(self.rows) - 1
-        per_task = [self.task_accuracy(newest, j) for j in range(len(self.task_sizes))]
+        per_task = [self.task_accuracy(-1, j) for j in range(len(self.task_sizes))]
         return {**super().summary(), "per_task": per_task, "transfer": self.transfer}
 
 

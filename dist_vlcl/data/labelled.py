@@ -34,10 +34,8 @@ def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     source = data.source or ""
     tars = [str(path) for path in sorted(Path(source).glob("**/*.tar"))] if Path(source).is_dir() else list(braceexpand(source))
     if not source or not tars or urlparse(source).scheme not in ("", "http", "https"):
-        raise ValueError(
-            f"data.source={masked(source)!r}: reader=webdataset needs a folder with .tar files, or a path or http(s) address of them, "
-            "such as 'https://host/set/{train/{0..9},test/{0..1}}.tar'"
-        )
+        advice = "give a folder with .tar files, or their paths or http(s) addresses, such as 'https://host/{train/{0..9},test/{0..1}}.tar'"
+        raise ValueError(f"data.source={masked(source)!r}: reader=webdataset found no tars there; {advice}")
     folder = PurePosixPath(tars[0]).parent
     above = str(folder.parent if folder.name in SPLIT_FOLDERS else folder).replace(":/", "://")
     names = _names(data, data.class_names or f"{above}/classnames.txt")
@@ -54,8 +52,8 @@ def _samples(data: DataConfig, tar: str, split: str | None) -> Iterator[Found]:
     for key, names in samples.items():
         images = [name for suffix, name in names.items() if suffix.lower() in IMAGE_SUFFIXES]
         if "cls" not in names or len(images) != 1:
-            wanted = f"one .cls and one image ({', '.join(IMAGE_SUFFIXES)})"
-            raise ValueError(f"{masked(tar)}: the sample {key!r} has {', '.join(names.values())}; it needs {wanted}")
+            needed = f".cls and one of {', '.join(IMAGE_SUFFIXES)}"
+            raise ValueError(f"{masked(tar)}: the sample {key!r} has {', '.join(names.values())}; it needs {needed}")
         yield Found(split, files[names["cls"]]().decode(errors="replace").strip(), f"{masked(tar)}/{images[0]}", files[images[0]])
 
 
@@ -70,16 +68,16 @@ def _downloaded(data: DataConfig, tar: str) -> dict[str, ReadFile]:
 
 def hf(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """A data set of Hugging Face's `datasets`: from the Hub, from the cache, or from a folder of Parquet files."""
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise ValueError("data=hf: the package datasets is not installed: pip install 'dist-vlcl[hf]'") from error
     source = data.source or data.name
     try:
+        import datasets
+
         loaded = datasets.load_dataset(str(Path(source).resolve(strict=True)) if data.source else source, data.subset)
     except Exception as error:  # it raises errors of many types
-        advice = "without a network it must be in the cache of datasets, or a folder of Parquet files: data.source=FOLDER"
-        raise ValueError(f"data=hf: could not load {source!r} ({' '.join(str(error.__cause__ or error).split())}); {advice}") from error
+        advice = (
+            "data=hf needs the extra dist-vlcl[hf] and, without a network, the cache of datasets or data.source=FOLDER of Parquet files"
+        )
+        raise ValueError(f"{source}: could not load it ({' '.join(str(error.__cause__ or error).split())}); {advice}") from error
     test = data.test_split or next((name for name in ("test", "valid", "validation") if name in loaded), None)
     splits = {data.train_split: "train", test: "test"} if test else {data.train_split: None}
     if absent := [name for name in splits if name not in loaded]:
@@ -104,35 +102,31 @@ def _column(option: str, given: str | None, features: Any, kind: type) -> str:
 
 
 def _bytes_of(part: Any, row: int, column: str) -> bytes:
-    content: bytes = part[row][column]["bytes"]
-    if not content:  # a path in a table could name any file of this machine
-        raise ValueError(f"row {row}: the table holds no image, only a path; for a folder of image files use data=folder")
-    return content
+    content: bytes | None = part[row][column]["bytes"]
+    return content or b""  # the path beside it is not followed: it could name any file of this machine
 
 
 def torchvision(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """A classification data set of torchvision, which downloads it unless its root folder `data.source` has it. Stored as PNG."""
-    from torchvision import datasets as library
+    root, found = data.source or str(Path(data.root, "downloads", data.name)), []
+    try:
+        import torchvision.datasets
 
-    kind: Any = getattr(library, data.name) if data.name in library.__all__ else None
-    if kind is None:
-        raise ValueError(f"data.name={data.name!r}: torchvision.datasets has no such data set; write it as there, such as Flowers102")
-    known, root = inspect.signature(kind).parameters, data.source or str(Path(data.root, "downloads", data.name))
-    options: dict[str | None, dict[str, Any]] = {None: {}}
-    if "train" in known:
-        options = {"train": {"train": True}, "test": {"train": False}}
-    elif "split" in known:
-        options = {"train": {"split": data.train_split}, "test": {"split": data.test_split or "test"}}
-    found = []
-    for split, selection in options.items():
-        try:
+        kind = getattr(torchvision.datasets, data.name)
+        known = inspect.signature(kind).parameters
+        options: dict[str | None, dict[str, Any]] = {None: {}}
+        if "train" in known:
+            options = {"train": {"train": True}, "test": {"train": False}}
+        elif "split" in known:
+            options = {"train": {"split": data.train_split}, "test": {"split": data.test_split or "test"}}
+        for split, selection in options.items():
             images = kind(root, **selection, **({"download": True} if "download" in known else {}))
-            labels = [images[number][1] for number in track(range(len(images)), f"{split or 'all'} labels")]
-        except Exception as error:  # it raises errors of many types
-            advice = "data.source=FOLDER is its root folder; data.train_split and data.test_split are its names of the splits"
-            raise ValueError(f"data.name={data.name!r}: torchvision cannot open it in {root!r} ({error}); {advice}") from error
-        for number, label in enumerate(labels):
-            found.append(Found(split, str(label), f"{split or 'all'}/{number:07d}.png", partial(_png_of, images, number)))
+            for number in track(range(len(images)), f"{split or 'all'} labels"):
+                path = f"{split or 'all'}/{number:07d}.png"
+                found.append(Found(split, str(images[number][1]), path, partial(_png_of, images, number)))
+    except Exception as error:  # it raises errors of many types
+        advice = "data.source=FOLDER is its root folder; data.train_split and data.test_split are its names of the splits"
+        raise ValueError(f"data.name={data.name!r}: torchvision cannot open it in {root!r} ({error}); {advice}") from error
     return _labelled(found, _names(data, data.class_names) or getattr(images, "classes", None) or getattr(images, "categories", ()))
 
 
@@ -156,6 +150,6 @@ def _labelled(found: list[Found], names: Sequence[str]) -> tuple[list[Found], di
     """Return the images, and class number -> name. Raises ValueError that names an image whose class has no name."""
     classes = {str(number): name for number, name in enumerate(names)}
     if wrong := next((image for image in found if image.folder not in classes), None):
-        known = f"there are {len(names)} class names, so give a number from 0 to {len(names) - 1}, or more names (data.class_names=FILE)"
+        known = f"there are {len(names)} class names, so give a number from 0 to {len(names) - 1}, or data.class_names=FILE"
         raise ValueError(f"{wrong.path}: its class is {wrong.folder[:20]!r}; {known}")
     return found, classes

@@ -130,10 +130,8 @@ def folder(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     return found, {name: name for name in sorted({image.folder for image in found})}
 
 
-_READERS = {
-    **{"digits": digits, "cifar100": cifar100, "tiny_imagenet": archive, "imagenet_r": archive},
-    **{"folder": folder, "webdataset": webdataset, "hf": hf, "torchvision": torchvision},
-}
+_READERS = {reader.__name__: reader for reader in (digits, cifar100, folder, webdataset, hf, torchvision)}
+_READERS |= {"tiny_imagenet": archive, "imagenet_r": archive}
 
 
 # Splits and names

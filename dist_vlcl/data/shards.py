@@ -216,8 +216,10 @@ def open_index(data: DataConfig) -> Index:
 def open_sets(data: DataConfig, names: Sequence[str]) -> tuple[Index, list[int]]:
     """Return several data sets below data.root or data.url as one index, and the number of classes of each.
 
-    The classes of each set follow those of the set before. Raises as `open_index` does.
+    The classes of each set follow those of the set before. Without names: the one data set of the options. Raises as `open_index` does.
     """
+    if not names:
+        return open_index(data), []
     class_names: list[str] = []
     shards: dict[str, tuple[tuple[Shard, ...], ...]] = dict.fromkeys(SPLITS, ())
     sizes = []

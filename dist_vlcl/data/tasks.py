@@ -5,13 +5,13 @@ depend on the number of ranks or of loading processes.
 """
 
 import hashlib
-import itertools
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+Order = Sequence[int] | None  # of class ids; None: as they are numbered
 ShardSizes = Mapping[int, Sequence[int]]  # class id -> number of samples in each of its shards
 
 
@@ -33,12 +33,7 @@ class TaskStream(list[Task]):
     """
 
     def __init__(
-        self,
-        class_names: Sequence[str],
-        increment: int | Sequence[int],
-        order: Sequence[int] | None = None,
-        base: int = 0,
-        num_tasks: int | None = None,
+        self, class_names: Sequence[str], increment: int | Sequence[int], order: Order = None, base: int = 0, num_tasks: int | None = None
     ) -> None:
         num_classes = len(class_names)
         order = range(num_classes) if order is None else order
@@ -53,7 +48,7 @@ class TaskStream(list[Task]):
             _require_between("base", base, 0, num_classes, "the number of classes")
             starts = [0, *range(base or increment, num_classes, increment)]
         else:
-            starts = [0, *itertools.accumulate(increment[:-1])]
+            starts = [sum(increment[:k]) for k in range(len(increment))]
         if num_tasks is not None:
             _require_between("num_tasks", num_tasks, 1, len(starts), "the number of tasks in the stream")
         for index, (start, stop) in enumerate(zip(starts[:num_tasks], [*starts[1:], num_classes], strict=False)):

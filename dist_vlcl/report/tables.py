@@ -64,8 +64,7 @@ def summarize_run(folder: Path | str) -> str:
     numbers |= {name: value for name, value in more.items() if value is not None}
     head = markdown_table(list(numbers), [[percent(value) for value in numbers.values()]])
     note = "Accuracy in %. A_t: over all classes seen after task t; Last: the final A_t; Avg: the mean of A_t over the tasks."
-    if "Transfer" in numbers:
-        note += " Each task is a data set: A_t is the mean over all sets, Transfer the mean over sets before they are trained."
+    note += " Each task is a data set: A_t is the mean over all, Transfer that before their training." if "Transfer" in numbers else ""
     table = accuracy_table(records.matrix, records.of_tasks("seen")) if records.tasks else "No task is finished yet.\n"
     return f"# {escape(Path(folder).resolve().name)}\n\n{head}\n{table}\n{note}\n{_waiting_time(records.steps)}"
 
