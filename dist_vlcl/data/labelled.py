@@ -127,7 +127,7 @@ def torchvision(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     except Exception as error:  # it raises errors of many types
         advice = "data.source=FOLDER is its root folder; data.train_split and data.test_split are its names of the splits"
         raise ValueError(f"data.name={data.name!r}: torchvision cannot open it in {root!r} ({error}); {advice}") from error
-    return _labelled(found, _names(data, data.class_names) or getattr(images, "classes", None) or getattr(images, "categories", ()))
+    return _labelled(found, _names(data, data.class_names) or getattr(images, "classes", getattr(images, "categories", ())))
 
 
 def _png_of(images: Any, number: int) -> bytes:

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dist_vlcl.commands import report
+from dist_vlcl.commands.report import realise
 from dist_vlcl.config import compose_config
 from dist_vlcl.data.sets import read_raw
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import ShardError, make_shards
 from dist_vlcl.dist.world import World
+from dist_vlcl.report.records import run_frame
 from dist_vlcl.train import train
 from tests.helpers.mutate import tar_header_mutated
 from tests.helpers.shards import png, served
@@ -132,7 +133,7 @@ def options(kind: str, source: Path, **more) -> DataConfig:
 SOURCES = {"webdataset": benchmark_set, "hf": parquet_set, "torchvision": food_set}
 
 
-def test_every_source_is_built_trained_and_reported(tmp_path, monkeypatch, request):
+def test_every_source_is_built_trained_and_reported(tmp_path, request):
     names = {"webdataset": "mine", "torchvision": "Food101"}
     if importlib.util.find_spec("datasets"):
         request.getfixturevalue("hf_cache")
@@ -146,11 +147,9 @@ def test_every_source_is_built_trained_and_reported(tmp_path, monkeypatch, reque
         assert index.class_names == tuple(NAMES) and (index.count("train"), index.count("test")) == (12, 6)
         train(cfg, World.alone())
         assert "| task 2 |" in (cfg.run.folder / "summary.md").read_text()
-        folders.append(str(cfg.run.folder))
-    monkeypatch.setattr(sys, "argv", ["report", *folders, "--out", str(tmp_path / "report")])
-    report.main()
-    page = (tmp_path / "report/report.html").read_text()
-    assert all(f"{name} Inc2" in page for name in names.values())
+        folders.append(cfg.run.folder)
+    runs, unreadable = run_frame(folders, realise)
+    assert unreadable == {} and list(runs.dataset) == list(names.values()) and runs.is_complete.all() and not runs.is_probe.any()
 
 
 @pytest.mark.parametrize("kind", SOURCES)
