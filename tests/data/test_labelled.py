@@ -253,6 +253,13 @@ def test_other_addresses_are_refused(tmp_path, monkeypatch, source):
         read_raw(DataConfig(name="mine", reader="webdataset", source=source))
 
 
+@pytest.mark.parametrize("quote", ["", "'", '"'])
+def test_an_address_with_braces_needs_no_second_quotes(quote):
+    pattern = "https://example.org/{train/{0000..0099},test/{0..1}}.tar"
+    cfg = compose_config(["data=webdataset", "data.name=mine", f"data.source={quote}{pattern}{quote}"])
+    assert cfg.data.source == pattern
+
+
 # Hugging Face
 
 
