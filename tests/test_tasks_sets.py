@@ -91,8 +91,8 @@ def test_a_joint_index_has_the_shards_of_every_set(root, monkeypatch):
     owl, _ = open_sets(data, ["owl"])
     assert read_shard(index, index.shards["test"][4][0]) == read_shard(owl, owl.shards["test"][1][0])
     with served(root) as address:
-        for url in (address, f"{address}/{{}}", f"{root}/{{}}"):
-            there, _ = open_sets(DataConfig(name="x", reader="folder", url=url), list(SIZES))
+        for url in (address, f"{address}/{{}}", f"pipe:cat {root}/{{}} </dev/null"):
+            there, _ = open_sets(DataConfig(name="x", reader="folder", url=url, allow_pipe=True), list(SIZES))
             there.verify()
             assert there.fingerprint == index.fingerprint
 

@@ -27,8 +27,7 @@ Give options on the command line as `NAME=VALUE`, in any order. A group is a fil
 Later words win over earlier ones, and options win over groups. `null` means "not set".
 Quote values with brackets, for example `'orders.layers=[1,3,5]'`.
 `paper=ID` sets the options of one published run. See [reproduction.md](reproduction.md).
-`tuned=FILE` sets the options that a tuning chose. Your own options win over both.
-The terms are explained in [concepts.md](concepts.md).
+`tuned=FILE` sets the options that a tuning chose. Your own options win over both. The terms are explained in [concepts.md](concepts.md).
 """
 
 GROUPS_NOTE = """\
