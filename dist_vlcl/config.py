@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.data.settings import DataConfig, check_name
 from dist_vlcl.dist.first_order import FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig
 from dist_vlcl.masking import masked
@@ -47,9 +47,15 @@ class TaskConfig:
     base: int = option(0, "Number of classes in the first task; 0 means the same as in the others.", min=0)
     order: Any = option("natural", "Order of the classes: natural, paper, seed:N for a random order, or a list of class ids.")
     num_tasks: int | None = option(None, "Train only the first tasks; null trains all.", min=1)
+    sets: list[str] = option([], "Several data sets below data.root or data.url, each one task, in this order; increment does not count.")
 
     def check(self) -> None:
-        """Raise ValueError for an order that is no list and has no known name."""
+        """Raise ValueError for an order that is no list and has no known name, and for sets with options of a single set."""
+        for name in self.sets:
+            check_name("tasks.sets", name)
+        if self.sets and (self.order != "natural" or self.base):
+            options = f"tasks.order={self.order!r} and tasks.base={self.base} mean nothing; use data=sets"
+            raise ValueError(f"tasks.sets={self.sets}: each set is one task, in the order of the list, so {options}")
         if isinstance(self.order, str) and not re.fullmatch(r"natural|paper|seed:\d+", self.order):
             raise ValueError(f"tasks.order={self.order!r}: choose from natural, paper, seed:N, or a list of class ids")
 
@@ -145,6 +151,8 @@ def from_hydra(options: Any) -> Config:
     assert isinstance(config, Config)
     if isinstance(config.adapter, dict):
         config.adapter = OmegaConf.to_object(_custom_adapter(config.adapter))
+    if config.tasks.sets:
+        config.data = replace(config.data, name="-".join(config.tasks.sets).replace("/", "-"), reader="folder")
     validate(config)
     if config.run.name == "auto":
         config.run.name = default_name(config)
@@ -221,15 +229,16 @@ def _custom_adapter(options: Any) -> DictConfig:
 def default_name(config: Config) -> str:
     """Return a name made of data, adapter, estimator, plan and seed. A run of `paper=ID` gets its name from paper.run_name."""
     plan, layers = config.orders, config.orders.layers
-    data = config.data.name if config.model.name == "small_clip" else f"{config.data.name}-{config.model.name}"
+    data = config.data.name.replace("/", "-") + ("" if config.model.name == "small_clip" else f"-{config.model.name}")
     data += "" if config.model.precision == "fp32" else f"-{config.model.precision}"
     named = layers + (str(plan.span) if plan.span else "") if isinstance(layers, str) else "list"
     how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]
     orders = f"{how}-{plan.branch}-{named}"
     if plan.branch == "none":
         orders = "zero-shot" if plan.rest == "frozen" else "fo"
+    data += "" if config.tasks.sets else f"-inc{config.tasks.increment}"
     adapter = f"{config.adapter.label}{'-warm' if getattr(config.adapter, 'init', None) else ''}"
-    return f"{data}-inc{config.tasks.increment}-{adapter}-{orders}-seed{config.seed}"
+    return f"{data}-{adapter}-{orders}-seed{config.seed}"
 
 
 def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:

@@ -14,10 +14,10 @@ from PIL import Image
 
 from dist_vlcl.config import Config, TrainConfig
 from dist_vlcl.continual.evaluator import count_correct
-from dist_vlcl.continual.metrics import Counts
+from dist_vlcl.continual.metrics import AccuracyMatrix, Counts, SetsMatrix
 from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
-from dist_vlcl.data.shards import Index, decode, open_index
+from dist_vlcl.data.shards import Index, decode, open_sets
 from dist_vlcl.data.tasks import SampleId, Task, TaskStream, generator, held_out
 from dist_vlcl.data.transforms import EvalTransform, TrainTransform
 from dist_vlcl.dist.agree import agree, digest
@@ -121,18 +121,35 @@ class Experiment:
         """Return the counts after a task. All ranks call this.
 
         Samples of the classes seen are classified among the classes seen; those of the next task among these and its own classes.
+        With several data sets the samples of every set are classified among the classes of that set.
         """
+        if self.cfg.tasks.sets:
+            return self._count_sets(f"evaluation after task {task.index + 1}", progress)
         seen = len(self.tasks.seen(task.index).classes)
         ahead = self.tasks.seen(min(task.index + 1, len(self.tasks) - 1))
         among_seen, among_all = self.count(ahead, [seen, len(ahead.classes)], f"evaluation after task {task.index + 1}", progress)
         return among_seen[:seen] + among_all[seen:]
 
     def evaluate_untrained(self, progress: Progress = lambda batches, **_: batches) -> dict[int, float]:
-        """Return the zero-shot accuracy (a fraction) on the classes seen up to each task. All ranks call this."""
+        """Return the zero-shot accuracy (a fraction) on the classes seen up to each task; its mean over several data sets.
+
+        All ranks call this.
+        """
+        if self.cfg.tasks.sets:
+            row = self._count_sets("zero-shot evaluation", progress)
+            return dict.fromkeys(range(len(self.tasks)), self.accuracy([row]).seen(0))
         prefixes = [len(self.tasks.seen(t).classes) for t in range(len(self.tasks))]
         rows = self.count(self.tasks.seen(len(self.tasks) - 1), prefixes, "zero-shot evaluation", progress)
         counts = [row[:n] for n, row in zip(prefixes, rows, strict=True)]
         return {t: sum(correct for correct, _ in row) / max(1, sum(total for _, total in row)) for t, row in enumerate(counts)}
+
+    def accuracy(self, rows: list[Counts]) -> AccuracyMatrix:
+        """Return the accuracy matrix with these rows."""
+        return (SetsMatrix if self.cfg.tasks.sets else AccuracyMatrix)([len(task.classes) for task in self.tasks], rows)
+
+    def _count_sets(self, described: str, progress: Progress) -> Counts:
+        """Return the counts of every task's classes, when only the classes of that task can be chosen. All ranks call this."""
+        return [counts for task in self.tasks for counts in self.count(task, [len(task.classes)], described, progress)[0]]
 
     def count(self, task: Task, prefixes: Sequence[int], described: str, progress: Progress = lambda batches, **_: batches) -> list[Counts]:
         """Return the counts over the test samples of a task's classes for each prefix: when only its first classes can be chosen.
@@ -170,11 +187,11 @@ def transformed_sample(size: int) -> torch.Tensor:
 
 def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
     """Return the index of the shards, which rank 0 builds if it can, and the tasks. All ranks call this and raise rank 0's error."""
-    world.on_main(lambda: bool(open_index(cfg.data)), "the data set as rank 0 finds it")
-    index = open_index(cfg.data)
+    world.on_main(lambda: bool(open_sets(cfg.data, cfg.tasks.sets)), "the data set as rank 0 finds it")
+    index, sizes = open_sets(cfg.data, cfg.tasks.sets)
     order = class_order(cfg.tasks.order, len(index.class_names), paper_order(index.reader))
     names = prompt_names(index.class_names, cfg.data.underscore_names)
-    return index, TaskStream(names, cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
+    return index, TaskStream(names, sizes or cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
 
 
 def build_towers(cfg: Config, world: World) -> TwoTowers:

@@ -28,6 +28,7 @@ from dist_vlcl.saved import MAY_CHANGE, leads_out, read_config
 # Beside the package in a checkout, inside of it in a wheel.
 CONFIG_FOLDER = next(p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs") if (p / "config.yaml").exists())
 # Options that do not change a run's result are not part of its name.
+BRACES = re.compile(r"^(data\.(?:source|url)=)([^'\"]*\{[^'\"]*)$")  # an option with such an address
 NOT_NAMED = (*MAY_CHANGE, "data.source", "data.allow_pipe")
 DATASET_IDS = {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr"}  # as the ids abbreviate them
 HALF = 6  # blocks of prefix and suffix in the paper; its ids say prefix6 and suffix6
@@ -206,9 +207,11 @@ def _no_such_run(name: str, known: Iterable[str]) -> str:
 def expand_paper(arguments: list[str]) -> list[str]:
     """Return command-line overrides with `tuned=FILE` and `paper=ID` replaced by the overrides that they stand for.
 
+    An address with braces is put into quotes, because Hydra would take it for a dictionary.
     The user's own overrides come after those of a cell, and win; the run's name shows them. Raises ValueError for an unknown id or a file
     that cannot be read.
     """
+    arguments = [BRACES.sub(r"\1'\2'", argument) for argument in arguments]
     expanded = (_expand_tuned(Path(word.removeprefix("tuned="))) if word.startswith("tuned=") else [word] for word in arguments)
     arguments = list(itertools.chain(*expanded))
     ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]

@@ -65,7 +65,7 @@ class Session:
                 self.notes.append(f"resuming with {now} {what} what {was} have computed: the same batches, sums are rounded differently")
         self.state.world_size, self.state.threads = world.size, threads
         self.notes.append(folder.message + (f", after step {self.state.step}" if self.state.step else ""))
-        self.accuracy = AccuracyMatrix([len(task.classes) for task in self.tasks], [[tuple(c) for c in row] for row in self.state.accuracy])
+        self.accuracy = experiment.accuracy([[tuple(c) for c in row] for row in self.state.accuracy])
         self.agreed_step = self.state.step  # the last step after which the ranks had the same adapters
         self.busy_s: list[float] = []  # since then
         self.log = RunLog(folder.path, self.cfg.run, world, self.cfg.as_dict(), self.state)

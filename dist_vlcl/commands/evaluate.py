@@ -49,7 +49,7 @@ def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> Acc
         raise ValueError(f"{folder}: the newest checkpoint lies within task {state.task + 1}; finish the task first")
     adapters = {name.removeprefix("adapters/"): t for name, t in saved.tensors.items() if name.startswith("adapters/")}
     experiment.towers.units.load_state_dict(adapters)
-    accuracy = AccuracyMatrix([len(task.classes) for task in experiment.tasks], rows[:-1])
+    accuracy = experiment.accuracy(rows[:-1])
     accuracy.append(experiment.evaluate(experiment.tasks[len(rows) - 1]))
     return accuracy
 

@@ -90,6 +90,27 @@ class AccuracyMatrix:
         return self.task_accuracy(after, task) or 0.0
 
 
+class SetsMatrix(AccuracyMatrix):
+    """The accuracy on several data sets, one per task. Every row has all sets, also those not trained yet, and all sets count the same.
+
+    Last, Avg and Transfer are those of the MTIL benchmark (Zheng et al. 2023, arXiv:2303.06628), which MoE-Adapters4CL reports.
+    """
+
+    def seen(self, after: int) -> float:
+        """Return A_t: the mean accuracy over all sets after task t. The mean over t is the benchmark's Avg."""
+        return _mean([self._own(after, j) for j in range(len(self.task_sizes))])
+
+    @property
+    def transfer(self) -> float:
+        """Return the mean over sets j > 0 of the mean of R[t][j] over the rows t < j, before set j is trained."""
+        return _mean([_mean([self._own(t, j) for t in range(min(j, len(self.rows)))]) for j in range(1, len(self.task_sizes))])
+
+    def summary(self) -> dict:
+        """Return the metrics after the newest task, with the accuracy on every set."""
+        per_task = [self.task_accuracy(-1, j) for j in range(len(self.task_sizes))]
+        return {**super().summary(), "per_task": per_task, "transfer": self.transfer}
+
+
 def _accuracy(counts: Counts) -> float | None:
     total = sum(n for _, n in counts)
     return sum(c for c, _ in counts) / total if total else None

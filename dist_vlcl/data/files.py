@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import re
 import shutil
 import tarfile
 import zipfile
@@ -10,18 +11,37 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import IO, Any
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 MAX_FILE_BYTES = 1 << 26  # of one file of a source: a small archive can unpack to any size
+SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test"}
+MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # of a WebDataset tar: key and suffix, from the first dot of the file's name
 END_BYTES = 1024  # a tar ends in two blocks of zeros
 
 ReadFile = Callable[[], bytes]
 Listed = Iterator[tuple[str, Callable[[], Any]]]  # path, and a function that opens the file
 
 log = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """An image of a source, before its class id and split are known."""
+
+    split: str | None
+    folder: str  # of its class
+    path: str  # in the source, or `test:` and the path in test_source
+    read: ReadFile
+
+    @property
+    def short(self) -> str:
+        return f"{self.folder}/{PurePosixPath(self.path).name}"
+
+    @property
+    def key(self) -> str:
+        return re.sub(r"\.[^./]+$", "", self.short)
 
 
 def open_source(source: Path) -> dict[str, ReadFile]:

@@ -22,6 +22,13 @@ def ppm(pixels_HWC: np.ndarray) -> bytes:
     return b"P6\n%d %d\n255\n" % (pixels_HWC.shape[1], pixels_HWC.shape[0]) + pixels_HWC.tobytes()
 
 
+def png(pixels: np.ndarray | Image.Image) -> bytes:
+    """uint8 [H, W, 3] or a Pillow image -> PNG."""
+    stream = io.BytesIO()
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(stream, format="PNG")
+    return stream.getvalue()
+
+
 def open_image(data: bytes) -> np.ndarray:
     """PNG, JPEG, WebP or our PPM -> upright RGB pixels, uint8 [H, W, 3]. Transparency is ignored.
 

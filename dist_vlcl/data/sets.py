@@ -1,8 +1,6 @@
 """Raw data sets: each reader lists the images of a data set with split, class id and key. Sources are folders, .tar or .zip files."""
 
-import io
 import json
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -12,13 +10,13 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from dist_vlcl.data.files import ReadFile, new_folder, open_source
-from dist_vlcl.data.images import IMAGE_SUFFIXES
+from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, new_folder, open_source
+from dist_vlcl.data.images import IMAGE_SUFFIXES, png
+from dist_vlcl.data.labelled import hf, torchvision, webdataset
 from dist_vlcl.data.names import known_classes
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.tasks import generator
 
-SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test"}
 CIFAR_FOLDER = "cifar-100-python"
 ARCHIVES = {  # address and MD5
     "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
@@ -42,23 +40,6 @@ class RawSample(NamedTuple):
 class RawSet(NamedTuple):
     class_names: list[str]
     samples: list[RawSample]
-
-
-class Found(NamedTuple):
-    """An image of a source, before its class id and split are known."""
-
-    split: str | None
-    folder: str  # of its class
-    path: str  # in the source, or `test:` and the path in test_source
-    read: ReadFile
-
-    @property
-    def short(self) -> str:
-        return f"{self.folder}/{PurePosixPath(self.path).name}"
-
-    @property
-    def key(self) -> str:
-        return re.sub(r"\.[^./]+$", "", self.short)
 
 
 def read_raw(data: DataConfig) -> RawSet:
@@ -149,7 +130,8 @@ def folder(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     return found, {name: name for name in sorted({image.folder for image in found})}
 
 
-_READERS = {"digits": digits, "cifar100": cifar100, "tiny_imagenet": archive, "imagenet_r": archive, "folder": folder}
+_READERS = {reader.__name__: reader for reader in (digits, cifar100, folder, webdataset, hf, torchvision)}
+_READERS |= {"tiny_imagenet": archive, "imagenet_r": archive}
 
 
 # Splits and names
@@ -289,17 +271,10 @@ def _official_cifar(folder: Path, split: str, class_names: list[str]) -> Iterabl
         raise ValueError(f"{folder / CIFAR_FOLDER}: damaged, or not the official files ({error}); remove it and get them again") from error
     for number, (pixels, label) in enumerate(zip(images.data, images.targets, strict=True)):
         name = class_names[label]
-        yield Found(split, name, f"{split}/{name}/{number:05d}.png", partial(_png, pixels))
+        yield Found(split, name, f"{split}/{name}/{number:05d}.png", partial(png, pixels))
 
 
 def _digit_png(values: Any) -> bytes:
     """Values 0..16 [8, 8] -> RGB PNG 32x32."""
     grey = Image.fromarray((values * (255 / 16)).round().astype("uint8")).resize((32, 32), Image.Resampling.BICUBIC)
-    return _png(grey.convert("RGB"))
-
-
-def _png(pixels: Any) -> bytes:
-    """uint8 [H, W, 3] or a Pillow image -> PNG."""
-    stream = io.BytesIO()
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(stream, format="PNG")
-    return stream.getvalue()
+    return png(grey.convert("RGB"))

@@ -5,10 +5,17 @@ from dataclasses import dataclass
 from dist_vlcl.data.download import check_scheme
 from dist_vlcl.options import option
 
-READERS = ("digits", "cifar100", "tiny_imagenet", "imagenet_r", "folder")
+KNOWN = ("digits", "cifar100", "tiny_imagenet", "imagenet_r")  # data sets with a reader of their own
+READERS = (*KNOWN, "folder", "webdataset", "hf", "torchvision")
 ENCODINGS = ("auto", "original", "pixels")
 ON_ERROR = ("stop", "skip")
 SMALL_IMAGES = ("digits", "cifar100", "tiny_imagenet")  # 3 to 12 kB an image as pixels
+
+
+def check_name(option: str, name: str) -> None:
+    """Raise ValueError for the name of a data set that cannot be a folder, or a folder of a folder as for ORG/NAME."""
+    if name.count("/") > 1 or {"", ".", ".."} & set(name.split("/")):
+        raise ValueError(f"{option}={name!r}: give a plain folder name, or ORG/NAME")
 
 
 @dataclass
@@ -19,11 +26,18 @@ class DataConfig:
     reader: str | None = option(None, "Format of the raw data set; null takes the reader that has the data set's name.", choices=READERS)
     root: str = option("data", "Folder for shards and downloads, relative to the working directory.")
     url: str | None = option(None, "Folder or http(s) address of the shards instead of root/name; `{}` in it stands for a shard's path.")
-    source: str | None = option(None, "The raw data set: a folder, .tar or .zip; null downloads it where the reader can.")
+    source: str | None = option(None, "The raw data set: a folder, .tar, .zip or address; null downloads it where the reader can.")
+    train_split: str = option("train", "With reader=hf and torchvision: name of the training split.")
+    test_split: str | None = option(None, "The same of the test split; null takes test, and with reader=hf also valid or validation.")
+    subset: str | None = option(None, "With reader=hf: name of a configuration of the data set.")
+    image_column: str | None = option(None, "With reader=hf: column of the images; null takes the only one of type Image.")
+    label_column: str | None = option(None, "With reader=hf: column of the classes; null takes the only one of type ClassLabel.")
     test_fraction: float = option(0.2, "Part of each class used for testing, for a source without a split.", above=0, below=1)
     split_file: str | None = option(None, "Text file: `train`, image paths, `test`, image paths; it replaces test_fraction.")
     split_seed: int = option(0, "Seed of the random split into training, test and held-out images.")
-    class_names: str | None = option(None, 'JSON list of {"folder": ..., "name": ...}; with reader=folder its order gives the class ids.')
+    class_names: str | None = option(
+        None, 'JSON list of {"folder": ..., "name": ...} by class id; or, for numbered classes, one name a line.'
+    )
     underscore_names: bool = option(False, "Keep underscores of class names in prompts, as the baseline's code does.")
     samples_per_shard: int = option(64, "Most samples in a shard; the shards of a class differ by at most one sample.", min=1)
     encoding: str = option("auto", "Images in shards: original files or pixels; auto: pixels if images are small.", choices=ENCODINGS)
@@ -37,12 +51,9 @@ class DataConfig:
         """Raise ValueError for a name that cannot be a folder, or that needs a reader, and for an address that cannot be read."""
         if self.url:
             check_scheme(self.url, self.allow_pipe)
-        if self.name in ("", ".", "..") or "/" in self.name:
-            raise ValueError(f"data.name={self.name!r}: give a plain folder name")
+        check_name("data.name", self.name)
         if self.reader_name not in READERS:
-            raise ValueError(
-                f"data.name={self.name!r}: choose from {', '.join(READERS[:-1])}, or set data.reader=folder for your own images"
-            )
+            raise ValueError(f"data.name={self.name!r}: choose from {', '.join(KNOWN)}, or set data.reader=folder for your own images")
 
     @property
     def reader_name(self) -> str:

@@ -31,10 +31,10 @@ import numpy as np
 import webdataset
 
 from dist_vlcl.data.download import read_bytes
-from dist_vlcl.data.files import END_BYTES, new_folder, tar_members
+from dist_vlcl.data.files import END_BYTES, MEMBER, new_folder, tar_members
 from dist_vlcl.data.images import IMAGE_SUFFIXES, PIXELS, open_image, ppm
 from dist_vlcl.data.sets import RawSample, RawSet, read_raw
-from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.data.settings import KNOWN, DataConfig
 from dist_vlcl.data.tasks import rank_slice
 from dist_vlcl.masking import masked
 
@@ -46,7 +46,6 @@ MIN_SAMPLE_BYTES = 4 * 512  # in a tar: header and content of the label and of t
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # in a name: what terminals obey and what UTF-8 cannot hold
 MAX_THREADS = 8
 MAX_NAMED = 20  # bad images in a message
-MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # key and suffix: the suffix begins at the first dot of the file's name
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # wraps a list of pieces of work, to show progress
 
@@ -117,6 +116,9 @@ class Index:
         texts = (self.name, self.reader, *self.class_names, *self.encodings)
         if wrong := [text for text in texts if not isinstance(text, str) or CONTROL.search(text)]:
             raise ValueError(f"{wrong[0]!r} is not a name: give text without control characters")
+
+    def check_shards(self) -> None:
+        """Raise ValueError for a list of shards that no data set has."""
         for split in SPLITS:
             if len(self.shards[split]) != len(self.class_names):
                 raise ValueError(f"{len(self.class_names)} names, but {split} shards for {len(self.shards[split])} classes")
@@ -179,6 +181,7 @@ class Index:
             shards = {split: tuple(tuple(Shard(**e) for e in of_class) for of_class in content["shards"][split]) for split in SPLITS}
             names, encodings = tuple(content["class_names"]), tuple(content["encodings"])
             index = cls(content["name"], content["reader"], names, encodings, shards, location, allow_pipe, timeout_s)
+            index.check_shards()
             if json.loads(index._text()) != content or digest not in (None, index.fingerprint):
                 raise ValueError("the content is not the one that was written")
             return index
@@ -208,6 +211,27 @@ def open_index(data: DataConfig) -> Index:
         with suppress(FileExistsError):  # another process has built them
             make_shards(data)
     return Index.load(str(folder))
+
+
+def open_sets(data: DataConfig, names: Sequence[str]) -> tuple[Index, list[int]]:
+    """Return several data sets below data.root or data.url as one index, and the number of classes of each.
+
+    The classes of each set follow those of the set before. Without names: the one data set of the options. Raises as `open_index` does.
+    """
+    if not names:
+        return open_index(data), []
+    class_names: list[str] = []
+    shards: dict[str, tuple[tuple[Shard, ...], ...]] = dict.fromkeys(SPLITS, ())
+    sizes = []
+    for name in names:
+        url = data.url and _address(data.url, f"{name}/{{}}" if "{}" in data.url else name)
+        index = open_index(replace(data, name=name, url=url, reader=None if name in KNOWN else "folder"))
+        for split, by_class in index.shards.items():
+            shards[split] += tuple(tuple(replace(shard, path=f"{name}/{shard.path}") for shard in of_class) for of_class in by_class)
+        class_names += index.class_names
+        sizes.append(len(index.class_names))
+    location = data.url or data.root
+    return Index(data.name, data.reader_name, tuple(class_names), (), shards, location, data.allow_pipe, data.timeout_s), sizes
 
 
 def build_command(data: DataConfig) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+Order = Sequence[int] | None  # of class ids; None: as they are numbered
 ShardSizes = Mapping[int, Sequence[int]]  # class id -> number of samples in each of its shards
 
 
@@ -27,11 +28,12 @@ class TaskStream(list[Task]):
     """The tasks of a run: an order of classes, cut into tasks of `increment` classes; the last task may be smaller.
 
     The first task has `base` classes, or `increment` if `base` is 0. `num_tasks` keeps only the first tasks.
+    A list as `increment` gives the number of classes of every task.
     Raises ValueError, naming the option, if a value does not fit the classes.
     """
 
     def __init__(
-        self, class_names: Sequence[str], increment: int, order: Sequence[int] | None = None, base: int = 0, num_tasks: int | None = None
+        self, class_names: Sequence[str], increment: int | Sequence[int], order: Order = None, base: int = 0, num_tasks: int | None = None
     ) -> None:
         num_classes = len(class_names)
         order = range(num_classes) if order is None else order
@@ -41,9 +43,12 @@ class TaskStream(list[Task]):
                 f"tasks.order: list each class id from 0 to {num_classes - 1} once; "
                 f"missing {sorted(once - given)[:5]}, unknown or repeated {sorted(given - once)[:5]}"
             )
-        _require_between("increment", increment, 1, num_classes, "the number of classes")
-        _require_between("base", base, 0, num_classes, "the number of classes")
-        starts = [0, *range(base or increment, num_classes, increment)]
+        if isinstance(increment, int):
+            _require_between("increment", increment, 1, num_classes, "the number of classes")
+            _require_between("base", base, 0, num_classes, "the number of classes")
+            starts = [0, *range(base or increment, num_classes, increment)]
+        else:
+            starts = [sum(increment[:k]) for k in range(len(increment))]
         if num_tasks is not None:
             _require_between("num_tasks", num_tasks, 1, len(starts), "the number of tasks in the stream")
         for index, (start, stop) in enumerate(zip(starts[:num_tasks], [*starts[1:], num_classes], strict=False)):

@@ -71,7 +71,7 @@ def plot_accuracy(records: Records) -> Figure | None:
         axes.plot(after, zero_shot, color=GREY, linestyle="--", marker="s", markersize=3, label="zero-shot, same classes")
         put_legend(figure, axes)
     axes.margins(y=0.15)
-    axes.set(xlabel="task", ylabel="accuracy on all classes seen (%)", xlim=(0.5, after.max() + 0.5))
+    axes.set(xlabel="task", ylabel="accuracy A_t (%)", xlim=(0.5, after.max() + 0.5))
     axes.set_xticks(range(1, after.max() + 1, _stride(after.max())))
     return figure
 

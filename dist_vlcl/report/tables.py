@@ -51,11 +51,11 @@ def accuracy_table(matrix: Sequence[Row], seen: Row) -> str:
     """Return a table with one row per finished task: the accuracy on each task, and A_t over all classes seen.
 
     `matrix[i][j]` is the accuracy on task j after task i, and `seen[i]` is A_t after task i: fractions, or None if it was not measured.
-    Row i ends at task i; a task that is still to come is blank.
+    Row i ends at task i, or holds all tasks; a task that was not measured is blank.
     """
-    names = [f"task {task + 1}" for task in range(len(matrix))]
+    names = [f"task {task + 1}" for task in range(max(map(len, [matrix, *matrix])))]
     blank = [""] * len(names)
-    rows = [[name, *map(percent, row), *blank[len(row) :], percent(mean)] for name, row, mean in zip(names, matrix, seen, strict=True)]
+    rows = [[name, *map(percent, row), *blank[len(row) :], percent(mean)] for name, row, mean in zip(names, matrix, seen, strict=False)]
     return markdown_table(["after", *names, "A_t"], rows)
 
 
@@ -64,10 +64,11 @@ def summarize_run(folder: Path | str) -> str:
     records = read_records(folder)
     newest = records.tasks[-1] if records.tasks else {}
     numbers = {"Last": newest.get("last"), "Avg": newest.get("avg")}
-    more = {"forgetting": newest.get("forgetting"), "zero-shot": newest.get("zero_shot")}
+    more = {"Transfer": newest.get("transfer"), "forgetting": newest.get("forgetting"), "zero-shot": newest.get("zero_shot")}
     numbers |= {name: value for name, value in more.items() if value is not None}
     head = markdown_table(list(numbers), [[percent(value) for value in numbers.values()]])
     note = "Accuracy in %. A_t: over all classes seen after task t; Last: the final A_t; Avg: the mean of A_t over the tasks."
+    note += " Each task is a data set: A_t is the mean over all, Transfer that before their training." if "Transfer" in numbers else ""
     table = accuracy_table(records.matrix, records.of_tasks("seen")) if records.tasks else "No task is finished yet.\n"
     return f"# {escape(Path(folder).resolve().name)}\n\n{head}\n{table}\n{note}\n{_waiting_time(records.steps)}"
 

@@ -34,7 +34,7 @@ T = TypeVar("T")
 METRICS, JOURNAL = "metrics.jsonl", "journal.jsonl"
 LOG_WIDTH = 160  # characters of a line in a log file
 LINE_EVERY_S = 10.0  # between two lines of progress in a log file
-MEANS = {"last": "Last", "avg": "Avg", "forgetting": "forgetting"}
+MEANS = {"transfer": "Transfer", "last": "Last", "avg": "Avg", "forgetting": "forgetting"}
 
 
 class RunLog:

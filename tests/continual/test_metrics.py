@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_vlcl.continual.metrics import AccuracyMatrix
+from dist_vlcl.continual.metrics import AccuracyMatrix, SetsMatrix
 
 # Three tasks of 2, 1 and 2 classes; classes of unequal size. Rows hold (correct, total) of the classes seen, and of the next task's.
 ROWS = [
@@ -89,3 +89,30 @@ def test_the_summary_holds_the_metrics_and_the_counts_of_the_newest_row(matrix):
         matrix.backward_transfer,
         matrix.forward_transfer,
     ]
+
+
+@pytest.fixture
+def sets():
+    """Three data sets of 1, 2 and 1 classes, measured in every row: R = 0.8 0.5 0.3 / 0.6 0.7 0.1 / 0.4 0.6 0.9."""
+    matrix = SetsMatrix([1, 2, 1])
+    for row in (
+        [(8, 10), (10, 30), (10, 10), (3, 10)],
+        [(6, 10), (20, 30), (8, 10), (1, 10)],
+        [(4, 10), (16, 30), (8, 10), (9, 10)],
+    ):
+        matrix.append(row)
+    return matrix
+
+
+def test_data_sets_count_the_same_whatever_their_size_also_those_not_trained_yet(sets):
+    assert [sets.task_accuracy(0, j) for j in range(3)] == pytest.approx([0.8, 0.5, 0.3])
+    assert [sets.seen(t) for t in range(3)] == pytest.approx([1.6 / 3, 1.4 / 3, 1.9 / 3])
+    assert (sets.last, sets.average) == (pytest.approx(1.9 / 3), pytest.approx(4.9 / 9))
+
+
+def test_transfer_is_the_mean_before_a_set_is_trained(sets):
+    assert sets.transfer == pytest.approx((0.5 + (0.3 + 0.1) / 2) / 2)
+    assert sets.summary()["transfer"] == sets.transfer and sets.summary()["per_task"] == pytest.approx([0.4, 0.6, 0.9])
+    first = SetsMatrix([1, 2, 1], sets.rows[:1])
+    assert first.transfer == pytest.approx((0.5 + 0.3) / 2)
+    assert first.summary()["per_task"] == pytest.approx([0.8, 0.5, 0.3])

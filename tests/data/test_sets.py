@@ -275,7 +275,8 @@ def test_a_compressed_tar_is_refused(tmp_path):
         ({"encoding": "raw"}, r"data\.encoding='raw': choose from auto, original, pixels"),
         ({"test_fraction": 1.0}, r"data\.test_fraction=1\.0: give a number of more than 0 and less than 1"),
         ({"samples_per_shard": 0}, r"data\.samples_per_shard=0: give a number of at least 1"),
-        ({"name": "a/b", "reader": "folder"}, r"data\.name='a/b': give a plain folder name"),
+        ({"name": "a/b/c", "reader": "folder"}, r"data\.name='a/b/c': give a plain folder name, or ORG/NAME"),
+        ({"name": "../b", "reader": "hf"}, r"data\.name='\.\./b': give a plain folder name"),
         ({"name": "", "reader": "folder"}, r"data\.name='': give a plain folder name"),
         ({"num_workers": -1}, r"data\.num_workers=-1: give a number of at least 0, or null"),
     ],
@@ -290,11 +291,12 @@ def test_the_config_files_are_options():
 
     folder = Path(__file__).parents[2] / "configs/data"
     files = sorted(folder.glob("*.yaml"))
-    assert [file.stem for file in files] == ["cifar100", "digits", "folder", "imagenet_r", "tiny_imagenet"]
+    names = ["cifar100", "digits", "folder", "hf", "imagenet_r", "sets", "tiny_imagenet", "torchvision", "webdataset"]
+    assert [file.stem for file in files] == names
     for file in files:
         values = OmegaConf.load(file)
         merged = OmegaConf.merge(OmegaConf.structured(DataConfig), values.data, {"name": file.stem})
-        assert OmegaConf.to_object(merged).reader_name == file.stem
+        assert OmegaConf.to_object(merged).reader_name == {"sets": "folder"}.get(file.stem, file.stem)
 
 
 def build_of(tmp_path, broken: dict[str, bytes], **options) -> Index:

@@ -26,6 +26,7 @@ import pytest
 import requests
 
 from dist_vlcl.commands import verify
+from dist_vlcl.config import TaskConfig
 from dist_vlcl.data import download, files
 from dist_vlcl.data.files import new_folder
 from dist_vlcl.data.settings import DataConfig
@@ -412,7 +413,7 @@ def test_a_damaged_index_is_one_message_that_names_it(tmp_path):
     texts = ["", whole[: len(whole) // 2], "\xff", *map(json.dumps, damaged_indices(json.loads(whole)))]
     for text in texts:
         file.write_text(text, encoding="latin-1")
-        cfg = SimpleNamespace(data=DataConfig(name="tiny", reader="folder", root=str(tmp_path)))
+        cfg = SimpleNamespace(data=DataConfig(name="tiny", reader="folder", root=str(tmp_path)), tasks=TaskConfig())
         with pytest.raises(ValueError, match=r"tiny/index\.json: damaged \(.*build the shards, again"):
             open_tasks(cfg, World.alone())
 
@@ -601,7 +602,7 @@ def test_a_cut_index_gives_a_clear_error(tmp_path, monkeypatch):
 
     monkeypatch.setenv("no_proxy", "*")
     with served(tmp_path, Cut) as address:
-        cfg = SimpleNamespace(data=DataConfig(url=address, timeout_s=0.5))
+        cfg = SimpleNamespace(tasks=TaskConfig(), data=DataConfig(url=address, timeout_s=0.5))
         with pytest.raises(OSError, match=r"/index\.json: cannot be read: .*IncompleteRead.* 10140 more expected"):
             open_tasks(cfg, World.alone())
 

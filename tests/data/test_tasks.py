@@ -23,6 +23,12 @@ def test_seen_classes_are_one_task():
     assert stream.seen(-1).classes == (3, 1, 4, 5, 9, 2, 6, 8, 7, 0)
 
 
+def test_tasks_can_have_given_sizes():
+    stream = TaskStream(NAMES, [3, 1, 6])
+    assert [task.classes for task in stream] == [(0, 1, 2), (3,), (4, 5, 6, 7, 8, 9)]
+    assert [task.classes for task in TaskStream(NAMES, [3, 1, 6], num_tasks=2)] == [(0, 1, 2), (3,)]
+
+
 def test_a_base_task_comes_first_and_num_tasks_cuts():
     stream = TaskStream(NAMES, 2, base=5, num_tasks=2)
     assert [task.classes for task in stream] == [(0, 1, 2, 3, 4), (5, 6)]

@@ -45,3 +45,8 @@ def test_a_summary_says_how_long_steps_waited_for_images(tmp_path, waits, words,
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     page = summarize_run(tmp_path)
     assert words in page and ("data.num_workers" in page) == advises
+
+
+def test_a_row_may_hold_all_tasks_before_they_are_trained():
+    lines = accuracy_table([[0.5, 0.25, 0.1]], [0.28]).splitlines()
+    assert lines[0] == "| after | task 1 | task 2 | task 3 | A_t |" and lines[2] == "| task 1 | 50.00 | 25.00 | 10.00 | 28.00 |"
