@@ -40,9 +40,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, r
 
 
 def test_compression_is_refused_under_deepspeed():
-    with pytest.raises(
-        ValueError, match="first_order.compression=bf16: DeepSpeed sends whole gradients; give none"
-    ):
+    with pytest.raises(ValueError, match="DeepSpeed sends whole gradients"):
         first_order(World(engine="zero2"), FirstOrderConfig(compression="bf16"), None)
 
 
