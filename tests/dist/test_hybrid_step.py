@@ -351,5 +351,5 @@ def test_compressed_gradients_are_the_same_on_all_ranks_and_near_the_mean_also_a
     found = error["powersgd True"]
     assert max(found[:2]) < 1e-4 and 0.01 < found[2] < 0.7  # it starts with whole gradients
     average = sum(ours["powersgd True"][0][2:6]) / 4
-    assert float((average - exact).norm() / exact.norm()) < 0.5 * found[2]  # what a step leaves out, the next ones send
+    assert float((average - exact).norm() / exact.norm()) < 0.7 * found[2]  # what a step leaves out, the next ones send
     assert not torch.isfinite(ours["powersgd True"][0][6]).all() and found[7] < 1e-4  # it starts anew
