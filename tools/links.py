@@ -1,20 +1,20 @@
 """Measure steps over slow links: steps per second, bytes and exchanges of a step, beside the scaling model. docs/clusters.md quotes it.
 
-    sudo python tools/links.py                                            two hosts, four networks, all plans
-    sudo python tools/links.py --hosts 4 --plans "dual MoZO,first" --networks "Ethernet 10 Gbit/s,WAN 100 Mbit/s"
-    sudo python tools/links.py --pixels 224 --plans "dual MoZO,dual conservative"      longer steps
+    sudo python tools/links.py                                          two hosts, four networks, all plans
+    sudo python tools/links.py --images 1200 --plans "dual MoZO,dual conservative"                        longer steps
+    sudo python tools/links.py --hosts 4 --networks "Ethernet 10 Gbit/s,WAN 100 Mbit/s" --plans "dual MoZO,first"
 
 Hosts are network namespaces of this machine with one rank each. A small relay in this process carries their frames. It delays each frame
 and spaces them by the rate of the sender's link (`tc netem` would do the same; small kernels lack it). It carries about 1 Gbit/s itself.
-The ranks have ViT-B/16 with random weights and images of --pixels x --pixels: adapters, losses and gradients have their true sizes, and
-small images keep the computation short. The networks take turns, so that other work on the machine slows all of them. Needs root and
-iproute2. Exit status 3 if this machine cannot make the hosts.
+
+Exchanges are the trainer's own, with ViT-B/16's sizes: gradients by DDP and its hooks, losses by World.sum_exact, AdamW. A pause stands for
+the rest of the computation. It is as long as the scaling model says for an H100 with --images on each rank, so that a busy CPU changes
+little. The networks take turns. Needs root and iproute2. Exit status 3 if this machine cannot make the hosts.
 """
 
 import argparse
 import fcntl
 import heapq
-import itertools
 import json
 import os
 import select
@@ -28,15 +28,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import open_clip
+import torch
+from torch import nn
 
 from benchmarks.common import Collectives, Row, Table, Workload, positive
 from benchmarks.wire import interface_counters
-from dist_vlcl.dist.world import World
-from dist_vlcl.zo.noise import Key
-from tools.scaling_model import NETWORKS, Network, Plan, Rank, step_s
+from dist_vlcl.dist.first_order import FirstOrder
+from dist_vlcl.dist.world import ClusterConfig, World
+from tools.scaling_model import NETWORKS, Network, Plan, compute_s, first_shapes, step_s
 
-LAN = "Ethernet 10 Gbit/s"
 PLANS = {
     "dual MoZO": "orders=dual_all zo=mozo",
     "dual conservative": "orders=dual_all zo=conservative",
@@ -63,7 +63,7 @@ class Hosts:
         self.spaces, self.taps = [f"ln{os.getpid()}-{k}" for k in range(count)], list[int]()
         os.mkfifo(folder / "network")
         self.orders = os.open(folder / "network", os.O_RDWR | os.O_NONBLOCK)  # rank 0 writes the network's name there
-        self.network = NETWORKS[LAN]
+        self.network = NETWORKS["Ethernet 10 Gbit/s"]
         self.free_at = [0.0] * count  # when each host's link has sent all that waits for it
 
     def __enter__(self) -> "Hosts":
@@ -134,89 +134,95 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> list[Row]:
     return rows
 
 
+class Adapters(nn.Module):
+    """First-order parameters of given shapes, and a loss that uses them all."""
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+        super().__init__()
+        self.tensors = nn.ParameterList([nn.Parameter(torch.zeros(shape)) for shape in shapes])
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([tensor.sum() for tensor in self.tensors]).sum()
+
+
+class Step:
+    """A step's exchanges in the trainer's order, and a pause for each computation."""
+
+    def __init__(self, world: World, workload: Workload, images: int):
+        self.world, self.plan = world, Plan.of_workload(workload)
+        towers = workload.towers("meta")
+        self.first = FirstOrder(world, workload.config.first_order, Adapters(first_shapes(towers, workload.orders(towers))))
+        self.base_s, self.candidates_s = compute_s(self.plan, images)
+        self.losses = torch.zeros(self.plan.loss_bytes // 8, dtype=torch.int64)
+        self.first.begin()
+
+    def __call__(self) -> None:
+        time.sleep(self.base_s)
+        if self.first.parameters:
+            self.first.backward(self.first.wrapped())
+        for _ in range(self.plan.exchanges):
+            time.sleep(self.candidates_s / self.plan.exchanges)
+            self.world.sum_exact(self.losses, "losses")
+        self.first.update(1e-3)
+
+
 def measure(args: argparse.Namespace) -> None:
-    """Measure every plan on every network, and leave the rows in the folder. One rank of each host calls this."""
-    config = open_clip.get_model_config("ViT-B-16")
-    config["vision_cfg"]["image_size"] = args.pixels
-    (args.folder / f"rank{os.environ['RANK']}").mkdir()
-    file = args.folder / f"rank{os.environ['RANK']}" / "ViT-B-16-links.json"
-    file.write_text(json.dumps(config))
-    open_clip.add_model_config(file)
-    options = ("model=vit_b16", "model.name=ViT-B-16-links", "cluster.timeout_s=600", "cluster.device=cpu", *args.options)
-    workload = Workload(options, images=args.images * args.hosts, classes=2)
-    world = World.from_environment(workload.config.cluster)
+    """Measure every plan on every network, and leave the rows in the folder. The rank of each host calls this."""
+    world = World.from_environment(ClusterConfig(device="cpu"))
     rows: list[Row] = []
-    for name in args.plans.split(","):
-        rows += measure_plan(args, world, workload.changed(*PLANS[name.strip()].split()), name.strip())
+    for name in map(str.strip, args.plans.split(",")):
+        workload = Workload(tuple(f"model=vit_b16 model.pretrained=random {PLANS[name]}".split()), classes=20)
+        rows += measure_plan(args, world, Step(world, workload, args.images), name)
         if world.is_main:
             (args.folder / "rows.json").write_text(json.dumps(rows))
     world.close()
 
 
-def measure_plan(args: argparse.Namespace, world: World, workload: Workload, name: str) -> list[Row]:
+def measure_plan(args: argparse.Namespace, world: World, step: Step, name: str) -> list[Row]:
     """Return a row per network. All ranks call this."""
-    step = workload.step(workload.towers("cpu"), world)
-    batch = workload.batch(step.towers, world.rank, world.size)
     networks = [network.strip() for network in args.networks.split(",")]
     seconds: dict[str, list[float]] = {network: [] for network in networks}
     sent: dict[str, float] = {}
-    numbers = itertools.count()
     with Collectives() as counter:
-        step([batch], Key(0, next(numbers)), 1e-3)
+        step()
     for turn in range(args.turns):
         for network in networks:
             if world.is_main:
                 (args.folder / "network").write_text(f"{network}\n")
             time.sleep(0.2)
             for _ in range(1 if turn else 2):  # TCP adapts to the network; PowerSGD compresses after its first two steps
-                step([batch], Key(0, next(numbers)), 1e-3)
+                step()
             world.barrier()
             before, begin = interface_counters("eth0")["bytes"], time.perf_counter()
             for _ in range(args.steps):
-                step([batch], Key(0, next(numbers)), 1e-3)
+                step()
             seconds[network].append((time.perf_counter() - begin) / args.steps)
             sent[network] = (interface_counters("eth0")["bytes"] - before) / args.steps
             if world.is_main:
                 print(f"{name}, {network}, turn {turn + 1}: {seconds[network][-1]:.3f} s", file=sys.stderr, flush=True)
-    plan = Plan.of_workload(workload)
-    median = {network: statistics.median(found) for network, found in seconds.items()}
-    lan_s = median.get(LAN, min(median.values()))
-    rank = fitted(plan, world.size, workload.images, lan_s)
     rows: list[Row] = []
-    for network in networks:
-        model = step_s(plan, world.size, workload.images, NETWORKS[network], rank, backend="gloo")
-        row: Row = {"plan": name, "network": network, "steps/s": 1 / median[network], "of LAN": lan_s / median[network]}
+    median = {network: statistics.median(found) for network, found in seconds.items()}
+    for network, found in seconds.items():
+        model = step_s(step.plan, world.size, args.images * world.size, NETWORKS[network], backend="gloo")
+        row: Row = {"plan": name, "network": network, "steps/s": 1 / median[network], "of the first": median[networks[0]] / median[network]}
         row |= {"kB a step": sent[network] / 1e3, "collectives": len(counter.found), "s": median[network]}
-        row |= {"lowest to highest": f"{min(seconds[network]):.3g} to {max(seconds[network]):.3g}"}
+        row |= {"lowest to highest": f"{min(found):.3g} to {max(found):.3g}"}
         rows.append({**row, "model s": model, "measured / model": median[network] / model})
     return rows
-
-
-def fitted(plan: Plan, ranks: int, images: int, lan_s: float) -> Rank:
-    """Return a rank with the FLOPs per second that explain the step on the LAN."""
-    flops = step_s(plan, 1, -(-images // ranks), NETWORKS[LAN], Rank(1.0, 0.0))
-    low, high = flops / lan_s, 1e4 * flops / lan_s  # the exchanges take the rest
-    for _ in range(60):
-        middle = (low + high) / 2
-        slower = step_s(plan, ranks, images, NETWORKS[LAN], Rank(middle, 0.0), backend="gloo") > lan_s
-        low, high = (middle, high) if slower else (low, middle)
-    return Rank(low, 0.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="further options of dist_vlcl.train")
     parser.add_argument("--hosts", type=positive, default=2, help="(default: %(default)s)")
     parser.add_argument("--plans", default=",".join(PLANS), help="with commas between (default: %(default)s)")
     parser.add_argument("--networks", default=",".join(list(NETWORKS)[2:]), help="with commas between (default: %(default)s)")
-    parser.add_argument("--pixels", type=positive, default=32, help="sides of an image (default: %(default)s)")
-    parser.add_argument("--images", type=positive, default=1, help="of a rank (default: %(default)s)")
+    parser.add_argument("--images", type=positive, default=128, help="of a rank, which the pauses follow (default: %(default)s)")
     parser.add_argument("--steps", type=positive, default=2, help="steps on a network in a turn (default: %(default)s)")
     parser.add_argument("--turns", type=positive, default=3, help="times that the networks take turns (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
-    args = parser.parse_intermixed_args(arguments)
+    args = parser.parse_args(arguments)
     if args.folder:
         measure(args)
         return 0
@@ -228,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(Table(f"{args.hosts} hosts, ViT-B/16 with images of {args.pixels} pixels, {args.images} a rank", rows).markdown())
+    print(Table(f"{args.hosts} hosts, ViT-B/16, {args.images} images a rank", rows).markdown())
     return 0
 
 

@@ -28,6 +28,7 @@ from benchmarks.common import Row, Table, Workload, positive
 from benchmarks.cost_model import Orders, Shapes, step_cost, tower_shapes
 from dist_vlcl.dist.first_order import RANK
 from dist_vlcl.dist.world import World
+from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.orders import Order
 from dist_vlcl.zo.update import ZerothOrderConfig
 
@@ -71,6 +72,12 @@ class Plan:
     gradients: tuple[int, ...]  # bytes of the all-reduces of gradients, one after another
     classes: int = 20
 
+    @property
+    def loss_bytes(self) -> int:
+        """Bytes of an exchange of losses, at most: a number for each candidate, and a few counts."""
+        count = 2 * self.zo.probes * self.zo.sides if isinstance(self.zo.probes, int) else 8
+        return 8 * (count + 4)
+
     @classmethod
     def of(cls, model: str, orders: str, zo: str = "mozo", probes: int = 1) -> "Plan":
         """Return a plan of MODELS and PLANS."""
@@ -82,9 +89,8 @@ class Plan:
         """Return the plan of a benchmark's workload."""
         towers = workload.towers("meta")
         orders = workload.orders(towers)
-        first = [tensor for id, unit in towers.units.items() if orders[id] is Order.FIRST for tensor in unit.tensors().values()]
         shapes = tower_shapes(towers, towers.prompts(workload.class_names).shape[1])
-        gradients = gradient_bytes([tuple(t.shape) for t in first], workload.config.first_order.compression)
+        gradients = gradient_bytes(first_shapes(towers, orders), workload.config.first_order.compression)
         return cls(shapes, orders, workload.config.zo, gradients, workload.classes)
 
     @property
@@ -96,6 +102,12 @@ class Plan:
 @cache
 def _plan(options: tuple[str, ...]) -> Plan:
     return Plan.of_workload(Workload(options, classes=20))
+
+
+def first_shapes(towers: TwoTowers, orders: Orders) -> list[tuple[int, ...]]:
+    """Return the shapes of the first-order tensors."""
+    units = [unit for id, unit in towers.units.items() if orders[id] is Order.FIRST]
+    return [tuple(tensor.shape) for unit in units for tensor in unit.tensors().values()]
 
 
 def gradient_bytes(shapes: Sequence[tuple[int, ...]], compression: str) -> tuple[int, ...]:
@@ -136,21 +148,25 @@ def losses_s(network: Network, ranks: int, size: int, backend: str = "nccl") -> 
     return 2 * network.latency_s + (ranks - 1) * size / network.bytes_per_s
 
 
+def compute_s(plan: Plan, share: int, rank: Rank = Rank(), groups: int = 1) -> tuple[float, float]:
+    """Return the seconds that a rank with `share` images computes: base loss and backward pass, then candidates."""
+    config = replace(plan.zo, probes=math.ceil(plan.zo.probes / groups)) if isinstance(plan.zo.probes, int) else plan.zo
+    first_only = {u: o if o is Order.FIRST else Order.FROZEN for u, o in plan.orders.items()}
+    base = step_cost(plan.shapes, first_only, config, share, plan.classes)
+    candidates = step_cost(plan.shapes, plan.orders, config, share, plan.classes) - base
+    return rank.fixed_s + base / rank.flops_per_s, candidates / rank.flops_per_s
+
+
 def step_s(plan: Plan, ranks: int, images: int, network: Network, rank: Rank = Rank(), groups: int = 1, backend: str = "nccl") -> float:
     """Return the seconds of a step on a global batch of `images`.
 
     The text of all classes is computed on every rank. Gradients travel while candidates are evaluated. Each direction group has the whole
     batch and evaluates its share of the probes.
     """
-    share = math.ceil(images * groups / ranks)  # the slowest rank's
-    config = replace(plan.zo, probes=math.ceil(plan.zo.probes / groups)) if isinstance(plan.zo.probes, int) else plan.zo
-    sizes = share, plan.classes
-    base = step_cost(plan.shapes, {u: o if o is Order.FIRST else Order.FROZEN for u, o in plan.orders.items()}, config, *sizes)
-    candidates = (step_cost(plan.shapes, plan.orders, config, *sizes) - base) / rank.flops_per_s
-    count = 2 * plan.zo.probes * plan.zo.sides if isinstance(plan.zo.probes, int) else 8
-    losses = plan.exchanges * losses_s(network, ranks, 8 * (count + 4), backend)
+    base, candidates = compute_s(plan, math.ceil(images * groups / ranks), rank, groups)  # the slowest rank's
+    losses = plan.exchanges * losses_s(network, ranks, plan.loss_bytes, backend)
     gradients = sum(all_reduce_s(network, ranks, size, backend) for size in plan.gradients)
-    return rank.fixed_s + base / rank.flops_per_s + max(candidates + losses, gradients)
+    return base + max(candidates + losses, gradients)
 
 
 def efficiency(plan: Plan, ranks: int, images: int, network: Network, strong: bool, rank: Rank = Rank(), groups: int = 1) -> float:
