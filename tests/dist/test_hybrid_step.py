@@ -313,7 +313,7 @@ def test_gradients_travel_while_the_probes_are_evaluated_and_no_bit_depends_on_i
 
 
 def compressed(world: World) -> dict[str, tuple[list[torch.Tensor], torch.Tensor, str]]:
-    """Gradients of steps on one batch, what PowerSGD had left out after six, and the bits of the end. In step 7 one is infinite on rank 1."""
+    """Gradients of steps on one batch, what PowerSGD has left out after six, and the bits of the end. In step 7 one is infinite."""
     outcomes = {}
     for name, overlap in (("none", True), ("bf16", True), ("powersgd", True), ("powersgd", False)):
         towers = tiny_clip(adapter=MoEConfig(bottleneck=16))
