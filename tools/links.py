@@ -19,6 +19,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import statistics
 import struct
 import subprocess
@@ -114,11 +115,10 @@ class Hosts:
 
 def start(args: argparse.Namespace, arguments: Sequence[str]) -> list[Row]:
     """Make the hosts, start a rank on each, carry their frames, and return the rows that rank 0 measured."""
-    folder = Path(tempfile.mkdtemp(prefix="links-"))
     shared = {"WORLD_SIZE": str(args.hosts), "MASTER_ADDR": "198.18.10.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
     shared |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "eth0", "PYTHONPATH": str(Path(__file__).parents[1])}
-    with Hosts(args.hosts, folder) as hosts:
-        command = [sys.executable, "-W", "ignore", __file__, *arguments, "--folder", str(folder)]
+    with tempfile.TemporaryDirectory(prefix="links-") as folder, Hosts(args.hosts, Path(folder)) as hosts:
+        command = [sys.executable, "-W", "ignore", __file__, *arguments, "--folder", folder]
         ranks = [
             subprocess.Popen(["ip", "netns", "exec", space, *command], env={**os.environ, **shared, "RANK": str(rank)})
             for rank, space in enumerate(hosts.spaces)
@@ -129,9 +129,8 @@ def start(args: argparse.Namespace, arguments: Sequence[str]) -> list[Row]:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
-    rows = json.loads((folder / "rows.json").read_text()) if (folder / "rows.json").exists() else []
-    shutil.rmtree(folder)
-    return rows
+        rows = Path(folder) / "rows.json"
+        return json.loads(rows.read_text()) if rows.exists() else []
 
 
 class Adapters(nn.Module):
@@ -233,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.geteuid() or not shutil.which("ip") or not os.path.exists("/dev/net/tun"):
         print("needs root, iproute2's `ip` and /dev/net/tun: it makes network namespaces")
         return 3
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the hosts are removed
     rows = start(args, sys.argv[1:] if arguments is None else arguments)
     if not rows:
         return 1
