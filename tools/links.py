@@ -79,6 +79,8 @@ class Hosts:
             ip("-n", space, "addr", "add", f"198.18.10.{k + 1}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 ip("-n", space, "link", "set", device, "up")
+            # bbr would keep the round trip of the network before for ten seconds, and send too little
+            ip("netns", "exec", space, "sh", "-c", "echo reno > /proc/sys/net/ipv4/tcp_congestion_control")
         return self
 
     def __exit__(self, *_: object) -> None:
