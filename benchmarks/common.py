@@ -354,6 +354,8 @@ class Collectives(Observer):
             given = tree_leaves(args[1] if name.startswith("allgather") else args[0])  # all-gathers name their output first
             tensors = [t for t in given if isinstance(t, Tensor)]
             size = sum(t.nbytes for t in tensors)
+            if name.startswith("alltoall"):
+                size //= torch.distributed.get_world_size()  # World.sum_exact sends every rank the same numbers
             self.found.append((name, size))
             if name.startswith("allreduce") and all(t.is_floating_point() for t in tensors):
                 self.gradient_bytes += size

@@ -23,7 +23,6 @@ Give options on the command line as `NAME=VALUE`, in any order. A group is a fil
 
     python -m dist_vlcl.train data=cifar100 zo=conservative train.epochs=2
     python -m dist_vlcl.train --check data=cifar100 zo=conservative     # check the options, then stop
-    python -m dist_vlcl.train --help                                    # all groups, options and values
 
 Later words win over earlier ones, and options win over groups. `null` means "not set". \
 Quote values with brackets: `'orders.layers=[1,3,5]'`.
@@ -40,7 +39,7 @@ Choose one file of each group with `GROUP=NAME`. The defaults are `data=digits a
 OPTIONS_NOTE = """\
 ## Options
 
-The default is the one in the code. A group's file may set another value: `data=digits` sets `train.batch_size=32`, for example.
+The default is the one in the code. A group's file may set another value: `data=digits` sets `train.batch_size=16`, for example.
 """
 
 

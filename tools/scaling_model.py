@@ -19,12 +19,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.common import Row, Table, Workload, positive
 from benchmarks.cost_model import Orders, Shapes, step_cost, tower_shapes
+from dist_vlcl.dist.first_order import RANK
+from dist_vlcl.dist.world import DIRECT_RANKS, World
+from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.orders import Order
 from dist_vlcl.zo.update import ZerothOrderConfig
 
@@ -65,14 +69,29 @@ class Plan:
     shapes: Shapes
     orders: Orders
     zo: ZerothOrderConfig
-    first_numel: int  # first-order parameters
+    gradients: tuple[int, ...]  # bytes of the all-reduces of gradients, one after another
     classes: int = 20
+
+    @property
+    def loss_bytes(self) -> int:
+        """Bytes of an exchange of losses, at most: a number for each candidate, and a few counts."""
+        count = 2 * self.zo.probes * self.zo.sides if isinstance(self.zo.probes, int) else 8
+        return 8 * (count + 4)
 
     @classmethod
     def of(cls, model: str, orders: str, zo: str = "mozo", probes: int = 1) -> "Plan":
         """Return a plan of MODELS and PLANS."""
         options = f"model={MODELS[model]} model.pretrained=random zo={zo} zo.probes={probes} orders={PLANS[orders]}".split()
         return _plan(tuple(options))
+
+    @classmethod
+    def of_workload(cls, workload: Workload) -> "Plan":
+        """Return the plan of a benchmark's workload."""
+        towers = workload.towers("meta")
+        orders = workload.orders(towers)
+        shapes = tower_shapes(towers, towers.prompts(workload.class_names).shape[1])
+        gradients = gradient_bytes(first_shapes(towers, orders), workload.config.first_order.compression)
+        return cls(shapes, orders, workload.config.zo, gradients, workload.classes)
 
     @property
     def exchanges(self) -> int:
@@ -82,12 +101,28 @@ class Plan:
 
 @cache
 def _plan(options: tuple[str, ...]) -> Plan:
-    workload = Workload(options, classes=20)
-    towers = workload.towers("meta")
-    orders = workload.orders(towers)
-    first = sum(unit.numel for id, unit in towers.units.items() if orders[id] is Order.FIRST)
-    shapes = tower_shapes(towers, towers.prompts(workload.class_names).shape[1])
-    return Plan(shapes, orders, workload.config.zo, first)
+    return Plan.of_workload(Workload(options, classes=20))
+
+
+def first_shapes(towers: TwoTowers, orders: Orders) -> list[tuple[int, ...]]:
+    """Return the shapes of the first-order tensors."""
+    units = [unit for id, unit in towers.units.items() if orders[id] is Order.FIRST]
+    return [tuple(tensor.shape) for unit in units for tensor in unit.tensors().values()]
+
+
+def gradient_bytes(shapes: Sequence[tuple[int, ...]], compression: str) -> tuple[int, ...]:
+    """Return the bytes of each all-reduce of gradients. PowerSGD has three: what it does not compress, then two factors of low rank."""
+    whole = sum(map(math.prod, shapes))
+    if not whole:
+        return ()
+    if compression != "powersgd":
+        return (whole * (2 if compression == "bf16" else 4),)
+    rest, left, right = whole, 0, 0
+    for *stack, rows, columns in (shape for shape in shapes if len(shape) > 1):
+        count, rank = math.prod(stack), min(rows, columns, RANK)
+        if 2 * rank * (rows + columns) < rows * columns:  # else torch does not compress it
+            rest, left, right = rest - count * rows * columns, left + count * rank * rows, right + count * rank * columns
+    return 4 * rest, 4 * left, 4 * right
 
 
 def all_reduce_s(network: Network, ranks: int, size: int, backend: str = "nccl") -> float:
@@ -106,21 +141,32 @@ def all_reduce_s(network: Network, ranks: int, size: int, backend: str = "nccl")
     return min(hops * network.latency_s + sent / network.bytes_per_s, tree)
 
 
-def step_s(plan: Plan, ranks: int, images: int, network: Network, rank: Rank = Rank(), groups: int = 1) -> float:
+def losses_s(network: Network, ranks: int, size: int, backend: str = "nccl") -> float:
+    """Return the seconds of one exchange of losses: an all-reduce by NCCL. With gloo and few ranks each sends them to every other."""
+    if backend != "gloo" or not 1 < ranks <= DIRECT_RANKS:
+        return all_reduce_s(network, ranks, size, backend)
+    return 2 * network.latency_s + (ranks - 1) * size / network.bytes_per_s
+
+
+def compute_s(plan: Plan, share: int, rank: Rank = Rank(), groups: int = 1) -> tuple[float, float]:
+    """Return the seconds that a rank with `share` images computes: base loss and backward pass, then candidates."""
+    config = replace(plan.zo, probes=math.ceil(plan.zo.probes / groups)) if isinstance(plan.zo.probes, int) else plan.zo
+    first_only = {u: o if o is Order.FIRST else Order.FROZEN for u, o in plan.orders.items()}
+    base = step_cost(plan.shapes, first_only, config, share, plan.classes)
+    candidates = step_cost(plan.shapes, plan.orders, config, share, plan.classes) - base
+    return rank.fixed_s + base / rank.flops_per_s, candidates / rank.flops_per_s
+
+
+def step_s(plan: Plan, ranks: int, images: int, network: Network, rank: Rank = Rank(), groups: int = 1, backend: str = "nccl") -> float:
     """Return the seconds of a step on a global batch of `images`.
 
     The text of all classes is computed on every rank. Gradients travel while candidates are evaluated. Each direction group has the whole
     batch and evaluates its share of the probes.
     """
-    share = math.ceil(images * groups / ranks)  # the slowest rank's
-    config = replace(plan.zo, probes=math.ceil(plan.zo.probes / groups)) if isinstance(plan.zo.probes, int) else plan.zo
-    sizes = share, plan.classes
-    base = step_cost(plan.shapes, {u: o if o is Order.FIRST else Order.FROZEN for u, o in plan.orders.items()}, config, *sizes)
-    candidates = (step_cost(plan.shapes, plan.orders, config, *sizes) - base) / rank.flops_per_s
-    count = 2 * plan.zo.probes * plan.zo.sides if isinstance(plan.zo.probes, int) else 8
-    losses = plan.exchanges * all_reduce_s(network, ranks, 8 * (count + 4))
-    gradients = all_reduce_s(network, ranks, 4 * plan.first_numel) if plan.first_numel else 0.0
-    return rank.fixed_s + base / rank.flops_per_s + max(candidates + losses, gradients)
+    base, candidates = compute_s(plan, math.ceil(images * groups / ranks), rank, groups)  # the slowest rank's
+    losses = plan.exchanges * losses_s(network, ranks, plan.loss_bytes, backend)
+    gradients = sum(all_reduce_s(network, ranks, size, backend) for size in plan.gradients)
+    return base + max(candidates + losses, gradients)
 
 
 def efficiency(plan: Plan, ranks: int, images: int, network: Network, strong: bool, rank: Rank = Rank(), groups: int = 1) -> float:
@@ -200,18 +246,22 @@ def draw(path: Path, rank: Rank) -> None:
 def measure(network: Network, repeats: int) -> list[Table]:
     """Time the collectives of one step at ViT-B/16's sizes between the ranks of this launch, beside the model. All ranks call this."""
     dist.init_process_group("gloo")
+    world = World(dist.get_rank(), dist.get_world_size())
     rows: list[Row] = []
     for orders in PLANS:
         plan = Plan.of("ViT-B/16", orders)
-        for what, tensor in (("losses", torch.zeros(5, dtype=torch.int64)), ("gradients", torch.zeros(plan.first_numel))):
+        gradients = torch.zeros(sum(plan.gradients) // 4)
+        exchanges: Any = (("losses", torch.zeros(5, dtype=torch.int64), world.sum_exact, losses_s),)
+        exchanges += (("gradients", gradients, dist.all_reduce, all_reduce_s),)
+        for what, tensor, exchange, model_of in exchanges:
             seconds = []
             for _ in range(repeats + 1 if tensor.numel() else 0):
                 dist.barrier()
                 start = time.perf_counter()
-                dist.all_reduce(tensor)
+                exchange(tensor)
                 seconds.append(time.perf_counter() - start)
             if seconds:
-                model = all_reduce_s(network, dist.get_world_size(), tensor.nbytes, "gloo")
+                model = model_of(network, world.size, tensor.nbytes, "gloo")
                 found = statistics.median(seconds[1:])
                 rows.append(
                     {
@@ -223,9 +273,8 @@ def measure(network: Network, repeats: int) -> list[Table]:
                         "measured / model": found / model,
                     }
                 )
-    is_main = dist.get_rank() == 0
     dist.destroy_process_group()
-    return [Table(f"All-reduces between {os.environ['WORLD_SIZE']} ranks", rows)] if is_main else []
+    return [Table(f"Exchanges between {os.environ['WORLD_SIZE']} ranks", rows)] if world.is_main else []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

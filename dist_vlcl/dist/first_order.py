@@ -10,11 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from dist_vlcl.dist.world import World
 from dist_vlcl.options import option
+
+RANK = 2  # of PowerSGD's products
 
 
 @dataclass
@@ -25,6 +29,11 @@ class FirstOrderConfig:
     weight_decay: float = option(0.0, "AdamW's weight decay.", min=0)
     betas: list[float] = option([0.9, 0.999], "AdamW's decay rates of the two moments.", min=0, below=1)
     max_grad_norm: float | None = option(None, "Gradients with a larger norm are scaled down to it; null: no clipping.", above=0)
+    compression: str = option(
+        "none",
+        "How gradients travel between ranks: as they are, rounded to bf16, or as PowerSGD's products of low rank. Not with DeepSpeed.",
+        choices=("none", "bf16", "powersgd"),
+    )
 
     def check(self) -> None:
         if len(self.betas) != 2:
@@ -42,7 +51,8 @@ class FirstOrder:
     def __init__(self, world: World, config: FirstOrderConfig, model: nn.Module, overlap: bool = True):
         self.world, self.config, self.model, self.overlap = world, config, model, overlap
         self.group: Any = None  # of the gradients' all-reduce
-        self.under_way: list[dist.Work] = []
+        self.power_sgd: PowerSGDState | None = None
+        self.under_way: list[dist.Work | torch.futures.Future[Tensor]] = []
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.wrapped: Any = model
         self.optimizer: torch.optim.Optimizer | None = None
@@ -57,7 +67,8 @@ class FirstOrder:
             with self.world.collectives("DDP's check of the parameters"):
                 self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
         self.optimizer = optimizer
-        if self.overlap and isinstance(self.wrapped, DistributedDataParallel):
+        self.power_sgd = None  # gradients of another task have other errors
+        if (self.overlap or self.config.compression != "none") and isinstance(self.wrapped, DistributedDataParallel):
             # The all-reduce has its own group. Collectives of one group run one after another, so DDP's own would wait for the gradients.
             self.group = self.group or dist.new_group(timeout=timedelta(seconds=self.world.collectives.timeout_s))
             self.wrapped.register_comm_hook(self, _start_all_reduce)
@@ -118,12 +129,14 @@ class FirstOrder:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.zero_grad()
+        for p in self.parameters:
+            p.grad = None
         return norm
 
     def zero_grad(self) -> None:
-        """Drop the gradients."""
+        """Drop the gradients of a skipped step, and what PowerSGD remembers: it may not be finite."""
         self.wait_for_gradients()
+        self.power_sgd = None
         for p in self.parameters:
             p.grad = None
 
@@ -153,8 +166,32 @@ class FirstOrder:
 
 def _start_all_reduce(first: FirstOrder, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DDP's communication hook: start to average a bucket in place, and report it as done. Gradients are views of it (see World)."""
-    average = bucket.buffer().mul_(1 / first.world.size)
-    first.under_way.append(dist.all_reduce(average, group=first.group, async_op=True))
+    average = bucket.buffer()
+    if first.config.compression == "bf16":
+        first.under_way.append(bf16_compress_hook(first.group, bucket))
+    elif first.config.compression == "powersgd":
+        first.power_sgd = first.power_sgd or _power_sgd(first.group)
+        first.under_way.append(powerSGD_hook(first.power_sgd, _Matrices(bucket)))  # type: ignore[arg-type]
+    else:
+        first.under_way.append(dist.all_reduce(average.mul_(1 / first.world.size), group=first.group, async_op=True))
+    if not first.overlap:
+        first.wait_for_gradients()
     done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[average.device] if average.is_cuda else None)
     done.set_result(average)
     return done
+
+
+def _power_sgd(group: Any) -> PowerSGDState:
+    """Return PowerSGD's settings and memory. Its first two steps are not compressed."""
+    # An expert without a sample has columns of zeros: their norm must not be a divisor.
+    return PowerSGDState(group, RANK, start_powerSGD_iter=2, orthogonalization_epsilon=1e-8, batch_tensors_with_same_shape=True)
+
+
+class _Matrices:
+    """A bucket in which each expert has its own matrix. PowerSGD would make one of all experts, too narrow to compress."""
+
+    def __init__(self, bucket: dist.GradBucket):
+        self.index, self.buffer, self.is_last, self._stacked = bucket.index, bucket.buffer, bucket.is_last, bucket.gradients
+
+    def gradients(self) -> list[Tensor]:
+        return [matrix for stack in self._stacked() for matrix in (stack.unbind() if stack.dim() == 3 else [stack])]

@@ -54,7 +54,9 @@ def engine_name(accelerator: Any) -> str:
 
 
 def first_order(world: World, config: FirstOrderConfig, model: Any) -> FirstOrder:
-    """Return the first-order engine that the launcher chose."""
+    """Return the first-order engine that the launcher chose. Raises ValueError for an option that it does not have."""
+    if world.engine != "ddp" and config.compression != "none":
+        raise ValueError(f"first_order.compression={config.compression}: DeepSpeed sends whole gradients; give none, or use the engine ddp")
     return ZeroFirstOrder(world, config, model) if world.engine.startswith("zero") else FirstOrder(world, config, model)
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 
+from benchmarks.common import Workload
 from benchmarks.cost_model import step_cost
-from tools.scaling_model import NETWORKS, Plan, Rank, all_reduce_s, best_groups, efficiency, step_s
+from tools.links import PLANS
+from tools.scaling_model import NETWORKS, Plan, Rank, all_reduce_s, best_groups, efficiency, losses_s, step_s
 
 GRADIENTS = 16_109_568  # bytes of ViT-B/16's adapters
 DUAL, FIRST = (lambda **more: Plan.of("ViT-B/16", "dual zeroth order", **more)), (lambda: Plan.of("ViT-B/16", "first order"))
@@ -26,6 +28,33 @@ DUAL, FIRST = (lambda **more: Plan.of("ViT-B/16", "dual zeroth order", **more)),
 def test_the_model_is_within_a_fifth_of_gloo_between_shaped_hosts(network, ranks, size, measured):
     """Measured with --measure between namespaces on 2026-11-28."""
     assert all_reduce_s(NETWORKS[network], ranks, size, "gloo") == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("plan", "network", "ranks", "measured"),
+    [
+        ("dual MoZO", "Ethernet 1 Gbit/s", 2, 0.247),
+        ("dual MoZO", "WAN 100 Mbit/s", 2, 0.285),
+        ("dual MoZO", "WAN 10 Mbit/s", 2, 0.444),
+        ("dual MoZO", "WAN 10 Mbit/s", 4, 0.449),
+        ("dual conservative", "WAN 100 Mbit/s", 2, 0.540),
+        ("dual conservative", "WAN 10 Mbit/s", 2, 0.858),
+        ("hop_odd MoZO", "WAN 10 Mbit/s", 2, 8.28),
+        ("hop_odd MoZO bf16", "WAN 10 Mbit/s", 2, 4.54),
+        ("hop_odd MoZO powersgd", "WAN 100 Mbit/s", 2, 0.548),
+        ("hop_odd MoZO powersgd", "WAN 10 Mbit/s", 2, 2.00),
+        ("first", "WAN 100 Mbit/s", 2, 2.00),
+    ],
+)
+def test_the_model_is_within_a_fifth_of_whole_steps_over_slow_links(plan, network, ranks, measured):
+    """Measured by tools/links.py on 2026-11-28."""
+    workload = Workload(tuple(f"model=vit_b16 model.pretrained=random {PLANS[plan]}".split()), classes=20)
+    assert step_s(Plan.of_workload(workload), ranks, 128 * ranks, NETWORKS[network], backend="gloo") == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_losses_take_one_round_trip_for_any_number_of_ranks(ranks):
+    assert losses_s(NETWORKS["WAN 100 Mbit/s"], ranks, 48, "gloo") == pytest.approx(0.0425, rel=0.2)  # measured, as above
 
 
 def test_one_rank_takes_the_cost_model_s_flops_and_sends_nothing():

@@ -39,6 +39,11 @@ TOLERANCE = 1e-4  # a hundredth of one AdamW step: fp32 sums are grouped in anot
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is an extra: pip install '.[deepspeed]'")
 
 
+def test_compression_is_refused_under_deepspeed():
+    with pytest.raises(ValueError, match="DeepSpeed sends whole gradients"):
+        first_order(World(engine="zero2"), FirstOrderConfig(compression="bf16"), None)
+
+
 def environment_of(engine: str) -> dict[str, str]:
     """What `accelerate launch` with launch/accelerate_<engine>.yaml tells its processes."""
     if engine == "ddp":
