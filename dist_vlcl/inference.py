@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
 from dist_vlcl.config import Config, load_config
@@ -22,7 +20,7 @@ from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import build_towers
 from dist_vlcl.model.clip import TwoTowers
-from dist_vlcl.reading import read_file, read_json
+from dist_vlcl.reading import read_json
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.saved import digest_of, read_config
@@ -137,10 +135,7 @@ def read_trained(source: str | Path, task: int | None = None, options: Sequence[
     if (folder / ADAPTERS).exists():
         if task not in (None, len(tasks)):
             raise ValueError(f"task={task}: {folder} is an export, which has the state after task {len(tasks)} only")
-        try:
-            return Trained(folder, cfg, tensors_from_bytes(read_file(folder / ADAPTERS)), tasks)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / ADAPTERS} is damaged ({error}); export the run again") from error
+        return Trained(folder, cfg, checkpoint.read_tensors(folder / ADAPTERS)[0], tasks)
     saved = _checkpoint_after(folder, task)
     adapters = {name.removeprefix("adapters/"): t for name, t in saved.tensors.items() if name.startswith("adapters/")}
     state = TrainState.from_dict(saved.state)

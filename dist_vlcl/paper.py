@@ -249,4 +249,6 @@ def _expand_tuned(argument: str) -> Iterator[str]:
         raise ValueError(f"tuned={str(path)!r}: could not read it ({error}); {advice}") from None
     if outside := leads_out(content):
         raise ValueError(f"tuned={str(path)!r}: it names code, commands, addresses or files; give these yourself: {' '.join(outside)}")
+    if odd := [key for key in flatten(content) if not re.fullmatch(r"zo(\.\w+)+", key)]:  # Hydra's own options can run code
+        raise ValueError(f"tuned={str(path)!r}: it sets {odd[0]!r}, and only zo.NAME is allowed; {advice}")
     yield from (f"{key}={'null' if value is None else value}" for key, value in flatten(content).items())

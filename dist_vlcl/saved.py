@@ -24,6 +24,7 @@ PLACES = (  # options that name files and addresses
     *(f"data.{key}" for key in ("root", "url", "source", "test_source", "split_file", "class_names")),
     *("model.name", "model.pretrained"),
 )
+OUTSIDE = r"^/|:|(^|/)\.\.(/|$)"  # an absolute path, an address, or a path that leads up
 OURS = {"zo.estimator": "finite_difference", "adapter.kind": None, "data.allow_pipe": False}  # other values run the user's code
 MAX_CONFIG_BYTES = 1 << 20
 UNITS = {"step": "int64", "task": "int32", "branch": "string", "layer": "int32", "order": "string", "gradient_variance": "float"}
@@ -80,9 +81,13 @@ def leads_out(config: Mapping[str, Any], places: Sequence[str] = PLACES) -> list
     options = flatten(config)
     found = [key for key, ours in OURS.items() if options.get(key, ours) not in (ours, None)]
     texts = {key: str(options[key]) for key in places if options.get(key)}
-    outside = {"model.pretrained": r"[./:]"}  # a tag of open_clip has none of these
-    found += [key for key, text in texts.items() if re.search(outside.get(key, r"^/|:|(^|/)\.\.(/|$)"), text)]
+    found += [key for key, text in texts.items() if (_is_a_file(text) if key == "model.pretrained" else re.search(OUTSIDE, text))]
     return [f"{key}={options[key]}" for key in found]
+
+
+def _is_a_file(weights: str) -> bool:
+    """Whether open_clip may take this for a file of weights and not for one of its tags."""
+    return bool(re.search(r"[./:]", weights)) or Path(weights).exists()
 
 
 def read_accuracy(folder: Path, config: Mapping[str, Any] | None = None, run: str | None = None) -> dict[str, Any]:

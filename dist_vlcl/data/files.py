@@ -62,6 +62,8 @@ def _list_folder(source: Path) -> Listed:
                 raise ValueError(f"the link {str(path)!r} leads to a folder, out of the source or nowhere")
             if path.is_file():
                 yield path.relative_to(source).as_posix(), partial(path.open, "rb")
+            elif not path.is_dir():
+                raise ValueError(f"{str(path)!r} is neither a file nor a folder")
 
 
 def _fail(error: OSError) -> None:

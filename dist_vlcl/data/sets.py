@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -17,6 +18,7 @@ from dist_vlcl.data.images import IMAGE_SUFFIXES
 from dist_vlcl.data.names import known_classes
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.tasks import generator
+from dist_vlcl.reading import parse_json
 
 SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test"}
 CIFAR_FOLDER = "cifar-100-python"
@@ -180,7 +182,11 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
     """Read a list like RAPF's: a line `train`, lines `<class>/<image>`, a line `test`, more lines. Other images are not used."""
     listed: dict[str, str] = {}
     split = None
-    for line in filter(None, map(str.strip, Path(split_file).read_text(encoding="utf-8").splitlines())):
+    try:
+        text = Path(split_file).read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"data.split_file={split_file!r}: {error}") from None
+    for line in filter(None, map(str.strip, text.splitlines())):
         if line in ("train", "test"):
             split = line
         elif split is None:
@@ -195,10 +201,14 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
 
 
 def _read_class_names(path: str) -> dict[str, str]:
+    advice = f'data.class_names={path!r}: give a JSON list of {{"folder": ..., "name": ...}}, each folder once'
     try:
-        return {str(entry["folder"]): str(entry["name"]) for entry in json.loads(Path(path).read_text(encoding="utf-8"))}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f'data.class_names={path!r}: not a JSON list of {{"folder": ..., "name": ...}} ({error!r})') from None
+        entries = parse_json(Path(path).read_bytes(), [{"folder": str, "name": str}])
+    except ValueError as error:
+        raise ValueError(f"{advice} ({error})") from None
+    if repeated := [folder for folder, count in Counter(entry["folder"] for entry in entries).items() if count > 1]:
+        raise ValueError(f"{advice} ({repeated[0]!r} comes more than once)")
+    return {entry["folder"]: entry["name"] for entry in entries}
 
 
 # Find images in sources

@@ -378,3 +378,21 @@ def test_lists_that_contradict_themselves_are_refused(tmp_path):
     (source / "val_annotations.txt").write_text("1.png cat")
     with pytest.raises(ValueError, match=r"val_annotations\.txt: '1\.png cat' is not an image, a tab and a class"):
         read_raw(DataConfig(name="mine", reader="folder", source=str(source)))
+
+
+def test_a_damaged_split_file_is_named(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/1.png").write_bytes(png(8, 1))
+    (tmp_path / "split.txt").write_bytes(b"train\n\xff")
+    with pytest.raises(ValueError, match=r"data\.split_file.*split\.txt'.*codec"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path), split_file=str(tmp_path / "split.txt")))
+
+
+@pytest.mark.parametrize("names", [[("cat", "Cat"), ("cat", "Dog")], [("cat", None)], [("cat", 5)], [(1, "Cat")]])
+def test_a_list_of_names_with_a_folder_twice_or_without_a_text_is_refused(tmp_path, names):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/1.png").write_bytes(png(8, 1))
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps([{"folder": folder, "name": name} for folder, name in names]))
+    with pytest.raises(ValueError, match=r"data\.class_names=.*names\.json"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path), class_names=str(file)))

@@ -117,13 +117,27 @@ def test_a_configuration_of_another_kind_is_refused_in_one_sentence(tmp_path, te
         open_run(tmp_path)
 
 
+HYDRA = {"+hydra.callbacks.mine": {"_target_": "antigravity.Class"}}  # hydra would import this and call it
+
+
 @pytest.mark.parametrize(
-    "content", [{"zo": {"estimator": "os:abort"}}, {"data": {"url": "pipe:x"}}, {"zo": {"lr_scale": "${oc.env:HOME}"}}]
+    "content",
+    [{"zo": {"estimator": "os:abort"}}, {"data": {"url": "pipe:x"}}, {"zo": {"lr_scale": "${oc.env:HOME}"}}, HYDRA]
+    + [{"--config-dir": "/elsewhere"}, {"zo": "../elsewhere"}, {"hydra": {"searchpath": ["elsewhere"]}}],
 )
 def test_a_file_of_tuned_options_is_data_too(tmp_path, content):
     (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=r"names code, commands|interpolation"):
+    with pytest.raises(ValueError, match=r"names code, commands|interpolation|only zo\.NAME"):
         expand_paper([f"tuned={tmp_path}/tuned.yaml"])
+
+
+def test_weights_that_lie_in_the_working_directory_under_the_name_of_a_tag_are_not_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = saved_config(tmp_path / "run", model={"pretrained": "openai"})
+    assert load_config(path).model.pretrained == "openai"
+    (tmp_path / "openai").touch()
+    with pytest.raises(ValueError, match=r"add: model\.pretrained=openai$"):
+        load_config(path)
 
 
 def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
