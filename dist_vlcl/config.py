@@ -200,11 +200,12 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
             saved.adapter = _custom_adapter(saved.adapter)
         else:
             schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
-        merged = OmegaConf.merge(schema, saved)
+        return from_hydra(OmegaConf.merge(schema, saved))
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is damaged, or of another version of dist_vlcl, which can read it ({reason})") from error
-    return from_hydra(merged)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _custom_adapter(options: Any) -> DictConfig:

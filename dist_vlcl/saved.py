@@ -6,6 +6,7 @@ Nothing in a configuration is resolved or imported here. What leads out of it co
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from dist_vlcl.options import flatten
-from dist_vlcl.reading import read_file, read_json
+from dist_vlcl.reading import read_file, read_json, read_lines, warn
 
 MAY_CHANGE = (  # patterns of the options that a resume may change, because they do not affect the result
     *("run.*", "cluster.*", "eval.batch_size", "model.graphs", "train.check_every_steps", "train.max_skips"),
@@ -119,3 +120,25 @@ def read_unit_records(path: Path) -> Any:
     if not table.num_rows or {name: types.get(name) for name in UNITS} != UNITS:
         raise ValueError(f"{path} is damaged: it lacks rows or columns")
     return table
+
+
+def read_steps(path: Path, form: Any, last: int | None = None) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl or journal.jsonl. Warns of damaged lines, and of steps and tasks that are missing or doubled.
+
+    last: the last step that the run has taken; None if it is not known.
+    """
+    records = read_lines(path, form)
+    steps = [record["step"] for record in records if record.get("kind", "step") == "step"]
+    tasks = [record["task"] for record in records if record.get("kind") == "task"]
+    for name, found, whole in (("steps", steps, range(1, (last or max(steps, default=0)) + 1)), ("tasks", tasks, range(len(tasks)))):
+        if found and (wrong := differing(found, whole)):
+            warn(f"{path} is damaged: {name} {wrong}")
+    return records
+
+
+def differing(found: Sequence[int], expected: Sequence[int]) -> str:
+    """Return as text which expected numbers are missing, which occur twice, or that the order is another; "" if all is as expected."""
+    counts = Counter(found)
+    kinds = {"missing": [k for k in expected if not counts[k]], "doubled": [k for k, n in counts.items() if n > 1]}
+    texts = [f"{kind}: {len(numbers)}, the first is {numbers[0]}" for kind, numbers in kinds.items() if numbers]
+    return "; ".join(texts) or ("in another order" if list(found) != list(expected) else "")

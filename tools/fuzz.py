@@ -4,7 +4,7 @@
     clear error       the command ends with a message that names what is wrong
     unclear error     the message does not name the damaged file
     recovered         the command names the file that it left out, and goes on; a resume then ends with the same parameters and counts
-    other content     the file is valid and says something else: its author mended the checksum, or its format has none (JPEG, a list of names)
+    other content     the file is valid and says something else: its checksum was mended, or its format has none (JPEG, a list of names)
     traceback         an error that the program did not expect, or a crash
     hang              no end within --seconds, of the clock or of the CPU
     memory            more than 1 GiB above the start
@@ -52,6 +52,7 @@ from dist_vlcl.config import Config, compose_config
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, decode, make_shards, read_shard, write_shards
 from dist_vlcl.report.records import read_units
+from dist_vlcl.saved import read_config
 from dist_vlcl.step import HybridStep
 from tests.helpers import mutate, warm  # noqa: F401
 from tests.helpers.shards import png, raw_set
@@ -66,7 +67,11 @@ TIMES = ("time", "seconds", "data_seconds", "images_per_second", "crc", "name")
 CANARY = "canary-5f1e9c"  # the value of an environment variable that hostile files ask for
 LEAKS = (CANARY.encode(), b"root:x:", b"\x1b[", b"\x1b]")
 MEMORY, ADDRESSES = 1 << 30, 6 << 30  # bytes above the start: allowed; refused by the system
-NAMES = {"tuned.yaml": ("zo.",), "split.txt": ("split_file",), "names.json": ("class_names",)}  # what a message may name instead of a file
+NAMES = {  # files that a command line names, and what a message may name in their place
+    "tuned.yaml": ("zo.",),
+    "split.txt": ("split_file",),
+    "names.json": ("class_names",),
+}
 Parts = dict[str, Any]  # of a result, each comparable
 
 # Commands: each runs in a folder that holds runs/done, runs/stopped, runs/other, export/, data/ and source/, and returns its result
@@ -271,10 +276,15 @@ TARGETS = (
 
 def damage(path: Path, mutators: tuple[mutate.Mutator, ...], draw: random.Random) -> str:
     """Damage a file in place; return how."""
-    if draw.random() < 0.03:  # another kind of file
+    if draw.random() < 0.03 and path.name not in NAMES:  # another kind of file; a user may name a link or a pipe
         how = draw.choice(("missing", "folder", "pipe", "link"))
         path.unlink()
-        {"missing": lambda: None, "folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("/etc/passwd")}[how]()
+        if how == "folder":
+            path.mkdir()
+        elif how == "pipe":
+            os.mkfifo(path)
+        elif how == "link":
+            path.symlink_to("/etc/passwd")
         return how
     how = draw.choice(mutators)
     content = how(path.read_bytes(), draw)
@@ -495,6 +505,7 @@ def fuzz(folder: Path, first: int, inputs: int, seconds: float, keep: bool = Fal
     begun, base, references = time.monotonic(), folder / "base", {}
     cfg = compose_config([*OPTIONS, "run.name=stopped"])
     prepare(cfg, base, seconds)
+    report.realise(read_config(base / "runs/done/config.yaml")), report.paper_runs()  # they are cached, and forks have them then
     results = folder / "results.jsonl"
     known = {one["input"]: one for one in map(json.loads, results.read_text().splitlines())} if results.exists() and not keep else {}
     found, shown = [], begun

@@ -1,7 +1,6 @@
 """Raw data sets: each reader lists the images of a data set with split, class id and key. Sources are folders, .tar or .zip files."""
 
 import io
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -73,8 +72,9 @@ def read_raw(data: DataConfig) -> RawSet:
     folders = {image.folder for image in found}
     missing, unknown = [name for name in classes if name not in folders], sorted(folders - set(classes))
     if missing or unknown:
+        names = f", data.class_names={data.class_names!r}" if data.class_names else ""
         raise ValueError(
-            f"data.source={data.source!r}: {len(missing)} of {len(classes)} classes have no images {missing[:5]}; "
+            f"data.source={data.source!r}{names}: {len(missing)} of {len(classes)} classes have no images {missing[:5]}; "
             f"{len(unknown)} folders are not classes {unknown[:5]}"
         )
     class_ids = {name: class_id for class_id, name in enumerate(classes)}

@@ -11,9 +11,8 @@ import pandas as pd
 import pyarrow
 
 from dist_vlcl.options import flatten
-from dist_vlcl.reading import read_lines
 from dist_vlcl.report.measures import MEASURES, measures_of
-from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM, read_accuracy, read_config, read_unit_records
+from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM, read_accuracy, read_config, read_steps, read_unit_records
 
 TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
@@ -56,9 +55,9 @@ class Records:
         return [row or [] for row in self.of_tasks("per_task")]
 
 
-def read_records(folder: Path | str) -> Records:
-    """Return the records of a run folder. Damaged lines are left out, with a warning."""
-    records = read_lines(Path(folder) / "metrics.jsonl", METRICS_FORM)
+def read_records(folder: Path | str, last: int | None = None) -> Records:
+    """Return the records of a run folder, whose last step is `last`. Damaged lines are left out, with a warning."""
+    records = read_steps(Path(folder) / "metrics.jsonl", METRICS_FORM, last)
     return Records(*([record for record in records if record["kind"] == kind] for kind in ("step", "task")))
 
 
@@ -111,7 +110,7 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
     accuracy = read_accuracy(folder, config)
     cell, reference = realise(config)
     units = read_units(folder).to_pandas()  # damaged records raise here, where one run is left out by name
-    journal = [] if cell["variant"] in WITHOUT_ZEROTH else read_lines(folder / "journal.jsonl", JOURNAL_FORM)
+    journal = [] if cell["variant"] in WITHOUT_ZEROTH else read_steps(folder / "journal.jsonl", JOURNAL_FORM, accuracy.get("steps"))
     before = accuracy.get("zero_shot") or {}
     zero_shot = [100 * before[task] for task in sorted(before, key=int)]
     is_probe = config["train"].get("max_steps") is not None
@@ -132,7 +131,7 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
         "zero_shot_avg": sum(zero_shot) / len(zero_shot) if zero_shot else nan,
         **{key: accuracy.get(key) for key in ("steps", "seconds")},
         **dict.fromkeys(MEASURES, nan),
-        **measures_of(step_frame(folder), journal, units, config["zo"]),
+        **measures_of(step_frame(folder, accuracy.get("steps")), journal, units, config["zo"]),
         "is_complete": accuracy.get("complete") is True,
         "is_probe": is_probe,  # stopped after a few steps: only its memory counts
         "tasks_done": len(accuracy.get("rows", ())),
@@ -184,9 +183,9 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(key, pattern) for pattern in patterns)
 
 
-def step_frame(folder: Path) -> pd.DataFrame:
+def step_frame(folder: Path, last: int | None = None) -> pd.DataFrame:
     """Return one row per step of a run: step, task, loss, peak_gib (reserved) and allocated_gib; NaN where it was not recorded."""
-    return pd.DataFrame(read_records(folder).steps).reindex(columns=["step", "task", "loss", "peak_gib", "allocated_gib"])
+    return pd.DataFrame(read_records(folder, last).steps).reindex(columns=["step", "task", "loss", "peak_gib", "allocated_gib"])
 
 
 def gather(runs: pd.DataFrame, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:

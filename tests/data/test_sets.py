@@ -380,6 +380,15 @@ def test_lists_that_contradict_themselves_are_refused(tmp_path):
         read_raw(DataConfig(name="mine", reader="folder", source=str(source)))
 
 
+def test_a_list_of_names_that_does_not_fit_the_folders_is_named(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(png(8, 1))
+    (tmp_path / "names.json").write_text(json.dumps([{"folder": "cat", "name": "Cat"}]))
+    with pytest.raises(ValueError, match=r"data\.class_names=.*names\.json'.*1 folders are not classes \['dog'\]"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path), class_names=str(tmp_path / "names.json")))
+
+
 def test_a_damaged_split_file_is_named(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat/1.png").write_bytes(png(8, 1))

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from dist_vlcl.dist.agree import DisagreementError
 from dist_vlcl.dist.collectives import Collectives
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.paper import expand_paper
-from dist_vlcl.report.records import read_records, read_units
+from dist_vlcl.report.records import read_records, read_units, run_frame
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.folder import RunConfig, RunFolder, RunRefused
 from dist_vlcl.run.signals import Preemption
@@ -92,6 +93,12 @@ def test_an_option_that_is_repeated_counts_and_one_that_decides_the_result_does_
     assert load_config(path, ["zo.estimator=finite_difference"]).zo.estimator == "finite_difference"
 
 
+def test_a_value_that_is_not_allowed_names_the_file_that_holds_it(tmp_path):
+    path = saved_config(tmp_path, model={"prompt": "a photo"})
+    with pytest.raises(ValueError, match=r"config\.yaml: model\.prompt='a photo': must contain"):
+        load_config(path)
+
+
 @pytest.mark.parametrize("text", ["data: {name: '${oc.env:SECRET}'}", "'${oc.env:SECRET}': 1", "data: {x: [1, '${seed}']}"])
 def test_no_interpolation_is_resolved(tmp_path, monkeypatch, text):
     monkeypatch.setenv("SECRET", "hush")
@@ -120,10 +127,11 @@ def test_a_configuration_of_another_kind_is_refused_in_one_sentence(tmp_path, te
 HYDRA = {"+hydra.callbacks.mine": {"_target_": "antigravity.Class"}}  # hydra would import this and call it
 
 
+OF_HYDRA = (HYDRA, {"--config-dir": "/elsewhere"}, {"zo": "../elsewhere"}, {"hydra": {"searchpath": ["elsewhere"]}})
+
+
 @pytest.mark.parametrize(
-    "content",
-    [{"zo": {"estimator": "os:abort"}}, {"data": {"url": "pipe:x"}}, {"zo": {"lr_scale": "${oc.env:HOME}"}}, HYDRA]
-    + [{"--config-dir": "/elsewhere"}, {"zo": "../elsewhere"}, {"hydra": {"searchpath": ["elsewhere"]}}],
+    "content", [{"zo": {"estimator": "os:abort"}}, {"data": {"url": "pipe:x"}}, {"zo": {"lr_scale": "${oc.env:HOME}"}}, *OF_HYDRA]
 )
 def test_a_file_of_tuned_options_is_data_too(tmp_path, content):
     (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(content))
@@ -297,6 +305,27 @@ def test_a_changed_digit_in_a_metric_is_left_out_with_a_warning(tmp_path):
     path.write_text(path.read_text().replace('"loss": 0.25', '"loss": 0.35', 1))
     with pytest.warns(RuntimeWarning, match=r"metrics.jsonl: 1 damaged lines were left out"):
         assert [record["step"] for record in read_records(tmp_path).steps] == [2]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "journal.jsonl"])
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda lines: lines[:2] + lines[3:], "missing: 1"),
+        (lambda lines: lines[:-2], "missing: "),
+        (lambda lines: lines + lines[2:3], "doubled: 1"),
+        (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], "in another order"),
+    ],
+)
+def test_a_hole_a_doubled_line_or_another_order_is_named_in_the_report(tmp_path, monkeypatch, name, edit, text):
+    run = write_run(tmp_path, "orders=dual_all", "tasks.num_tasks=1", last=0.5, avg=0.5, records=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        run_frame([run], report_command.realise)
+    lines = (run / name).read_text().splitlines(keepends=True)
+    (run / name).write_text("".join(edit(lines)))
+    with pytest.warns(RuntimeWarning, match=rf"{name} is damaged: steps {text}"):
+        run_frame([run], report_command.realise)
 
 
 def with_header(path: Path, header: dict) -> None:
