@@ -131,7 +131,7 @@ def read_steps(path: Path, form: Any, last: int | None = None) -> list[dict[str,
     steps = [record["step"] for record in records if record.get("kind", "step") == "step"]
     tasks = [record["task"] for record in records if record.get("kind") == "task"]
     for name, found, whole in (("steps", steps, range(1, (last or max(steps, default=0)) + 1)), ("tasks", tasks, range(len(tasks)))):
-        if found and (wrong := differing(found, whole)):
+        if wrong := differing(found, whole):
             warn(f"{path} is damaged: {name} {wrong}")
     return records
 

@@ -20,6 +20,7 @@ from dist_vlcl.config import compose_config, load_config
 from dist_vlcl.dist.agree import DisagreementError
 from dist_vlcl.dist.collectives import Collectives
 from dist_vlcl.dist.world import ClusterConfig, World
+from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.paper import expand_paper
 from dist_vlcl.report.records import read_records, read_units, run_frame
 from dist_vlcl.run import checkpoint
@@ -313,6 +314,7 @@ def test_a_changed_digit_in_a_metric_is_left_out_with_a_warning(tmp_path):
     [
         (lambda lines: lines[:2] + lines[3:], "missing: 1"),
         (lambda lines: lines[:-2], "missing: "),
+        (lambda lines: [], "missing: "),
         (lambda lines: lines + lines[2:3], "doubled: 1"),
         (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], "in another order"),
     ],
@@ -364,6 +366,9 @@ def with_other(world: World, cfg, what: str) -> str:
     if world.rank == 1 and what == "pixels":
         pixels = experiment.transformed_sample
         experiment.transformed_sample = lambda size: pixels(size) + 1
+    if world.rank == 1 and what == "tokens":
+        tokens = TwoTowers.prompts
+        TwoTowers.prompts = lambda *arguments: tokens(*arguments) + 1
     try:
         experiment.Experiment.open(cfg, world)
     except DisagreementError as error:
@@ -372,9 +377,14 @@ def with_other(world: World, cfg, what: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("what", "named"), [("packages", "packages.pillow: ranks [1] differ"), ("pixels", "the model's inputs.image: ranks [1] differ")]
+    ("what", "named"),
+    [
+        ("packages", "packages.pillow: ranks [1] differ"),
+        ("pixels", "the model's inputs.image: ranks [1] differ"),
+        ("tokens", "the model's inputs.prompts: ranks [1] differ"),
+    ],
 )
-def test_a_rank_with_other_packages_or_pixels_is_named_before_training(tmp_path, what, named):
+def test_a_rank_with_other_packages_pixels_or_tokens_is_named_before_training(tmp_path, what, named):
     cfg = configured(tmp_path, f"model.name={architecture(3, 3)}", "model.pretrained=random")
     assert all(named in said for said in run_ranks(with_other, 2, cfg, what))
 
