@@ -70,11 +70,12 @@ def read_raw(data: DataConfig) -> RawSet:
     """
     found, classes = _READERS[data.reader_name](data)
     folders = {image.folder for image in found}
+    options = ("source", "class_names", "split_file")
+    given = ", ".join(f"data.{name}={getattr(data, name)!r}" for name in options if getattr(data, name) or name == "source")
     missing, unknown = [name for name in classes if name not in folders], sorted(folders - set(classes))
     if missing or unknown:
-        names = f", data.class_names={data.class_names!r}" if data.class_names else ""
         raise ValueError(
-            f"data.source={data.source!r}{names}: {len(missing)} of {len(classes)} classes have no images {missing[:5]}; "
+            f"{given}: {len(missing)} of {len(classes)} classes have no images {missing[:5]}; "
             f"{len(unknown)} folders are not classes {unknown[:5]}"
         )
     class_ids = {name: class_id for class_id, name in enumerate(classes)}
@@ -87,7 +88,7 @@ def read_raw(data: DataConfig) -> RawSet:
     for split in ("train", "test"):
         present = {sample.class_id for sample in samples if sample.split == split}
         if empty := [name for class_id, name in enumerate(classes.values()) if class_id not in present]:
-            raise ValueError(f"data.source={data.source!r}: {len(empty)} classes have no {split} images, such as {empty[0]!r}")
+            raise ValueError(f"{given}: {len(empty)} classes have no {split} images, such as {empty[0]!r}")
     return RawSet(list(classes.values()), samples)
 
 

@@ -392,6 +392,9 @@ def test_a_list_of_names_that_does_not_fit_the_folders_is_named(tmp_path):
 def test_a_damaged_split_file_is_named(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat/1.png").write_bytes(png(8, 1))
+    (tmp_path / "split.txt").write_text("train\ncat/1.png\ntest\n")
+    with pytest.raises(ValueError, match=r"data\.split_file=.*split\.txt': 1 classes have no test images"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path), split_file=str(tmp_path / "split.txt")))
     (tmp_path / "split.txt").write_bytes(b"train\n\xff")
     with pytest.raises(ValueError, match=r"data\.split_file.*split\.txt'.*codec"):
         read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path), split_file=str(tmp_path / "split.txt")))
