@@ -136,9 +136,11 @@ def read_steps(path: Path, form: Any, last: int | None = None) -> list[dict[str,
     return records
 
 
-def differing(found: Sequence[int], expected: Sequence[int]) -> str:
+def differing(found: Sequence[int], expected: range) -> str:
     """Return as text which expected numbers are missing, which occur twice, or that the order is another; "" if all is as expected."""
     counts = Counter(found)
-    kinds = {"missing": [k for k in expected if not counts[k]], "doubled": [k for k, n in counts.items() if n > 1]}
-    texts = [f"{kind}: {len(numbers)}, the first is {numbers[0]}" for kind, numbers in kinds.items() if numbers]
+    doubled = [number for number, count in counts.items() if count > 1]
+    missing = max(0, expected.stop - expected.start) - sum(number in expected for number in counts)
+    texts = [f"missing: {missing}, the first is {next(k for k in expected if k not in counts)}"] if missing else []
+    texts += [f"doubled: {len(doubled)}, the first is {doubled[0]}"] if doubled else []
     return "; ".join(texts) or ("in another order" if list(found) != list(expected) else "")

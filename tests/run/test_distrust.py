@@ -22,6 +22,7 @@ from dist_vlcl.dist.collectives import Collectives
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.paper import expand_paper
+from dist_vlcl.reading import seal, to_line
 from dist_vlcl.report.records import read_records, read_units, run_frame
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.folder import RunConfig, RunFolder, RunRefused
@@ -328,6 +329,12 @@ def test_a_hole_a_doubled_line_or_another_order_is_named_in_the_report(tmp_path,
     (run / name).write_text("".join(edit(lines)))
     with pytest.warns(RuntimeWarning, match=rf"{name} is damaged: steps {text}"):
         run_frame([run], report_command.realise)
+
+
+def test_a_step_of_a_trillion_in_a_hostile_file_costs_no_memory(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(to_line(seal({"kind": "step", "step": 1 << 70, "task": 0, "loss": 1.0})))
+    with pytest.warns(RuntimeWarning, match="steps missing: 1180591620717411303423, the first is 1"):
+        read_records(tmp_path)
 
 
 def with_header(path: Path, header: dict) -> None:
