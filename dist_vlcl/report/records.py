@@ -100,7 +100,7 @@ def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, 
             rows.append(_run_row(folder, realise))
         except FileNotFoundError:
             unreadable[folder.name] = "not a run folder: it has no config.yaml"
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             unreadable[folder.name] = f"could not read its files: {next(iter(str(error).splitlines()), '')}"
     return pd.DataFrame(rows), unreadable
 

@@ -331,10 +331,23 @@ def test_a_hole_a_doubled_line_or_another_order_is_named_in_the_report(tmp_path,
         run_frame([run], report_command.realise)
 
 
-def test_a_step_of_a_trillion_in_a_hostile_file_costs_no_memory(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(to_line(seal({"kind": "step", "step": 1 << 70, "task": 0, "loss": 1.0})))
-    with pytest.warns(RuntimeWarning, match="steps missing: 1180591620717411303423, the first is 1"):
-        read_records(tmp_path)
+def test_a_hostile_step_costs_no_memory_or_is_left_out(tmp_path):
+    for step, said in ((10**12, "steps missing: 999999999999, the first is 1"), (1 << 70, "1 damaged lines were left out")):
+        (tmp_path / "metrics.jsonl").write_text(to_line(seal({"kind": "step", "step": step, "task": 0, "loss": 1.0})))
+        with pytest.warns(RuntimeWarning, match=said):
+            read_records(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"epochs": 0}, {"epochs": "x"}, {"batch_size": None}])
+def test_a_configuration_with_impossible_numbers_costs_the_report_one_run(tmp_path, change):
+    runs = [write_run(tmp_path, f"run.name={name}", f"seed={k}", "data=cifar100", last=0.5, avg=0.5) for k, name in enumerate("ab")]
+    config = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump({**config, "train": {**config["train"], **change}}))
+    accuracy = json.loads((runs[1] / "accuracy.json").read_text())
+    del accuracy["config"], accuracy["crc"]
+    (runs[1] / "accuracy.json").write_text(json.dumps(accuracy))
+    frame, unreadable = run_frame(runs, report_command.realise)
+    assert list(frame.run) == ["a"] and "could not read its files" in unreadable["b"]
 
 
 def with_header(path: Path, header: dict) -> None:
