@@ -101,6 +101,16 @@ def test_a_value_that_is_not_allowed_names_the_file_that_holds_it(tmp_path):
         load_config(path)
 
 
+HUGE = {"cluster": ("threads", "timeout_s"), "data": ("num_workers", "timeout_s"), "adapter": ("experts", "bottleneck")}
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in HUGE.items() for name in names])
+def test_a_saved_configuration_cannot_ask_for_a_billion_of_anything(tmp_path, group, name):
+    path = saved_config(tmp_path, **{group: {name: 10**9}})
+    with pytest.raises(ValueError, match=rf"config\.yaml: {group}\.{name}=1000000000\S*: give a number of .* and at most"):
+        load_config(path)
+
+
 @pytest.mark.parametrize("text", ["data: {name: '${oc.env:SECRET}'}", "'${oc.env:SECRET}': 1", "data: {x: [1, '${seed}']}"])
 def test_no_interpolation_is_resolved(tmp_path, monkeypatch, text):
     monkeypatch.setenv("SECRET", "hush")
