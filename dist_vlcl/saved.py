@@ -39,6 +39,10 @@ TIMES = {"seconds": NUMBER, "data_seconds": NUMBER}
 STEP = {"step": int, "task": int, "loss": NUMBER, **TIMES, "peak_gib": NUMBER, "allocated_gib": NUMBER, "zo": (None, dict)}
 TASK = {"step": int, "task": int, **MEANS, "per_task": (None, [NUMBER]), "seen": NUMBER, "zero_shot": NUMBER}
 METRICS_FORM = {"kind": str, **STEP, **TASK}
+RUN_FORM = {  # what a report reads of config.yaml
+    **{"seed": int, "data": {"name": str}, "tasks": {"increment": int}, "adapter": dict, "train": dict},
+    **{"orders": {"branch": str, "order": str, "rest": str}, "zo": {"name": str, "transform": (None, str)}},
+}
 MOVE = {"group": str, "projected_gradient": dict, "coefficient": float}
 JOURNAL_FORM = {"step": int, "task": (None, int), "seed": (None, int), "lr": NUMBER, "moves": (None, [MOVE])}
 

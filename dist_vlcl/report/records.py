@@ -11,8 +11,9 @@ import pandas as pd
 import pyarrow
 
 from dist_vlcl.options import flatten
+from dist_vlcl.reading import fits
 from dist_vlcl.report.measures import MEASURES, measures_of
-from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM, read_accuracy, read_config, read_steps, read_unit_records
+from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM, RUN_FORM, read_accuracy, read_config, read_steps, read_unit_records
 
 TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
@@ -107,6 +108,8 @@ def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, 
 
 def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
     config = read_config(folder / "config.yaml")
+    if not fits(config, RUN_FORM):
+        raise ValueError(f"{folder}/config.yaml is damaged: its values have other types than dist_vlcl writes")
     accuracy = read_accuracy(folder, config)
     cell, reference = realise(config)
     units = read_units(folder).to_pandas()  # damaged records raise here, where one run is left out by name

@@ -348,11 +348,21 @@ def test_a_hostile_step_costs_no_memory_or_is_left_out(tmp_path):
             read_records(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"epochs": 0}, {"epochs": "x"}, {"batch_size": None}])
-def test_a_configuration_with_impossible_numbers_costs_the_report_one_run(tmp_path, change):
+@pytest.mark.parametrize(
+    ("group", "change"),
+    [
+        ("train", {"epochs": 0}),
+        ("train", {"batch_size": None}),
+        ("tasks", {"increment": "x"}),
+        ("tasks", {"increment": [1]}),
+        ("zo", {"name": {}}),
+        ("orders", {"branch": 5}),
+    ],
+)
+def test_a_configuration_with_impossible_values_costs_the_report_one_run(tmp_path, group, change):
     runs = [write_run(tmp_path, f"run.name={name}", f"seed={k}", "data=cifar100", last=0.5, avg=0.5) for k, name in enumerate("ab")]
     config = yaml.safe_load((runs[1] / "config.yaml").read_text())
-    (runs[1] / "config.yaml").write_text(yaml.safe_dump({**config, "train": {**config["train"], **change}}))
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump({**config, group: {**config[group], **change}}))
     accuracy = json.loads((runs[1] / "accuracy.json").read_text())
     del accuracy["config"], accuracy["crc"]
     (runs[1] / "accuracy.json").write_text(json.dumps(accuracy))
