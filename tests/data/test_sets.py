@@ -277,7 +277,7 @@ def test_a_compressed_tar_is_refused(tmp_path):
         ({"samples_per_shard": 0}, r"data\.samples_per_shard=0: give a number of at least 1"),
         ({"name": "a/b", "reader": "folder"}, r"data\.name='a/b': give a plain folder name"),
         ({"name": "", "reader": "folder"}, r"data\.name='': give a plain folder name"),
-        ({"num_workers": -1}, r"data\.num_workers=-1: give a number of at least 0, or null"),
+        ({"num_workers": -1}, r"data\.num_workers=-1: give a number of at least 0 and at most 256, or null"),
     ],
 )
 def test_impossible_options_are_refused(options, words):
