@@ -383,7 +383,8 @@ def judge(command: str, folder: Path, code: int | None, reference: Parts, path: 
         return "leak"
     if any("Traceback" in line for line in said) or code < 0:
         return "traceback"
-    names = {path.name, *NAMES.get(path.name, ()), *(path.parts[1:2] if path.parts[0] == "runs" else ())}
+    group = {"runs": path.parts[1:2], "data": ("other data",)}.get(path.parts[0], ())
+    names = {path.name, *NAMES.get(path.name, ()), *group}
     is_named = any(name in line for line in said if line not in reference["said"] for name in names)
     if code:
         return "clear error" if is_named else "unclear error"
