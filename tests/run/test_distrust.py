@@ -216,6 +216,13 @@ def test_a_checkpoint_of_other_data_or_another_configuration_is_refused_though_e
         checkpoint.load_newest(again.path, {**run.identity, "config": "c"})
 
 
+def test_a_run_is_refused_on_other_data_before_it_has_a_checkpoint(tmp_path):
+    open_run(tmp_path, data="one").close()
+    with pytest.raises(RunRefused, match=r"was started on other data \(digest was one, is two\)"):
+        open_run(tmp_path, data="two")
+    open_run(tmp_path, data="one").close()
+
+
 def test_a_copy_of_a_run_goes_on_under_its_own_name(tmp_path):
     run = open_run(tmp_path)
     checkpoint.save(run.path, 1, tensors(1), {}, identity=run.identity)
