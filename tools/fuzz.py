@@ -490,8 +490,9 @@ def try_input(number: int, cfg: Config, base: Path, references: dict[str, Parts]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     code, used = wait(start(command, cfg, folder, seconds), seconds)
     inside = path.relative_to(folder)
-    # The steps that a resume takes from the journal have no file in units/, so a missing one is no damage.
-    is_free = how in {mutator.__name__ for mutator in MENDED} or (how == "missing" and inside.parent.name == "units")
+    # A run may lack results, and records of the steps that a resume has taken from the journal: a missing file of these is no damage.
+    is_optional = inside.name == "accuracy.json" or inside.parent.name == "units"
+    is_free = how in {mutator.__name__ for mutator in MENDED} or (how == "missing" and is_optional)
     outcome = judge(command, folder, code, references[command], inside, lambda part: is_free or target.free(inside, part))
     outcome = "memory" if used > memory + MEMORY else outcome
     said = [line for line in said_by(folder) if line not in references[command]["said"]]
