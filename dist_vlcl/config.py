@@ -205,13 +205,14 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
         saved = OmegaConf.create(content)
         if not saved.adapter.get("kind"):
             schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
-        merged = OmegaConf.merge(schema, saved)
+        return from_hydra(OmegaConf.merge(schema, saved))
     except ConfigKeyError as error:
         raise ValueError(f"{path}: this version has no option {error.full_key}; use the version that saved the run") from error
     except (OmegaConfBaseException, AttributeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is damaged, or of another version of dist_vlcl, which can read it ({reason})") from error
-    return from_hydra(merged)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _custom_adapter(options: Any) -> DictConfig:

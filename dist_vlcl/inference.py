@@ -178,10 +178,12 @@ def _read_adapters(path: Path, task: int | None = None) -> tuple[dict[str, Tenso
     if is_file or (folder / ADAPTERS).exists():
         if task not in (None, len(tasks)):
             raise ValueError(f"task={task}: {folder} is an export, which has the state after task {len(tasks)} only")
+        if not is_file or path.name == ADAPTERS:
+            return _adapters_in(checkpoint.read_tensors(folder / ADAPTERS)[0]), tasks
         try:
-            return _adapters_in(tensors_from_bytes(read_file(path if is_file else folder / ADAPTERS))), tasks
+            return _adapters_in(tensors_from_bytes(read_file(path))), tasks
         except SafetensorError as error:
-            raise ValueError(f"{path if is_file else folder / ADAPTERS} is damaged ({error}); export the run again") from error
+            raise ValueError(f"{path} is damaged ({error})") from error
     match = checkpoint.NAME.fullmatch(path.name)
     saved = checkpoint.load(folder, int(match[1])) if match else _checkpoint_after(folder, task)
     state = TrainState.from_dict(saved.state)

@@ -245,6 +245,8 @@ def _expand_tuned(path: Path) -> Iterator[str]:
         content = read_config(path)
         if outside := leads_out(content):
             raise ValueError(f"it names code, commands, addresses or files; give these yourself: {' '.join(outside)}")
+        if odd := [key for key in flatten(content) if not re.fullmatch(r"zo(\.\w+)+", key)]:  # Hydra's own options can run code
+            raise ValueError(f"it sets {odd[0]!r}, and only zo.NAME is allowed")
     except (OSError, ValueError) as error:
         raise ValueError(f"tuned={str(path)!r}: could not read it ({error}); give a tuned.yaml that dist-vlcl tune has written") from None
     yield from (f"{key}={'null' if value is None else value}" for key, value in flatten(content).items())

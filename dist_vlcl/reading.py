@@ -34,7 +34,7 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
 def fits(value: Any, form: Any) -> bool:
     """Whether a value has a form: a type; `[form]` of every item; `{key: form}`, with other keys allowed; or a tuple of alternatives.
 
-    A key that is missing counts as None. A float may be a whole number; a bool is no number.
+    A key that is missing counts as None. A float may be a whole number; a bool is no number. A whole number has 64 bits.
     """
     if isinstance(form, tuple):
         return any(fits(value, one) for one in form)
@@ -42,6 +42,8 @@ def fits(value: Any, form: Any) -> bool:
         return isinstance(value, list) and all(fits(item, form[0]) for item in value)
     if isinstance(form, dict):
         return isinstance(value, dict) and all(fits(value.get(key), one) for key, one in form.items())
+    if type(value) is int and not -(1 << 63) <= value < 1 << 63:  # pandas and torch take no other
+        return False
     return value is None if form is None else type(value) in ((int, float) if form is float else (form,))
 
 

@@ -6,6 +6,7 @@ Nothing in a configuration is resolved or imported here. What leads out of it co
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from dist_vlcl.options import flatten
-from dist_vlcl.reading import read_file, read_json
+from dist_vlcl.reading import read_file, read_json, read_lines, warn
 
 MAY_CHANGE = (  # patterns of the options that a resume may change, because they do not affect the result
     *("run.*", "cluster.*", "eval.batch_size", "model.graphs", "train.check_every_steps", "train.max_skips"),
@@ -24,6 +25,7 @@ PLACES = (  # options that name files and addresses
     *(f"data.{key}" for key in ("root", "url", "source", "test_source", "split_file", "class_names")),
     *("model.name", "model.pretrained", "adapter.init"),
 )
+OUTSIDE = r"^/|:|(^|/)\.\.(/|$)"  # an absolute path, an address, or a path that leads up
 OURS = {"zo.estimator": "finite_difference", "adapter.kind": None, "data.allow_pipe": False}  # other values run the user's code
 MAX_CONFIG_BYTES = 1 << 20
 UNITS = {"step": "int64", "task": "int32", "branch": "string", "layer": "int32", "order": "string", "gradient_variance": "float"}
@@ -37,6 +39,10 @@ TIMES = {"seconds": NUMBER, "data_seconds": NUMBER}
 STEP = {"step": int, "task": int, "loss": NUMBER, **TIMES, "peak_gib": NUMBER, "allocated_gib": NUMBER, "zo": (None, dict)}
 TASK = {"step": int, "task": int, **MEANS, "per_task": (None, [NUMBER])} | dict.fromkeys(("seen", "zero_shot", "transfer"), NUMBER)
 METRICS_FORM = {"kind": str, **STEP, **TASK}
+RUN_FORM = {  # what a report reads of config.yaml
+    **{"seed": int, "data": {"name": str}, "tasks": {"increment": int}, "adapter": dict, "train": dict},
+    **{"orders": {"branch": str, "order": str, "rest": str}, "zo": {"name": str, "transform": (None, str)}},
+}
 MOVE = {"group": str, "projected_gradient": dict, "coefficient": float}
 JOURNAL_FORM = {"step": int, "task": (None, int), "seed": (None, int), "lr": NUMBER, "moves": (None, [MOVE])}
 
@@ -80,9 +86,13 @@ def leads_out(config: Mapping[str, Any], places: Sequence[str] = PLACES) -> list
     options = flatten(config)
     found = [key for key, ours in OURS.items() if options.get(key, ours) not in (ours, None)]
     texts = {key: str(options[key]) for key in places if options.get(key)}
-    outside = {"model.pretrained": r"[./:]"}  # a tag of open_clip has none of these
-    found += [key for key, text in texts.items() if re.search(outside.get(key, r"^/|:|(^|/)\.\.(/|$)"), text)]
+    found += [key for key, text in texts.items() if (_is_a_file(text) if key == "model.pretrained" else re.search(OUTSIDE, text))]
     return [f"{key}={options[key]}" for key in found]
+
+
+def _is_a_file(weights: str) -> bool:
+    """Whether open_clip may take this for a file of weights and not for one of its tags."""
+    return bool(re.search(r"[./:]", weights)) or Path(weights).exists()
 
 
 def read_accuracy(folder: Path, config: Mapping[str, Any] | None = None, run: str | None = None) -> dict[str, Any]:
@@ -114,3 +124,27 @@ def read_unit_records(path: Path) -> Any:
     if not table.num_rows or {name: types.get(name) for name in UNITS} != UNITS:
         raise ValueError(f"{path} is damaged: it lacks rows or columns")
     return table
+
+
+def read_steps(path: Path, form: Any, last: int | None = None) -> list[dict[str, Any]]:
+    """Return the records of metrics.jsonl or journal.jsonl. Warns of damaged lines, and of steps and tasks that are missing or doubled.
+
+    last: the last step that the run has taken; None if it is not known.
+    """
+    records = read_lines(path, form)
+    steps = [record["step"] for record in records if record.get("kind", "step") == "step"]
+    tasks = [record["task"] for record in records if record.get("kind") == "task"]
+    for name, found, whole in (("steps", steps, range(1, (last or max(steps, default=0)) + 1)), ("tasks", tasks, range(len(tasks)))):
+        if wrong := differing(found, whole):
+            warn(f"{path} is damaged: {name} {wrong}")
+    return records
+
+
+def differing(found: Sequence[int], expected: range) -> str:
+    """Return as text which expected numbers are missing, which occur twice, or that the order is another; "" if all is as expected."""
+    counts = Counter(found)
+    doubled = [number for number, count in counts.items() if count > 1]
+    missing = max(0, expected.stop - expected.start) - sum(number in expected for number in counts)
+    texts = [f"missing: {missing}, the first is {next(k for k in expected if k not in counts)}"] if missing else []
+    texts += [f"doubled: {len(doubled)}, the first is {doubled[0]}"] if doubled else []
+    return "; ".join(texts) or ("in another order" if list(found) != list(expected) else "")

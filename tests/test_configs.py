@@ -187,7 +187,7 @@ BAD = {
     "eval.holdout=1": "eval.holdout=1.0: give a number of at least 0 and less than 1",
     "cluster.device=tpu": "cluster.device='tpu': choose from auto, cpu, cuda",
     "cluster.timeout_s=0": "cluster.timeout_s=0.0: give a number of more than 0",
-    "cluster.threads=0": "cluster.threads=0: give a number of at least 1, or null",
+    "cluster.threads=0": "cluster.threads=0: give a number of at least 1 and at most 1024, or null",
     "cluster.direction_groups=0": "cluster.direction_groups=0: give a number of at least 1",
     "cluster.direction_groups=2 data.on_error=skip": "data.on_error=skip: not with cluster.direction_groups",
     "data.reader=mnist": "data.reader='mnist': choose from",

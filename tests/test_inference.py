@@ -158,6 +158,11 @@ def test_an_export_is_loaded_without_the_run(runs, digits, tmp_path, monkeypatch
     exported, original = dist_vlcl.load(tmp_path / "out"), dist_vlcl.load(runs["moe"])
     assert exported.class_names == original.class_names
     assert torch.equal(exported.classify(digits[0][:9])[1], original.classify(digits[0][:9])[1])
+    weights = bytearray((tmp_path / "out/adapters.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (tmp_path / "out/adapters.safetensors").write_bytes(weights)
+    with pytest.raises(RuntimeError, match=r"adapters\.safetensors: its content differs from its SHA-256"):
+        dist_vlcl.load(tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     accuracy = json.loads((runs["moe"] / "accuracy.json").read_text())
     assert f"Last {100 * accuracy['last']:.2f}" in card and "handwritten digit five" in card

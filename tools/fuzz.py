@@ -1,197 +1,282 @@
 """Damage the files that the program reads, run the command that reads them, and sort the outcomes: `python tools/fuzz.py --inputs 2000`.
 
+    unchanged         the result is that of the undamaged file
     clear error       the command ends with a message that names what is wrong
-    recovered         the command says what it left out, and goes on
-    no effect         the result is that of the undamaged file
-    traceback         an error that the program did not expect
-    hang              no end within --seconds
+    unclear error     the message does not name the damaged file
+    recovered         the command names the file that it left out, and goes on; a resume then ends with the same parameters and counts
+    other content     the file is valid and says something else: its checksum was mended, or its format has none (JPEG, a list of names)
+    traceback         an error that the program did not expect, or a crash
+    hang              no end within --seconds, of the clock or of the CPU
+    memory            more than 1 GiB above the start
+    leak              a secret, a foreign file or an escape code in what was printed, or a command that ran
     silently wrong    another result, and not a word
 
-Every input is a function of its seed: `--first 17 --inputs 1 --keep DIR` repeats number 17 and leaves its files. Exit status 1 if one
-of the last three occurs. Each input runs in a fork of this process, which has imported everything.
+Every input is a function of its number and of the undamaged files, which stay in --folder. A second call there goes on where the first one
+stopped. `--first 17 --inputs 1 --keep --folder F` repeats number 17 and leaves its files in F/input-17. Exit status 1 if one of the
+bad ones occurs. Each input runs in a fork of this process, which has imported everything.
 """
 
 import argparse
+import dataclasses
 import hashlib
+import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the tiny CLIP of the tests
 
+import numpy as np
 import safetensors
 import torch
+from PIL import Image
 
 from dist_vlcl import train
-from dist_vlcl.commands import evaluate, replay, report, verify
+from dist_vlcl.commands import evaluate, export, predict, replay, report, verify
 from dist_vlcl.config import Config, compose_config
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.shards import make_shards
+from dist_vlcl.data.shards import Index, decode, make_shards, read_shard, write_shards
+from dist_vlcl.report.records import read_units
+from dist_vlcl.saved import read_config
 from dist_vlcl.step import HybridStep
-from tests.helpers import warm  # noqa: F401
+from tests.helpers import mutate, warm  # noqa: F401
+from tests.helpers.shards import png, raw_set
 from tests.helpers.tiny_clip import architecture
 
-OPTIONS = [
-    f"model.name={architecture(2, 2)}",
-    "model.pretrained=random",
-    "tasks.num_tasks=2",
-    "train.batch_size=72",
-    "train.warmup_steps=1",
-]
-OPTIONS += ["orders=dual_all", "run.trackers=[]", "run.progress=false", "run.plots=false", "run.save_every_steps=2", "eval.zero_shot=false"]
-BAD = ("traceback", "hang", "silently wrong")
-KINDS = [None, True, -1, 10**9, 1e300, "", "x", "![x](/etc/passwd)", "\x1b[2J", "${oc.env:HOME}", "../../x", [], [[]], {}, {"a": None}]
+OPTIONS = ["data=folder", "data.name=tiny", f"model.name={architecture(2, 2)}", "model.pretrained=random", "orders=dual_all"]
+OPTIONS += ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=6", "train.warmup_steps=1", "eval.zero_shot=false"]
+OPTIONS += ["run.trackers=[]", "run.progress=false", "run.plots=false", "run.save_every_steps=2"]
+STOP_AT = 8  # the step in which runs/stopped ends: in the second task, one step after a checkpoint
+BAD = ("unclear error", "traceback", "hang", "memory", "leak", "silently wrong")
 TIMES = ("time", "seconds", "data_seconds", "images_per_second", "crc", "name")
+CANARY = "canary-5f1e9c"  # the value of an environment variable that hostile files ask for
+LEAKS = (CANARY.encode(), b"root:x:", b"\x1b[", b"\x1b]")
+MEMORY, ADDRESSES = 1 << 30, 6 << 30  # bytes above the start: allowed; refused by the system
+NAMES = {  # files that a command line names, and what a message may name in their place
+    "tuned.yaml": ("zo.",),
+    "split.txt": ("split_file",),
+    "names.json": ("class_names",),
+}
+Parts = dict[str, Any]  # of a result, each comparable
+
+# Commands: each runs in a folder that holds runs/done, runs/stopped, runs/other, export/, data/ and source/, and returns its result
 
 
-# Commands: each runs in a folder that holds runs/done, runs/stopped, runs/other, data/ and source/
+def by_words(main: Callable[[], None], *words: str) -> None:
+    sys.argv = list(words)
+    main()
 
 
-def resume(cfg: Config) -> None:
+def printed(_: Config) -> Parts:
+    sys.stdout.flush()
+    return {"printed": Path("stdout").read_text()}
+
+
+def resume(cfg: Config) -> Parts:
     train.run_and_report(cfg)
+    run = Path("runs/stopped")
+    newest = max((run / "checkpoints").glob("step-*.safetensors"))
+    with safetensors.safe_open(newest, framework="pt") as file:
+        tensors = b"".join(file.get_tensor(name).numpy().tobytes() for name in sorted(file.keys()))
+    accuracy = json.loads((run / "accuracy.json").read_text())
+    logs = {name: (run / name).read_text().splitlines() for name in ("metrics.jsonl", "journal.jsonl")}
+    kept = {name: [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines] for name, lines in logs.items()}
+    try:
+        units = str(read_units(run).to_pydict())
+    except ValueError as error:  # a resume leaves older records unread; whoever reads them is told
+        units = print(error, file=sys.stderr)
+    counts = {key: accuracy.get(key) for key in ("rows", "last", "avg", "forgetting", "steps", "complete")}
+    return {"tensors": [newest.name, digest(tensors)], "accuracy": counts, "units": units, **kept}
 
 
-def by_words(main: Callable[[], None], *words: str) -> Callable[[Config], None]:
-    def run(_: Config) -> None:
-        sys.argv = list(words)
-        main()
+def evaluate_run(cfg: Config) -> Parts:
+    by_words(evaluate.main, "evaluate", "runs/done", "--json")
+    return printed(cfg)
+
+
+def evaluate_elsewhere(cfg: Config) -> Parts:
+    by_words(evaluate.main, "evaluate", "runs/done", "--data", "data/tiny", "--json")
+    return printed(cfg)
+
+
+def replay_run(cfg: Config) -> Parts:
+    by_words(replay.main, "replay", "runs/done", "--output", "replayed")
+    return {**printed(cfg), "tensors": digest(Path("replayed").read_bytes())}
+
+
+def report_runs(_: Config) -> Parts:
+    by_words(report.main, "report", "runs/done", "runs/other")
+    parts: Parts = {path.name: path.read_text() for path in sorted(Path("report").rglob("*.*")) if path.suffix in (".csv", ".md")}
+    return {**parts, "other": [line for line in parts["runs.csv"].splitlines() if line.startswith("other,")]}
+
+
+def export_run(_: Config) -> Parts:
+    by_words(export.main, "export", "runs/done", "--out", "exported")
+    return {path.name: digest(path.read_bytes()) for path in sorted(Path("exported").iterdir())}
+
+
+def predict_image(cfg: Config) -> Parts:
+    by_words(predict.main, "predict", "export", "image.png", "--json")
+    return printed(cfg)
+
+
+def verify_shards(cfg: Config) -> Parts:
+    verify.run(cfg)
+    return content_of(Index.load("data/tiny"))
+
+
+def build(*options: str) -> Callable[[Config], Parts]:
+    def run(_: Config) -> Parts:
+        words = ["data=folder", "data.name=built", "data.test_fraction=0.5", "data.encoding=pixels", "data.root=.", *options]
+        return content_of(make_shards(compose_config(words).data))
 
     return run
 
 
-def build(_: Config) -> None:
-    for name, source in (("pictures", "source/pictures"), ("archive", "source/pictures.tar")):
-        options = {"class_names": "source/names.json"} if name == "pictures" else {}
-        index = make_shards(DataConfig(name=name, reader="folder", source=source, root="built", test_fraction=0.5, **options))
-        print(
-            name, index.class_names, index.sizes("train", range(len(index.class_names))), index.sizes("test", range(len(index.class_names)))
-        )
+def tuned(_: Config) -> Parts:
+    return {"zo": str(compose_config(["tuned=tuned.yaml"]).zo)}
 
 
-COMMANDS: dict[str, Callable[[Config], None]] = {
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def content_of(index: Index) -> Parts:
+    """Return the names of the classes, and the pixels of every image under its label and key."""
+    parts: Parts = {"names": index.class_names}
+    for split, classes in index.shards.items():
+        for class_id, shards in enumerate(classes):
+            for shard in shards:
+                for key, image in read_shard(index, shard):
+                    parts[f"{split} {class_id} {key}"] = digest(decode(image, key).tobytes())
+    return parts
+
+
+COMMANDS: dict[str, Callable[[Config], Parts]] = {
     "resume": resume,
-    "evaluate": by_words(evaluate.main, "evaluate", "runs/done"),
-    "replay": by_words(replay.main, "replay", "runs/done"),
-    "report": by_words(report.main, "report", "runs/done", "runs/other"),
-    "verify": lambda cfg: verify.run(cfg),
-    "build": build,
+    "evaluate": evaluate_run,
+    "evaluate --data": evaluate_elsewhere,
+    "replay": replay_run,
+    "report": report_runs,
+    "export": export_run,
+    "predict": predict_image,
+    "verify": verify_shards,
+    "build a folder": build("data.source=source/pictures"),
+    "build with names": build("data.source=source/pictures", "data.class_names=source/names.json"),
+    "build with a split": build("data.source=source/pictures", "data.split_file=source/split.txt"),
+    "build and skip": build("data.source=source/pictures", "data.on_error=skip"),
+    "build a tar": build("data.source=source/pictures.tar"),
+    "build a zip": build("data.source=source/pictures.zip"),
+    "tuned": tuned,
 }
-TARGETS: dict[str, list[str]] = {  # file -> the commands that read it
-    "runs/stopped/config.yaml": ["resume"],
-    "runs/stopped/env.json": ["resume"],
-    "runs/stopped/metrics.jsonl": ["resume"],
-    "runs/stopped/journal.jsonl": ["resume"],
-    "runs/stopped/accuracy.json": ["resume"],
-    "runs/stopped/trackers.json": ["resume"],
-    "runs/stopped/units/*": ["resume"],
-    "runs/stopped/checkpoints/*": ["resume"],
-    "runs/done/config.yaml": ["report", "evaluate", "replay"],
-    "runs/done/accuracy.json": ["report"],
-    "runs/done/metrics.jsonl": ["report"],
-    "runs/done/journal.jsonl": ["replay"],
-    "runs/done/units/*": ["report"],
-    "runs/done/checkpoints/*": ["evaluate", "replay"],
-    "data/digits/index.json": ["evaluate", "verify"],
-    "data/digits/test/0001-*": ["evaluate", "verify"],
-    "source/pictures/*/*.png": ["build"],
-    "source/pictures.tar": ["build"],
-    "source/names.json": ["build"],
-}
-DATA = ("data", "source")  # --only run leaves these targets out
+STRICT = {"resume": ("tensors", "accuracy"), "report": ("other",)}  # what no damage of one file may change, warned or not
 
 
 # Damage
 
 
-def flip(data: bytearray, draw: random.Random) -> bytes:
-    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    return data
+@dataclass(frozen=True)
+class Target:
+    """Files that commands read, and how they are damaged."""
+
+    files: str
+    commands: tuple[str, ...]
+    mutators: tuple[mutate.Mutator, ...]
+    free: Callable[[Path, str], bool] = lambda path, part: False  # whether no checksum protects a part of the result
 
 
-def cut(data: bytearray, draw: random.Random) -> bytes:
-    return data[: draw.randrange(len(data))]
+def shard_and_index(content: bytes, draw: random.Random) -> bytes:
+    """Mutate a shard. `damage` mends the index."""
+    return draw.choice((mutate.tar_header_mutated, mutate.mutated))(content, draw)
 
 
-def drop(data: bytearray, draw: random.Random) -> bytes:
-    start = draw.randrange(len(data))
-    del data[start : start + draw.choice((1, 7, 512, 4096))]
-    return data
+def index_without_digest(content: bytes, draw: random.Random) -> bytes:
+    return mutate.json_text_mutated(json.dumps({k: v for k, v in json.loads(content).items() if k != "digest"}).encode(), draw)
 
 
-def insert(data: bytearray, draw: random.Random) -> bytes:
-    start = draw.randrange(len(data))
-    data[start:start] = draw.choice((draw.randbytes(8), b"\0" * 512, data[start : start + 200]))
-    return data
+def png_header_mutated(content: bytes, draw: random.Random) -> bytes:
+    """Change size, depth or colour type of a PNG and mend the checksum: a decompression bomb, for example."""
+    import zlib
+
+    header = bytearray(content[12:29])
+    place = draw.randrange(4, 17)
+    header[place] = draw.choice((0, 1, 2, 3, 4, 6, 8, 16, 0x7F, 0xFF))
+    return content[:12] + bytes(header) + zlib.crc32(header).to_bytes(4, "big") + content[33:]
 
 
-def digit(data: bytearray, draw: random.Random) -> bytes:
-    if places := [k for k, byte in enumerate(data) if chr(byte).isdigit()]:
-        data[draw.choice(places)] = ord(draw.choice("0123456789"))
-    return data
+MENDED = (mutate.tar_header_mutated, mutate.resealed, shard_and_index, index_without_digest, png_header_mutated)
+BYTES, TEXT = (mutate.mutated,), (mutate.text_mutated, mutate.mutated)
+YAML = (mutate.yaml_mutated, mutate.yaml_mutated, *TEXT)
+SEALED = (mutate.json_text_mutated, mutate.json_text_mutated, mutate.resealed, *TEXT)
+LINES = (mutate.json_line_mutated, mutate.line_moved, mutate.resealed, *TEXT)
 
 
-def lines(data: bytearray, draw: random.Random) -> bytes:
-    parts = bytes(data).splitlines(keepends=True)
-    one, other = draw.randrange(len(parts)), draw.randrange(len(parts))
-    how = draw.randrange(3)
-    if how == 0:
-        del parts[one]
-    elif how == 1:
-        parts.insert(other, parts[one])
-    else:
-        parts[one], parts[other] = parts[other], parts[one]
-    return b"".join(parts)
+def anything(_: Path, __: str) -> bool:
+    return True
 
 
-def kind(data: bytearray, draw: random.Random) -> bytes:
-    """Replace one value of a JSON text or YAML file by one of another kind."""
-    number, parts = 0, bytes(data).splitlines() or [b""]
-    is_lines = len(parts) > 1 and parts[0].startswith(b"{") and parts[0].endswith(b"}")
-    number = draw.randrange(len(parts)) if is_lines else 0
-    try:
-        content = json.loads(parts[number] if is_lines else bytes(data))
-    except ValueError:
-        place = draw.randrange(len(parts))
-        key = parts[place].partition(b":")[0]
-        parts[place] = key + b": " + json.dumps(draw.choice(KINDS)).encode()
-        return b"\n".join(parts) + b"\n"
-    places: list[tuple] = []
-
-    def walk(node: object) -> None:
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-            places.append((node, key))
-            walk(value)
-
-    walk(content)
-    if places:
-        node, key = draw.choice(places)
-        node[key] = draw.choice(KINDS)
-    text = json.dumps(content if places else draw.choice(KINDS)).encode()
-    return b"\n".join([*parts[:number], text, *parts[number + 1 :]]) + b"\n" if is_lines else text
+def names_only(_: Path, part: str) -> bool:
+    return part == "names"
 
 
-def garbage(_: bytearray, draw: random.Random) -> bytes:
-    return draw.choice((b"", draw.randbytes(300), b"[" * 5000, b"null", b"[]", b"{}", b"9" * 9000, b"\x1b]0;x\x07"))
+def own_pixels(path: Path, part: str) -> bool:
+    """A JPEG or WebP has no checksum: its pixels may change, and nothing else."""
+    return path.suffix != ".png" and part.endswith(f" {path.parent.name}/{path.stem}")
 
 
-BYTES: list[tuple[Callable[[bytearray, random.Random], bytes], int]] = [
-    *((flip, 6), (cut, 2), (drop, 3), (insert, 3), (digit, 4), (lines, 3), (kind, 5), (garbage, 1))
-]
+TARGETS = (
+    Target("runs/stopped/config.yaml", ("resume",), YAML),
+    Target("runs/stopped/env.json", ("resume",), SEALED),
+    Target("runs/stopped/metrics.jsonl", ("resume",), LINES),
+    Target("runs/stopped/journal.jsonl", ("resume",), LINES),
+    Target("runs/stopped/accuracy.json", ("resume",), SEALED),
+    Target("runs/stopped/trackers.json", ("resume",), SEALED),
+    Target("runs/stopped/classes.json", ("resume",), SEALED),
+    Target("runs/stopped/units/*", ("resume",), BYTES),
+    Target("runs/stopped/checkpoints/*", ("resume",), BYTES),
+    Target("runs/done/config.yaml", ("report", "evaluate", "replay", "export"), YAML),
+    Target("runs/done/accuracy.json", ("report", "export"), SEALED),
+    Target("runs/done/metrics.jsonl", ("report",), LINES),
+    Target("runs/done/journal.jsonl", ("report", "replay"), LINES),
+    Target("runs/done/units/*", ("report",), BYTES),
+    Target("runs/done/checkpoints/*", ("evaluate", "replay", "export"), BYTES),
+    Target("runs/done/classes.json", ("evaluate", "export"), SEALED, anything),
+    Target("export/config.yaml", ("predict",), YAML, anything),
+    Target("export/classes.json", ("predict",), SEALED, anything),
+    Target("export/adapters.safetensors", ("predict",), BYTES),
+    Target("tuned.yaml", ("tuned",), YAML, anything),
+    Target("image.png", ("predict",), (*BYTES, png_header_mutated)),
+    Target("data/tiny/index.json", ("evaluate", "evaluate --data", "verify", "resume"), (mutate.json_text_mutated, *TEXT)),
+    Target("data/tiny/index.json", ("evaluate", "evaluate --data", "verify"), (index_without_digest,)),
+    Target("data/tiny/*/0001-*", ("evaluate", "evaluate --data", "verify", "resume"), (*BYTES, mutate.tar_header_mutated)),
+    Target("data/tiny/*/0001-*", ("evaluate", "evaluate --data", "verify"), (shard_and_index,)),
+    Target("source/pictures/*/*", ("build a folder", "build and skip"), BYTES, own_pixels),
+    Target("source/pictures/*/*.png", ("build a folder", "build and skip"), (png_header_mutated,)),
+    Target("source/pictures.tar", ("build a tar",), (*BYTES, mutate.tar_header_mutated)),
+    Target("source/pictures.zip", ("build a zip",), BYTES),
+    Target("source/names.json", ("build with names",), (mutate.json_text_mutated, *TEXT), names_only),
+    Target("source/split.txt", ("build with a split",), TEXT, anything),
+)
 
 
-def damage(path: Path, draw: random.Random) -> str:
+def damage(path: Path, mutators: tuple[mutate.Mutator, ...], draw: random.Random) -> str:
     """Damage a file in place; return how."""
-    whole = path.read_bytes()
-    if draw.random() < 0.04:  # another kind of file
+    if draw.random() < 0.03 and path.name not in NAMES:  # another kind of file; a user may name a link or a pipe
         how = draw.choice(("missing", "folder", "pipe", "link"))
         path.unlink()
         if how == "folder":
@@ -201,57 +286,57 @@ def damage(path: Path, draw: random.Random) -> str:
         elif how == "link":
             path.symlink_to("/etc/passwd")
         return how
-    how = draw.choices([act for act, _ in BYTES], [weight for _, weight in BYTES])[0]
-    path.write_bytes(how(bytearray(whole), draw) if whole else draw.randbytes(5))
+    how = draw.choice(mutators)
+    content = how(path.read_bytes(), draw)
+    path.write_bytes(content)
+    if how is shard_and_index:
+        mend_index(path, content)
     return how.__name__
+
+
+def mend_index(path: Path, content: bytes) -> None:
+    """Write size and digest of a shard into its index."""
+    folder = path.parents[1]
+    index = json.loads((folder / "index.json").read_text())
+    del index["digest"]
+    for entry in (entry for split in index["shards"].values() for of_class in split for entry in of_class):
+        if folder / entry["path"] == path:
+            entry |= {"bytes": len(content), "sha256": digest(content)}
+    (folder / "index.json").write_text(json.dumps(index))
+
+
+def case(number: int) -> tuple[random.Random, Target, str]:
+    """Return the generator, the target and the command of an input."""
+    draw = random.Random(number)
+    target = draw.choice(TARGETS)
+    return draw, target, draw.choice(target.commands)
 
 
 # What a command has done
 
 
-def result_of(command: str, folder: Path) -> object:
-    """Return what a user takes from a command: its numbers, without times."""
-    if command == "resume":
-        run, newest = folder / "runs/stopped", ""
-        for path in sorted((run / "checkpoints").glob("step-*.safetensors"))[-1:]:
-            with safetensors.safe_open(path, framework="pt") as file:
-                newest = hashlib.sha256(b"".join(file.get_tensor(k).numpy().tobytes() for k in sorted(file.keys()))).hexdigest()
-        texts = [(run / name).read_text().splitlines() for name in ("metrics.jsonl", "journal.jsonl")]
-        logs = [[{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text] for text in texts]
-        return newest, json.loads((run / "accuracy.json").read_text())["rows"], logs
-    if command == "report":
-        return {path.name: path.read_text() for path in sorted((folder / "report").rglob("*.*")) if path.suffix in (".csv", ".md")}
-    return (folder / "stdout").read_text()
-
-
-def warned(command: str, folder: Path) -> bool:
-    said = (folder / "stderr").read_text(errors="replace") + (folder / "stdout").read_text(errors="replace")
-    if command == "report":
-        said += (
-            (folder / "report/report.md")
-            .read_text()
-            .replace("could not read", "warning: could not read")
-            .replace("not complete", "warning")
-        )
-    return "warning" in said.lower()
-
-
-def run(command: str, cfg: Config, folder: Path) -> int:
-    """Start a command in a fork; return its process id."""
+def start(command: str, cfg: Config, folder: Path, seconds: float) -> int:
+    """Start a command in a fork; return its process id. The fork writes result.json after a success."""
     pid = os.fork()
     if pid:
         return pid
     code = 1
     try:
+        os.setpgid(0, 0)
         os.chdir(folder)
+        os.environ["CANARY"] = CANARY
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESSES, size + ADDRESSES))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        COMMANDS[command](cfg)
+        result = COMMANDS[command](cfg)
+        Path("result.json").write_text(json.dumps(result, default=str))
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        code = end.code if isinstance(end.code, int) else 1
     except (OSError, ValueError, RuntimeError) as error:
-        if command == "build":  # its command line turns these into one line
+        if command.startswith(("build", "tuned")):  # their command line turns these into one line
             print(f"error: {error}", file=sys.stderr)
             code = 2
         else:
@@ -264,146 +349,206 @@ def run(command: str, cfg: Config, folder: Path) -> int:
         os._exit(code)
 
 
-def judge(command: str, folder: Path, code: int | None, reference: object) -> str:
+def wait(pid: int, seconds: float) -> tuple[int | None, int]:
+    """Return the exit code of a process, None if it had to be killed, and the most memory that it had, in bytes."""
+    deadline, killed = time.monotonic() + seconds, False
+    while True:
+        ended, status, used = os.wait4(pid, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return None if killed or code == -signal.SIGXCPU else code, used.ru_maxrss * 1024
+        if time.monotonic() > deadline and not killed:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            killed = True
+        time.sleep(0.005)
+
+
+def said_by(folder: Path) -> list[str]:
+    texts = [folder / name for name in ("stdout", "stderr", "report/report.md")]
+    return [line for path in texts if path.exists() for line in path.read_text(errors="replace").splitlines()]
+
+
+def leaks(folder: Path) -> bool:
+    texts = [folder / name for name in ("stdout", "stderr", "report/report.md", "report/report.html")]
+    return (folder / "hacked").exists() or any(leak in path.read_bytes() for path in texts if path.exists() for leak in LEAKS)
+
+
+def judge(command: str, folder: Path, code: int | None, reference: Parts, path: Path, is_free: Callable[[str], bool]) -> str:
+    """Return the outcome of a command that read a damaged file. `is_free`: whether a part of the result may differ in silence."""
     if code is None:
         return "hang"
-    said = (folder / "stderr").read_text(errors="replace")
-    if "Traceback" in said or code < 0 or (code and "rror" not in said and "DIFFERENT" not in said):
+    said = said_by(folder)
+    if leaks(folder):
+        return "leak"
+    if any("Traceback" in line for line in said) or code < 0:
         return "traceback"
+    group = {"runs": path.parts[1:2], "data": ("other data",)}.get(path.parts[0], ())
+    names = {path.name, *NAMES.get(path.name, ()), *group}
+    is_named = any(name in line for line in said if line not in reference["said"] for name in names)
     if code:
-        return "clear error"
-    try:
-        if result_of(command, folder) == reference:
-            return "no effect"
-    except Exception as error:
-        return f"silently wrong ({type(error).__name__})"[:14] if not warned(command, folder) else "recovered"
-    return "recovered" if warned(command, folder) else "silently wrong"
-
-
-def wait(pid: int, seconds: float) -> int | None:
-    """Return the exit code of a process, or None after killing one that does not end."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+        return "clear error" if is_named else "unclear error"
+    result = json.loads((folder / "result.json").read_text())
+    different = [part for part in (reference.keys() | result.keys()) - {"said"} if result.get(part) != reference.get(part)]
+    if not different:
+        return "unchanged"
+    if is_named and not set(different) & set(STRICT.get(command, ())):
+        return "recovered"
+    return "other content" if all(map(is_free, different)) else "silently wrong"
 
 
 # The undamaged files
 
 
-def write_base(cfg: Config) -> None:
-    """Write runs/done, runs/other, runs/stopped with steps after its checkpoint, the shards and raw images; in the working directory."""
-    import dataclasses
-    import tarfile
+def write_sources() -> None:
+    """Write the same images as a folder with every format, a tar of PNGs and a zip, with a list of names and a split."""
+    for class_id in range(3):
+        for number in range(4):
+            image = Image.open(io.BytesIO(png(8, class_id, number)))
+            path = Path(f"source/pictures/class{class_id}/{number}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if number == 1:
+                image.save(path.with_suffix(".jpg"), exif=b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\0\0\0")  # turned
+            elif number == 2:
+                image.save(path.with_suffix(".webp"))
+            elif number == 3:
+                Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(path)
+            else:
+                image.save(path)
+    names = [{"folder": f"class{class_id}", "name": f"name {class_id}"} for class_id in range(3)]
+    Path("source/names.json").write_text(json.dumps(names))
+    images = sorted(path.relative_to("source/pictures").as_posix() for path in Path("source/pictures").rglob("*.*"))
+    split = {"train": images[::2], "test": images[1::2]}
+    Path("source/split.txt").write_text("".join(f"{line}\n" for name, lines in split.items() for line in (name, *lines)))
+    with tarfile.open("source/pictures.tar", "w") as tar, zipfile.ZipFile("source/pictures.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in images:
+            archive.write(f"source/pictures/{name}", name)
+            if name.endswith(".png"):
+                tar.add(f"source/pictures/{name}", name)
 
-    from tests.helpers.shards import png
+
+def write_base(cfg: Config) -> Parts:
+    """Write all undamaged files into the working directory. runs/stopped has one step after its newest checkpoint."""
 
     def named(name: str, seed: int = 0) -> Config:
         return dataclasses.replace(cfg, seed=seed, run=dataclasses.replace(cfg.run, name=name))
 
-    for class_id in range(3):
-        for number in range(4):
-            path = Path(f"source/pictures/class{class_id}/{number}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png(8, class_id, number))
-    names = [{"folder": f"class{class_id}", "name": f"name {class_id}"} for class_id in range(3)]
-    Path("source/names.json").write_text(json.dumps(names))
-    with tarfile.open("source/pictures.tar", "w") as tar:
-        tar.add("source/pictures", "pictures")
+    write_sources()
+    Path("image.png").write_bytes(png(16, "image"))
+    Path("tuned.yaml").write_text("zo:\n  name: conservative\n  lr_scale: 3.0\n  probes: 2\n")
+    write_shards(raw_set(4, 12, 4, 16), DataConfig("tiny", "folder", samples_per_shard=6, encoding="original"))
     for name, seed in (("done", 0), ("other", 1)):
         train.run_and_report(named(name, seed))
+    by_words(export.main, "export", "runs/done", "--out", "export")
     whole, calls = HybridStep.__call__, []
 
-    def stopped(self: HybridStep, *arguments: object, **options: object) -> object:
+    def stopped(self: HybridStep, *arguments: Any, **options: Any) -> Any:
         calls.append(1)
-        if len(calls) == 8:  # in the second task, one step after a checkpoint and two after the one before
+        if len(calls) == STOP_AT:
+            Path("runs/stopped/trackers.json").write_text("{}")
             os._exit(0)
         return whole(self, *arguments, **options)
 
     HybridStep.__call__ = stopped  # type: ignore[method-assign]
     train.run_and_report(named("stopped"))
+    raise AssertionError("the run did not come to its step")
 
 
-def prepare(cfg: Config, base: Path, commands: list[str], seconds: float) -> dict[str, object]:
-    """Write the base and return the result of every command on it."""
+def result_of(command: str, cfg: Config, base: Path, seconds: float) -> Parts:
+    """Return the result of a command on the undamaged files."""
+    folder = base.with_name("reference")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder)
+    if wait(start(command, cfg, folder, 10 * seconds), 10 * seconds)[0]:
+        raise RuntimeError(f"{command} has failed on undamaged files: {(folder / 'stderr').read_text()[-2000:]}")
+    return {**json.loads((folder / "result.json").read_text()), "said": said_by(folder)}
+
+
+def prepare(cfg: Config, base: Path, seconds: float) -> None:
+    """Write the undamaged files, unless an earlier call has."""
+    if base.exists():
+        return
+    aside = base.with_name("base.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
     COMMANDS["base"] = write_base
-    base.mkdir()
-    code = wait(run("base", cfg, base), 10 * seconds)
-    if code != 0:
-        raise RuntimeError(f"the undamaged runs have failed: {(base / 'stderr').read_text()[-2000:]}")
-    (base / "runs/stopped/trackers.json").write_text("{}")
-    references = {}
-    for command in commands:
-        folder = base.with_name(f"reference-{command}")
-        shutil.copytree(base, folder)
-        if code := wait(run(command, cfg, folder), 10 * seconds):
-            raise RuntimeError(f"{command} has failed on undamaged files: {(folder / 'stderr').read_text()[-2000:]}")
-        references[command] = result_of(command, folder)
-    return references
+    if wait(start("base", cfg, aside, 10 * seconds), 10 * seconds)[0]:
+        raise RuntimeError(f"the undamaged runs have failed: {(aside / 'stderr').read_text()[-2000:]}")
+    aside.rename(base)
 
 
-def case(number: int, only: str | None) -> tuple[random.Random, str, str]:
-    """Return the generator, the file pattern and the command of an input."""
-    draw = random.Random(number)
-    places = [target for target in TARGETS if only is None or (target.split("/")[0] in DATA) == (only == "data")]
-    target = draw.choice(places)
-    return draw, target, draw.choice(TARGETS[target])
+def try_input(number: int, cfg: Config, base: Path, references: dict[str, Parts], seconds: float) -> dict[str, Any]:
+    """Run one input in base/../input-NUMBER; return what happened."""
+    draw, target, command = case(number)
+    if command not in references:
+        references[command] = result_of(command, cfg, base, seconds)
+    folder = base.with_name(f"input-{number}")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(base, folder)
+    path = draw.choice(sorted(folder.glob(target.files)))
+    how, begun = damage(path, target.mutators, draw), time.monotonic()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    code, used = wait(start(command, cfg, folder, seconds), seconds)
+    inside = path.relative_to(folder)
+    # A run may lack results, and records of the steps that a resume has taken from the journal: a missing file of these is no damage.
+    is_optional = inside.name == "accuracy.json" or inside.parent.name == "units"
+    is_free = how in {mutator.__name__ for mutator in MENDED} or (how == "missing" and is_optional)
+    outcome = judge(command, folder, code, references[command], inside, lambda part: is_free or target.free(inside, part))
+    outcome = "memory" if used > memory + MEMORY else outcome
+    said = [line for line in said_by(folder) if line not in references[command]["said"]]
+    return {"input": number, "file": str(inside), "target": target.files, "how": how, "command": command, "outcome": outcome} | {
+        "seconds": round(time.monotonic() - begun, 2),
+        "said": " | ".join(said)[-300:],
+    }
 
 
-def fuzz(first: int, inputs: int, seconds: float, only: str | None = None, keep: Path | None = None, minutes: float = 1e9) -> Counter:
-    """Return how often each outcome occurred, by (file, outcome). Prints each bad one."""
+def fuzz(folder: Path, first: int, inputs: int, seconds: float, keep: bool = False, minutes: float = 1e9) -> list[dict[str, Any]]:
+    """Return what happened with each input, also of earlier calls. Prints each bad one."""
     torch.set_num_threads(1)
-    outcomes: Counter = Counter()
-    begun = time.monotonic()
+    begun, base, references = time.monotonic(), folder / "base", {}
     cfg = compose_config([*OPTIONS, "run.name=stopped"])
-    with tempfile.TemporaryDirectory() as temporary:
-        base = Path(temporary) / "base"
-        commands = sorted({case(number, only)[2] for number in range(first, first + inputs)})
-        references = prepare(cfg, base, commands, seconds)
-        for number in range(first, first + inputs):
-            if time.monotonic() - begun > 60 * minutes:
-                break
-            draw, target, command = case(number, only)
-            folder = (keep or Path(temporary)) / f"input-{number}"
-            shutil.copytree(base, folder)
-            path = draw.choice(sorted(folder.glob(target)) or [folder / target])
-            path.parent.mkdir(exist_ok=True)
-            path.exists() or path.write_text("{}")
-            how = damage(path, draw)
-            outcome = judge(command, folder, wait(run(command, cfg, folder), seconds), references[command])
-            outcomes[target, outcome] += 1
-            if outcome in BAD:
-                said = (folder / "stderr").read_text(errors="replace").strip().splitlines()[-1:]
-                print(f"input {number}: {how} of {path.relative_to(folder)}, {command}: {outcome} {said}", flush=True)
+    prepare(cfg, base, seconds)
+    report.realise(read_config(base / "runs/done/config.yaml")), report.paper_runs()  # they are cached, and forks have them then
+    results = folder / "results.jsonl"
+    known = {one["input"]: one for one in map(json.loads, results.read_text().splitlines())} if results.exists() and not keep else {}
+    found, shown = [], begun
+    for number in range(first, first + inputs):
+        if time.monotonic() - begun > 60 * minutes:
+            break
+        if number not in known:
+            known[number] = try_input(number, cfg, base, references, seconds)
             if not keep:
-                shutil.rmtree(folder)
-    return outcomes
+                shutil.rmtree(folder / f"input-{number}")
+                with results.open("a") as file:
+                    file.write(json.dumps(known[number]) + "\n")
+        found.append(known[number])
+        if keep or known[number]["outcome"] in BAD:
+            print("input {input}: {how} of {file}, {command}: {outcome} ({said})".format(**known[number]), flush=True)
+        if time.monotonic() - shown > 60:
+            shown = time.monotonic()
+            print(f"{len(found)} of {inputs} inputs, {sum(one['outcome'] in BAD for one in found)} bad", flush=True)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python tools/fuzz.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=2000, help="(default: %(default)s)")
-    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="seed of the first input (default: %(default)s)")
+    parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="number of the first input (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="a command that takes longer hangs (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=600, help="no more inputs after so long, however few (default: %(default)s)")
-    parser.add_argument("--only", choices=("run", "data"), help="only files of run folders, or only data")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave the files of every input there")
+    parser.add_argument("--folder", type=Path, help="where files and results stay (default: a temporary one)")
+    parser.add_argument("--keep", action="store_true", help="run all inputs again, and leave their files")
     options = parser.parse_args()
     begun = time.monotonic()
-    outcomes = fuzz(options.first, options.inputs, options.seconds, options.only, options.keep, options.minutes)
-    total: Counter = Counter()
-    for (target, outcome), count in sorted(outcomes.items()):
-        total[outcome] += count
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).absolute()
+        found = fuzz(folder, options.first, options.inputs, options.seconds, options.keep, options.minutes)
+    for (target, outcome), count in sorted(Counter((one["target"], one["outcome"]) for one in found).items()):
         print(f"{target:30} {outcome:15} {count}")
-    print(
-        f"{total.total()} inputs in {(time.monotonic() - begun) / 60:.1f} minutes: {', '.join(f'{n} {o}' for o, n in total.most_common())}"
-    )
-    sys.exit(1 if any(total[outcome] for outcome in BAD) else 0)
+    total = Counter(one["outcome"] for one in found).most_common()
+    minutes = (time.monotonic() - begun) / 60
+    print(f"{len(found)} inputs in {minutes:.1f} minutes: {', '.join(f'{count} {outcome}' for outcome, count in total)}")
+    sys.exit(1 if any(outcome in BAD for outcome, _ in total) else 0)
 
 
 if __name__ == "__main__":

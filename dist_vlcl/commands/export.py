@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from dist_vlcl.config import errors_refused
 from dist_vlcl.inference import ADAPTERS, CLASSES, CONFIG, Trained, read_trained
 from dist_vlcl.model.clip import merge_lora
+from dist_vlcl.run.checkpoint import sealed_tensors
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.saved import read_accuracy
 from dist_vlcl.zo.noise import derive_seed
@@ -37,7 +38,8 @@ def export(trained: Trained, out: Path, kind: str, name: str) -> None:
         replace_file(out / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        save_file({key: t.contiguous() for key, t in trained.adapters.items()}, out / ADAPTERS, {"format": "pt"})
+        adapters = {key: t.contiguous() for key, t in trained.adapters.items()}
+        replace_file(out / ADAPTERS, sealed_tensors(adapters, {"format": "pt"}))
         config = {key: value for key, value in cfg.as_dict().items() if key in PUBLISHED}
         config["data"] = {"name": cfg.data.name, "reader": cfg.data.reader_name}
         replace_file(out / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

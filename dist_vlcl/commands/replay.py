@@ -18,6 +18,7 @@ from torch import Tensor
 from dist_vlcl.config import Config, errors_refused, load_config
 from dist_vlcl.model.units import FlatTensors, UnitId
 from dist_vlcl.orders import Order, assign
+from dist_vlcl.reading import warn
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.log import JOURNAL, read_journal
 from dist_vlcl.saved import digest_of, read_config
@@ -48,6 +49,8 @@ def rebuild(folder: Path, start: int | None = None, stop: int | None = None, dev
     reached = saved.step + len(records)
     if stop is not None and reached < stop:
         raise ValueError(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, so step {stop} cannot be rebuilt")
+    if stop is None and reached < (newest := checkpoint.saved_steps(folder)[-1]):
+        warn(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, and the newest checkpoint is of step {newest}")
     flats = {branch: FlatTensors(tensors) for branch, tensors in _zeroth_order(cfg, saved.tensors, device).items()}
     if not flats:
         raise ValueError(f"{folder} has no zeroth-order units (orders.branch={cfg.orders.branch}, orders.order={cfg.orders.order})")

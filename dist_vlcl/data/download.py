@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlparse
 from urllib.request import url2pathname
@@ -31,7 +32,10 @@ def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, tim
     if parts.scheme in ("http", "https"):
         return _with_retries(lambda deadline: _get(url, limit, timeout_s * SILENCE, deadline), url, timeout_s)
     if parts.scheme in ("", "file"):
-        with open(url2pathname(parts.path) if parts.scheme else url, "rb") as file:
+        path = Path(url2pathname(parts.path) if parts.scheme else url)
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is not a regular file")  # reading a pipe could wait without end
+        with path.open("rb") as file:
             return file.read(limit)
     command = url.removeprefix("pipe:")
     return _with_retries(lambda _: _run(command, limit, timeout_s / COMMAND_ATTEMPTS), url, timeout_s, COMMAND_ATTEMPTS)

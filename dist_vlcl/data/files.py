@@ -56,6 +56,7 @@ def open_source(source: Path) -> dict[str, ReadFile]:
     advice = "copy what it names in its place" if source.is_dir() else "get the archive again, or unpack it and give the folder"
     try:
         files = list(_list_folder(source) if source.is_dir() else _list_archive(source))
+        "".join(name for name, _ in files).encode()  # raises for a name that is not UTF-8
         if repeated := [name for name, count in Counter(name for name, _ in files).items() if count > 1]:
             raise ValueError(f"{len(repeated)} names come more than once, such as {repeated[0]!r}")
     except Exception as error:  # zipfile raises many types of errors for damaged bytes
@@ -82,6 +83,8 @@ def _list_folder(source: Path) -> Listed:
                 raise ValueError(f"the link {str(path)!r} leads to a folder, out of the source or nowhere")
             if path.is_file():
                 yield path.relative_to(source).as_posix(), partial(path.open, "rb")
+            elif not path.is_dir():
+                raise ValueError(f"{str(path)!r} is neither a file nor a folder")
 
 
 def _fail(error: OSError) -> None:

@@ -1,6 +1,6 @@
 """Raw data sets: each reader lists the images of a data set with split, class id and key. Sources are folders, .tar or .zip files."""
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -16,6 +16,7 @@ from dist_vlcl.data.labelled import hf, torchvision, webdataset
 from dist_vlcl.data.names import known_classes
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.tasks import generator
+from dist_vlcl.reading import parse_json
 
 CIFAR_FOLDER = "cifar-100-python"
 ARCHIVES = {  # address and MD5
@@ -50,10 +51,12 @@ def read_raw(data: DataConfig) -> RawSet:
     """
     found, classes = _READERS[data.reader_name](data)
     folders = {image.folder for image in found}
+    options = ("source", "class_names", "split_file")
+    given = ", ".join(f"data.{name}={getattr(data, name)!r}" for name in options if getattr(data, name) or name == "source")
     missing, unknown = [name for name in classes if name not in folders], sorted(folders - set(classes))
     if missing or unknown:
         raise ValueError(
-            f"data.source={data.source!r}: {len(missing)} of {len(classes)} classes have no images {missing[:5]}; "
+            f"{given}: {len(missing)} of {len(classes)} classes have no images {missing[:5]}; "
             f"{len(unknown)} folders are not classes {unknown[:5]}"
         )
     class_ids = {name: class_id for class_id, name in enumerate(classes)}
@@ -66,7 +69,7 @@ def read_raw(data: DataConfig) -> RawSet:
     for split in ("train", "test"):
         present = {sample.class_id for sample in samples if sample.split == split}
         if empty := [name for class_id, name in enumerate(classes.values()) if class_id not in present]:
-            raise ValueError(f"data.source={data.source!r}: {len(empty)} classes have no {split} images, such as {empty[0]!r}")
+            raise ValueError(f"{given}: {len(empty)} classes have no {split} images, such as {empty[0]!r}")
     return RawSet(list(classes.values()), samples)
 
 
@@ -162,7 +165,11 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
     """Read a list like RAPF's: a line `train`, lines `<class>/<image>`, a line `test`, more lines. Other images are not used."""
     listed: dict[str, str] = {}
     split = None
-    for line in filter(None, map(str.strip, Path(split_file).read_text(encoding="utf-8").splitlines())):
+    try:
+        text = Path(split_file).read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"data.split_file={split_file!r}: {error}") from None
+    for line in filter(None, map(str.strip, text.splitlines())):
         if line in ("train", "test"):
             split = line
         elif split is None:
@@ -177,10 +184,14 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
 
 
 def _read_class_names(path: str) -> dict[str, str]:
+    advice = f'data.class_names={path!r}: give a JSON list of {{"folder": ..., "name": ...}}, each folder once'
     try:
-        return {str(entry["folder"]): str(entry["name"]) for entry in json.loads(Path(path).read_text(encoding="utf-8"))}
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f'data.class_names={path!r}: not a JSON list of {{"folder": ..., "name": ...}} ({error!r})') from None
+        entries = parse_json(Path(path).read_bytes(), [{"folder": str, "name": str}])
+    except ValueError as error:
+        raise ValueError(f"{advice} ({error})") from None
+    if repeated := [folder for folder, count in Counter(entry["folder"] for entry in entries).items() if count > 1]:
+        raise ValueError(f"{advice} ({repeated[0]!r} comes more than once)")
+    return {entry["folder"]: entry["name"] for entry in entries}
 
 
 # Find images in sources

@@ -43,8 +43,8 @@ class DataConfig:
     encoding: str = option("auto", "Images in shards: original files or pixels; auto: pixels if images are small.", choices=ENCODINGS)
     on_error: str = option("stop", "A damaged shard or image stops the run or the build, or is skipped and logged.", choices=ON_ERROR)
     allow_pipe: bool = option(False, "Allow a url that runs a command, such as `pipe:aws s3 cp s3://bucket/set/{} -`.")
-    timeout_s: float = option(120, "Seconds to read one shard from http(s) or a `pipe:`, all attempts together.", above=0)
-    num_workers: int | None = option(None, "Loading processes of each rank; null: up to 4 for a GPU, none for a CPU.", min=0)
+    timeout_s: float = option(120, "Seconds to read one shard from http(s) or a `pipe:`, all attempts together.", above=0, max=10**6)
+    num_workers: int | None = option(None, "Loading processes of each rank; null: up to 4 for a GPU, none for a CPU.", min=0, max=256)
     cache_gib: float = option(1.0, "Memory of each rank for images that are used again, in GiB.", min=0)
 
     def check(self) -> None:

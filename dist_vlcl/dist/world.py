@@ -32,7 +32,7 @@ class ClusterConfig:
     device: str = option(
         "auto", "Where to compute; auto: on CUDA GPUs if there are any. Apple's MPS is not supported.", choices=("auto", "cpu", "cuda")
     )
-    timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0)
+    timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0, max=10**6)
     direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
     exact_bits: bool | None = option(
         None,
@@ -43,6 +43,7 @@ class ClusterConfig:
         1,
         "CPU threads of a rank, instead of OMP_NUM_THREADS; null: the cores divided by the ranks. The last bits of sums depend on it.",
         min=1,
+        max=1024,
     )
 
 

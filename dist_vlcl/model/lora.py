@@ -17,7 +17,7 @@ from dist_vlcl.options import option
 class LoRAConfig:
     """Rank, scale and place of the low-rank adapters of a block."""
 
-    rank: int = option(10, "Rank of each adapter.", min=1)
+    rank: int = option(10, "Rank of each adapter.", min=1, max=1024)
     targets: list[str] = option(
         ["k", "v"],
         "Attention projections with an adapter, or [mlp] alone: beside the MLP, where the experts would be.",

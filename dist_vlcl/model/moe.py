@@ -20,9 +20,9 @@ INIT = "Start from the adapters of an earlier run: its folder, an export, or a s
 class MoEConfig:
     """Number and size of the experts of a block (concepts.md 1.1)."""
 
-    experts: int = option(2, "Number of experts of a block.", min=1)
+    experts: int = option(2, "Number of experts of a block.", min=1, max=256)
     top_k: int = option(2, "Number of experts that act on a sample.", min=1)
-    bottleneck: int = option(64, "Width of an expert's hidden layer.", min=1)
+    bottleneck: int = option(64, "Width of an expert's hidden layer.", min=1, max=8192)
     scale: float = option(0.1, "Factor of the adapter's output.")
     dropout: float = option(0.1, "Probability with which training drops a hidden activation.", min=0, below=1)
     router_noise: bool = option(True, "Add noise to the router's logits in training.")

@@ -11,9 +11,18 @@ import pandas as pd
 import pyarrow
 
 from dist_vlcl.options import flatten
-from dist_vlcl.reading import read_lines
+from dist_vlcl.reading import fits
 from dist_vlcl.report.measures import MEASURES, measures_of
-from dist_vlcl.saved import JOURNAL_FORM, MAY_CHANGE, METRICS_FORM, read_accuracy, read_config, read_unit_records
+from dist_vlcl.saved import (
+    JOURNAL_FORM,
+    MAY_CHANGE,
+    METRICS_FORM,
+    RUN_FORM,
+    read_accuracy,
+    read_config,
+    read_steps,
+    read_unit_records,
+)
 
 TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
@@ -53,9 +62,9 @@ class Records:
         return [row or [] for row in self.of_tasks("per_task")]
 
 
-def read_records(folder: Path | str) -> Records:
-    """Return the records of a run folder. Damaged lines are left out, with a warning."""
-    records = read_lines(Path(folder) / "metrics.jsonl", METRICS_FORM)
+def read_records(folder: Path | str, last: int | None = None) -> Records:
+    """Return the records of a run folder, whose last step is `last`. Damaged lines are left out, with a warning."""
+    records = read_steps(Path(folder) / "metrics.jsonl", METRICS_FORM, last)
     return Records(*([record for record in records if record["kind"] == kind] for kind in ("step", "task")))
 
 
@@ -98,17 +107,20 @@ def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, 
             rows.append(_run_row(folder, realise))
         except FileNotFoundError:
             unreadable[folder.name] = "not a run folder: it has no config.yaml"
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             unreadable[folder.name] = f"could not read its files: {next(iter(str(error).splitlines()), '')}"
     return pd.DataFrame(rows), unreadable
 
 
 def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
     config = read_config(folder / "config.yaml")
+    if not fits(config, RUN_FORM):
+        raise ValueError(f"{folder}/config.yaml is damaged: its values have other types than dist_vlcl writes")
     accuracy = read_accuracy(folder, config)
     cell, reference = realise(config)
-    steps, units = step_frame(folder), read_units(folder).to_pandas()  # damaged records raise here, where one run is left out by name
-    journal = [] if cell["variant"] in WITHOUT_ZEROTH else read_lines(folder / "journal.jsonl", JOURNAL_FORM)
+    steps = step_frame(folder, accuracy.get("steps"))
+    units = read_units(folder).to_pandas()  # damaged records raise here, where one run is left out by name
+    journal = [] if cell["variant"] in WITHOUT_ZEROTH else read_steps(folder / "journal.jsonl", JOURNAL_FORM, accuracy.get("steps"))
     before = accuracy.get("zero_shot") or {}
     zero_shot = [100 * before[task] for task in sorted(before, key=int)]
     is_probe = config["train"].get("max_steps") is not None
@@ -182,9 +194,9 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(key, pattern) for pattern in patterns)
 
 
-def step_frame(folder: Path) -> pd.DataFrame:
+def step_frame(folder: Path, last: int | None = None) -> pd.DataFrame:
     """Return one row per step of a run: step, task, loss, peak_gib (reserved) and allocated_gib; NaN where it was not recorded."""
-    return pd.DataFrame(read_records(folder).steps).reindex(columns=["step", "task", "loss", "peak_gib", "allocated_gib"])
+    return pd.DataFrame(read_records(folder, last).steps).reindex(columns=["step", "task", "loss", "peak_gib", "allocated_gib"])
 
 
 def gather(runs: pd.DataFrame, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:

@@ -56,9 +56,8 @@ def save(
     # Cloned, since safetensors refuses strided and overlapping tensors, and units may be views of one buffer.
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {"step": str(step), "state": json.dumps(state), "identity": json.dumps(dict(identity))}
-    metadata["sha256"] = _digest(metadata, own)
     try:
-        write_durably(aside, tensors_to_bytes(own, metadata))
+        write_durably(aside, sealed_tensors(own, metadata))
         _read(aside, step)
         aside.replace(path)
     except (OSError, BrokenCheckpoint):
@@ -125,19 +124,33 @@ def _path(folder: Path | str, step: int) -> Path:
     return Path(folder) / "checkpoints" / f"step-{step:08d}.safetensors"
 
 
-def _read(path: Path, step: int) -> Checkpoint:
-    if not path.is_file():
-        raise BrokenCheckpoint(f"{path} is not a file")
+def sealed_tensors(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return a safetensors file with a SHA-256 of tensors and metadata."""
+    return tensors_to_bytes(tensors, {**metadata, "sha256": _digest(metadata, tensors)})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return tensors and metadata of a sealed file. Raises BrokenCheckpoint, also for a link, a pipe or a device."""
+    if path.is_symlink() or not path.is_file():
+        raise BrokenCheckpoint(f"{path} is not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
         is_intact = metadata.pop("sha256", None) == _digest(metadata, tensors)
-        state, identity = (parse_json(metadata.get(key, "{}"), dict) for key in ("state", "identity"))
     except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:  # as bytes decide
         raise BrokenCheckpoint(f"{path} cannot be read ({error})") from None
     if not is_intact:
         raise BrokenCheckpoint(f"{path}: its content differs from its SHA-256")
+    return tensors, metadata
+
+
+def _read(path: Path, step: int) -> Checkpoint:
+    tensors, metadata = read_tensors(path)
+    try:
+        state, identity = (parse_json(metadata.get(key, "{}"), dict) for key in ("state", "identity"))
+    except ValueError as error:
+        raise BrokenCheckpoint(f"{path} cannot be read ({error})") from None
     if metadata.get("step") != str(step):
         raise BrokenCheckpoint(f"{path} is the checkpoint of step {metadata.get('step')}")
     return Checkpoint(step, tensors, state, path, identity)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,15 @@ def describe_environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "cuda": torch.version.cuda,
         "accelerators": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "packages": dict(sorted((item.name, item.version) for item in importlib.metadata.distributions() if item.name)),
+        "packages": installed_packages(),
     }
+
+
+@cache
+def installed_packages() -> dict[str, str]:
+    """Return the version of every installed package. Reading them takes a second."""
+    found = (item.metadata for item in importlib.metadata.distributions())
+    return dict(sorted((item["Name"], item["Version"]) for item in found if item["Name"]))
 
 
 def code_digest() -> str:
@@ -55,7 +63,7 @@ def code_digest() -> str:
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that decide about pixels, tokens and sums; other than torch's, which is in the code's digest."""
     names = ("accelerate", "deepspeed", "numpy", "open_clip_torch", "pillow", "safetensors", "torchvision")
-    return {item.name: item.version for item in importlib.metadata.distributions() if item.name and item.name.lower() in names}
+    return {name: version for name, version in installed_packages().items() if name.lower() in names}
 
 
 def code_version(folder: Path) -> str | None:

@@ -9,7 +9,6 @@ the lines after the last checkpoint. Every line ends with `crc`, the CRC-32 of i
 """
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -28,7 +27,7 @@ from dist_vlcl.run.files import JsonLines
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.trackers import Trackers
-from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM
+from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM, differing
 
 T = TypeVar("T")
 METRICS, JOURNAL = "metrics.jsonl", "journal.jsonl"
@@ -188,13 +187,6 @@ def is_before(record: dict[str, Any], state: TrainState) -> bool:
     if state.step == state.task == 0 or record.get("step", 0) > state.step:
         return False
     return record.get("kind") != "task" or record.get("task", 0) < state.task
-
-
-def differing(found: Sequence[int], expected: Sequence[int]) -> str:
-    """Return as text which expected numbers are missing, which occur twice, or that the order is another; "" if all is as expected."""
-    missing, doubled = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
-    texts = [f"{kind}: {len(odd)}, the first is {min(odd)}" for kind, odd in (("missing", missing), ("doubled", doubled)) if odd]
-    return "; ".join(texts) or ("in another order" if list(found) != list(expected) else "")
 
 
 def read_journal(folder: Path, after: int) -> Iterator[dict[str, Any]]:

@@ -130,6 +130,19 @@ def test_a_link_that_leads_out_of_a_folder_is_refused(tmp_path, target):
         open_source(tmp_path / "s")
 
 
+def test_a_name_that_is_not_utf_8_is_refused_with_the_source(tmp_path):
+    (tmp_path / "x.tar").write_bytes(tar_of({"\udcff/1.png": b""}))
+    with pytest.raises(ValueError, match=r"x\.tar': 'utf-8' codec can't encode"):
+        open_source(tmp_path / "x.tar")
+
+
+def test_a_pipe_among_the_images_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "cat").mkdir()
+    os.mkfifo(tmp_path / "cat/1.png")
+    with pytest.raises(ValueError, match=r"cat/1\.png' is neither a file nor a folder"):
+        open_source(tmp_path)
+
+
 def test_a_folder_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
     """os.walk passes over it in silence."""
     (tmp_path / "s/cat").mkdir(parents=True)

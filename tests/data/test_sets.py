@@ -278,7 +278,7 @@ def test_a_compressed_tar_is_refused(tmp_path):
         ({"name": "a/b/c", "reader": "folder"}, r"data\.name='a/b/c': give a plain folder name, or ORG/NAME"),
         ({"name": "../b", "reader": "hf"}, r"data\.name='\.\./b': give a plain folder name"),
         ({"name": "", "reader": "folder"}, r"data\.name='': give a plain folder name"),
-        ({"num_workers": -1}, r"data\.num_workers=-1: give a number of at least 0, or null"),
+        ({"num_workers": -1}, r"data\.num_workers=-1: give a number of at least 0 and at most 256, or null"),
     ],
 )
 def test_impossible_options_are_refused(options, words):
@@ -380,3 +380,33 @@ def test_lists_that_contradict_themselves_are_refused(tmp_path):
     (source / "val_annotations.txt").write_text("1.png cat")
     with pytest.raises(ValueError, match=r"val_annotations\.txt: '1\.png cat' is not an image, a tab and a class"):
         read_raw(DataConfig(name="mine", reader="folder", source=str(source)))
+
+
+def test_a_list_of_names_that_does_not_fit_the_folders_is_named(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(png(8, 1))
+    (tmp_path / "names.json").write_text(json.dumps([{"folder": "cat", "name": "Cat"}]))
+    with pytest.raises(ValueError, match=r"data\.class_names=.*names\.json'.*1 folders are not classes \['dog'\]"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path), class_names=str(tmp_path / "names.json")))
+
+
+def test_a_damaged_split_file_is_named(tmp_path):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/1.png").write_bytes(png(8, 1))
+    (tmp_path / "split.txt").write_text("train\ncat/1.png\ntest\n")
+    with pytest.raises(ValueError, match=r"data\.split_file=.*split\.txt': 1 classes have no test images"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path), split_file=str(tmp_path / "split.txt")))
+    (tmp_path / "split.txt").write_bytes(b"train\n\xff")
+    with pytest.raises(ValueError, match=r"data\.split_file.*split\.txt'.*codec"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path), split_file=str(tmp_path / "split.txt")))
+
+
+@pytest.mark.parametrize("names", [[("cat", "Cat"), ("cat", "Dog")], [("cat", None)], [("cat", 5)], [(1, "Cat")]])
+def test_a_list_of_names_with_a_folder_twice_or_without_a_text_is_refused(tmp_path, names):
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/1.png").write_bytes(png(8, 1))
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps([{"folder": folder, "name": name} for folder, name in names]))
+    with pytest.raises(ValueError, match=r"data\.class_names=.*names\.json"):
+        read_raw(DataConfig(name="mine", reader="folder", source=str(tmp_path), class_names=str(file)))

@@ -353,6 +353,16 @@ def test_verify_finds_an_index_that_does_not_fit_its_shards(edited, edit):
         index.verify()
 
 
+def test_a_pipe_in_place_of_the_index_or_a_shard_does_not_hang(tmp_path):
+    index = make_index(tmp_path)
+    for name, error in (("train/0000-000.tar", ShardError), ("index.json", OSError)):
+        path = Path(index.location, name)
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(error, match="not a regular file"):
+            Index.load(index.location).verify()
+
+
 def test_a_mutated_index_is_refused_or_says_the_same(tmp_path):
     file = Path(make_index(tmp_path).location) / "index.json"
     whole = file.read_bytes()

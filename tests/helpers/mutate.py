@@ -9,6 +9,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import yaml
+
+from dist_vlcl.reading import seal
+
 BLOCK = 512  # of a tar
 
 Mutator = Callable[[bytes, random.Random], bytes]
@@ -51,12 +55,46 @@ def block_moved(content: bytes, draw: random.Random) -> bytes:
     return b"".join(blocks)
 
 
-MUTATORS: tuple[Mutator, ...] = (flipped, truncated, extended, overwritten, block_moved)
+def dropped(content: bytes, draw: random.Random) -> bytes:
+    at = draw.randrange(len(content) + 1)
+    return content[:at] + content[at + draw.choice((1, 7, BLOCK)) :]
+
+
+def inserted(content: bytes, draw: random.Random) -> bytes:
+    at = draw.randrange(len(content) + 1)
+    return content[:at] + draw.choice((draw.randbytes(8), bytes(BLOCK), content[at : at + 200])) + content[at:]
+
+
+MUTATORS: tuple[Mutator, ...] = (flipped, truncated, extended, overwritten, block_moved, dropped, inserted)
 
 
 def mutated(content: bytes, draw: random.Random) -> bytes:
     """Apply one mutator, chosen by `draw`."""
     return draw.choice(MUTATORS)(content, draw)
+
+
+def digit_changed(content: bytes, draw: random.Random) -> bytes:
+    places = [at for at, byte in enumerate(content) if 48 <= byte <= 57]
+    at = draw.choice(places) if places else 0
+    return content[:at] + b"%d" % draw.randrange(10) + content[at + 1 :]
+
+
+def line_moved(content: bytes, draw: random.Random) -> bytes:
+    """Leave out a line, repeat one elsewhere, or exchange two."""
+    lines = content.splitlines(keepends=True) or [b""]
+    a, b = draw.randrange(len(lines)), draw.randrange(len(lines))
+    kind = draw.choice(("drop", "repeat", "swap"))
+    if kind == "drop":
+        del lines[a]
+    elif kind == "repeat":
+        lines.insert(b, lines[a])
+    else:
+        lines[a], lines[b] = lines[b], lines[a]
+    return b"".join(lines)
+
+
+def text_mutated(content: bytes, draw: random.Random) -> bytes:
+    return draw.choice((digit_changed, line_moved, mutated, lambda *_: draw.choice(STRANGE_TEXTS)))(content, draw)
 
 
 def tar_header_mutated(content: bytes, draw: random.Random) -> bytes:
@@ -81,7 +119,9 @@ def tar_header_mutated(content: bytes, draw: random.Random) -> bytes:
     return content[:at] + bytes(header) + content[at + BLOCK :]
 
 
+HOSTILE = ("${oc.env:CANARY}", "pipe:touch hacked; cat {}", "![x](&#47;etc&#47;passwd)", "/etc/passwd", "antigravity:Class", "$\\frac{")
 STRANGE: tuple[Any, ...] = (None, True, -1, 0, 10**9, 1 << 70, 1.5, float("nan"), "", "../x", "\x1b[2J", "\ud800", [], {}, [[]], "0" * 64)
+STRANGE_TEXTS = (b"", b"null", b"[]", b"{}", b"[" * 30000, b"9" * 9000, b"\x1b]0;x\x07", b"\x00\x01\xff\xfe", b'{"a": 1e400}\n' * 3)
 
 
 def json_mutated(value: Any, draw: random.Random) -> Any:
@@ -102,7 +142,7 @@ def json_mutated(value: Any, draw: random.Random) -> Any:
         other = draw.choice(keys)
         holder[key], holder[other] = holder[other], holder[key]
     else:
-        holder[key] = copy.deepcopy(draw.choice(STRANGE))
+        holder[key] = copy.deepcopy(draw.choice((*STRANGE, *HOSTILE)))
     return root[0]
 
 
@@ -111,3 +151,26 @@ def json_text_mutated(content: bytes, draw: random.Random) -> bytes:
     if draw.random() < 0.2:
         return mutated(content, draw)
     return json.dumps(json_mutated(json.loads(content), draw), indent=1, sort_keys=True).encode()
+
+
+def json_line_mutated(content: bytes, draw: random.Random) -> bytes:
+    """Mutate the value of one line of a file with one JSON object per line."""
+    lines = content.splitlines()
+    at = draw.randrange(len(lines))
+    return b"\n".join([*lines[:at], json.dumps(json_mutated(json.loads(lines[at]), draw)).encode(), *lines[at + 1 :]]) + b"\n"
+
+
+def resealed(content: bytes, draw: random.Random) -> bytes:
+    """Mutate a sealed JSON object, or one line of many, and mend its checksum, as a hostile author does."""
+    is_lines = len(lines := content.splitlines()) > 1 and lines[0].endswith(b"}")
+    lines = lines if is_lines else [content]
+    at = draw.randrange(len(lines))
+    value = json_mutated(json.loads(lines[at]), draw)
+    records = [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, dict) and "crc" in one]
+    for record in records:
+        record.update(seal({key: item for key, item in record.items() if key != "crc"}))
+    return b"\n".join([*lines[:at], json.dumps(value).encode(), *lines[at + 1 :]]) + b"\n"
+
+
+def yaml_mutated(content: bytes, draw: random.Random) -> bytes:
+    return yaml.safe_dump(json_mutated(yaml.safe_load(content), draw), sort_keys=False).encode()

@@ -18,9 +18,11 @@ import pyarrow.parquet  # noqa: F401
 import sklearn.datasets  # noqa: F401
 
 import dist_vlcl.train  # noqa: F401
+from dist_vlcl.run.environment import installed_packages
 
 open_clip.factory.SimpleTokenizer = functools.cache(open_clip.factory.SimpleTokenizer)
 open_clip.factory.SimpleTokenizer(context_length=77)
 
+installed_packages()
 gc.collect()
 gc.freeze()

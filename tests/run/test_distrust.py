@@ -1,13 +1,16 @@
 """Claims about a run folder that is damaged or comes from someone else: it is data, each file belongs to one run, and damage is named."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -19,13 +22,16 @@ from dist_vlcl.config import compose_config, load_config
 from dist_vlcl.dist.agree import DisagreementError
 from dist_vlcl.dist.collectives import Collectives
 from dist_vlcl.dist.world import ClusterConfig, World
+from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.paper import expand_paper
-from dist_vlcl.report.records import read_records, read_units
+from dist_vlcl.reading import seal, to_line
+from dist_vlcl.report.records import read_records, read_units, run_frame
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.folder import RunConfig, RunFolder, RunRefused
 from dist_vlcl.run.signals import Preemption
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.unit_records import UnitRecords
+from tests.helpers import mutate
 from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import write_run
 from tests.helpers.shards import make_index
@@ -92,6 +98,22 @@ def test_an_option_that_is_repeated_counts_and_one_that_decides_the_result_does_
     assert load_config(path, ["zo.estimator=finite_difference"]).zo.estimator == "finite_difference"
 
 
+def test_a_value_that_is_not_allowed_names_the_file_that_holds_it(tmp_path):
+    path = saved_config(tmp_path, model={"prompt": "a photo"})
+    with pytest.raises(ValueError, match=r"config\.yaml: model\.prompt='a photo': must contain"):
+        load_config(path)
+
+
+HUGE = {"cluster": ("threads", "timeout_s"), "data": ("num_workers", "timeout_s"), "adapter": ("experts", "bottleneck")}
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in HUGE.items() for name in names])
+def test_a_saved_configuration_cannot_ask_for_a_billion_of_anything(tmp_path, group, name):
+    path = saved_config(tmp_path, **{group: {name: 10**9}})
+    with pytest.raises(ValueError, match=rf"config\.yaml: {group}\.{name}=1000000000\S*: give a number of .* and at most"):
+        load_config(path)
+
+
 @pytest.mark.parametrize("text", ["data: {name: '${oc.env:SECRET}'}", "'${oc.env:SECRET}': 1", "data: {x: [1, '${seed}']}"])
 def test_no_interpolation_is_resolved(tmp_path, monkeypatch, text):
     monkeypatch.setenv("SECRET", "hush")
@@ -117,13 +139,28 @@ def test_a_configuration_of_another_kind_is_refused_in_one_sentence(tmp_path, te
         open_run(tmp_path)
 
 
+HYDRA = {"+hydra.callbacks.mine": {"_target_": "antigravity.Class"}}  # hydra would import this and call it
+
+
+OF_HYDRA = (HYDRA, {"--config-dir": "/elsewhere"}, {"zo": "../elsewhere"}, {"hydra": {"searchpath": ["elsewhere"]}})
+
+
 @pytest.mark.parametrize(
-    "content", [{"zo": {"estimator": "os:abort"}}, {"data": {"url": "pipe:x"}}, {"zo": {"lr_scale": "${oc.env:HOME}"}}]
+    "content", [{"zo": {"estimator": "os:abort"}}, {"data": {"url": "pipe:x"}}, {"zo": {"lr_scale": "${oc.env:HOME}"}}, *OF_HYDRA]
 )
 def test_a_file_of_tuned_options_is_data_too(tmp_path, content):
     (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=r"names code, commands|interpolation"):
+    with pytest.raises(ValueError, match=r"names code, commands|interpolation|only zo\.NAME"):
         expand_paper([f"tuned={tmp_path}/tuned.yaml"])
+
+
+def test_weights_that_lie_in_the_working_directory_under_the_name_of_a_tag_are_not_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = saved_config(tmp_path / "run", model={"pretrained": "openai"})
+    assert load_config(path).model.pretrained == "openai"
+    (tmp_path / "openai").touch()
+    with pytest.raises(ValueError, match=r"add: model\.pretrained=openai$"):
+        load_config(path)
 
 
 def test_a_pipe_in_place_of_a_file_does_not_hang(tmp_path):
@@ -177,6 +214,13 @@ def test_a_checkpoint_of_other_data_or_another_configuration_is_refused_though_e
         checkpoint.load_newest(again.path, again.identity)
     with pytest.raises(ValueError, match="saved with another configuration"):
         checkpoint.load_newest(again.path, {**run.identity, "config": "c"})
+
+
+def test_a_run_is_refused_on_other_data_before_it_has_a_checkpoint(tmp_path):
+    open_run(tmp_path, data="one").close()
+    with pytest.raises(RunRefused, match=r"was started on other data \(digest was one, is two\)"):
+        open_run(tmp_path, data="two")
+    open_run(tmp_path, data="one").close()
 
 
 def test_a_copy_of_a_run_goes_on_under_its_own_name(tmp_path):
@@ -243,12 +287,21 @@ def test_one_damaged_run_does_not_stop_the_report_of_the_others(tmp_path, monkey
     assert "&amp;#47;etc" in html and all("image/png" in picture.split('"')[0] for picture in html.split('src="')[1:])
 
 
+def silently_changed(content: bytes) -> bytes:
+    """Flip a bit of a Parquet file that only the checksums of its pages show: without them its table reads, and is another."""
+    right = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+    for number in range(8 * 20, 8 * 400, 8):
+        flipped = mutate.flip_bit(content, number)
+        with contextlib.suppress(OSError, pyarrow.ArrowException):
+            if not pyarrow.parquet.read_table(pyarrow.BufferReader(flipped)).equals(right):
+                return flipped
+    raise AssertionError("no such bit")
+
+
 def test_damaged_records_of_units_are_set_aside_and_the_run_goes_on(tmp_path):
     go_on(tmp_path, 1, 6)
     part = tmp_path / "units/step-00000004.parquet"
-    data = bytearray(part.read_bytes())
-    data[60] ^= 1
-    part.write_bytes(data)
+    part.write_bytes(silently_changed(part.read_bytes()))
     with pytest.raises(ValueError, match=r"step-00000004\.parquet is damaged"):
         read_units(tmp_path)
     with pytest.warns(RuntimeWarning, match=r"step-00000004\.parquet is damaged.*the run goes on"):
@@ -283,6 +336,57 @@ def test_a_changed_digit_in_a_metric_is_left_out_with_a_warning(tmp_path):
     path.write_text(path.read_text().replace('"loss": 0.25', '"loss": 0.35', 1))
     with pytest.warns(RuntimeWarning, match=r"metrics.jsonl: 1 damaged lines were left out"):
         assert [record["step"] for record in read_records(tmp_path).steps] == [2]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "journal.jsonl"])
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (lambda lines: lines[:2] + lines[3:], "missing: 1"),
+        (lambda lines: lines[:-2], "missing: "),
+        (lambda lines: [], "missing: "),
+        (lambda lines: lines + lines[2:3], "doubled: 1"),
+        (lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], "in another order"),
+    ],
+)
+def test_a_hole_a_doubled_line_or_another_order_is_named_in_the_report(tmp_path, monkeypatch, name, edit, text):
+    run = write_run(tmp_path, "orders=dual_all", "tasks.num_tasks=1", last=0.5, avg=0.5, records=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        run_frame([run], report_command.realise)
+    lines = (run / name).read_text().splitlines(keepends=True)
+    (run / name).write_text("".join(edit(lines)))
+    with pytest.warns(RuntimeWarning, match=rf"{name} is damaged: steps {text}"):
+        run_frame([run], report_command.realise)
+
+
+def test_a_hostile_step_costs_no_memory_or_is_left_out(tmp_path):
+    for step, said in ((10**12, "steps missing: 999999999999, the first is 1"), (1 << 70, "1 damaged lines were left out")):
+        (tmp_path / "metrics.jsonl").write_text(to_line(seal({"kind": "step", "step": step, "task": 0, "loss": 1.0})))
+        with pytest.warns(RuntimeWarning, match=said):
+            read_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("group", "change"),
+    [
+        ("train", {"epochs": 0}),
+        ("train", {"batch_size": None}),
+        ("tasks", {"increment": "x"}),
+        ("tasks", {"increment": [1]}),
+        ("zo", {"name": {}}),
+        ("orders", {"branch": 5}),
+    ],
+)
+def test_a_configuration_with_impossible_values_costs_the_report_one_run(tmp_path, group, change):
+    runs = [write_run(tmp_path, f"run.name={name}", f"seed={k}", "data=cifar100", last=0.5, avg=0.5) for k, name in enumerate("ab")]
+    config = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump({**config, group: {**config[group], **change}}))
+    accuracy = json.loads((runs[1] / "accuracy.json").read_text())
+    del accuracy["config"], accuracy["crc"]
+    (runs[1] / "accuracy.json").write_text(json.dumps(accuracy))
+    frame, unreadable = run_frame(runs, report_command.realise)
+    assert list(frame.run) == ["a"] and "could not read its files" in unreadable["b"]
 
 
 def with_header(path: Path, header: dict) -> None:
@@ -321,6 +425,9 @@ def with_other(world: World, cfg, what: str) -> str:
     if world.rank == 1 and what == "pixels":
         pixels = experiment.transformed_sample
         experiment.transformed_sample = lambda size: pixels(size) + 1
+    if world.rank == 1 and what == "tokens":
+        tokens = TwoTowers.prompts
+        TwoTowers.prompts = lambda *arguments: tokens(*arguments) + 1
     try:
         experiment.Experiment.open(cfg, world)
     except DisagreementError as error:
@@ -329,9 +436,14 @@ def with_other(world: World, cfg, what: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("what", "named"), [("packages", "packages.pillow: ranks [1] differ"), ("pixels", "the model's inputs.image: ranks [1] differ")]
+    ("what", "named"),
+    [
+        ("packages", "packages.pillow: ranks [1] differ"),
+        ("pixels", "the model's inputs.image: ranks [1] differ"),
+        ("tokens", "the model's inputs.prompts: ranks [1] differ"),
+    ],
 )
-def test_a_rank_with_other_packages_or_pixels_is_named_before_training(tmp_path, what, named):
+def test_a_rank_with_other_packages_pixels_or_tokens_is_named_before_training(tmp_path, what, named):
     cfg = configured(tmp_path, f"model.name={architecture(3, 3)}", "model.pretrained=random")
     assert all(named in said for said in run_ranks(with_other, 2, cfg, what))
 

@@ -120,6 +120,10 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
     with pytest.raises(ValueError, match=r"step 2 is before step 3, where the replay starts; .* has checkpoints of steps 3, 5, 6"):
         rebuild(folder, stop=2)
     damage(folder, step=7)
+    with pytest.warns(
+        RuntimeWarning, match=rf"journal\.jsonl: step 7 is missing or damaged, and the newest checkpoint is of step {end.step}"
+    ):
+        rebuild(folder)
     with pytest.raises(ValueError, match="step 7 is missing or damaged"):
         rebuild(folder, 3, end.step)
     assert rebuild(folder, 3).stop == 6
