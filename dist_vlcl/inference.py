@@ -47,7 +47,10 @@ class Trained:
     def build(self, device: str | torch.device | None = None) -> TwoTowers:
         """Return the model with the trained adapters."""
         towers = build_towers(self.cfg, World.alone())
-        towers.units.load_state_dict(self.adapters)
+        try:
+            towers.units.load_state_dict(self.adapters)
+        except ValueError as error:
+            raise ValueError(f"{self.folder / CONFIG} describes other adapters than were trained: {error}") from error
         return towers.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
@@ -92,7 +95,7 @@ class TrainedCLIP:
         """
         names = self.class_names if class_names is None else list(class_names)
         if not names or isinstance(class_names, str):
-            raise ValueError(f"class_names={class_names!r}: give a list of names, such as ['seven', 'nine']")
+            raise ValueError(f"class_names={class_names!r}: give a list of names, such as ['seven', 'nine'], or a run with classes.json")
         if self._text[0] != tuple(names):
             self._text = tuple(names), self.towers.features("language", self.towers.prompts(names).to(self.device))
         logits_BC = self.towers.logits(self.encode_image(images), self._text[1])
@@ -205,7 +208,7 @@ def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:
     """Return the checkpoint at the end of a task; the newest one without a task."""
     if task is None:
         if (saved := checkpoint.load_newest(folder, {"config": digest_of(read_config(folder / CONFIG))})) is None:
-            raise FileNotFoundError(f"{folder}/checkpoints has no intact checkpoint; train first")
+            raise FileNotFoundError(f"{folder} has neither {ADAPTERS} nor an intact checkpoint; train first")
         return saved
     ends = {}
     for step in checkpoint.saved_steps(folder):

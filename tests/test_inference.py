@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,22 @@ def test_names_need_not_have_been_learned(runs, digits):
     assert torch.allclose(scores, expected, atol=1e-5)
     with pytest.raises(ValueError, match="class_names='cat': give a list of names"):
         model.classify(digits[0][:1], "cat")
+
+
+def test_an_error_names_the_file_that_is_missing_or_changed(runs, digits, tmp_path):
+    """Found by tools/fuzz.py, inputs 987, 1831 and 1867."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs["moe"], folder)
+    (folder / "classes.json").unlink()
+    with pytest.raises(ValueError, match=r"class_names=None: give a list of names.*classes\.json"):
+        dist_vlcl.load(folder).classify(digits[0][:1])
+    trained = read_trained(runs["moe"])
+    changed = replace(trained, folder=folder, cfg=replace(trained.cfg, adapter=replace(trained.cfg.adapter, bottleneck=34)))
+    with pytest.raises(ValueError, match=r"run/config\.yaml describes other adapters than were trained"):
+        changed.build()
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(FileNotFoundError, match=r"run has neither adapters\.safetensors nor an intact checkpoint"):
+        dist_vlcl.load(folder)
 
 
 def test_an_earlier_task_is_loaded_by_its_number(runs):

@@ -57,6 +57,8 @@ def open_source(source: Path) -> dict[str, ReadFile]:
     try:
         files = list(_list_folder(source) if source.is_dir() else _list_archive(source))
         "".join(name for name, _ in files).encode()  # raises for a name that is not UTF-8
+        if not all(PurePosixPath(name).parts for name, _ in files):
+            raise ValueError("a file has no name")
         if repeated := [name for name, count in Counter(name for name, _ in files).items() if count > 1]:
             raise ValueError(f"{len(repeated)} names come more than once, such as {repeated[0]!r}")
     except Exception as error:  # zipfile raises many types of errors for damaged bytes

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
 MAX_PIXELS = 1 << 26  # a decompression bomb has few bytes and billions of pixels
 PIXELS = "ppm"  # images stored as pixels: binary PPM, a short header and H x W x 3 bytes, which any viewer opens
-PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
+PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,7}) ([1-9]\d{0,7})\n255\n")
 
 
 def is_ppm(data: bytes) -> bool:

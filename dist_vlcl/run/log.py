@@ -66,7 +66,9 @@ class RunLog:
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
         self._trackers = Trackers(self._folder, settings, masked_values(config))
         lines = {kind: [record for record in self._metrics.kept if record["kind"] == kind] for kind in ("run", "step")}
+        in_order = sorted(range(len(self._metrics.kept)), key=lambda place: self._metrics.kept[place]["step"])
         expected = [
+            (METRICS, "lines", in_order, range(len(in_order))),
             (METRICS, "run lines", [0 for _ in lines["run"]], range(1)),
             (METRICS, "steps", [record["step"] for record in lines["step"]], range(1, state.step + 1)),
             (METRICS, "tasks", [record["task"] for record in self._tasks], range(state.task)),

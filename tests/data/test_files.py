@@ -115,6 +115,13 @@ def test_a_name_that_comes_twice_is_refused(tmp_path):
             open_source(path)
 
 
+def test_a_tar_with_a_file_without_a_name_is_refused(tmp_path):
+    """Found by tools/fuzz.py, input 1667."""
+    (tmp_path / "x.tar").write_bytes(tar_of(IMAGES, tarfile.TarInfo("")))
+    with pytest.raises(ValueError, match="a file has no name"):
+        open_source(tmp_path / "x.tar")
+
+
 @pytest.mark.parametrize("target", ["../outside/1.png", "/etc/passwd", "../outside", "nowhere.png", ".."])
 def test_a_link_that_leads_out_of_a_folder_is_refused(tmp_path, target):
     (tmp_path / "outside").mkdir()

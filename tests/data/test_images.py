@@ -97,6 +97,12 @@ def test_a_cut_image_is_refused(format):
             open_image(whole[:length])
 
 
+def test_what_can_be_opened_can_be_stored_as_pixels_and_opened_again():
+    """A picture of 8 x 100,008 pixels was built, and stopped the training (found by tools/fuzz.py, input 1203)."""
+    pixels = open_image(saved(Image.new("RGB", (8, 100_008)), "PNG"))
+    assert np.array_equal(open_image(images.ppm(pixels)), pixels)
+
+
 def test_a_bomb_is_refused_before_it_is_decoded():
     """9,000 x 8,000 pixels in few bytes. PNG headers that claim more are in test_loader."""
     bombs = [saved(Image.new("1", (9_000, 8_000)), "PNG"), saved(Image.new("L", (9_000, 8_000)), "JPEG")]

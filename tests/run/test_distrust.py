@@ -328,6 +328,17 @@ def test_a_hole_or_a_doubled_line_before_the_checkpoint_is_named_at_a_resume(tmp
         (tmp_path / name).write_bytes(whole)
 
 
+def test_a_line_of_the_metrics_that_was_moved_is_named_at_a_resume(tmp_path):
+    log = open_log(tmp_path)
+    log.step({"step": 1, "task": 0})
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(reversed(path.read_bytes().splitlines(keepends=True))))  # the run's line after the first step
+    assert "metrics.jsonl was damaged before the checkpoint of step 1: lines in another order" in printed(
+        open_log(tmp_path, TrainState(step=1))
+    )
+
+
 def test_a_changed_digit_in_a_metric_is_left_out_with_a_warning(tmp_path):
     log = open_log(tmp_path)
     for step in (1, 2):
