@@ -194,7 +194,7 @@ def _adapters_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_classes(folder: Path) -> list[list[str]]:
-    """Return the class names of each task of a run; [] if a version before 0.3 has trained it."""
+    """Return the class names of each task of a run; [] if the run has no classes.json: early versions wrote none."""
     names: list[list[str]] = read_json(folder / CLASSES, [[str]], [])
     return names
 
