@@ -89,8 +89,8 @@ class BatchLosses:
     """Losses of candidates on one global batch. It skips every computation that a candidate's perturbation cannot change.
 
     delta_branches: branches whose candidates compute the change of the features instead of the features (`model.perturbed`). Their losses
-    are computed in float64. The result is the same number with less rounding. by_unit: candidates begin at any zeroth-order block, so each
-    of these blocks keeps its input; otherwise all candidates of a branch restart at its first zeroth-order block.
+    are computed in float64. The result is the same number with less rounding. by_unit: candidates begin at any zeroth-order block,
+    so each of these blocks keeps its input. Otherwise all candidates of a branch restart at its first zeroth-order block.
     """
 
     def __init__(

@@ -53,7 +53,7 @@ def code_digest() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide about pixels, tokens and sums; other than torch's, which is in the code's digest."""
+    """Return the versions of the packages that decide about pixels, tokens and sums. torch's version is in the code's digest."""
     names = ("accelerate", "deepspeed", "numpy", "open_clip_torch", "pillow", "safetensors", "torchvision")
     return {item.name: item.version for item in importlib.metadata.distributions() if item.name and item.name.lower() in names}
 

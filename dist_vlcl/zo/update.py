@@ -174,8 +174,8 @@ class ZerothOrder:
         """Return the coefficient of the ordinary step, without its minus sign.
 
         `auto` divides by the root mean square of the slopes and multiplies by their number q. Each probe then moves its direction by about
-        lr, and the q moves are added, not averaged. The mean of q estimates has n / q times the square norm of the gradient (n parameters,
-        q much smaller than n), so the best step on a quadratic grows as q.
+        lr, and the q moves are added, not averaged. With n parameters and q much smaller than n, the mean of q estimates has n / q times
+        the square norm of the gradient. So the best step on a quadratic grows as q.
         """
         if self.config.lr_scale != "auto":
             return lr * self.config.lr_scale
