@@ -104,7 +104,7 @@ class Move:
     losses: tuple[float, float, float] | None = None  # of staying, of -step and of +step, if the acceptance rule compared them
 
     @property
-    def sizes(self) -> dict[str, float]:
+    def slope_sizes(self) -> dict[str, float]:
         """Return the mean absolute projected gradient over the probes, per branch."""
         return {branch: sum(map(abs, slopes)) / len(slopes) for branch, slopes in self.projected_gradient.items()}
 
