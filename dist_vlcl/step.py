@@ -14,7 +14,8 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.losses import MIN_SAMPLES, BatchLosses, LossReport, padded, sample_losses, step_noise
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.statistics import UnitStatistics
-from dist_vlcl.model.units import BRANCHES, FlatUnits, UnitId, freeze
+from dist_vlcl.model.units import FlatUnits, UnitId, freeze
+from dist_vlcl.options import BRANCHES
 from dist_vlcl.orders import Order
 from dist_vlcl.precision import SlopePrecision
 from dist_vlcl.zo.difference import Candidate

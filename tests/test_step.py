@@ -194,7 +194,7 @@ def test_every_learning_unit_moves_and_nothing_else_does(plan):
 
 
 def test_the_frozen_control_trains_the_other_units_as_first_order_alone_does():
-    """Units that are not trained stay bit for bit; the others take the steps they take beside units that stay (concepts.md, "What is a control?")."""
+    """Units that are not trained stay bit for bit. The others take the same steps (concepts.md, "What is a control?")."""
     step = hybrid(OrderPlan("dual", "hop_odd", order="frozen"))
     twin = Twin(step)
     before = adapter_values(step.towers)

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vlcl.options import option
+from dist_vlcl.options import BRANCHES, option
 from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, Evaluate, FiniteDifference, Slopes, StepDirections
 from dist_vlcl.zo.flat import Flat, Group, groups_of, restricted
 from dist_vlcl.zo.noise import Key, derive_seed
 
-BRANCHES = ("language", "vision")
 EVALUATIONS = ("auto", "whole", "delta")
 # Losses are rounded to 2^-32. With a smaller epsilon the difference of two losses would be mostly that rounding.
 MIN_EPSILON = 1e-7
