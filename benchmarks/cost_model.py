@@ -18,7 +18,8 @@ from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.model.timm_tower import TimmStemAndHead
 from dist_vlcl.model.tower import Tower
-from dist_vlcl.model.units import BRANCHES, UnitId
+from dist_vlcl.model.units import UnitId
+from dist_vlcl.options import BRANCHES
 from dist_vlcl.orders import Order
 from dist_vlcl.zo.update import ZerothOrderConfig
 

@@ -33,7 +33,7 @@ from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.run.signals import report_status
-from dist_vlcl.saved import MAY_CHANGE, OURS, PLACES, leads_out, read_config
+from dist_vlcl.saved import BUILT_IN, MAY_CHANGE, PATH_OPTIONS, read_config, untrusted_options
 from dist_vlcl.zo.update import ZerothOrderConfig
 
 FULL_ERROR = "HYDRA_FULL_ERROR"  # set: errors of the user have their traceback, too
@@ -181,10 +181,10 @@ def unknown_option(key: str) -> str:
     return f"{key}: no such option; " + (f"did you mean {near[0]}?" if near else "--help lists all options")
 
 
-def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] = PLACES) -> Config:
+def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] = PATH_OPTIONS) -> Config:
     """Return the configuration that a run has written, validated. `options` of this command line replace its values.
 
-    A saved configuration is data. What leads out of it must be among the options: code, commands, and addresses and files in `places`.
+    A saved configuration is data. Code, commands, and the addresses and files in `places` must be among the options.
     Raises FileNotFoundError, or ValueError that names what is missing, damaged or of another version.
     """
     if not path.exists():
@@ -192,9 +192,9 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
     content, given = read_config(path), dict(option.partition("=")[::2] for option in options)
     if isinstance(content.get("adapter"), dict):
         content["adapter"].pop("init", None)  # its tensors are in the run's checkpoints
-    if odd := [key for key in given if not any(fnmatch(key, pattern) for pattern in (*MAY_CHANGE, *PLACES, *OURS))]:
+    if odd := [key for key in given if not any(fnmatch(key, pattern) for pattern in (*MAY_CHANGE, *PATH_OPTIONS, *BUILT_IN))]:
         raise ValueError(f"{odd[0]}: the run decides this; give only options that lead to code, data or weights, or change no result")
-    if needed := [word for word in leads_out(content, places) if word.partition("=")[0] not in given]:
+    if needed := [word for word in untrusted_options(content, places) if word.partition("=")[0] not in given]:
         advice = f"which only a command line may name. To trust them, add: {shlex.join(needed)}"
         raise ValueError(f"{path} names code, commands, addresses or files, {advice}")
     schema = OmegaConf.structured(Config)

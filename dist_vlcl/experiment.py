@@ -172,7 +172,10 @@ class Experiment:
 
 
 def fitted(train: TrainConfig, images: float) -> TrainConfig:
-    """Return the options with numbers instead of null, for tasks of so many training images: about eight batches, and about 100 steps."""
+    """Return the options with numbers instead of null. images: training images of a task.
+
+    Batch size: a power of two, 8 to 128, for 8 to 16 batches an epoch if these bounds allow it. Epochs: enough for at least 100 steps.
+    """
     batch_size = train.batch_size or min(128, max(8, 2 ** int(math.log2(max(1, images / 8)))))
     return replace(train, batch_size=batch_size, epochs=train.epochs or math.ceil(100 / math.ceil(images / batch_size)))
 

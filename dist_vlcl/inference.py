@@ -125,9 +125,9 @@ class TrainedCLIP:
 def load(source: str | Path, task: int | None = None, device: str | torch.device | None = None, options: Sequence[str] = ()) -> TrainedCLIP:
     """Return CLIP with the adapters of a run, on a GPU if there is one.
 
-    source: the folder of a run or of an export, a file in it, or ORG/NAME on the Hugging Face Hub.
-    task: the state after this task, counted from 1; None takes the newest checkpoint.
-    options: OPTION=VALUE, for code and files that the run's configuration names, such as model.pretrained=/weights.safetensors. The error
+    `source`: the folder of a run or of an export, a file in it, or ORG/NAME on the Hugging Face Hub.
+    `task`: the state after this task, counted from 1; None takes the newest checkpoint.
+    `options`: OPTION=VALUE, for code and files that the run's configuration names, such as model.pretrained=/weights.safetensors. The error
     without them lists them. Raises FileNotFoundError, or ValueError if the source cannot be used.
     """
     trained = read_trained(source, task, options)
@@ -199,7 +199,7 @@ def _adapters_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_classes(folder: Path) -> list[list[str]]:
-    """Return the class names of each task of a run; [] if a version before 0.3 has trained it."""
+    """Return the class names of each task of a run; [] if the run has no classes.json: early versions wrote none."""
     names: list[list[str]] = read_json(folder / CLASSES, [[str]], [])
     return names
 
@@ -227,7 +227,7 @@ def _download(name: str) -> Path:
         raise FileNotFoundError(f"{name}: no such file or folder; give the folder of a run, such as runs/NAME")
     from huggingface_hub import constants, snapshot_download
 
-    try:  # into a folder of its own, because the files in the hub's cache are links
+    try:  # into another folder than the hub's cache, because the files there are links
         folder = Path(constants.HF_HUB_CACHE) / "dist_vlcl" / name
         return Path(snapshot_download(name, allow_patterns=[CONFIG, CLASSES, ADAPTERS], local_dir=folder))
     except (OSError, ValueError, RuntimeError) as error:

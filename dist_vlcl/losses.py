@@ -26,9 +26,9 @@ MAX_SUM = 2.0**21  # of a micro-batch: below it, float64 holds every multiple of
 # Matrix products with fewer rows use other CPU kernels, whose results differ in the last bits. A sample's loss would then depend on how
 # many samples its rank has.
 MIN_SAMPLES = 8
-# So many parameters of candidates are stacked at a time (128 MiB in fp32), and at least MIN_PIECE candidates.
-STACKED = 2**25
-MIN_PIECE = 8
+# Candidates are evaluated in chunks of at most this many parameters (128 MiB in fp32), and at least MIN_CHUNK candidates.
+MAX_STACKED_NUMBERS = 2**25
+MIN_CHUNK = 8
 
 
 def min_samples(exact_bits: bool | None, share: int) -> int:
@@ -41,12 +41,12 @@ def min_samples(exact_bits: bool | None, share: int) -> int:
 
 def padded(batch: Any, least: int = MIN_SAMPLES) -> tuple[Tensor, Tensor, Tensor, int]:
     """Return images, labels, positions `[max(B, least), ...]`, and B, the number of samples that count."""
-    real = len(batch.labels)
+    num_real = len(batch.labels)
     parts = [batch.images, batch.labels, batch.positions]
-    if real < least:
-        parts = [torch.cat([part, part.new_zeros(least - real, *part.shape[1:])]) for part in parts]
+    if num_real < least:
+        parts = [torch.cat([part, part.new_zeros(least - num_real, *part.shape[1:])]) for part in parts]
     images, labels, positions = parts
-    return images, labels, positions, real
+    return images, labels, positions, num_real
 
 
 def step_noise(towers: TwoTowers, tokens: Tensor, positions: Tensor, key: Key) -> StepNoise:
@@ -75,11 +75,11 @@ class LossReport:
 
 @dataclass
 class MicroBatch:
-    """A micro-batch of this rank and its base evaluation. Only the first `real` samples count; the others are padding."""
+    """A micro-batch of this rank and its base evaluation. Only the first `num_real` samples count; the others are padding."""
 
     images: Tensor  # uint8 [B, 3, S, S]
     labels: Tensor  # int64 [B]
-    real: int
+    num_real: int
     noise: StepNoise
     features: dict[str, Tensor]  # of each branch, [1, B, F] or [1, C, F]
     cached_inputs: dict[str, dict[int, Any]]  # of each branch, by the layers at which its candidates restart
@@ -89,8 +89,8 @@ class BatchLosses:
     """Losses of candidates on one global batch. It skips every computation that a candidate's perturbation cannot change.
 
     delta_branches: branches whose candidates compute the change of the features instead of the features (`model.perturbed`). Their losses
-    are computed in float64. The result is the same number with less rounding. by_unit: candidates begin at any zeroth-order block, so each
-    of these blocks keeps its input; otherwise all candidates of a branch restart at its first zeroth-order block.
+    are computed in float64. The result is the same number with less rounding. by_unit: candidates begin at any zeroth-order block,
+    so each of these blocks keeps its input. Otherwise all candidates of a branch restart at its first zeroth-order block.
     """
 
     def __init__(
@@ -110,30 +110,30 @@ class BatchLosses:
         self.micro_batches: list[MicroBatch] = []
         self.first_report: LossReport | None = None  # the ranks exchange count and stop with the first losses of a step only
 
-    def add(self, images: Tensor, labels: Tensor, noise: StepNoise, base: Mapping[str, tuple], real: int) -> None:
-        """Add a micro-batch with its base evaluation, as `TwoTowers.forward` returns it. Only the first `real` samples count."""
+    def add(self, images: Tensor, labels: Tensor, noise: StepNoise, base: Mapping[str, tuple], num_real: int) -> None:
+        """Add a micro-batch with its base evaluation, as `TwoTowers.forward` returns it. Only the first `num_real` samples count."""
         features = {branch: out[0].detach() for branch, out in base.items()}
         cached_inputs = {branch: out[1] for branch, out in base.items()}
-        self.micro_batches.append(MicroBatch(images, labels, real, noise, features, cached_inputs))
+        self.micro_batches.append(MicroBatch(images, labels, num_real, noise, features, cached_inputs))
 
     @torch.no_grad()
     def __call__(self, candidates: Iterable[Candidate]) -> LossReport:
         """Return the mean loss of each candidate over the global batch. All ranks call this with the same candidates.
 
-        Candidates are evaluated a piece at a time. One all-reduce of int64 `[K + 3]`: the sums, then the number of ranks with unusable
+        Candidates are evaluated a chunk at a time. One all-reduce of int64 `[K + 3]`: the sums, then the number of ranks with unusable
         losses, of samples, and of ranks asked to stop. The last two are sent once per batch.
         """
-        size = max(MIN_PIECE, STACKED // max((flat.values_n.numel() for flat in self.flats.values()), default=1))
+        size = max(MIN_CHUNK, MAX_STACKED_NUMBERS // max((flat.values_n.numel() for flat in self.flats.values()), default=1))
         evaluated: dict[int, tuple[Tensor, Tensor]] = {}  # of each candidate of this rank: its sum, and whether it is unusable
-        piece: dict[int, Candidate] = {}
+        chunk: dict[int, Candidate] = {}
         k = -1
         for k, (candidate, is_own) in enumerate(self._with_owner(candidates)):
             if is_own:
-                piece[k] = candidate
-            if len(piece) == size:
-                evaluated |= self._evaluate(piece)
-                piece = {}
-        evaluated |= self._evaluate(piece)
+                chunk[k] = candidate
+            if len(chunk) == size:
+                evaluated |= self._evaluate(chunk)
+                chunk = {}
+        evaluated |= self._evaluate(chunk)
         zero = torch.zeros((), dtype=torch.int64, device=self.world.device)
         sums, faulty = zip(*(evaluated.get(number, (zero, zero.bool())) for number in range(k + 1)), strict=True)
         return self._report(torch.stack(sums), torch.stack(faulty))
@@ -146,11 +146,11 @@ class BatchLosses:
             next_group[tuple(candidate)] = group + 1
             yield candidate, group % self.world.direction_groups == self.world.direction_group
 
-    def _evaluate(self, piece: Mapping[int, Candidate]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return of each candidate of a piece the sum of its losses on this rank, in units of 2^-32, and whether it is unusable."""
+    def _evaluate(self, chunk: Mapping[int, Candidate]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return of each candidate of a chunk the sum of its losses on this rank, in units of 2^-32, and whether it is unusable."""
         offsets: dict[tuple[str, int], list[Tensor]] = {}  # by branch and first perturbed layer
         rows: dict[int, dict[str, tuple[int, int]]] = {}  # of each candidate, per branch: first perturbed layer, row in its features
-        for k, candidate in piece.items():
+        for k, candidate in chunk.items():
             rows[k] = {}
             for branch, offset in candidate.items():
                 start = self._start(branch, offset)
@@ -198,11 +198,11 @@ class BatchLosses:
     def _loss_sum(self, image_BF: Tensor, text_CF: Tensor, part: MicroBatch) -> Tensor:
         """Return the sum of the samples' losses, each rounded to 2^-32, float64 ()."""
         logits_BC = self.towers.logits(image_BF, text_CF).double()
-        losses_B = sample_losses(logits_BC, part.labels, self.towers.config.loss)[: part.real]
+        losses_B = sample_losses(logits_BC, part.labels, self.towers.config.loss)[: part.num_real]
         return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum()
 
     def _report(self, sums_K: Tensor, is_faulty_K: Tensor) -> LossReport:
-        own = [] if self.first_report else [sum(part.real for part in self.micro_batches), int(self.stop)]
+        own = [] if self.first_report else [sum(part.num_real for part in self.micro_batches), int(self.stop)]
         vector = torch.cat([sums_K, is_faulty_K.any()[None].long(), torch.tensor(own, dtype=torch.int64, device=sums_K.device)])
         totals = self.world.sum_exact(vector, "losses").tolist()
         sums, (faults, *shared) = totals[: len(sums_K)], totals[len(sums_K) :]

@@ -1,6 +1,7 @@
 """Hides secrets: every text that is written or printed passes through here first.
 
-A secret is a value that an environment variable with a telling name holds, or one that stands in a text behind a telling name.
+A telling name contains a word such as token or password. The value of an environment variable with such a
+name is a secret. So is a value that follows such a name in a text.
 tests/test_masking.py lists the forms that are found. No other form is promised.
 """
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass
 from typing import Any, get_type_hints
 
+BRANCHES = ("language", "vision")  # of CLIP, and of every option that is given per branch
 BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "min": ("at least", operator.ge),
     "above": ("more than", operator.gt),

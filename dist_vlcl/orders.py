@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from dist_vlcl.model.units import BRANCHES, UnitId
-from dist_vlcl.options import option
+from dist_vlcl.model.units import UnitId
+from dist_vlcl.options import BRANCHES, option
 
 
 class Order(Enum):

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from dist_vlcl.options import flatten
-from dist_vlcl.saved import MAY_CHANGE, leads_out, read_config
+from dist_vlcl.saved import MAY_CHANGE, read_config, untrusted_options
 
 # Beside the package in a checkout, inside of it in a wheel.
 CONFIG_FOLDER = next(p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs") if (p / "config.yaml").exists())
@@ -243,7 +243,7 @@ def _expand_tuned(path: Path) -> Iterator[str]:
     """Yield the options in a file that tune has written."""
     try:
         content = read_config(path)
-        if outside := leads_out(content):
+        if outside := untrusted_options(content):
             raise ValueError(f"it names code, commands, addresses or files; give these yourself: {' '.join(outside)}")
         if odd := [key for key in flatten(content) if not re.fullmatch(r"zo(\.\w+)+", key)]:  # Hydra's own options can run code
             raise ValueError(f"it sets {odd[0]!r}, and only zo.NAME is allowed")

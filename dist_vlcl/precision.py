@@ -80,9 +80,9 @@ class SlopePrecision:
         towers: the model, or a copy of it in another precision.
         """
         losses = BatchLosses(towers, self.flats, tokens, self.world, delta_branches)
-        images, labels, positions, real = padded(batch)
+        images, labels, positions, num_real = padded(batch)
         noise, result = step_noise(towers, tokens, positions, key), {}
-        losses.add(images, labels, noise, towers({"vision": images, "language": tokens}, noise, losses.starts), real)
+        losses.add(images, labels, noise, towers({"vision": images, "language": tokens}, noise, losses.starts), num_real)
         for branch in self.flats:
             epsilon = self.zeroth.config.epsilon[branch]
             pairs = [losses([{}, {branch: self.zeroth.directions.draw(branch, key, q) * epsilon}]).losses for q in range(directions)]

@@ -1,6 +1,7 @@
 """What a run folder says about its run: the forms of its files, and its configuration as plain data.
 
-Nothing in a configuration is resolved or imported here. What leads out of it counts only if the user gives it on a command line.
+Nothing in a configuration is resolved or imported here. Code, commands, addresses and outside paths count only if the user repeats them on
+the command line.
 """
 
 import hashlib
@@ -21,12 +22,12 @@ MAY_CHANGE = (  # patterns of the options that a resume may change, because they
     *("run.*", "cluster.*", "eval.batch_size", "model.graphs", "train.check_every_steps", "train.max_skips"),
     *("data.root", "data.url", "data.timeout_s", "data.allow_pipe", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
 )
-PLACES = (  # options that name files and addresses
-    *(f"data.{key}" for key in ("root", "url", "source", "test_source", "split_file", "class_names")),
+PATH_OPTIONS = (  # options that name files and addresses
+    *(f"data.{key}" for key in ("root", "url", "source", "split_file", "class_names")),
     *("model.name", "model.pretrained", "adapter.init"),
 )
 OUTSIDE = r"^/|:|(^|/)\.\.(/|$)"  # an absolute path, an address, or a path that leads up
-OURS = {"zo.estimator": "finite_difference", "adapter.kind": None, "data.allow_pipe": False}  # other values run the user's code
+BUILT_IN = {"zo.estimator": "finite_difference", "adapter.kind": None, "data.allow_pipe": False}  # other values run the user's code
 MAX_CONFIG_BYTES = 1 << 20
 UNITS = {"step": "int64", "task": "int32", "branch": "string", "layer": "int32", "order": "string", "gradient_variance": "float"}
 
@@ -78,13 +79,13 @@ def digest_of(config: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps(fixed, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
-def leads_out(config: Mapping[str, Any], places: Sequence[str] = PLACES) -> list[str]:
+def untrusted_options(config: Mapping[str, Any], places: Sequence[str] = PATH_OPTIONS) -> list[str]:
     """Return, as OPTION=VALUE, what a saved configuration may not decide: code, commands, and addresses and paths in the options `places`.
 
     A relative path stays below the working directory and is allowed. A file of weights is not: it may lie in the run folder itself.
     """
     options = flatten(config)
-    found = [key for key, ours in OURS.items() if options.get(key, ours) not in (ours, None)]
+    found = [key for key, own in BUILT_IN.items() if options.get(key, own) not in (own, None)]
     texts = {key: str(options[key]) for key in places if options.get(key)}
     found += [key for key, text in texts.items() if (_is_a_file(text) if key == "model.pretrained" else re.search(OUTSIDE, text))]
     return [f"{key}={options[key]}" for key in found]

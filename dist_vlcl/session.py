@@ -41,22 +41,22 @@ class Requeued(Exception):
 
 
 class Session:
-    """The state, log and unit records of a run between two starts. Every rank has one and calls every method; rank 0 writes."""
+    """One start of a run: its state, log and unit records. Every rank has one and calls every method; rank 0 writes."""
 
-    def __init__(self, experiment: Experiment, step: HybridStep, folder: RunFolder, start: Mapping[str, Tensor]):
+    def __init__(self, experiment: Experiment, step: HybridStep, folder: RunFolder, initial_adapters: Mapping[str, Tensor]):
         """Load the newest checkpoint and the journal's steps after it, and open the log and the unit records at that position.
 
-        `start`: the adapters that a run without a checkpoint starts from; {} for new ones.
+        `initial_adapters`: the adapters that a run without a checkpoint starts from; {} for new ones.
         """
         self.experiment, self.step, self.folder = experiment, step, folder
         self.cfg, self.world, self.tasks = experiment.cfg, experiment.world, experiment.tasks
         world = self.world
         saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
         self.state = TrainState.from_dict(saved.state) if saved else TrainState()
-        if getattr(self.cfg.adapter, "init", None) and not saved and not start:
+        if getattr(self.cfg.adapter, "init", None) and not saved and not initial_adapters:
             raise ValueError(f"{folder.path} has no intact checkpoint, and began with adapter.init: run.overwrite=true starts anew")
         self.is_resumed = saved is not None
-        self.tensors = saved.tensors if saved else {f"adapters/{name}": t for name, t in start.items()}
+        self.tensors = saved.tensors if saved else {f"adapters/{name}": t for name, t in initial_adapters.items()}
         self.notes: list[str] = []  # what differs between this start and those before
         self.journalled = self._read_journal()
         threads = torch.get_num_threads() if world.device.type == "cpu" else 0
@@ -129,7 +129,7 @@ class Session:
         """Yield the steps that are left in a task; none if no unit learns."""
         return iter(self.experiment.batches(task, self.state, self.log.progress) if self.step.learns else ())
 
-    def is_observed(self) -> bool:
+    def is_observation_due(self) -> bool:
         """Whether the next step is to measure gradient and update of every unit."""
         return self.records.is_due(self.state.step + 1)
 
@@ -152,7 +152,7 @@ class Session:
         state.advance()
         state.seconds += seconds
         self.busy_s.append(report.busy_s)
-        zo = {m.group.name: {"projected_gradient": mean(m.sizes.values()), "coefficient": m.coefficient} for m in report.moves}
+        zo = {m.group.name: {"projected_gradient": mean(m.slope_sizes.values()), "coefficient": m.coefficient} for m in report.moves}
         place = {"step": state.step, "task": state.task}
         result = {"loss": report.loss, "lr": planned.lr, "gradient_norm": report.gradient_norm, "zo": zo}
         times = {"seconds": seconds, "data_seconds": planned.batch.waited_s, "images_per_second": report.count / seconds}
@@ -281,5 +281,5 @@ def sizes_by_unit(step: HybridStep, moves: list[Move]) -> list[float | None]:
     sizes: dict[UnitId, float] = {}
     for move in moves:
         for branch, part in move.group.slices.items():
-            sizes |= dict.fromkeys(step.flats[branch].units_in(part), move.sizes[branch])
+            sizes |= dict.fromkeys(step.flats[branch].units_in(part), move.slope_sizes[branch])
     return [sizes.get(id) for id in step.towers.units]

@@ -33,10 +33,10 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
     """
     require_extras(cfg)
     with Preemption() as preemption:
-        start = world.on_main(lambda: read_start(cfg), "adapter.init")
+        initial_adapters = world.on_main(lambda: read_start(cfg), "adapter.init")
         experiment = Experiment.open(cfg, world)
-        if start:
-            experiment.towers.units.check(start)
+        if initial_adapters:
+            experiment.towers.units.check(initial_adapters)
         step = build_step(experiment)
         check_warmup(experiment, step)
         check_same_start(experiment, step)
@@ -45,14 +45,14 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
             if world.is_main:
                 print(folder.message)
             return None
-        with Session(experiment, step, folder, start) as session:
+        with Session(experiment, step, folder, initial_adapters) as session:
             session.describe()
             session.evaluate_untrained()
             for task in session.tasks_left():
                 session.begin(task)
                 for planned in session.steps_left(task):
-                    batches, observe = planned.micro_batches(cfg.train.micro_batches), session.is_observed()
-                    stop = preemption.requested or folder.is_awaited
+                    batches, observe = planned.micro_batches(cfg.train.micro_batches), session.is_observation_due()
+                    stop = preemption.requested or folder.another_start_waits
                     report = step(batches, planned.key, planned.lr, stop=stop, observe=observe)
                     session.record(planned, report)
                     if report.stop or session.is_time_to_save():
@@ -88,7 +88,10 @@ def build_step(experiment: Experiment) -> HybridStep:
 
 
 def check_warmup(experiment: Experiment, step: HybridStep) -> None:
-    """Raise ValueError if a task ends within the warm-up. Runs of the paper are exempt: its ImageNet-R tasks do; so are short looks."""
+    """Raise ValueError if a task ends within the warm-up.
+
+    Runs with `paper=ID` are exempt, because the paper's ImageNet-R tasks are that short. So are runs with `train.max_steps`.
+    """
     train, shortest = experiment.cfg.train, min(map(experiment.num_steps, experiment.tasks))
     if step.learns and (train.warmup_steps or 0) >= shortest and not experiment.cfg.paper and train.max_steps is None:
         raise ValueError(

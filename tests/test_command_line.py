@@ -38,7 +38,7 @@ def test_a_wrong_option_is_refused_with_what_to_write_instead(override):
     assert ADVICE[override] in str(caught.value)
 
 
-def test_a_flag_that_is_none_is_refused_with_the_option_it_means(monkeypatch, capsys):
+def test_an_unknown_flag_is_refused_with_the_option_it_means(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train", "--epochs", "2"])
     with pytest.raises(SystemExit) as stopped:
         hydra_main(print)
@@ -73,7 +73,7 @@ def test_the_command_line_starts_the_module_s_own_main(name, monkeypatch):
     assert started == [[f"dist-vlcl {name}", "some", "words"]]
 
 
-def test_a_command_that_is_none_is_refused_with_all(monkeypatch, capsys):
+def test_an_unknown_command_is_refused_and_all_are_listed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["dist-vlcl", "trian"])
     with pytest.raises(SystemExit) as stopped:
         main()

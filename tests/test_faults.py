@@ -171,7 +171,7 @@ def on_a_disk_that_cannot_be_written(world: World, cfg: Config) -> str | None:
     return "trained"
 
 
-def test_a_run_whose_folder_has_become_read_only_is_refused_in_words_on_every_rank_and_left_as_it_is(tmp_path, data):
+def test_a_run_whose_folder_has_become_read_only_is_refused_on_every_rank_and_left_as_it_is(tmp_path, data):
     cfg = tiny(tmp_path, data, "mine", "orders=dual_all")
     assert run_ranks(plain, 1, cfg, 2) == ["requeued"]
     before = {path: path.read_bytes() for path in folder_of(cfg).rglob("*") if path.is_file()}

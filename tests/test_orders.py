@@ -104,7 +104,7 @@ def test_branch_none_leaves_every_unit_to_the_rest():
     ],
     ids=str,
 )
-def test_a_plan_that_cannot_be_is_refused_in_words(plan, words):
+def test_an_impossible_plan_is_refused_with_a_reason(plan, words):
     with pytest.raises(ValueError) as caught:
         validate(plan, "orders")
         assign(units(), plan)

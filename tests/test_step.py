@@ -171,7 +171,7 @@ def test_other_adapters_too_are_those_of_the_whole_model(adapter):
 @pytest.mark.parametrize("layers", PLAN_LAYERS)
 @pytest.mark.parametrize("branch", ["vision", "language", "dual"])
 def test_in_fp32_losses_and_slopes_are_those_of_float64_nearly(branch, layers):
-    """Slopes agree to a percent: the rounding of fp32 at eps 1e-3 (concepts.md 2.2). In float64 they equal those of the whole model."""
+    """Slopes agree to a percent: the rounding of fp32 at eps 1e-3 (concepts.md 2.3). In float64 they equal those of the whole model."""
     slopes, losses, zeroth = [], [], dataclasses.replace(STRATEGIES["conservative"], probes=4)
     for double in (False, True):
         report = hybrid(OrderPlan(branch, layers), zeroth, double=double)([images()], Key(9, 0), LR)
@@ -194,7 +194,7 @@ def test_every_learning_unit_moves_and_nothing_else_does(plan):
 
 
 def test_the_frozen_control_trains_the_other_units_as_first_order_alone_does():
-    """Units that are not trained stay bit for bit; the others take the steps they take beside units that stay (concepts.md 0.1)."""
+    """Units that are not trained stay bit for bit. The others take the same steps (concepts.md, "What is a control?")."""
     step = hybrid(OrderPlan("dual", "hop_odd", order="frozen"))
     twin = Twin(step)
     before = adapter_values(step.towers)

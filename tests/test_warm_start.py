@@ -135,5 +135,5 @@ def test_a_file_of_tuned_options_may_not_name_adapters(tmp_path):
         compose_config([f"tuned={tmp_path}/tuned.yaml"])
 
 
-def test_a_warm_run_has_a_name_of_its_own():
+def test_a_warm_run_has_another_name():
     assert compose_config(["run.name=auto", "adapter.init=runs/first"]).run.name == "digits-inc2-moe-warm-mozo-dual-hop_odd-seed0"

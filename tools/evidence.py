@@ -23,7 +23,7 @@ from dist_vlcl.commands.report import realise
 from dist_vlcl.paper import CONFIG_FOLDER, paper_runs
 from dist_vlcl.report import tables
 from dist_vlcl.report.figures import STYLE
-from dist_vlcl.report.page import WORTH_TERMS
+from dist_vlcl.report.page import CONTRIBUTION_TERMS
 from dist_vlcl.report.paper_figures import draw_seeds
 from dist_vlcl.report.records import CELL, CONTROLS, run_frame
 from dist_vlcl.report.statistics import (
@@ -91,8 +91,8 @@ def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
     blocks = ["### The primary contrasts", "\n".join(map(sentence, contrasts.itertuples())), contrast_table(contrasts)]
     blocks += ["### Results", f"Other settings than the paper's, in all runs: {'; '.join(sorted(shared)) or 'none'}."]
     blocks.append(tables.result_table(ours))
-    if worth := tables.worth_table(ours):
-        blocks += ["### What zeroth order was worth", WORTH_TERMS, worth]
+    if contribution := tables.contribution_table(ours):
+        blocks += ["### What did zeroth order contribute?", CONTRIBUTION_TERMS, contribution]
     counted = comparisons[~comparisons.variant.isin(CONTROLS)]
     asked = {name: counted[counted.claim == name] for name in CLAIMS}
     blocks += ["### Questions", RULE]

@@ -14,7 +14,7 @@ seed=   one or several, separated by commas.
 Every other OPTION=VALUE goes to every run. A run's folder is named after its id, its seed and these options.
 
 All options, data sets and weights are checked before the first run starts. Complete runs are skipped, and interrupted runs continue from
-their checkpoint. A run that fails does not stop the others; its name is printed at the end.
+their checkpoint. A run that fails does not stop the others. Its name is printed at the end.
 Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option, 75 if a signal stopped the sweep (start it again).
 """
 
@@ -128,7 +128,7 @@ def launcher_of(arguments: Namespace) -> list[str]:
 
 def train(command: Sequence[str], stop: Preemption) -> int:
     """Train one run in a new process and return its exit status. A signal to us stops it; it saves a checkpoint."""
-    # In a session of its own: a signal to our process group then reaches the ranks once, through us.
+    # In a new session: a signal to our process group then reaches the ranks once, through us.
     process = subprocess.Popen(command, start_new_session=True, preexec_fn=_prepare_child)
     while process.poll() is None and not stop.requested:
         time.sleep(0.1)
@@ -143,7 +143,7 @@ def _prepare_child() -> None:
 
 
 def missing_inputs(configs: Sequence[Config]) -> list[str]:
-    """Open every data set and load every model of these runs once. Return what is missing, one text for each."""
+    """Open every data set and load every model of these runs once. Return one text for each that is missing."""
     found = []
     works: dict[str, Callable[[], object]] = {repr(config.data): partial(open_index, config.data) for config in configs}
     works |= {repr(config.model): partial(build_clip, config.model, config.adapter) for config in configs}

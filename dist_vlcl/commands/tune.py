@@ -6,7 +6,7 @@
 
 Every combination of the options with several values is trained on the first task and evaluated on held-out images of its training set.
 Test images are never read. A combination counts with its mean over the seeds (0, 1 and 2). These options are searched unless you give them
-one value; in a plan with both branches, probes are those of the language branch:
+one value. In a plan with both branches, probes are those of the language branch.
 
     zo=naive,conservative,sign    zo.lr_scale=0.3,1,3,10    zo.probes=1,16,64
 

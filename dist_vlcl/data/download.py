@@ -22,7 +22,7 @@ TRY_AGAIN = (408, 429, *range(500, 600))  # HTTP statuses: too slow, too many re
 log = logging.getLogger(__name__)
 
 
-def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, timeout_s: float = 120) -> bytes:
+def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, *, timeout_s: float) -> bytes:
     """Return the content of a local file or an http(s) address, or the output of a `pipe:` command; at most `limit` bytes.
 
     Raises OSError if it cannot be read, from http(s) and a `pipe:` within `timeout_s` seconds, and ValueError as `check_scheme` does.

@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
     split: str | None
     folder: str  # of its class
-    path: str  # in the source, or `test:` and the path in test_source
+    path: str  # in the source
     read: ReadFile
 
     @property

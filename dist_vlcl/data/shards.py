@@ -110,7 +110,7 @@ class Index:
     shards: dict[str, tuple[tuple[Shard, ...], ...]]  # split -> class id -> shards
     location: str
     allow_pipe: bool = False
-    timeout_s: float = 120  # to read one shard from http(s) or a pipe:, all attempts together
+    timeout_s: float = DataConfig.timeout_s  # to read one shard from http(s) or a pipe:, all attempts together
 
     def __post_init__(self) -> None:
         texts = (self.name, self.reader, *self.class_names, *self.encodings)
@@ -166,11 +166,11 @@ class Index:
         (folder / "index.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, location: str, allow_pipe: bool = False, timeout_s: float = 120) -> "Index":
+    def load(cls, location: str, allow_pipe: bool = False, timeout_s: float = DataConfig.timeout_s) -> "Index":
         """Read index.json below a folder or address. Raises OSError, or ValueError for another format or content than was written."""
         url = _address(location, "index.json")
         try:
-            text = read_bytes(url, allow_pipe, MAX_INDEX_BYTES, timeout_s)
+            text = read_bytes(url, allow_pipe, MAX_INDEX_BYTES, timeout_s=timeout_s)
         except OSError as error:
             raise OSError(masked(f"{url}: cannot be read: {error}")) from error
         try:
@@ -346,7 +346,7 @@ def read_shard(index: Index, shard: Shard) -> list[StoredSample]:
     """
     url = _address(index.location, shard.path)
     try:
-        content = read_bytes(url, index.allow_pipe, shard.bytes + 1, index.timeout_s)
+        content = read_bytes(url, index.allow_pipe, shard.bytes + 1, timeout_s=index.timeout_s)
     except OSError as error:
         raise ShardUnavailableError(masked(f"{url}: cannot be read: {error}")) from None
     if len(content) != shard.bytes:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-Order = Sequence[int] | None  # of class ids; None: as they are numbered
+ClassOrder = Sequence[int] | None  # of class ids; None: as they are numbered
 ShardSizes = Mapping[int, Sequence[int]]  # class id -> number of samples in each of its shards
 
 
@@ -33,7 +33,12 @@ class TaskStream(list[Task]):
     """
 
     def __init__(
-        self, class_names: Sequence[str], increment: int | Sequence[int], order: Order = None, base: int = 0, num_tasks: int | None = None
+        self,
+        class_names: Sequence[str],
+        increment: int | Sequence[int],
+        order: ClassOrder = None,
+        base: int = 0,
+        num_tasks: int | None = None,
     ) -> None:
         num_classes = len(class_names)
         order = range(num_classes) if order is None else order

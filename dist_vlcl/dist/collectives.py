@@ -1,4 +1,4 @@
-"""The name of a failed collective, the step, and the rank that did not answer. torch's own messages contain none of these.
+"""Name the collective, the step and the silent rank when a collective fails. torch's messages contain none of these.
 
 Nothing is sent while all goes well. A rank whose collective failed leaves a note in the process group's store. It waits a few seconds for
 the notes of the others, then names the ranks without one. A rank that stops because of an error leaves a note with the reason.

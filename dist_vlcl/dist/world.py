@@ -226,7 +226,7 @@ def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple["Acc
     else:
         # Gradients have their own communicator (first_order.py). With this, NCCL launches both in the same order on every rank.
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-    # The rounding of TF32, bf16 and fp16 would hide the finite differences (concepts.md 2.2), so accelerate's own settings are overridden.
+    # The rounding of TF32, bf16 and fp16 would hide the finite differences (concepts.md 2.3), so accelerate's own settings are overridden.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     process_group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.timeout_s))
     if on_deepspeed or announced > 1:  # one process without DeepSpeed has no process group

@@ -300,7 +300,7 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
 
 
 def merge_lora(model: ModelConfig, lora: LoRAConfig, adapters: Mapping[str, Tensor], seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the weights of open_clip's own CLIP with LoRA on attention merged in, and their configuration for open_clip.
+    """Merge LoRA on attention into the weights of open_clip's own CLIP. Return them and their configuration for open_clip.
 
     adapters: tensors under the names of Units.state_dict. seed: of the run's weights if they are random. Raises ValueError for other
     adapters: these compute something that CLIP's own weights cannot.

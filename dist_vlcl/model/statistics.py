@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dist_vlcl.model.units import BRANCHES, UnitId, Units
+from dist_vlcl.model.units import UnitId, Units
+from dist_vlcl.options import BRANCHES
 
 STATISTICS = ("gradient_norm", "gradient_mean", "gradient_variance", "update_norm", "update_mean", "update_variance", "parameter_norm")
 

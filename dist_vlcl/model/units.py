@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-BRANCHES = ("language", "vision")
-
 
 @dataclass(frozen=True, order=True)
 class UnitId:

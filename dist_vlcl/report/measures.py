@@ -1,4 +1,4 @@
-"""What the zeroth-order steps of a run were worth, from its journal and its unit records.
+"""What the zeroth-order steps of a run contributed, from its journal and its unit records.
 
 A probe z with slope s = g . z has E[s^2] = |g|^2, where g is the gradient. The estimate of q probes is the mean of s z. Its product with g
 is the mean of s^2. So slopes give the gradient's norm, and with the estimate's norm the cosine between the two.

@@ -19,7 +19,7 @@ TERMS = (
     "(number of seeds). Control: the same run with its zeroth-order units frozen, or zero-shot CLIP if nothing else learns. "
     "Δ: mean paired difference over the seeds that both have, in points."
 )
-WORTH_TERMS = (
+CONTRIBUTION_TERMS = (
     "R = (ours − zero-shot) / (first order on the same units − zero-shot), where no other unit learns. "
     "Cosine: between estimate and gradient, as expected from the slopes and the estimate's norm. "
     "Expected descent: the sum over all steps of coefficient times squared slope, in units of the loss. "
@@ -69,16 +69,16 @@ class Report:
 
 def _results(ours: pd.DataFrame) -> Iterator[str]:
     yield "## What was run"
-    worth = tables.worth_table(ours)
+    contribution = tables.contribution_table(ours)
     by_kind = ours.groupby(ours.variant == "zero_shot").other_settings  # the untrained model has no settings of training
     if by_kind.nunique().max() == 1 and ours.other_settings.any():
         yield f"Other settings than the paper's, in all runs: {escape(max(by_kind.first(), key=len))}."
         ours = ours.assign(other_settings="")
     yield tables.result_table(ours)
-    if worth:
-        yield "## What zeroth order was worth"
-        yield WORTH_TERMS
-        yield worth
+    if contribution:
+        yield "## What did zeroth order contribute?"
+        yield CONTRIBUTION_TERMS
+        yield contribution
 
 
 def _claims(comparisons: pd.DataFrame) -> Iterator[str]:

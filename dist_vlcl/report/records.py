@@ -99,7 +99,7 @@ def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, 
     cell. Accuracies are in percent. `other_settings` says in which options the run's configuration differs from the cell's, such as
     "model.name=small_clip; zo.lr_scale=3.0". It is also split: `method_settings` (adapter, orders, zo), `shared_settings` (all others;
     runs are only compared where these are equal) and `model_settings` (the shared ones that matter without training). The columns MEASURES
-    say what the zeroth-order steps were worth.
+    say what the zeroth-order steps contributed.
     """
     rows, unreadable = [], {}
     for folder in dict.fromkeys(folders):

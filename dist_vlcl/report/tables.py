@@ -14,8 +14,8 @@ from dist_vlcl.report.records import CELL, TASKS, WITHOUT_ZEROTH, read_records
 Row = Sequence[float | None]
 UNKNOWN = "–"
 METRICS = {"last": "Last", "avg": "Avg"}
-WORTH = {"recovered_last": "R Last", "recovered_avg": "R Avg"}  # with these of MEASURES:
-WORTH |= {name: MEASURES[name] for name in ("cosine", "descent", "ordinary", "stayed", "mirrored", "shortened")}
+CONTRIBUTION = {"recovered_last": "R Last", "recovered_avg": "R Avg"}  # with these of MEASURES:
+CONTRIBUTION |= {name: MEASURES[name] for name in ("cosine", "descent", "ordinary", "stayed", "mirrored", "shortened")}
 DATASETS = {"cifar100": "CIFAR-100", "tiny_imagenet": "Tiny-ImageNet", "imagenet_r": "ImageNet-R"}
 PAPER_TABLES = {  # number -> title, and which published cells it shows (Tables 3 and 4 repeat rows for comparison)
     1: ("Zeroth order in a whole branch", "layers in ('none', 'all') and variant in ('none', 'conservative')"),
@@ -141,17 +141,17 @@ def best_first(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(tasks=tasks, best=best).sort_values(["tasks", "best"], ascending=[True, False], kind="stable")
 
 
-def worth_table(ours: pd.DataFrame) -> str:
-    """Return what zeroth order was worth: R, and what its steps measured, one row per method that has any of it; "" without one."""
-    known = ours[(ours.metric == "last") & ours[list(WORTH)].notna().any(axis=1)]
+def contribution_table(ours: pd.DataFrame) -> str:
+    """Return what zeroth order contributed: R, and what its steps measured, one row per method that has any of it; "" without one."""
+    known = ours[(ours.metric == "last") & ours[list(CONTRIBUTION)].notna().any(axis=1)]
     if known.empty:
         return ""
-    digits = {name: ".4f" if name in ("cosine", "descent") else ".2f" if name.startswith("recovered") else ".1f" for name in WORTH}
+    digits = {name: ".4f" if name in ("cosine", "descent") else ".2f" if name.startswith("recovered") else ".1f" for name in CONTRIBUTION}
     rows = []
     for c in best_first(known).to_dict("records"):
         method = [tasks_label(c["dataset"], c["increment"]), method_label(*(c[field] for field in CELL[2:])), c["other_settings"]]
         rows.append([*method, *(number(c[name], form) for name, form in digits.items())])
-    return markdown_table(["data", "method", "other settings", *WORTH.values()], rows, num_left=3)
+    return markdown_table(["data", "method", "other settings", *CONTRIBUTION.values()], rows, num_left=3)
 
 
 def comparison_table(comparisons: pd.DataFrame) -> str:

@@ -41,9 +41,7 @@ class BrokenCheckpoint(RuntimeError):
     """A checkpoint differs from what was written."""
 
 
-def save(
-    folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2, identity: Mapping[str, str] = NOBODY
-) -> Path:
+def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int, identity: Mapping[str, str]) -> Path:
     """Write the checkpoint of `step` into a run folder, then delete all but the `keep` newest. Rank 0 calls this.
 
     Raises OSError (a full disk, for example); every earlier checkpoint is then still there. A checkpoint of a later step is deleted, too:

@@ -61,7 +61,7 @@ def code_digest() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide about pixels, tokens and sums; other than torch's, which is in the code's digest."""
+    """Return the versions of the packages that decide about pixels, tokens and sums. torch's version is in the code's digest."""
     names = ("accelerate", "deepspeed", "numpy", "open_clip_torch", "pillow", "safetensors", "torchvision")
     return {name: version for name, version in installed_packages().items() if name.lower() in names}
 

@@ -126,7 +126,7 @@ class RunFolder:
             replace_file(self.path / "REQUEUE", "start this run again\n")
 
     @property
-    def is_awaited(self) -> bool:
+    def another_start_waits(self) -> bool:
         """Whether another start waits for this folder: under launch/elastic.sh, ranks on machines that had lost contact with these."""
         return self.is_main and ELASTIC in os.environ and (self.path / WAITING).exists()
 

@@ -1,4 +1,4 @@
-"""Projected gradients from loss differences along random directions (concepts.md 2.3 and 2.6; the paper's equation 2).
+"""Projected gradients from loss differences along random directions (concepts.md 2.1 and 2.6; the paper's equation 2).
 
 A *candidate* maps a branch to an offset `[n]` from the current values. The empty candidate is the base.
 `evaluate(candidates)` returns the mean loss of each candidate over the global batch. It takes the candidates one after another, so that

@@ -196,7 +196,7 @@ def _ids(names: tuple[str, ...], device: torch.device) -> Tensor:
 
 
 class StepNoise:
-    """The router noise and dropout of a step. Every forward pass of the step sees the same (concepts.md 2.9).
+    """The router noise and dropout of a step. Every forward pass of the step sees the same (concepts.md 2.2).
 
     `rows` has the number of each sample, per branch: its position in the global batch, or its class within the task. If `depths` has the
     number of a branch's layers, the noise of all its routers is drawn at once. Draws are kept for the other evaluations of the step.

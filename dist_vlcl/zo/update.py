@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_vlcl.options import option
+from dist_vlcl.options import BRANCHES, option
 from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, Evaluate, FiniteDifference, Slopes, StepDirections
 from dist_vlcl.zo.flat import Flat, Group, groups_of, restricted
 from dist_vlcl.zo.noise import Key, derive_seed
 
-BRANCHES = ("language", "vision")
 EVALUATIONS = ("auto", "whole", "delta")
 # Losses are rounded to 2^-32. With a smaller epsilon the difference of two losses would be mostly that rounding.
 MIN_EPSILON = 1e-7
@@ -104,7 +103,7 @@ class Move:
     losses: tuple[float, float, float] | None = None  # of staying, of -step and of +step, if the acceptance rule compared them
 
     @property
-    def sizes(self) -> dict[str, float]:
+    def slope_sizes(self) -> dict[str, float]:
         """Return the mean absolute projected gradient over the probes, per branch."""
         return {branch: sum(map(abs, slopes)) / len(slopes) for branch, slopes in self.projected_gradient.items()}
 
@@ -174,8 +173,8 @@ class ZerothOrder:
         """Return the coefficient of the ordinary step, without its minus sign.
 
         `auto` divides by the root mean square of the slopes and multiplies by their number q. Each probe then moves its direction by about
-        lr, and the q moves are added, not averaged. The mean of q estimates has n / q times the square norm of the gradient (n parameters,
-        q much smaller than n), so the best step on a quadratic grows as q.
+        lr, and the q moves are added, not averaged. With n parameters and q much smaller than n, the mean of q estimates has n / q times
+        the square norm of the gradient. So the best step on a quadratic grows as q.
         """
         if self.config.lr_scale != "auto":
             return lr * self.config.lr_scale

@@ -437,7 +437,7 @@ def test_commands_run_only_if_allowed(tmp_path):
     assert piped.fingerprint == index.fingerprint
     piped.verify()
     with pytest.raises(OSError):
-        read_bytes("pipe:cat /nonexistent", allow_pipe=True)
+        read_bytes("pipe:cat /nonexistent", allow_pipe=True, timeout_s=120)
 
 
 @pytest.fixture
@@ -653,12 +653,12 @@ def test_a_redirect_stays_on_its_host(monkeypatch, no_second_attempt, of, to, is
 @pytest.mark.parametrize("address", ["http://127.0.0.1:port/a", "http:///a", "https://[::1/a"])
 def test_an_impossible_address_is_not_tried_again(no_second_attempt, address):
     with pytest.raises((OSError, ValueError)):
-        read_bytes(address)
+        read_bytes(address, timeout_s=120)
 
 
 def test_other_kinds_of_addresses_are_refused():
     with pytest.raises(ValueError, match=r"data\.url='gs://bucket/shard': give a folder, an http\(s\) address or a `pipe:` command"):
-        read_bytes("gs://bucket/shard", allow_pipe=True)
+        read_bytes("gs://bucket/shard", allow_pipe=True, timeout_s=120)
 
 
 def bomb_of(kind: str) -> bytes:

@@ -184,7 +184,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_and_leaves_no_
     assert states[0] == states[1] and len(set(states)) == 3  # moments are in them, too
 
 
-def astray(world: World) -> str:
+def with_a_flipped_bit(world: World) -> str:
     step = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"])
     if world.rank == 1:
         step.flats["vision"].values_n.view(torch.int32)[7] ^= 1  # one bit
@@ -196,7 +196,7 @@ def astray(world: World) -> str:
 
 
 def test_one_flipped_bit_on_one_rank_is_found_and_the_rank_named():
-    assert all("the adapters: ranks [1] differ from rank 0" in message for message in run_ranks(astray, 2))
+    assert all("the adapters: ranks [1] differ from rank 0" in message for message in run_ranks(with_a_flipped_bit, 2))
 
 
 def asked_to_stop(world: World) -> list[bool]:
@@ -208,8 +208,8 @@ def test_a_stop_asked_of_one_rank_reaches_all_in_the_same_step():
     assert run_ranks(asked_to_stop, 2) == [[False, True], [False, True]]
 
 
-def astray_in_the_second_exchange(world: World) -> list[tuple]:
-    """Best of three asks for its candidates' losses in an exchange of its own; rank 1's are not finite there, and it asks to stop."""
+def not_finite_in_the_second_collective(world: World) -> list[tuple]:
+    """Best of three asks for its candidates' losses in a second collective; rank 1's are not finite there, and it asks to stop."""
     step, outcomes = make_step(world, OrderPlan("dual", "all"), STRATEGIES["conservative"]), []
     report_of, calls = BatchLosses._report, itertools.count()
     for k in range(2):
@@ -222,8 +222,8 @@ def astray_in_the_second_exchange(world: World) -> list[tuple]:
 
 
 @pytest.mark.parametrize("direction_groups", [1, 2])
-def test_what_is_not_finite_in_the_second_exchange_is_skipped_by_all_which_still_stop(direction_groups):
-    ours, theirs = run_ranks(astray_in_the_second_exchange, 2) if direction_groups == 1 else run_ranks(in_two_groups, 2)
+def test_a_second_collective_that_is_not_finite_is_skipped_by_all_ranks_which_still_stop(direction_groups):
+    ours, theirs = run_ranks(not_finite_in_the_second_collective, 2) if direction_groups == 1 else run_ranks(in_two_groups, 2)
     assert ours == theirs
     (fine, stop, _, before), (skipped, stopped, count, after) = ours
     assert (fine, stop, stopped, count) == (None, False, True, 4) and after == before
@@ -231,7 +231,7 @@ def test_what_is_not_finite_in_the_second_exchange_is_skipped_by_all_which_still
 
 
 def in_two_groups(world: World) -> list[tuple]:
-    return astray_in_the_second_exchange(replace(world, direction_groups=2))
+    return not_finite_in_the_second_collective(replace(world, direction_groups=2))
 
 
 def wire(world: World, strategy: str) -> list[tuple[list[tuple[str, int]], int, int]]:
@@ -239,18 +239,18 @@ def wire(world: World, strategy: str) -> list[tuple[list[tuple[str, int]], int, 
     sent = []
     for layers in ("all", "hop_odd"):
         step = make_step(world, OrderPlan("dual", layers), STRATEGIES[strategy])
-        with Collectives() as exchanges:
+        with Collectives() as collectives:
             step(part_of(world, 0, 4), Key(1, 0), lr=1e-3)
-        sent.append((exchanges.found, len(step.first.parameters), sum(p.numel() for p in step.first.parameters)))
+        sent.append((collectives.found, len(step.first.parameters), sum(p.numel() for p in step.first.parameters)))
     return sent
 
 
-def test_a_step_sends_48_bytes_and_its_first_order_gradients_in_at_most_three_exchanges():
+def test_a_step_sends_48_bytes_and_its_first_order_gradients_in_at_most_three_collectives():
     """Three sums of losses and three counts in int64, to every rank; gradients in fp32; and DDP's note of which tensors were used."""
     check_wire("mozo", [("alltoall_base", 48)])
 
 
-def test_best_of_three_sends_four_sums_and_a_flag_in_an_exchange_more():
+def test_best_of_three_sends_four_sums_and_a_flag_in_a_second_collective():
     """Its candidates are made from the first losses."""
     check_wire("conservative", [("alltoall_base", 48), ("alltoall_base", 40)])
 
@@ -280,7 +280,7 @@ def test_zeroth_order_moves_reach_the_model_that_is_wrapped(size):
 
 
 def overlapped_or_not(world: World) -> list[tuple[str, list[int]]]:
-    """Digests after four steps of every plan, and how many exchanges were under way when the probes began."""
+    """Digests after four steps of every plan, and how many collectives were under way when the probes began."""
     outcomes = []
     for overlap, micro_batches in itertools.product((True, False), (1, 2)):
         towers, under_way = tiny_clip(), []

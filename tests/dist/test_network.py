@@ -1,4 +1,4 @@
-"""Claims about a network that drops and ranks that freeze or die: a bounded time, words that name rank and exchange, and a restart."""
+"""Claims about a network that drops and ranks that freeze or die: a bounded time, messages that name rank and collective, and a restart."""
 
 import json
 import os
@@ -131,7 +131,7 @@ def parted(world: World, what: str) -> str:
 
 
 @pytest.mark.parametrize("rank", [0, 1], ids=["the store's host", "another"])
-def test_a_rank_that_stops_leaves_word_for_the_others(rank):
+def test_a_rank_that_stops_leaves_a_note_for_the_others(rank):
     for message in (message for other, message in enumerate(run_ranks(parted, 3, f"{rank} stops", ends_apart=True)) if other != rank):
         assert message.startswith(f"all-reduce of losses at step 7: rank {rank} (")
         assert "had stopped: ValueError: train/0003-000.tar: the index says 3 samples" in message
@@ -176,7 +176,7 @@ def test_an_error_that_is_not_of_the_network_passes_as_it_is():
         raise RuntimeError("shapes differ")
 
 
-def test_time_in_exchanges_is_not_time_at_work():
+def test_time_in_collectives_is_not_busy_time():
     collectives = Collectives(0, ["a"], 1)
     collectives.take_busy_s()
     with collectives("waiting"):

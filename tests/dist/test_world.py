@@ -1,4 +1,4 @@
-"""Claims about ranks: what they exchange has the same bits everywhere, and a launch that would train alone is refused."""
+"""Claims about ranks: what they send has the same bits everywhere, and a launch that would train alone is refused."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from dist_vlcl.options import validate
 from tests.helpers.ranks import run_ranks
 
 
-def exchange(world: World) -> dict:
+def call_collectives(world: World) -> dict:
     tensor = torch.full((3,), float(world.rank))
     return {
         "sum": world.sum_exact(torch.tensor([world.rank + 1, 2**60 + world.rank, -7])).tolist(),
@@ -20,8 +20,8 @@ def exchange(world: World) -> dict:
     }
 
 
-def test_exchanges_give_every_rank_the_same_and_sums_are_exact():
-    results = run_ranks(exchange, 3)
+def test_collectives_give_every_rank_the_same_and_sums_are_exact():
+    results = run_ranks(call_collectives, 3)
     for result in results:
         assert result["sum"] == [6, 3 * 2**60 + 3, -21]
         assert result["broadcast"] == [0.0, 0.0, 0.0]
@@ -32,7 +32,7 @@ def test_exchanges_give_every_rank_the_same_and_sums_are_exact():
 
 def test_one_rank_is_not_a_special_case():
     alone = {"sum": [1, 2**60, -7], "broadcast": [0.0, 0.0, 0.0], "share": {"from": 0}, "objects": [0], "main": True}
-    assert exchange(World.alone()) == alone
+    assert call_collectives(World.alone()) == alone
 
 
 def disagree(world: World) -> str:
@@ -61,7 +61,7 @@ def test_digest_sees_a_flipped_bit_and_swapped_tensors():
     assert digest({"a": a, "b": b}) == digest({"b": b, "a": a.clone()})
 
 
-def test_a_launch_of_another_size_is_refused_in_words(monkeypatch):
+def test_a_launch_of_another_size_is_refused_with_a_reason(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(RuntimeError, match=r"cluster.num_processes=2, but the launcher started 1(.|\n)*--multi_gpu"):
         World.from_environment(ClusterConfig(num_processes=2, device="cpu"))

@@ -106,7 +106,7 @@ def learn(world: World, plan: OrderPlan, elsewhere: dict[str, torch.Tensor] | No
 
 
 def poisoned(step: HybridStep, k: int):
-    """A step in which the last rank's loss is not finite, with its gradients, which are, exchanged already."""
+    """A step in which the last rank's loss is not finite, with its gradients, which are, all-reduced already."""
     report_of, breaks = BatchLosses._report, step.world.rank == step.world.size - 1
     BatchLosses._report = lambda losses, sums, faulty: report_of(losses, sums, faulty | breaks)  # type: ignore[method-assign]
     report = take(step, k)
@@ -240,7 +240,7 @@ def features_of_unequal_shares(world: World) -> tuple[int, int]:
 
 
 def test_ranks_with_unequal_shares_of_a_model_in_pieces_do_not_wait_for_each_other_for_ever():
-    """Each block's call is an exchange under ZeRO-3: a rank that cut its samples into fewer slices would make fewer of them."""
+    """Each block's call is a collective under ZeRO-3: a rank that cut its samples into fewer slices would make fewer of them."""
     assert run_ranks(features_of_unequal_shares, 2, environment=environment_of("zero3")) == [(20, 20), (19, 19)]
 
 

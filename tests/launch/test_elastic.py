@@ -47,7 +47,7 @@ def test_hosts_join_die_and_leave_and_the_bits_are_those_of_one_undisturbed_rank
         ([*MEETING, "--serve", "--rendezvous", "etcd"], "--serve: only with --rendezvous c10d"),
     ],
 )
-def test_a_wrong_word_is_one_message(arguments, message, tmp_path):
+def test_a_wrong_argument_is_one_message(arguments, message, tmp_path):
     done = called("elastic.sh", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 

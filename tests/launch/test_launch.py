@@ -62,7 +62,7 @@ def test_help_names_every_option_and_nothing_else_is_done(script):
         ("multinode.sh", [*NODE, "--restarts", "1"], "use --launcher torchrun"),
     ],
 )
-def test_a_wrong_word_is_one_message_before_anything_starts(script, arguments, message, tmp_path):
+def test_a_wrong_argument_is_one_message_before_anything_starts(script, arguments, message, tmp_path):
     done = called(script, *arguments, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert message in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -131,7 +131,7 @@ while True:
 
 
 @pytest.mark.parametrize(("patience", "saving", "saved"), [("", "3", ["90", "90"]), ("1", "300", [])])
-def test_a_launcher_that_is_told_to_stop_waits_for_a_slow_save_as_long_as_it_is_told(patience, saving, saved, tmp_path):
+def test_a_launcher_that_gets_a_signal_waits_for_a_slow_save_up_to_its_limit(patience, saving, saved, tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     command = [LAUNCH / "local.sh", "--processes", "2", "--module", "slow", f"save_s={saving}"]
     environment = {**ENVIRONMENT, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": patience}

@@ -150,7 +150,7 @@ def test_weights_that_open_clip_knows_come_with_the_command_that_fetches_them(mo
     ],
     ids=lambda value: value["name"] + "-" + value["pretrained"] if isinstance(value, dict) else "",
 )
-def test_a_model_that_cannot_be_adapted_is_refused_in_words(options, error, words):
+def test_a_model_that_cannot_be_adapted_is_refused_with_a_reason(options, error, words):
     tiny_clip()
     with pytest.raises(error) as caught:
         validate(ModelConfig(**options), "model")

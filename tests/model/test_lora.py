@@ -54,7 +54,7 @@ def test_down_starts_kaiming_uniform_and_up_at_zero():
         ({"targets": ["mlp", "k"]}, "adapter.targets=['mlp', 'k']"),
     ],
 )
-def test_impossible_targets_are_refused_in_words(options, words):
+def test_impossible_targets_are_refused_with_a_reason(options, words):
     with pytest.raises(ValueError) as caught:
         validate(LoRAConfig(**options), "adapter")
     assert words in str(caught.value)

@@ -114,7 +114,7 @@ def test_linear_is_a_matrix_product_per_set(copies):
         ({"dropout": 1.0}, "adapter.dropout=1.0: give a number of at least 0 and less than 1"),
     ],
 )
-def test_impossible_experts_are_refused_in_words(options, words):
+def test_impossible_experts_are_refused_with_a_reason(options, words):
     with pytest.raises(ValueError) as caught:
         validate(MoEConfig(**options), "adapter")
     assert words in str(caught.value)

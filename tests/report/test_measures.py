@@ -1,4 +1,4 @@
-"""What zeroth-order steps were worth: exact where the gradient is known, and R where partner runs exist."""
+"""What zeroth-order steps contributed: exact where the gradient is known, and R where partner runs exist."""
 
 import math
 

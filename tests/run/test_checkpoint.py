@@ -1,5 +1,6 @@
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from dist_vlcl.run import checkpoint, files
-from dist_vlcl.run.checkpoint import load_newest, save
+from dist_vlcl.run.checkpoint import load_newest
+
+save = partial(checkpoint.save, keep=2, identity={})
 
 
 class Killed(BaseException):
@@ -86,21 +89,21 @@ def count_stages(monkeypatch, die_at: int | None = None) -> list[str]:
 def test_a_save_that_is_killed_at_any_stage_leaves_a_loadable_checkpoint(tmp_path, monkeypatch, keep, again):
     step = 1 if again else 2
     with monkeypatch.context() as patch:
-        save(tmp_path / "whole", 1, tensors(1), {"version": "old"}, keep)
+        save(tmp_path / "whole", 1, tensors(1), {"version": "old"}, keep=keep)
         acts = count_stages(patch)
-        save(tmp_path / "whole", step, tensors(2), {"version": "new"}, keep)
+        save(tmp_path / "whole", step, tensors(2), {"version": "new"}, keep=keep)
     assert len(acts) >= 3
     versions = []
     for die_at in range(len(acts)):
         folder = tmp_path / str(die_at)
-        save(folder, 1, tensors(1), {"version": "old"}, keep)
+        save(folder, 1, tensors(1), {"version": "old"}, keep=keep)
         with monkeypatch.context() as patch, pytest.raises(Killed):
             count_stages(patch, die_at)
-            save(folder, step, tensors(2), {"version": "new"}, keep)
+            save(folder, step, tensors(2), {"version": "new"}, keep=keep)
         found = load_without_warning(folder)
         versions.append(found.state["version"])
         assert torch.equal(found.tensors["zo/a"], tensors({"old": 1, "new": 2}[versions[-1]])["zo/a"])
-        save(folder, 3, tensors(3), {"version": "next"}, keep)
+        save(folder, 3, tensors(3), {"version": "next"}, keep=keep)
         assert load_without_warning(folder).state == {"version": "next"}
         assert not [name for name in names(folder) if name.endswith(".tmp")]
     assert versions == sorted(versions, reverse=True) and set(versions) == {"old", "new"}

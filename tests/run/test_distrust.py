@@ -187,11 +187,11 @@ def test_a_checkpoint_and_a_result_of_another_run_are_not_used(tmp_path):
     """The old process was between its look at the folder and its write."""
     old = open_run(tmp_path)
     old.write_accuracy(RESULTS, complete=True)
-    checkpoint.save(old.path, 9, tensors(9), {}, identity=old.identity)
+    checkpoint.save(old.path, 9, tensors(9), {}, keep=2, identity=old.identity)
     left = [(path.relative_to(old.path), path.read_bytes()) for path in old.path.rglob("*.*") if path.suffix in (".json", ".safetensors")]
     shutil.rmtree(old.path)
     new = open_run(tmp_path)
-    checkpoint.save(new.path, 2, tensors(2), {}, identity=new.identity)
+    checkpoint.save(new.path, 2, tensors(2), {}, keep=2, identity=new.identity)
     for name, content in left:
         if name.name != "env.json":
             (new.path / name).write_bytes(content)
@@ -205,7 +205,7 @@ def test_a_checkpoint_and_a_result_of_another_run_are_not_used(tmp_path):
 
 def test_a_checkpoint_of_other_data_or_another_configuration_is_refused_though_env_json_is_gone(tmp_path):
     run = open_run(tmp_path, data="one")
-    checkpoint.save(run.path, 1, tensors(1), {}, identity=run.identity)
+    checkpoint.save(run.path, 1, tensors(1), {}, keep=2, identity=run.identity)
     run.close()
     (run.path / "env.json").unlink()
     again = open_run(tmp_path, data="two")
@@ -225,7 +225,7 @@ def test_a_run_is_refused_on_other_data_before_it_has_a_checkpoint(tmp_path):
 
 def test_a_copy_of_a_run_goes_on_under_its_own_name(tmp_path):
     run = open_run(tmp_path)
-    checkpoint.save(run.path, 1, tensors(1), {}, identity=run.identity)
+    checkpoint.save(run.path, 1, tensors(1), {}, keep=2, identity=run.identity)
     shutil.copytree(run.path, tmp_path / "b")
     copy = RunFolder.open(RunConfig(name="b", root=str(tmp_path)), {**CONFIG, "run": {"name": "b"}}, World.alone())
     assert checkpoint.load_newest(copy.path, copy.identity).step == 1
@@ -239,10 +239,10 @@ WRONG = ["5", '"x"', "{", "[[]]", '{"complete": true}', '{"complete": 1}', '{"wa
 
 @pytest.mark.parametrize("text", WRONG)
 @pytest.mark.parametrize("name", ["accuracy.json", "env.json", "trackers.json"])
-def test_json_of_another_kind_is_left_aside_with_a_warning(tmp_path, name, text):
+def test_json_of_another_kind_is_ignored_with_a_warning(tmp_path, name, text):
     run = open_run(tmp_path)
     run.write_accuracy(RESULTS, complete=True)
-    checkpoint.save(run.path, 1, tensors(1), {}, identity=run.identity)
+    checkpoint.save(run.path, 1, tensors(1), {}, keep=2, identity=run.identity)
     run.close()
     (run.path / name).write_text(text)
     if name == "trackers.json" and "complete" in text:
@@ -419,8 +419,8 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("damage", UNREADABLE.values(), ids=UNREADABLE)
 def test_a_checkpoint_that_cannot_be_read_falls_back_to_the_older_one(tmp_path, damage):
-    checkpoint.save(tmp_path, 1, tensors(1), {})
-    damage(checkpoint.save(tmp_path, 2, tensors(2), {}))
+    checkpoint.save(tmp_path, 1, tensors(1), {}, keep=2, identity={})
+    damage(checkpoint.save(tmp_path, 2, tensors(2), {}, keep=2, identity={}))
     with pytest.warns(RuntimeWarning, match="step-00000002.*using step-00000001"):
         assert checkpoint.load_newest(tmp_path).step == 1
 

@@ -42,7 +42,7 @@ def disk_of(monkeypatch):
 @pytest.mark.parametrize("again", [False, True], ids=["a new step", "the same step again"])
 def test_a_power_cut_at_any_stage_of_a_save_leaves_a_loadable_checkpoint(tmp_path, monkeypatch, disk_of, again, unsynced_names):
     run, left, looking = tmp_path / "run", [], []
-    checkpoint.save(run, 1, tensors(1), {"version": "old"}, keep=1)
+    checkpoint.save(run, 1, tensors(1), {"version": "old"}, keep=1, identity={})
     disk = disk_of(run)
 
     def guarded(act):
@@ -58,7 +58,7 @@ def test_a_power_cut_at_any_stage_of_a_save_leaves_a_loadable_checkpoint(tmp_pat
     with monkeypatch.context() as patch:
         for place, name in [(files.os, "fsync"), (os, "replace"), (Path, "replace"), (Path, "unlink"), (os, "mkdir")]:
             patch.setattr(place, name, guarded(getattr(place, name)))
-        checkpoint.save(run, 1 if again else 2, tensors(2), {"version": "new"}, keep=1)
+        checkpoint.save(run, 1 if again else 2, tensors(2), {"version": "new"}, keep=1, identity={})
     left.append(disk.left(tmp_path / "after", unsynced_names))
     assert len(left) >= 4
     versions = []
@@ -66,7 +66,7 @@ def test_a_power_cut_at_any_stage_of_a_save_leaves_a_loadable_checkpoint(tmp_pat
         found = checkpoint.load_newest(folder)
         versions.append(found.state["version"])
         assert torch.equal(found.tensors["zo/a"], tensors({"old": 1, "new": 2}[versions[-1]])["zo/a"])
-        checkpoint.save(folder, 3, tensors(3), {"version": "next"}, keep=1)
+        checkpoint.save(folder, 3, tensors(3), {"version": "next"}, keep=1, identity={})
         assert checkpoint.load_newest(folder).state == {"version": "next"}
     assert versions == sorted(versions, reverse=True) and versions[0] == "old" and versions[-1] == "new"
 
@@ -94,7 +94,7 @@ def test_a_run_that_takes_another_s_name_keeps_its_checkpoint(tmp_path, disk_of)
     RunFolder.open(first, {"seed": 1}, world).close()
     disk = disk_of(tmp_path / "runs")
     anew = RunFolder.open(RunConfig(name="run", root=first.root, overwrite=True), {"seed": 2}, world)
-    checkpoint.save(anew.path, 5, tensors(5), {})
+    checkpoint.save(anew.path, 5, tensors(5), {}, keep=2, identity={})
     left = disk.left(tmp_path / "left", unsynced_names=False)
     assert checkpoint.load_newest(left / "run").step == 5 and (left / "run.old-1/config.yaml").read_text() == "seed: 1\n"
 

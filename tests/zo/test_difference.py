@@ -15,10 +15,10 @@ from tests.zo.flats import SIZES, Problem, bowl, matrix, quadratic, smooth, two_
 KEY = Key(3, 1)
 
 
-def slopes(problem, groups, epsilon, sides=1, probes=1, clip=None, law="gaussian", key=KEY):
+def slopes(problem, groups, epsilon, sides=1, probes=1, clip=None, distribution="gaussian", key=KEY):
     """Return (projected gradients of each group, directions)."""
     difference = FiniteDifference(epsilon, sides, probes, clip)
-    draws = Directions(problem.flats, law)
+    draws = Directions(problem.flats, distribution)
     directions = {(branch, q): draws.draw(branch, key, q) for branch in problem.flats for q in range(probes)}
     base, *losses = problem([{}, *difference.candidates(groups, directions)])
     return difference.projected_gradients(groups, base, losses), directions
@@ -48,15 +48,17 @@ def test_the_error_falls_as_eps_one_sided_and_as_eps_squared_two_sided(branch, s
         assert math.log2(larger / smaller) == pytest.approx(order, abs=0.1)
 
 
-@pytest.mark.parametrize("law", DISTRIBUTIONS)
-def test_the_mean_estimate_is_the_gradient(law):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_the_mean_estimate_is_the_gradient(distribution):
     """Over N directions the mean of s z has squared error at most (d + 1) |g|^2 / N: below 2 sigma of it."""
     flats = two_branches()
     problem = Problem(flats, quadratic)
     probes, steps = 250, 6
     total = {branch: torch.zeros_like(flat.values_n) for branch, flat in flats.items()}
     for step in range(steps):
-        found, z = slopes(problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-4), 2, probes, law=law, key=Key(9, step))
+        found, z = slopes(
+            problem, groups_of(flats, "branch"), dict.fromkeys(flats, 1e-4), 2, probes, distribution=distribution, key=Key(9, step)
+        )
         for own in found:
             for branch, s in own.items():
                 total[branch] += torch.stack([z[branch, q] for q in range(probes)]).double().T @ torch.tensor(s, dtype=torch.float64)
@@ -69,16 +71,16 @@ def test_the_mean_estimate_is_the_gradient(law):
 def test_directions_are_normal_or_plus_or_minus_one():
     flats = two_branches()
     for branch, names in SIZES.items():
-        gaussian, rademacher = (Directions(flats, law).draw(branch, KEY, 2) for law in DISTRIBUTIONS)
+        gaussian, rademacher = (Directions(flats, distribution).draw(branch, KEY, 2) for distribution in DISTRIBUTIONS)
         assert torch.equal(gaussian, torch.cat([normals(name, n, KEY, 2) for name, n in names]))
         assert set(rademacher.tolist()) == {-1.0, 1.0}
 
 
-@pytest.mark.parametrize("law", DISTRIBUTIONS)
-def test_a_direction_is_redrawn_bit_for_bit_and_each_probe_has_its_own(law):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_direction_is_redrawn_bit_for_bit_and_each_probe_has_its_own(distribution):
     flats = two_branches()
-    draw = Directions(flats, law).draw
-    assert torch.equal(draw("vision", KEY, 0), Directions(flats, law).draw("vision", KEY, 0))
+    draw = Directions(flats, distribution).draw
+    assert torch.equal(draw("vision", KEY, 0), Directions(flats, distribution).draw("vision", KEY, 0))
     assert not torch.equal(draw("vision", KEY, 0), draw("vision", KEY, 1))
 
 

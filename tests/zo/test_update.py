@@ -89,7 +89,7 @@ def test_sign_moves_every_coordinate_by_lr(strategy):
 
 
 def test_mozo_s_eps_do_not_change_the_size_of_a_step_but_the_probe():
-    """Section 0.3: with sign and one probe, eps acts only through the bit."""
+    """concepts.md 2.6: with sign and one probe, eps acts only through the bit."""
     sizes, probed = [], []
     for epsilon in ({"language": 1e-3, "vision": 5e-4}, {"language": 1e-3, "vision": 1e-4}):
         problem = Problem(two_branches(), quadratic)
