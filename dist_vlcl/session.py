@@ -26,7 +26,6 @@ from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import METRICS, RunLog, read_journal
 from dist_vlcl.run.signals import report_status
 from dist_vlcl.run.state import TrainState
-from dist_vlcl.run.stragglers import slowest_rank
 from dist_vlcl.run.unit_records import UnitRecords
 from dist_vlcl.saved import METRICS_FORM
 from dist_vlcl.step import HybridStep, StepReport
@@ -67,7 +66,6 @@ class Session:
         self.notes.append(folder.message + (f", after step {self.state.step}" if self.state.step else ""))
         self.accuracy = experiment.accuracy([[tuple(c) for c in row] for row in self.state.accuracy])
         self.agreed_step = self.state.step  # the last step after which the ranks had the same adapters
-        self.busy_s: list[float] = []  # since then
         self.log = RunLog(folder.path, self.cfg.run, world, self.cfg.as_dict(), self.state)
         units = [(id.branch, id.layer, step.orders[id].value, unit.numel) for id, unit in step.towers.units.items()]
         self.records = UnitRecords(folder.path, units, self.cfg.run.record_every_steps, self.state.step, world.is_main)
@@ -113,7 +111,6 @@ class Session:
     def begin(self, task: Task) -> None:
         """Prepare the step for a task; after a resume also restore its tensors and repeat the journal's steps."""
         self.step.begin(task.names)
-        self.world.collectives.take_busy_s()  # the time until now belongs to no step
         if self.tensors:
             self.step.load_state_dict(self.tensors)
             if not self.is_resumed:
@@ -151,7 +148,6 @@ class Session:
         state, seconds = self.state, time.perf_counter() - planned.started
         state.advance()
         state.seconds += seconds
-        self.busy_s.append(report.busy_s)
         zo = {m.group.name: {"projected_gradient": mean(m.sizes.values()), "coefficient": m.coefficient} for m in report.moves}
         place = {"step": state.step, "task": state.task}
         result = {"loss": report.loss, "lr": planned.lr, "gradient_norm": report.gradient_norm, "zo": zo}
@@ -167,7 +163,7 @@ class Session:
         self.log.journal({**place, **drawn, "moves": [move.record() for move in report.moves]})
 
     def compare_ranks(self) -> None:
-        """Raise ReplicaDivergedError, naming rank and tensor, unless all ranks have the same adapters. Report a slow rank.
+        """Raise ReplicaDivergedError, naming rank and tensor, unless all ranks have the same adapters.
 
         After an error the journal ends at the last step with equal adapters: later lines may come from the losses of the other rank.
         """
@@ -177,12 +173,6 @@ class Session:
             self.log.truncate_after(self.agreed_step)
             raise
         self.agreed_step = self.state.step
-        if self.busy_s:
-            busy_s = self.world.gather_objects(mean(self.busy_s), "busy seconds")
-            names = [self.world.collectives.named(rank) for rank in range(self.world.size)]
-            if message := slowest_rank(busy_s, names, self.world.direction_groups):
-                self.log.say(f"step {self.state.step}: {message}")
-            self.busy_s.clear()
 
     def save(self) -> None:
         """Compare the ranks, wait until the disk has the log, then write the unit records and a checkpoint.

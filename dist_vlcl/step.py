@@ -24,7 +24,7 @@ from dist_vlcl.zo.update import Move, ZerothOrder, ZerothOrderConfig
 
 @dataclass
 class StepReport:
-    """The result of a step. All but `busy_s` is the same on every rank."""
+    """The result of a step, the same on every rank."""
 
     loss: float  # mean cross-entropy over the global batch, before the update
     moves: list[Move] = field(default_factory=list)  # of the zeroth-order units
@@ -32,7 +32,6 @@ class StepReport:
     skipped: str | None = None  # the reason, if nothing was updated
     stop: bool = False  # some rank was asked to stop
     count: int = 0  # samples of the global batch that were used
-    busy_s: float = 0.0  # this rank's seconds outside collectives since the last step
     unit_statistics: Tensor | None = None  # [U, F], `model.statistics.STATISTICS` of every unit, if `observe` was set
 
 
@@ -142,7 +141,7 @@ class HybridStep:
 
         loss, moves = self.zeroth.decide(evaluate, key, lr)
         last = found[-1]
-        report = StepReport(loss, stop=last.stop, count=last.count, busy_s=self.world.collectives.take_busy_s())
+        report = StepReport(loss, stop=last.stop, count=last.count)
         if moves is None:
             report.skipped = f"the loss is not finite, or too large, on rank {last.faulty_ranks}"
         return report, moves
