@@ -20,7 +20,6 @@ from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, describe
 from dist_vlcl.reading import read_lines
 from dist_vlcl.run import checkpoint
-from dist_vlcl.run.environment import missing_extra
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import METRICS, RunLog, read_journal
@@ -205,19 +204,14 @@ class Session:
         raise Requeued(str(self.folder.path))
 
     def complete(self) -> AccuracyMatrix:
-        """Write the summary, the plots and the final accuracy; return it."""
-        path, plots, can_summarize = self.folder.path, self.cfg.run.plots, not missing_extra("pandas", "pyarrow")
-        if self.world.is_main and can_summarize:
-            # pandas and matplotlib take a second to import, and only rank 0 needs them.
-            from dist_vlcl.report.figures import plot_run
-            from dist_vlcl.report.tables import summarize_run
+        """Write the plots and the final accuracy; return it."""
+        path, plots = self.folder.path, self.cfg.run.plots
+        if self.world.is_main and plots:
+            from dist_vlcl.report.figures import plot_run  # matplotlib takes a second to import, and only rank 0 needs it
 
-            replace_file(path / "summary.md", summarize_run(path))
-            if plots:
-                plot_run(path)
+            plot_run(path)
         self.log.say(
-            f"Done. See {path}/{'summary.md' if can_summarize else 'accuracy.json'}{f' and {path}/plots/*.png' if plots else ''}; "
-            f"every step is in {path}/metrics.jsonl.\n"
+            f"Done. See {path}/accuracy.json{f' and {path}/plots/*.png' if plots else ''}; every step is in {path}/metrics.jsonl.\n"
             f"Compare runs: dist-vlcl report runs/*; classify images: dist-vlcl predict {path} IMAGE"
         )
         state = self.state

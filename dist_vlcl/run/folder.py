@@ -9,7 +9,7 @@
 `checkpoints/`         The newest ones (checkpoint.py).
 `accuracy.json`        The accuracy matrix; "complete": true when every task is done.
 `trackers.json`        The ids of the run in wandb and MLflow (trackers.py).
-`plots/`, `summary.md` Figures and a summary (report/).
+`plots/`               Figures (report/).
 `REQUEUE`              Exists while the run waits to be started again.
 """
 
@@ -175,7 +175,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     is_complete = or_warn(lambda: read_accuracy(path, config, run), {}).get("complete") is True
     begin = f"{'starting' if is_new else 'continuing'} {path}"
     if is_complete:
-        begin = f"{path} is complete: see its summary.md and plots/. To train again, choose another run.name or seed, or run.overwrite=true"
+        begin = f"{path} is complete: see accuracy.json and plots/. To train again, choose another run.name or seed, or run.overwrite=true"
     return lock, {"path": path, "is_complete": is_complete, "identity": identity, "message": "; ".join([begin, *notes])}
 
 

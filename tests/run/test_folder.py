@@ -158,7 +158,7 @@ def test_a_complete_run_says_so_and_where_to_look(tmp_path):
     results = {"last": 0.5, "avg": 0.5, "forgetting": 0.0, "rows": [[[1, 2]]]}
     run.write_accuracy(results, complete=True)
     again = RunFolder.open(settings(tmp_path), CONFIG, World.alone())
-    assert again.is_complete and "complete" in again.message and "summary.md" in again.message
+    assert again.is_complete and "complete" in again.message and "accuracy.json" in again.message
     assert json.loads((run.path / "accuracy.json").read_text()).items() >= {**results, "complete": True}.items()
 
 
