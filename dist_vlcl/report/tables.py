@@ -112,16 +112,13 @@ def worth_table(ours: pd.DataFrame) -> str:
 
 
 def comparison_table(comparisons: pd.DataFrame) -> str:
-    """Return one row per comparison: mean difference, interval, and p, or for a claim the answer and the paper's own difference."""
-    comparisons, is_claim = comparisons.rename(columns={"against": "compared with"}), bool(comparisons.claim.iloc[0])
-    has_paper = is_claim and comparisons.metric.isin(list(METRICS)).all()
+    """Return one row per comparison of a claim: mean difference, interval, answer, and of an accuracy the paper's own difference."""
+    heads = ["Δ {}", "95 % interval", "answer", "paper's Δ {}"][: 4 if comparisons.metric.isin(list(METRICS)).all() else 3]
 
     def texts(test: Any) -> list[str]:
-        paper = [signed(test.paper)] if has_paper else []
-        return [signed(test.mean), interval(test.low, test.high), test.verdict if is_claim else number(test.p, ".3f"), *paper]
+        return [signed(test.mean), interval(test.low, test.high), test.verdict, signed(test.paper)][: len(heads)]
 
-    heads = ["Δ {}", "95 % interval", "answer" if is_claim else "p", *(["paper's Δ {}"] if has_paper else [])]
-    return _by_metric(comparisons, ["compared with", "seeds"], heads, texts)
+    return _by_metric(comparisons.rename(columns={"against": "compared with"}), ["compared with", "seeds"], heads, texts)
 
 
 def paper_table(cells: pd.DataFrame, table: int) -> str:
