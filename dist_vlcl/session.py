@@ -52,7 +52,7 @@ class Session:
         saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
         self.state = TrainState.from_dict(saved.state) if saved else TrainState()
         if getattr(self.cfg.adapter, "init", None) and not saved and not start:
-            raise ValueError(f"{folder.path} has no intact checkpoint, and began with adapter.init: run.overwrite=true starts anew")
+            raise ValueError(f"{folder.path} has no intact checkpoint, and began with adapter.init: move it away to start anew")
         self.is_resumed = saved is not None
         self.tensors = saved.tensors if saved else {f"adapters/{name}": t for name, t in start.items()}
         self.notes: list[str] = []  # what differs between this start and those before
