@@ -152,8 +152,6 @@ class Session:
         result = {"loss": report.loss, "lr": planned.lr, "gradient_norm": report.gradient_norm, "zo": zo}
         times = {"seconds": seconds, "data_seconds": planned.batch.waited_s, "images_per_second": report.count / seconds}
         self.log.step({**place, **result, **times, **self.world.take_peaks_gib()})
-        if report.count < planned.batch.count:
-            self.log.note(f"step {state.step}: {planned.batch.count - report.count} damaged samples were skipped", **place)
         if report.skipped:
             self.log.note(f"step {state.step} was skipped: {report.skipped}", **place)
         if report.unit_statistics is not None:
