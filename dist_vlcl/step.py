@@ -104,10 +104,9 @@ class HybridStep:
         report, moves = self._decide(losses, key, lr)  # gradients travel meanwhile
         if moves is None:
             return self._skipped(report)
-        scale = planned / max(report.count, 1)  # differs from 1 if damaged samples were skipped
         if observe:
-            self._observe_gradients(scale)
-        report.gradient_norm = self.first.update(lr, scale)
+            self._observe_gradients()
+        report.gradient_norm = self.first.update(lr)
         if report.gradient_norm is None:
             report.skipped = "the gradient is not finite"
             return self._skipped(report)
@@ -155,13 +154,13 @@ class HybridStep:
             )
         return report
 
-    def _observe_gradients(self, scale: float) -> None:
+    def _observe_gradients(self) -> None:
         self.statistics = self.statistics or UnitStatistics(self.towers.units)
         with self.first.gathered_parameters():
             self.statistics.begin()
         gradients = dict(zip(self.first_names, self.first.gradients(), strict=True))
         for ids in filter(None, self.first_units.values()):
-            self.statistics.observe(ids, [gradients[f"{u}/{name}"] for u in ids for name in self.towers.units[u].names], scale)
+            self.statistics.observe(ids, [gradients[f"{u}/{name}"] for u in ids for name in self.towers.units[u].names])
 
     def _observe_moves(self, moves: Sequence[Move]) -> Tensor:
         assert self.statistics is not None
