@@ -248,7 +248,7 @@ def test_what_fits_in_memory_is_read_and_decoded_once_a_run(tmp_path, reads, pix
 
 
 def cached_bytes(cache):
-    return sum(len(sample.image) for cached in cache._shards.values() for sample in cached.samples)
+    return sum(len(sample.image) for samples in cache._shards.values() for sample in samples)
 
 
 def request(split="train", min_shards=8):
