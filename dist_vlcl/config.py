@@ -106,8 +106,6 @@ class Config:
         if self.data.timeout_s >= self.cluster.timeout_s and self.data.url:
             most = f"cluster.timeout_s={self.cluster.timeout_s:g}, because the other ranks wait while one reads"
             raise ValueError(f"data.timeout_s={self.data.timeout_s:g}: give less than {most}")
-        if self.cluster.direction_groups > 1 and self.data.on_error == "skip":
-            raise ValueError("data.on_error=skip: not with cluster.direction_groups, which need the same samples; use data.on_error=stop")
         if self.orders.order == "zeroth" and self.zo.granularity == "joint" and self.orders.branch in ("vision", "language"):
             raise ValueError("zo.granularity=joint: moves both branches by one estimate; use orders.branch=dual")
         trained = {self.orders.rest, self.orders.order if self.orders.branch != "none" else "frozen"} - {"frozen"}

@@ -118,17 +118,14 @@ class Experiment:
             state.next_epoch()
 
     def evaluate(self, task: Task, progress: Progress = lambda batches, **_: batches) -> Counts:
-        """Return the counts after a task. All ranks call this.
+        """Return the counts over the test samples of the classes seen, classified among these. All ranks call this.
 
-        Samples of the classes seen are classified among the classes seen; those of the next task among these and its own classes.
         With several data sets the samples of every set are classified among the classes of that set.
         """
+        seen, described = self.tasks.seen(task.index), f"evaluation after task {task.index + 1}"
         if self.cfg.tasks.sets:
-            return self._count_sets(f"evaluation after task {task.index + 1}", progress)
-        seen = len(self.tasks.seen(task.index).classes)
-        ahead = self.tasks.seen(min(task.index + 1, len(self.tasks) - 1))
-        among_seen, among_all = self.count(ahead, [seen, len(ahead.classes)], f"evaluation after task {task.index + 1}", progress)
-        return among_seen[:seen] + among_all[seen:]
+            return self._count_sets(described, progress)
+        return self.count(seen, [len(seen.classes)], described, progress)[0]
 
     def evaluate_untrained(self, progress: Progress = lambda batches, **_: batches) -> dict[int, float]:
         """Return the zero-shot accuracy (a fraction) on the classes seen up to each task; its mean over several data sets.

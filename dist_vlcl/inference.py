@@ -25,7 +25,6 @@ from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.options import flatten
 from dist_vlcl.reading import read_file, read_json
 from dist_vlcl.run import checkpoint
-from dist_vlcl.run.environment import is_restart
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.saved import digest_of, read_config
 
@@ -145,8 +144,8 @@ def read_start(cfg: Config) -> dict[str, Tensor]:
 
     Raises ValueError if there are none, or if they are of another kind, or were trained with other options or for another model.
     """
-    source, run = getattr(cfg.adapter, "init", None), cfg.run
-    if not source or (checkpoint.saved_steps(run.folder) and (is_restart() or not run.overwrite)):
+    source = getattr(cfg.adapter, "init", None)
+    if not source or checkpoint.saved_steps(cfg.run.folder):
         return {}
     try:
         path = _locate(source)

@@ -20,13 +20,11 @@ from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, describe
 from dist_vlcl.reading import read_lines
 from dist_vlcl.run import checkpoint
-from dist_vlcl.run.environment import missing_extra
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import METRICS, RunLog, read_journal
 from dist_vlcl.run.signals import report_status
 from dist_vlcl.run.state import TrainState
-from dist_vlcl.run.stragglers import slowest_rank
 from dist_vlcl.run.unit_records import UnitRecords
 from dist_vlcl.saved import METRICS_FORM
 from dist_vlcl.step import HybridStep, StepReport
@@ -54,7 +52,7 @@ class Session:
         saved = world.on_main(lambda: checkpoint.load_newest(folder.path, folder.identity), "the checkpoint")
         self.state = TrainState.from_dict(saved.state) if saved else TrainState()
         if getattr(self.cfg.adapter, "init", None) and not saved and not initial_adapters:
-            raise ValueError(f"{folder.path} has no intact checkpoint, and began with adapter.init: run.overwrite=true starts anew")
+            raise ValueError(f"{folder.path} has no intact checkpoint, and began with adapter.init: move it away to start anew")
         self.is_resumed = saved is not None
         self.tensors = saved.tensors if saved else {f"adapters/{name}": t for name, t in initial_adapters.items()}
         self.notes: list[str] = []  # what differs between this start and those before
@@ -67,7 +65,6 @@ class Session:
         self.notes.append(folder.message + (f", after step {self.state.step}" if self.state.step else ""))
         self.accuracy = experiment.accuracy([[tuple(c) for c in row] for row in self.state.accuracy])
         self.agreed_step = self.state.step  # the last step after which the ranks had the same adapters
-        self.busy_s: list[float] = []  # since then
         self.log = RunLog(folder.path, self.cfg.run, world, self.cfg.as_dict(), self.state)
         units = [(id.branch, id.layer, step.orders[id].value, unit.numel) for id, unit in step.towers.units.items()]
         self.records = UnitRecords(folder.path, units, self.cfg.run.record_every_steps, self.state.step, world.is_main)
@@ -113,7 +110,6 @@ class Session:
     def begin(self, task: Task) -> None:
         """Prepare the step for a task; after a resume also restore its tensors and repeat the journal's steps."""
         self.step.begin(task.names)
-        self.world.collectives.take_busy_s()  # the time until now belongs to no step
         if self.tensors:
             self.step.load_state_dict(self.tensors)
             if not self.is_resumed:
@@ -151,14 +147,11 @@ class Session:
         state, seconds = self.state, time.perf_counter() - planned.started
         state.advance()
         state.seconds += seconds
-        self.busy_s.append(report.busy_s)
         zo = {m.group.name: {"projected_gradient": mean(m.slope_sizes.values()), "coefficient": m.coefficient} for m in report.moves}
         place = {"step": state.step, "task": state.task}
         result = {"loss": report.loss, "lr": planned.lr, "gradient_norm": report.gradient_norm, "zo": zo}
         times = {"seconds": seconds, "data_seconds": planned.batch.waited_s, "images_per_second": report.count / seconds}
         self.log.step({**place, **result, **times, **self.world.take_peaks_gib()})
-        if report.count < planned.batch.count:
-            self.log.note(f"step {state.step}: {planned.batch.count - report.count} damaged samples were skipped", **place)
         if report.skipped:
             self.log.note(f"step {state.step} was skipped: {report.skipped}", **place)
         if report.unit_statistics is not None:
@@ -167,7 +160,7 @@ class Session:
         self.log.journal({**place, **drawn, "moves": [move.record() for move in report.moves]})
 
     def compare_ranks(self) -> None:
-        """Raise ReplicaDivergedError, naming rank and tensor, unless all ranks have the same adapters. Report a slow rank.
+        """Raise ReplicaDivergedError, naming rank and tensor, unless all ranks have the same adapters.
 
         After an error the journal ends at the last step with equal adapters: later lines may come from the losses of the other rank.
         """
@@ -177,12 +170,6 @@ class Session:
             self.log.truncate_after(self.agreed_step)
             raise
         self.agreed_step = self.state.step
-        if self.busy_s:
-            busy_s = self.world.gather_objects(mean(self.busy_s), "busy seconds")
-            names = [self.world.collectives.named(rank) for rank in range(self.world.size)]
-            if message := slowest_rank(busy_s, names, self.world.direction_groups):
-                self.log.say(f"step {self.state.step}: {message}")
-            self.busy_s.clear()
 
     def save(self) -> None:
         """Compare the ranks, wait until the disk has the log, then write the unit records and a checkpoint.
@@ -215,19 +202,14 @@ class Session:
         raise Requeued(str(self.folder.path))
 
     def complete(self) -> AccuracyMatrix:
-        """Write the summary, the plots and the final accuracy; return it."""
-        path, plots, can_summarize = self.folder.path, self.cfg.run.plots, not missing_extra("pandas", "pyarrow")
-        if self.world.is_main and can_summarize:
-            # pandas and matplotlib take a second to import, and only rank 0 needs them.
-            from dist_vlcl.report.figures import plot_run
-            from dist_vlcl.report.tables import summarize_run
+        """Write the plots and the final accuracy; return it."""
+        path, plots = self.folder.path, self.cfg.run.plots
+        if self.world.is_main and plots:
+            from dist_vlcl.report.figures import plot_run  # matplotlib takes a second to import, and only rank 0 needs it
 
-            replace_file(path / "summary.md", summarize_run(path))
-            if plots:
-                plot_run(path)
+            plot_run(path)
         self.log.say(
-            f"Done. See {path}/{'summary.md' if can_summarize else 'accuracy.json'}{f' and {path}/plots/*.png' if plots else ''}; "
-            f"every step is in {path}/metrics.jsonl.\n"
+            f"Done. See {path}/accuracy.json{f' and {path}/plots/*.png' if plots else ''}; every step is in {path}/metrics.jsonl.\n"
             f"Compare runs: dist-vlcl report runs/*; classify images: dist-vlcl predict {path} IMAGE"
         )
         state = self.state

@@ -25,7 +25,7 @@ from dist_vlcl.zo.update import Move, ZerothOrder, ZerothOrderConfig
 
 @dataclass
 class StepReport:
-    """The result of a step. All but `busy_s` is the same on every rank."""
+    """The result of a step, the same on every rank."""
 
     loss: float  # mean cross-entropy over the global batch, before the update
     moves: list[Move] = field(default_factory=list)  # of the zeroth-order units
@@ -33,7 +33,6 @@ class StepReport:
     skipped: str | None = None  # the reason, if nothing was updated
     stop: bool = False  # some rank was asked to stop
     count: int = 0  # samples of the global batch that were used
-    busy_s: float = 0.0  # this rank's seconds outside collectives since the last step
     unit_statistics: Tensor | None = None  # [U, F], `model.statistics.STATISTICS` of every unit, if `observe` was set
 
 
@@ -106,10 +105,9 @@ class HybridStep:
         report, moves = self._decide(losses, key, lr)  # gradients travel meanwhile
         if moves is None:
             return self._skipped(report)
-        scale = planned / max(report.count, 1)  # differs from 1 if damaged samples were skipped
         if observe:
-            self._observe_gradients(scale)
-        report.gradient_norm = self.first.update(lr, scale)
+            self._observe_gradients()
+        report.gradient_norm = self.first.update(lr)
         if report.gradient_norm is None:
             report.skipped = "the gradient is not finite"
             return self._skipped(report)
@@ -143,7 +141,7 @@ class HybridStep:
 
         loss, moves = self.zeroth.decide(evaluate, key, lr)
         last = found[-1]
-        report = StepReport(loss, stop=last.stop, count=last.count, busy_s=self.world.collectives.take_busy_s())
+        report = StepReport(loss, stop=last.stop, count=last.count)
         if moves is None:
             report.skipped = f"the loss is not finite, or too large, on rank {last.faulty_ranks}"
         return report, moves
@@ -157,13 +155,13 @@ class HybridStep:
             )
         return report
 
-    def _observe_gradients(self, scale: float) -> None:
+    def _observe_gradients(self) -> None:
         self.statistics = self.statistics or UnitStatistics(self.towers.units)
         with self.first.gathered_parameters():
             self.statistics.begin()
         gradients = dict(zip(self.first_names, self.first.gradients(), strict=True))
         for ids in filter(None, self.first_units.values()):
-            self.statistics.observe(ids, [gradients[f"{u}/{name}"] for u in ids for name in self.towers.units[u].names], scale)
+            self.statistics.observe(ids, [gradients[f"{u}/{name}"] for u in ids for name in self.towers.units[u].names])
 
     def _observe_moves(self, moves: Sequence[Move]) -> Tensor:
         assert self.statistics is not None

@@ -66,9 +66,6 @@ number --wait "$wait" 1
 [[ $id =~ ^[A-Za-z0-9._-]+$ ]] || fail "--id $id: use letters, digits, '.', '_' and '-' only"
 [[ -z $host || $host =~ ^[A-Za-z0-9._:-]+$ ]] || fail "--host $host: give a name or an address"
 check_options "$@"
-for option in "$@"; do
-    [[ $option != run.overwrite=[tT]* ]] || fail "$option: not here, where ranks start many times; move the old run folder away"
-done
 [[ $rendezvous == c10d ]] || "$python" -c 'import etcd' 2>/dev/null || fail "--rendezvous etcd: $python -m pip install python-etcd"
 
 conf=join_timeout=3600,last_call_timeout=$wait,keep_alive_interval=3 # a machine that is silent for three intervals is lost

@@ -189,7 +189,6 @@ BAD = {
     "cluster.timeout_s=0": "cluster.timeout_s=0.0: give a number of more than 0",
     "cluster.threads=0": "cluster.threads=0: give a number of at least 1 and at most 1024, or null",
     "cluster.direction_groups=0": "cluster.direction_groups=0: give a number of at least 1",
-    "cluster.direction_groups=2 data.on_error=skip": "data.on_error=skip: not with cluster.direction_groups",
     "data.reader=mnist": "data.reader='mnist': choose from",
     "data.name=a/b data.reader=folder": "data.name='a/b': give a plain folder name",
     "data.on_error=ignore": "data.on_error='ignore': choose from stop, skip",

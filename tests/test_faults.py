@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -26,8 +25,6 @@ from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.reading import seal, to_line
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.folder import RunRefused
-from dist_vlcl.run.log import RunLog
-from dist_vlcl.run.stragglers import slowest_rank
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import main, train
 from dist_vlcl.zo.noise import Key
@@ -105,32 +102,6 @@ def test_one_flipped_bit_stops_the_run_with_rank_and_tensor_and_a_new_start_leav
     assert run_ranks(plain, 2, stopped) == ["finished"] * 2
     assert equal(whole, stopped)
     assert records(whole, "journal.jsonl") == records(stopped, "journal.jsonl")
-
-
-def slow(world: World, cfg: Config) -> list[str]:
-    architecture(3, 3)
-    with_step(lambda step, number: time.sleep(0.3 if world.rank == 1 else 0))
-    said: list[str] = []
-    RunLog.say = lambda self, text: said.append(text)  # type: ignore[method-assign]
-    train(cfg, world)
-    return said
-
-
-def test_a_slow_rank_is_named_in_the_log_when_the_ranks_are_compared(tmp_path, data):
-    options = ["orders=dual_hop_odd", "train.batch_size=24", "train.max_steps=8", "train.check_every_steps=4"]
-    messages = [text for text in run_ranks(slow, 2, tiny(tmp_path, data, "slow", *options))[0] if "is slow" in text]
-    assert [message[:16] for message in messages] == ["step 4: rank 1 (", "step 8: rank 1 ("]
-
-
-def test_a_rank_is_slow_if_it_computes_much_longer_than_the_other_ranks_of_its_row():
-    names = [f"rank {rank}" for rank in range(4)]
-    assert slowest_rank([0.1, 0.12, 0.4, 0.1], names) == "rank 2 is slow: it computes for 0.40 s per step, the other ranks for 0.10 s"
-    assert slowest_rank([0.1, 0.12, 0.13, 0.1], names) is None
-    assert slowest_rank([0.01, 0.04, 0.01, 0.01], names) is None  # 30 ms are no matter
-    assert slowest_rank([1.0], names) is None
-    assert slowest_rank([0.4, 0.4, 0.1, 0.1], names, groups=2) is None  # the first row has more candidates
-    assert slowest_rank([0.4, 0.4, 0.1, 0.3], names, groups=2).startswith("rank 3 is slow")
-    assert slowest_rank([0.4, 0.1], names, groups=2) is None  # a row of one rank has nothing to compare with
 
 
 def with_a_full_disk(world: World, cfg: Config, first: int) -> str:

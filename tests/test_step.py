@@ -283,14 +283,6 @@ def test_without_padding_a_small_share_gives_the_same_loss_up_to_rounding():
     assert found.loss == pytest.approx(expected.loss, abs=1e-9) and found.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-9)
 
 
-def test_samples_skipped_as_damaged_leave_the_mean_over_those_that_are_there():
-    step = hybrid(OrderPlan("dual", "hop_odd"))
-    twin = Twin(step)
-    report = step([dataclasses.replace(images(), count=IMAGES + 3)], Key(9, 0), LR)
-    assert report.loss == pytest.approx(twin(images(), Key(9, 0), LR), abs=1e-8) and report.count == IMAGES
-    twin.check(step)
-
-
 def test_the_loss_is_cross_entropy_over_the_classes_of_the_task():
     step = hybrid(OrderPlan("dual", "hop_odd"), adapter=QUIET)
     batch = images()

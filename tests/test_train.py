@@ -108,9 +108,8 @@ def test_metrics_hold_every_step_and_the_whole_accuracy(tmp_path):
     accuracy = json.loads((folder / "accuracy.json").read_text())
     assert accuracy["complete"] and accuracy["last"] == sum(accuracy["correct"]) / sum(accuracy["total"])
     assert len(accuracy["total"]) == 4 and sum(accuracy["total"]) == 144  # the test images of digits 0 to 3
-    assert [t["last"] for t in tasks][-1] == accuracy["last"] and tasks[0]["forward_transfer"] is not None
+    assert [t["last"] for t in tasks][-1] == accuracy["last"]
     assert {p.name for p in (folder / "plots").glob("*.png")} >= {"accuracy_matrix.png", "accuracy.png", "loss.png"}
-    assert "Last" in (folder / "summary.md").read_text()
     journal = records(cfg, "journal.jsonl")
     assert [j["step"] for j in journal] == list(range(1, 11)) and all(len(j["moves"]) == 2 and j["seed"] > 0 for j in journal)
 
@@ -185,7 +184,7 @@ def test_accelerate_launch_trains_on_two_processes(tmp_path):
     port = ["--main_process_port", str(free_port())]
     done = launched(tmp_path, *two, *port, "-m", "dist_vlcl.train", *SMALL_RUN, *SHORT, "run.name=launched", "cluster.num_processes=2")
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 x cpu" in done.stdout and "Done. See runs/launched/summary.md; every step" in done.stdout
+    assert "2 x cpu" in done.stdout and "Done. See runs/launched/accuracy.json; every step" in done.stdout
     assert done.stdout.count("Done.") == 1  # one rank speaks
     assert done.stderr == ""  # no warning of torch or accelerate about what is meant to be so
     assert json.loads((tmp_path / "runs/launched/accuracy.json").read_text())["complete"]

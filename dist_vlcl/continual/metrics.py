@@ -10,7 +10,7 @@ Counts = list[tuple[int, int]]  # per class: correct, total
 
 @dataclass
 class AccuracyMatrix:
-    """Correct and total per class. Row t: the classes seen after training on task t and, if measured, those of the next task.
+    """Correct and total per class. Row t: the classes seen after training on task t. Rows of earlier versions go on with the next task.
 
     task_sizes: the number of classes of each task, in order. R[t][j] below is the accuracy on the classes of task j in row t.
     """
@@ -63,13 +63,6 @@ class AccuracyMatrix:
         """
         return _mean([self._own(t, j) - self._own(j, j) for t in range(1, len(self.rows)) for j in range(t)])
 
-    @property
-    def forward_transfer(self) -> float | None:
-        """Return the mean of R[t][t + 1], the accuracy on a task just before training on it; None if it was not measured."""
-        ahead = [self.task_accuracy(t, t + 1) for t in range(len(self.rows)) if t + 1 < len(self.task_sizes)]
-        measured = [a for a in ahead if a is not None]
-        return _mean(measured) if measured else None
-
     def summary(self) -> dict:
         """Return the metrics after the newest task, as fractions, and the counts of its row."""
         after = len(self.rows) - 1
@@ -81,7 +74,6 @@ class AccuracyMatrix:
             "avg": self.average,
             "forgetting": self.forgetting,
             "backward_transfer": self.backward_transfer,
-            "forward_transfer": self.forward_transfer,
             "correct": [c for c, _ in self.rows[after][:seen]],
             "total": [n for _, n in self.rows[after][:seen]],
         }

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dist_vlcl.data.images import is_ppm, ppm
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, log, read_shard
+from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, read_shard
 from dist_vlcl.data.tasks import SampleId, Task, generator, plain_order, rank_slice, train_order
 from dist_vlcl.data.transforms import Transform
 
@@ -30,7 +30,7 @@ class Batch:
     images: Tensor  # uint8 [B, 3, S, S]
     labels: Tensor  # int64 [B], the place of the class among the classes asked for
     positions: Tensor  # int64 [B], the place of each sample in the global batch
-    count: int  # samples of the global batch, including damaged ones that were skipped
+    count: int  # samples of the global batch
     index: int  # of the batch in the epoch
     samples: list[str]  # keys of the B samples
     waited_s: float = 0.0  # how long the trainer waited for the batch
@@ -60,7 +60,6 @@ class Request:
     transform: Transform
     seeds: tuple[int, ...]  # of the random crops
     min_shards: int  # that stay in memory whatever their size
-    pass_index: int = 0  # number of the epoch or evaluation in the run
 
 
 def _requests(order: Sequence[SampleId], classes: Sequence[int], batch_size: int, rank: int, size: int, **shared: Any) -> list[Request]:
@@ -76,52 +75,31 @@ def _requests(order: Sequence[SampleId], classes: Sequence[int], batch_size: int
     return requests
 
 
-class CachedShard(NamedTuple):
-    samples: list[StoredSample]
-    problem: ShardError | None
-    pass_index: int  # in which it was read
-
-    @property
-    def bytes(self) -> int:
-        return sum(len(sample.image) for sample in self.samples)
-
-
 class Reader(Dataset[Batch]):
     """Turns requests into batches, in the trainer or in loading processes.
 
-    Shards and decoded pixels stay in memory up to `limit_bytes`. If a sample cannot be read, `is_strict` raises ShardError; otherwise the
-    sample is skipped.
+    Shards and decoded pixels stay in memory up to `limit_bytes`. Raises ShardError if anything is wrong with a sample or its shard.
     """
 
-    def __init__(self, index: Index, limit_bytes: float, is_strict: bool = True) -> None:
-        self.index, self.limit, self.is_strict, self.bytes = index, limit_bytes, is_strict, 0
-        self._shards: OrderedDict[tuple[str, int, int], CachedShard] = OrderedDict()
+    def __init__(self, index: Index, limit_bytes: float) -> None:
+        self.index, self.limit, self.bytes = index, limit_bytes, 0
+        self._shards: OrderedDict[tuple[str, int, int], list[StoredSample]] = OrderedDict()
 
     def __getitem__(self, request: Request) -> Batch:
-        images, labels, positions, keys = [], [], [], []
-        for sample, position, label in zip(request.samples, request.positions, request.labels, strict=True):
-            try:
-                key, pixels = self.image(request, sample)
-            except ShardError as error:
-                if self.is_strict:
-                    raise
-                log.warning("skipped: %s", error)
-                continue
+        images, keys = [], []
+        for sample in request.samples:
+            key, pixels = self.image(request, sample)
             # the crop depends on the sample, not on the process that loads it
             images.append(request.transform(pixels, generator(*request.seeds, "crop", key)))
-            labels.append(label)
-            positions.append(position)
             keys.append(key)
         size = request.transform.size
         stacked = torch.stack(images) if images else torch.empty((0, 3, size, size), dtype=torch.uint8)
-        places = torch.tensor(labels, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64)
+        places = torch.tensor(request.labels, dtype=torch.int64), torch.tensor(request.positions, dtype=torch.int64)
         return Batch(stacked, *places, request.count, request.index, keys)
 
     def image(self, request: Request, sample: SampleId) -> tuple[str, np.ndarray]:
-        """Return key and pixels, uint8 [H, W, 3]. Raises ShardError if anything is wrong with the sample or its shard."""
-        stored, problem, _ = self._shard(request, sample)
-        if problem:
-            raise type(problem)(f"{problem}; needed: sample {sample.position}")
+        """Return key and pixels, uint8 [H, W, 3]."""
+        stored = self._shard(request, sample)
         key, data = stored[sample.position]
         pixels = decode(data, key)
         if not is_ppm(data) and self.bytes + pixels.nbytes <= self.limit:
@@ -129,24 +107,20 @@ class Reader(Dataset[Batch]):
             self.bytes += len(stored[sample.position].image) - len(data)
         return key, pixels
 
-    def _shard(self, request: Request, sample: SampleId) -> CachedShard:
+    def _shard(self, request: Request, sample: SampleId) -> list[StoredSample]:
         name = (request.split, sample.class_id, sample.shard)
-        cached = self._shards.get(name)
-        if cached and cached.problem and cached.pass_index != request.pass_index:
-            cached = None  # try again: the network may have been down
-        if cached is None:
+        if name not in self._shards:
             shard = self.index.shards[request.split][sample.class_id][sample.shard]
-            try:
-                cached = CachedShard(read_shard(self.index, shard), None, request.pass_index)
-            except ShardError as error:
-                cached = CachedShard([], error.with_traceback(None), request.pass_index)
-                log.warning("%s", error)
-            self._shards[name] = cached
-            self.bytes += cached.bytes
+            self._shards[name] = read_shard(self.index, shard)
+            self.bytes += _bytes_of(self._shards[name])
             while self.bytes > self.limit and len(self._shards) > request.min_shards:
-                self.bytes -= self._shards.popitem(last=False)[1].bytes
+                self.bytes -= _bytes_of(self._shards.popitem(last=False)[1])
         self._shards.move_to_end(name)
-        return cached
+        return self._shards[name]
+
+
+def _bytes_of(samples: Sequence[StoredSample]) -> int:
+    return sum(len(sample.image) for sample in samples)
 
 
 @dataclass(frozen=True)
@@ -166,8 +140,7 @@ class Batches:
 class Loader:
     """Loads all batches of a run, with one set of loading processes and one cache for all epochs, tasks and evaluations.
 
-    The options `data` say how many processes load, how much memory they use, and what happens if a sample is damaged. Only one iterator is
-    active: a new one ends the one before.
+    The options `data` say how many processes load and how much memory they use. Only one iterator is active: a new one ends the older one.
     """
 
     def __init__(self, index: Index, data: DataConfig, device: torch.device | str = "cpu") -> None:
@@ -175,9 +148,8 @@ class Loader:
         is_on_gpu = self.device.type == "cuda"
         workers = _default_workers(is_on_gpu) if data.num_workers is None else data.num_workers
         self._requests: list[Request] = []  # of the current pass
-        self._passes = 0
         self._loader = DataLoader(
-            Reader(index, data.cache_gib * 2**30 / max(1, workers), data.on_error == "stop"),
+            Reader(index, data.cache_gib * 2**30 / max(1, workers)),
             batch_size=None,
             sampler=self._requests,
             num_workers=workers,
@@ -230,8 +202,7 @@ class Loader:
 
     def load(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Yield the batches of some requests, with all tensors on the device."""
-        self._passes += 1
-        self._requests[:] = [replace(request, pass_index=self._passes) for request in requests]
+        self._requests[:] = requests
         batches = iter(self._loader)
         while True:
             started = time.perf_counter()

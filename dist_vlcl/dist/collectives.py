@@ -32,26 +32,16 @@ class Collectives:
         self.rank, self.hosts, self.timeout_s = rank, list(hosts), timeout_s
         self.where = "the start"
         self._reason_store: Any = None  # the store that holds this rank's reason for stopping
-        self._free_since, self._busy_s = time.perf_counter(), 0.0
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
         """Wrap one collective: a network error inside becomes a CollectiveError. Other errors pass unchanged."""
-        self._busy_s += time.perf_counter() - self._free_since
         try:
             yield
         except RuntimeError as error:
             if isinstance(error, CollectiveError) or not is_network_error(error):
                 raise
             raise CollectiveError(self._explained(f"{what} at {self.where}", str(error))) from error
-        finally:
-            self._free_since = time.perf_counter()
-
-    def take_busy_s(self) -> float:
-        """Return the seconds that this rank spent outside collectives since the last call."""
-        busy_s = self._busy_s + time.perf_counter() - self._free_since
-        self._busy_s, self._free_since = 0.0, time.perf_counter()
-        return busy_s
 
     def named(self, rank: int) -> str:
         """Return a rank with its host, such as `rank 1 (node7)`."""

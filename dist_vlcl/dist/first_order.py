@@ -109,17 +109,15 @@ class FirstOrder:
         self.wait_for_gradients()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
 
-    def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
+    def update(self, lr: float) -> float | None:
         """Take AdamW's step and return the norm of the gradient. If the norm is not finite, change nothing and return None.
 
-        gradient_scale: multiplies the gradients first. The gradients are equal on all ranks, so all ranks decide the same.
+        The gradients are equal on all ranks, so all ranks decide the same.
         """
         if self.optimizer is None:
             return 0.0
         self.wait_for_gradients()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if gradient_scale != 1.0:
-            torch._foreach_mul_(gradients, gradient_scale)
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             self.zero_grad()

@@ -120,19 +120,15 @@ class ZeroFirstOrder(FirstOrder):
         found = map(safe_get_full_grad, self.parameters)
         return [torch.zeros(shape, device=self.world.device) if g is None else g for g, shape in zip(found, shapes, strict=True)]
 
-    def update(self, lr: float, gradient_scale: float = 1.0) -> float | None:
+    def update(self, lr: float) -> float | None:
         if not self.is_sharded:
-            return super().update(lr, gradient_scale)
+            return super().update(lr)
         zero: Any = self.optimizer
         for group in zero.param_groups:
             group["lr"] = lr
-        if gradient_scale != 1.0:  # a loss scale of 1/s multiplies the gradients by s
-            zero.override_loss_scale(1 / gradient_scale)
         with self.world.collectives("ZeRO's collectives in its step"):
             self.wrapped.step()
         self.has_gradients = False
-        if gradient_scale != 1.0:
-            zero.override_loss_scale(1.0)
         if zero.overflow:
             return None
         self.updates += 1

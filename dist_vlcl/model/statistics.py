@@ -31,11 +31,11 @@ class UnitStatistics:
         self.gradients = {}
         self._gather_all(self._before_Un)
 
-    def observe(self, ids: Sequence[UnitId], gradients: Sequence[Tensor], scale: float = 1.0) -> None:
-        """Take the gradients of some units of one branch, multiplied by `scale`: one unit after another, in parts of any size."""
+    def observe(self, ids: Sequence[UnitId], gradients: Sequence[Tensor]) -> None:
+        """Take the gradients of some units of one branch: one unit after another, in parts of any size."""
         gradient_Un = self._after_Un[ids[0].branch][: len(ids)]
         _gather(gradients, gradient_Un)
-        self.gradients |= zip(ids, (_moments(gradient_Un) * gradient_Un.new_tensor([scale, scale, scale**2])).unbind(), strict=True)
+        self.gradients |= zip(ids, _moments(gradient_Un).unbind(), strict=True)
 
     def compute(self) -> Tensor:
         """Return STATISTICS of every unit, in the units' order `[U, F]`, fp32. The gradient's are NaN for a unit without gradient."""

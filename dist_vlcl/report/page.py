@@ -96,9 +96,6 @@ def _claims(comparisons: pd.DataFrame) -> Iterator[str]:
         texts = [f"{metric} {verdict}: {count}".strip() for (metric, verdict), count in counts.items()]
         yield f"**{claim.statement}** ({claim.condition}) {'; '.join(texts) or 'Only controls were run'}."
         yield tables.comparison_table(found)
-    if len(others := comparisons[comparisons.claim == ""]):
-        yield "**Other differences.** 95 % interval and p of a paired t-test, not corrected for their number."
-        yield tables.comparison_table(others)
 
 
 def _figures(pictures: list[Picture]) -> Iterator[str]:

@@ -1,17 +1,15 @@
-"""Tables as Markdown, accuracies in percent with two digits: the summary of a run, the tables of a report and of a search over options."""
+"""Tables as Markdown, accuracies in percent with two digits: those of a report and of a search over options."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dist_vlcl.masking import masked
 from dist_vlcl.report.measures import MEASURES
-from dist_vlcl.report.records import CELL, TASKS, WITHOUT_ZEROTH, read_records
+from dist_vlcl.report.records import CELL, TASKS, WITHOUT_ZEROTH
 
-Row = Sequence[float | None]
 UNKNOWN = "–"
 METRICS = {"last": "Last", "avg": "Avg"}
 CONTRIBUTION = {"recovered_last": "R Last", "recovered_avg": "R Avg"}  # with these of MEASURES:
@@ -40,47 +38,6 @@ def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], num_le
 def number(value: float | None, form: str = ".2f") -> str:
     """Return a number as text, or a dash if it is unknown (None or NaN)."""
     return UNKNOWN if value is None or value != value else f"{value:{form}}".replace("-", "−")
-
-
-def percent(fraction: float | None) -> str:
-    """Return a fraction in percent, or a dash if it is unknown."""
-    return number(None if fraction is None else 100 * fraction)
-
-
-def accuracy_table(matrix: Sequence[Row], seen: Row) -> str:
-    """Return a table with one row per finished task: the accuracy on each task, and A_t over all classes seen.
-
-    `matrix[i][j]` is the accuracy on task j after task i, and `seen[i]` is A_t after task i: fractions, or None if it was not measured.
-    Row i ends at task i, or holds all tasks; a task that was not measured is blank.
-    """
-    names = [f"task {task + 1}" for task in range(max(map(len, [matrix, *matrix])))]
-    blank = [""] * len(names)
-    rows = [[name, *map(percent, row), *blank[len(row) :], percent(mean)] for name, row, mean in zip(names, matrix, seen, strict=False)]
-    return markdown_table(["after", *names, "A_t"], rows)
-
-
-def summarize_run(folder: Path | str) -> str:
-    """Return a Markdown page about a run folder: Last, Avg, forgetting, and the accuracy on every task after every task."""
-    records = read_records(folder)
-    newest = records.tasks[-1] if records.tasks else {}
-    numbers = {"Last": newest.get("last"), "Avg": newest.get("avg")}
-    more = {"Transfer": newest.get("transfer"), "forgetting": newest.get("forgetting"), "zero-shot": newest.get("zero_shot")}
-    numbers |= {name: value for name, value in more.items() if value is not None}
-    head = markdown_table(list(numbers), [[percent(value) for value in numbers.values()]])
-    note = "Accuracy in %. A_t: over all classes seen after task t; Last: the final A_t; Avg: the mean of A_t over the tasks."
-    note += " Each task is a data set: A_t is the mean over all, Transfer that before their training." if "Transfer" in numbers else ""
-    table = accuracy_table(records.matrix, records.of_tasks("seen")) if records.tasks else "No task is finished yet.\n"
-    return f"# {escape(Path(folder).resolve().name)}\n\n{head}\n{table}\n{note}\n{_waiting_time(records.steps)}"
-
-
-def _waiting_time(steps: Sequence[dict[str, Any]]) -> str:
-    """Return a line on the time that steps waited for their images; "" if no step recorded it."""
-    waited = sum(record.get("data_seconds", 0.0) for record in steps)
-    total = waited + sum(record.get("seconds", 0.0) for record in steps)
-    if not waited:
-        return ""
-    advice = " More `data.num_workers`, or shards built with `data.encoding=pixels`, would help." if waited > 0.05 * total else ""
-    return f"\nWaiting for images took {percent(waited / total)} % of the time of the steps.{advice}\n"
 
 
 def tasks_label(dataset: str, increment: int) -> str:
@@ -155,16 +112,13 @@ def contribution_table(ours: pd.DataFrame) -> str:
 
 
 def comparison_table(comparisons: pd.DataFrame) -> str:
-    """Return one row per comparison: mean difference, interval, and p, or for a claim the answer and the paper's own difference."""
-    comparisons, is_claim = comparisons.rename(columns={"against": "compared with"}), bool(comparisons.claim.iloc[0])
-    has_paper = is_claim and comparisons.metric.isin(list(METRICS)).all()
+    """Return one row per comparison of a claim: mean difference, interval, answer, and of an accuracy the paper's own difference."""
+    heads = ["Δ {}", "95 % interval", "answer", "paper's Δ {}"][: 4 if comparisons.metric.isin(list(METRICS)).all() else 3]
 
     def texts(test: Any) -> list[str]:
-        paper = [signed(test.paper)] if has_paper else []
-        return [signed(test.mean), interval(test.low, test.high), test.verdict if is_claim else number(test.p, ".3f"), *paper]
+        return [signed(test.mean), interval(test.low, test.high), test.verdict, signed(test.paper)][: len(heads)]
 
-    heads = ["Δ {}", "95 % interval", "answer" if is_claim else "p", *(["paper's Δ {}"] if has_paper else [])]
-    return _by_metric(comparisons, ["compared with", "seeds"], heads, texts)
+    return _by_metric(comparisons.rename(columns={"against": "compared with"}), ["compared with", "seeds"], heads, texts)
 
 
 def paper_table(cells: pd.DataFrame, table: int) -> str:

@@ -105,7 +105,7 @@ def load(folder: Path | str, step: int, identity: Mapping[str, str] = NOBODY) ->
             raise BrokenCheckpoint(f"{found.path} belongs to {name}")
         raise ValueError(
             f"{found.path} was saved with {name} (digest {was[:16]}, here {now[:16]}): "
-            "restore config.yaml and the data of this run, or start anew with run.overwrite=true"
+            "restore config.yaml and the data of this run, or move the run folder away to start anew"
         )
     return found
 

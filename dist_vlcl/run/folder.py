@@ -9,7 +9,7 @@
 `checkpoints/`         The newest ones (checkpoint.py).
 `accuracy.json`        The accuracy matrix; "complete": true when every task is done.
 `trackers.json`        The ids of the run in wandb and MLflow (trackers.py).
-`plots/`, `summary.md` Figures and a summary (report/).
+`plots/`               Figures (report/).
 `REQUEUE`              Exists while the run waits to be started again.
 """
 
@@ -38,7 +38,7 @@ from dist_vlcl.saved import ENVIRONMENT, MAY_CHANGE, digest_of, read_accuracy, r
 LOCK_WAIT_S = 300  # after a restart by a scheduler: ranks on a node that it has lost contact with may still run
 WAITING = ".waiting"  # a file that asks the process that holds the folder to save and stop
 TRACKERS = ("wandb", "tensorboard", "mlflow")
-ADVICE = "run.overwrite=true sets it aside and starts anew; or choose another run.name"
+ADVICE = "choose another run.name, or move this folder away to start anew"
 
 
 @dataclass
@@ -47,7 +47,6 @@ class RunConfig:
 
     name: str = option("default", "Name of the run, which is the name of its folder; auto derives it from the configuration.")
     root: str = option("runs", "Folder that holds the folders of all runs.")
-    overwrite: bool = option(False, "Rename an existing run folder to <name>.old-N and start anew.")
     save_every_steps: int = option(0, "Steps between two checkpoints within a task; 0 saves at the end of each task only.", min=0)
     keep: int = option(2, "Number of checkpoints that are kept.", min=1)
     record_every_steps: int = option(
@@ -152,17 +151,12 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 
 def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str | None], wait_s: float) -> tuple[TextIO, dict[str, Any]]:
-    path, notes = settings.folder, []
+    path = settings.folder
     make_folder(path)
     lock = _lock(path, wait_s if is_restart() else 0)
-    # A requeued job has the command line of the first start, and must not set its own work aside.
-    if settings.overwrite and not is_restart() and _is_used(path):
-        lock, aside = _set_aside(path, lock)
-        notes.append(f"the earlier run is now {aside}")
     is_new = not _is_used(path)
     starts = [] if is_new else or_warn(lambda: read_json(path / "env.json", ENVIRONMENT, []), [])
-    if not is_new:
-        notes += [*_check_configuration(path, config), *_check_facts(path, facts, starts)]
+    notes = [] if is_new else [*_check_configuration(path, config), *_check_facts(path, facts, starts)]
     run = _id_of(path, starts) or uuid.uuid4().hex
     replace_file(path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     identity = {"run": run, "config": digest_of(config)} | ({"data": facts["data"]} if facts["data"] else {})
@@ -175,7 +169,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     is_complete = or_warn(lambda: read_accuracy(path, config, run), {}).get("complete") is True
     begin = f"{'starting' if is_new else 'continuing'} {path}"
     if is_complete:
-        begin = f"{path} is complete: see its summary.md and plots/. To train again, choose another run.name or seed, or run.overwrite=true"
+        begin = f"{path} is complete: see accuracy.json and plots/. To train again, choose another run.name or seed"
     return lock, {"path": path, "is_complete": is_complete, "identity": identity, "message": "; ".join([begin, *notes])}
 
 
@@ -202,16 +196,6 @@ def _lock(path: Path, wait_s: float = 0) -> TextIO:
         except OSError as error:  # a file system without locks
             warn(f"{path}: this file system has no locks ({error}); make sure that no other job uses this run.name")
         return file
-
-
-def _set_aside(path: Path, lock: TextIO) -> tuple[TextIO, Path]:
-    number = 1
-    while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
-        number += 1
-    os.replace(path, aside)
-    lock.close()
-    make_folder(path)
-    return _lock(path), aside
 
 
 def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:

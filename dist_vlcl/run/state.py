@@ -46,7 +46,7 @@ class TrainState:
         saved = {"threads": 0, **saved}  # checkpoints of before this field lack it
         wrong = [name for name, value in asdict(cls()).items() if not fits(saved.get(name), type(value))]
         if wrong or not fits(saved["accuracy"], COUNTS):
-            raise ValueError(f"the saved state has no valid {', '.join(wrong) or 'accuracy'}: run.overwrite=true starts anew")
+            raise ValueError(f"the saved state has no valid {', '.join(wrong) or 'accuracy'}: move the run folder away to start anew")
         state = cls(**{field.name: saved[field.name] for field in fields(cls)})
         state.zero_shot = {int(task): value for task, value in state.zero_shot.items()}  # JSON has made the keys texts
         return state

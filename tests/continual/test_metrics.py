@@ -43,20 +43,16 @@ def test_backward_transfer_is_over_all_later_rows_and_earlier_tasks(matrix):
     assert matrix.backward_transfer == pytest.approx(((9 / 15 - 11 / 15) + (10 / 15 - 11 / 15) + (10 / 20 - 18 / 20)) / 3)
 
 
-def test_forward_transfer_is_the_accuracy_just_before_a_task_is_learned(matrix):
-    assert matrix.forward_transfer == pytest.approx((2 / 20 + 5 / 10) / 2)
-
-
 def test_classes_ahead_are_not_among_those_seen(matrix):
     first = AccuracyMatrix([2, 1, 2])
     first.append(ROWS[0])
     assert first.seen(0) == pytest.approx(11 / 15)
 
 
-def test_one_task_forgets_nothing_and_an_unmeasured_next_task_is_none():
+def test_one_task_forgets_nothing():
     matrix = AccuracyMatrix([2, 1])
     matrix.append([(1, 2), (2, 2)])
-    assert (matrix.forgetting, matrix.backward_transfer, matrix.forward_transfer) == (0, 0, None)
+    assert (matrix.forgetting, matrix.backward_transfer) == (0, 0)
     assert (matrix.last, matrix.average) == (0.75, 0.75)
 
 
@@ -84,11 +80,7 @@ def test_the_summary_holds_the_metrics_and_the_counts_of_the_newest_row(matrix):
     assert summary["avg"] == matrix.average
     assert summary["per_task"] == pytest.approx([10 / 15, 10 / 20, 8 / 10])
     assert (summary["correct"], summary["total"]) == ([7, 3, 10, 2, 6], [10, 5, 20, 2, 8])
-    assert [summary[k] for k in ("forgetting", "backward_transfer", "forward_transfer")] == [
-        matrix.forgetting,
-        matrix.backward_transfer,
-        matrix.forward_transfer,
-    ]
+    assert [summary[k] for k in ("forgetting", "backward_transfer")] == [matrix.forgetting, matrix.backward_transfer]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 import gc
 import io
-import logging
 import multiprocessing
 import os
 import random
@@ -37,7 +36,7 @@ def task(index):
     return TaskStream(index.class_names, increment=3, order=[2, 0, 3, 1])[0]  # 21 training images
 
 
-OF_LOADER = ("num_workers", "cache_gib", "on_error")
+OF_LOADER = ("num_workers", "cache_gib")
 
 
 def loader_of(index, **options):
@@ -249,11 +248,11 @@ def test_what_fits_in_memory_is_read_and_decoded_once_a_run(tmp_path, reads, pix
 
 
 def cached_bytes(cache):
-    return sum(len(sample.image) for cached in cache._shards.values() for sample in cached.samples)
+    return sum(len(sample.image) for samples in cache._shards.values() for sample in samples)
 
 
-def request(split="train", min_shards=8, pass_index=0):
-    return loader.Request(split, [], [], range(0), 0, 0, EvalTransform(16), (), min_shards, pass_index)
+def request(split="train", min_shards=8):
+    return loader.Request(split, [], [], range(0), 0, 0, EvalTransform(16), (), min_shards)
 
 
 def test_memory_stays_within_its_bound(index, reads):
@@ -311,68 +310,23 @@ def test_a_truncated_shard_stops_the_run_by_name_and_counts(truncated, task, num
         list(train(truncated, task, num_workers=num_workers))
 
 
-def test_skipping_leaves_out_a_damaged_shard_and_reports_it(truncated, task, caplog):
-    with caplog.at_level(logging.WARNING):
-        batches = list(train(truncated, task, on_error="skip"))
-    keys = [key for batch in batches for key in batch.samples]
-    skipped = [text for text in caplog.messages if text.startswith("skipped")]
-    assert len(skipped) == 3 and all("0002-000.tar" in text and "found" in text for text in skipped)
-    assert len(keys) == len(set(keys)) == 18 and not {f"class2/train_0{number}" for number in range(3)} & set(keys)
-    assert [batch.count for batch in batches] == [8, 8, 5]
-    assert all(len(batch.images) == len(batch.labels) == len(batch.positions) == len(batch.samples) for batch in batches)
-
-
-def test_a_missing_shard_is_skipped_too(tmp_path, task):
+def test_a_missing_shard_stops_the_run_by_name(tmp_path, task):
     index = make_index(tmp_path)
     (tmp_path / "tiny/train/0003-001.tar").unlink()
-    assert sum(len(batch.samples) for batch in train(index, task, on_error="skip")) == 19
     with pytest.raises(ShardError, match=r"0003-001\.tar: cannot be read"):
         list(train(index, task))
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_read_that_fails_once_costs_one_evaluation(tmp_path, index, monkeypatch, num_workers):
-    """The store lives as long as the run: what it could not read, it tries again in the next epoch or evaluation, once."""
-    whole, tries = loader.read_shard, tmp_path / "tries"
-
-    def fails_once(index, shard):
-        with tries.open("a") as file:
-            file.write(f"{shard.path}\n")
-        is_first = tries.read_text().split().count(shard.path) == 1
-        if is_first and shard.path == "test/0001-000.tar":
-            raise ShardError("the network was down")
-        return whole(index, shard)
-
-    monkeypatch.setattr(loader, "read_shard", fails_once)
-    of_run = loader_of(index, on_error="skip", num_workers=num_workers)
-    seen = [[len(b.labels) for b in of_run.test([0, 1, 2, 3], batch_size=2, transform=EvalTransform(16))] for _ in range(3)]
-    assert [sum(counts) for counts in seen] == [9, 12, 12]
-    assert tries.read_text().split().count("test/0001-000.tar") == 2 and tries.read_text().split().count("test/0002-000.tar") == 1
-
-
-def test_what_is_read_again_is_counted_again(truncated):
-    cache = loader.Reader(truncated, 1e9, is_strict=False)
-    broken, sound = plain_order(truncated.sizes("train", [2]))[:4:3]
-    for pass_index in (1, 1, 2, 3):
-        with pytest.raises(ShardError, match="found"):
-            cache.image(request(pass_index=pass_index), broken)
-        cache.image(request(pass_index=pass_index), sound)
-        assert cache.bytes == cached_bytes(cache)
-
-
-def test_changed_bytes_are_never_trained_on_even_if_every_image_opens(tmp_path, task, caplog):
+def test_changed_bytes_are_never_trained_on_even_if_every_image_opens(tmp_path, task):
     index = make_index(tmp_path, pixels=True)
     path = tmp_path / "tiny/train/0003-000.tar"
     content = path.read_bytes()
     path.write_bytes(content[:2000] + bytes([content[2000] ^ 1]) + content[2001:])  # one bit of one pixel
     with pytest.raises(ShardError, match=r"0003-000\.tar: the bytes differ from those that were written"):
         list(train(index, task))
-    batches = list(train(index, task, on_error="skip"))
-    assert sum(len(batch.samples) for batch in batches) == 18 and sum(batch.count for batch in batches) == 21
-    assert sum("the bytes differ" in text and text.startswith("skipped") for text in caplog.messages) == 3
 
 
-def test_a_broken_image_is_skipped_by_name():
+def test_a_broken_image_is_refused_by_name():
     with pytest.raises(ShardError, match="apple/1: no image"):
         decode(b"\x89PNG\r\n\x1a\nnothing", "apple/1")
     gif = io.BytesIO()

@@ -174,12 +174,3 @@ def test_the_blame_follows_the_notes(monkeypatch, places, error, words):
 def test_an_error_that_is_not_of_the_network_passes_as_it_is():
     with pytest.raises(RuntimeError, match=r"^shapes differ$"), Collectives(0, ["a", "b"], 1)("losses"):
         raise RuntimeError("shapes differ")
-
-
-def test_time_in_collectives_is_not_busy_time():
-    collectives = Collectives(0, ["a"], 1)
-    collectives.take_busy_s()
-    with collectives("waiting"):
-        time.sleep(0.3)
-    time.sleep(0.05)
-    assert 0.05 <= collectives.take_busy_s() < 0.3

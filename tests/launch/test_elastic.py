@@ -43,7 +43,6 @@ def test_hosts_join_die_and_leave_and_the_bits_are_those_of_one_undisturbed_rank
         ([*MEETING, "--rendezvous", "zookeeper"], "choose from c10d, etcd"),
         ([*MEETING, "--host", "x; touch x"], "give a name or an address"),
         ([*MEETING, "--id", "a b"], "--id a b: use letters"),
-        ([*MEETING, "run.overwrite=true"], "move the old run folder away"),
         ([*MEETING, "--serve", "--rendezvous", "etcd"], "--serve: only with --rendezvous c10d"),
     ],
 )

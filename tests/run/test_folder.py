@@ -65,7 +65,7 @@ def test_a_run_of_version_1_is_refused_in_one_sentence(tmp_path):
     run = RunFolder.open(settings(tmp_path), CONFIG, World.alone())
     (run.path / "checkpoints/step-00000004").mkdir()
     (run.path / "checkpoints/step-00000004/manifest.json").write_text("{}")
-    with pytest.raises(RunRefused, match=r"of version 0\.1, which this version cannot read: .*; run\.overwrite=true"):
+    with pytest.raises(RunRefused, match=r"of version 0\.1, which this version cannot read: .*; choose another run\.name"):
         RunFolder.open(settings(tmp_path), CONFIG, World.alone())
 
 
@@ -92,23 +92,6 @@ def test_other_code_goes_on_and_says_so(tmp_path):
     assert [message.endswith(said) for message in messages] == [False, False, True]
     starts = json.loads((tmp_path / "runs/a/env.json").read_text())
     assert [start["code_digest"] for start in starts] == codes
-
-
-def test_overwrite_sets_the_old_run_aside(tmp_path):
-    for number in range(3):
-        run = RunFolder.open(settings(tmp_path, overwrite=True), changed(zo={"epsilon": number}), World.alone())
-        assert "starting" in run.message
-        (run.path / "metrics.jsonl").write_text(str(number))
-    assert (tmp_path / "runs/a.old-1/metrics.jsonl").read_text() == "0"
-    assert (tmp_path / "runs/a.old-2/metrics.jsonl").read_text() == "1"
-    assert "a.old-2" in run.message
-
-
-def test_a_requeued_job_with_overwrite_keeps_its_own_work(tmp_path, monkeypatch):
-    RunFolder.open(settings(tmp_path, overwrite=True), CONFIG, World.alone())
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    run = RunFolder.open(settings(tmp_path, overwrite=True), CONFIG, World.alone())
-    assert "continuing" in run.message and not (tmp_path / "runs/a.old-1").exists()
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "a b", "$(touch x)", "a\n", "ä"])
@@ -158,7 +141,7 @@ def test_a_complete_run_says_so_and_where_to_look(tmp_path):
     results = {"last": 0.5, "avg": 0.5, "forgetting": 0.0, "rows": [[[1, 2]]]}
     run.write_accuracy(results, complete=True)
     again = RunFolder.open(settings(tmp_path), CONFIG, World.alone())
-    assert again.is_complete and "complete" in again.message and "summary.md" in again.message
+    assert again.is_complete and "complete" in again.message and "accuracy.json" in again.message
     assert json.loads((run.path / "accuracy.json").read_text()).items() >= {**results, "complete": True}.items()
 
 
@@ -184,9 +167,8 @@ def test_a_folder_that_another_process_uses_is_refused(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "runs/a/.lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        for overwrite in (False, True):
-            with pytest.raises(RunRefused, match="in use"):
-                RunFolder.open(settings(tmp_path, overwrite=overwrite), CONFIG, World.alone())
+        with pytest.raises(RunRefused, match="in use"):
+            RunFolder.open(settings(tmp_path), CONFIG, World.alone())
         other.stdin.close()
     assert "continuing" in RunFolder.open(settings(tmp_path), CONFIG, World.alone()).message
 

@@ -13,7 +13,6 @@ from dist_vlcl.reading import read_lines
 from dist_vlcl.report.records import read_units
 from dist_vlcl.run import checkpoint, files
 from dist_vlcl.run.files import JsonLines
-from dist_vlcl.run.folder import RunConfig, RunFolder
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import train
 from tests.helpers.disk import Disk
@@ -87,16 +86,6 @@ def test_a_log_that_is_opened_again_is_on_the_disk_before_it_has_its_name(tmp_pa
         assert steps(left) == [1]
     log.sync()
     assert steps(disk.left(tmp_path / "synced", True)) == [1, 2]
-
-
-def test_a_run_that_takes_another_s_name_keeps_its_checkpoint(tmp_path, disk_of):
-    world, first = World.alone(), RunConfig(name="run", root=str(tmp_path / "runs"))
-    RunFolder.open(first, {"seed": 1}, world).close()
-    disk = disk_of(tmp_path / "runs")
-    anew = RunFolder.open(RunConfig(name="run", root=first.root, overwrite=True), {"seed": 2}, world)
-    checkpoint.save(anew.path, 5, tensors(5), {}, keep=2, identity={})
-    left = disk.left(tmp_path / "left", unsynced_names=False)
-    assert checkpoint.load_newest(left / "run").step == 5 and (left / "run.old-1/config.yaml").read_text() == "seed: 1\n"
 
 
 class PowerCut(BaseException):
