@@ -129,13 +129,17 @@ def compose_config(overrides: Iterable[str], folder: str | None = None) -> Confi
 
     `folder`: one with more groups and files than configs/ has. Raises FileNotFoundError if there is none.
     """
-    also = [f"hydra.searchpath=[file://{Path(folder).resolve(strict=True)}]"] if folder else []
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            options = compose("config", [*also, *expand_paper(list(overrides))])
+            options = compose("config", [*search_path(folder), *expand_paper(list(overrides))])
     except HydraException as error:
         raise ValueError(format_error(error)) from error
     return from_hydra(options)
+
+
+def search_path(folder: str | None) -> list[str]:
+    """Return --config-dir FOLDER as an option, for a command line of several runs. Raises FileNotFoundError if there is no such folder."""
+    return [f"hydra.searchpath=[file://{Path(folder).resolve(strict=True)}]"] if folder else []
 
 
 def from_hydra(options: Any) -> Config:

@@ -140,3 +140,11 @@ def test_the_items_of_an_array_are_the_runs_in_order(monkeypatch, capfd):
         "--multi_gpu",
         "--num_processes",
     ]
+
+
+def test_a_folder_of_own_configurations_reaches_every_run(tmp_path, monkeypatch, capfd):
+    (tmp_path / "zo").mkdir()
+    (tmp_path / "zo/mine.yaml").write_text("name: mine\n")
+    monkeypatch.setattr(sys, "argv", ["sweep", "--config-dir", str(tmp_path), "paper=table3", "zo=mine", "--list"])
+    sweep.main()
+    assert {f"hydra.searchpath=[file://{tmp_path}]" in line for line in capfd.readouterr().out.splitlines()} == {True}

@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_vlcl.config import Config, compose_config, errors_refused, refuse
+from dist_vlcl.config import Config, compose_config, errors_refused, refuse, search_path
 from dist_vlcl.data.shards import open_index
 from dist_vlcl.masking import masked_command
 from dist_vlcl.model.clip import build_clip, unit_ids
@@ -190,6 +190,7 @@ def print_commands(items: Iterable[Item], launcher: Sequence[str]) -> None:
 
 def add_launch_options(parser: ArgumentParser) -> None:
     """Add the options that say how each run is started."""
+    parser.add_argument("--config-dir", metavar="FOLDER", help="a folder with more option groups and files, as for dist_vlcl.train")
     parser.add_argument("--list", action="store_true", help="print the command of every run, and train nothing")
     parser.add_argument("--processes", type=int, metavar="N", help="processes of each run (default: one per GPU of this machine, or one)")
     parser.add_argument("--launcher", metavar="COMMAND", help="instead of accelerate launch, such as 'torchrun --nproc_per_node 2'")
@@ -206,7 +207,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     console = Console()
     with errors_refused():
-        commands = command_lines(arguments.words, arguments.controls)
+        commands = command_lines([*search_path(arguments.config_dir), *arguments.words], arguments.controls)
         if arguments.item is not None:
             if not 0 <= arguments.item < len(commands):
                 raise ValueError(f"--item {arguments.item}: choose from 0 to {len(commands) - 1}")

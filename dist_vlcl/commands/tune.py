@@ -33,7 +33,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from dist_vlcl.commands.sweep import LEFT, STOPPED, Item, add_launch_options, launcher_of, prepare, print_commands, run_all, split_options
-from dist_vlcl.config import Config, compose_config, errors_refused
+from dist_vlcl.config import Config, compose_config, errors_refused, search_path
 from dist_vlcl.masking import masked_command
 from dist_vlcl.report.records import read_records
 from dist_vlcl.report.statistics import paired_test
@@ -172,6 +172,7 @@ def main() -> None:
     with errors_refused():
         if not 0 < arguments.holdout < 1:
             raise ValueError(f"--holdout {arguments.holdout}: give a number of more than 0 and less than 1")
+        arguments.words[:0] = search_path(arguments.config_dir)
         fixed, several, seeds = read_options(arguments.words)
         cfg = compose_config(fixed)
         folder = arguments.out or Path("tuning") / cfg.run.name

@@ -33,14 +33,9 @@ class TaskStream(list[Task]):
     """
 
     def __init__(
-        self,
-        class_names: Sequence[str],
-        increment: int | Sequence[int],
-        order: ClassOrder = None,
-        base: int = 0,
-        num_tasks: int | None = None,
+        self, names: Sequence[str], increment: int | Sequence[int], order: ClassOrder = None, base: int = 0, num_tasks: int | None = None
     ) -> None:
-        num_classes = len(class_names)
+        num_classes = len(names)
         order = range(num_classes) if order is None else order
         once, given = Counter(range(num_classes)), Counter(order)
         if once != given:
@@ -58,7 +53,7 @@ class TaskStream(list[Task]):
             _require_between("num_tasks", num_tasks, 1, len(starts), "the number of tasks in the stream")
         for index, (start, stop) in enumerate(zip(starts[:num_tasks], [*starts[1:], num_classes], strict=False)):
             classes = tuple(order[start:stop])
-            self.append(Task(index, classes, tuple(class_names[class_id] for class_id in classes)))
+            self.append(Task(index, classes, tuple(names[class_id] for class_id in classes)))
 
     def seen(self, index: int) -> Task:
         """Return all classes up to and including task `index` as one task."""
