@@ -144,7 +144,7 @@ def p_above(differences: np.ndarray, bound: float) -> float:
 def holm(p: pd.Series) -> pd.Series:
     """Return p-values after Holm's correction for their number: each is a bound on the error of any of them. Unknown ones count, too."""
     ordered = p.sort_values()
-    return (ordered * range(len(p), 0, -1)).cummax().clip(upper=1.0).reindex(p.index)
+    return (ordered * list(range(len(p), 0, -1))).cummax().clip(upper=1.0).reindex(p.index)
 
 
 def paired(results: pd.DataFrame, contrast: Mapping[str, Any]) -> tuple[np.ndarray, str]:
