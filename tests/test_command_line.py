@@ -25,7 +25,7 @@ ADVICE = {
     "adapter.rank=8": "adapter.rank: an option of adapter=lora, which was not chosen; add adapter=lora",
     "zo.epsilon=0.001": "zo.epsilon=0.001: give each branch its value: zo.epsilon.language=0.001 zo.epsilon.vision=0.001",
     "orders.layers=1,3": "orders.layers=1,3: write a list in brackets and quotes: 'orders.layers=[1,3]'",
-    "data=cifar10": "tiny_imagenet; your own images: data=folder data.name=cifar10 data.source=PATH",
+    "data=cifar10": "webdataset; your own images: data=folder data.name=cifar10 data.source=PATH",
     "adapter=foo": "adapter=foo: choose from lora, lora_mlp, moe",
     "seed=-1": "seed=-1: give a number of at least 0",
 }

@@ -20,7 +20,7 @@ from dist_vlcl.zo.update import ZerothOrderConfig
 GROUPS = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in CONFIG_FOLDER.iterdir() if folder.is_dir()}
 RUNS = {row["id"]: row for row in published()["runs"]}
 UNITS = [UnitId(branch, layer) for branch in ("language", "vision") for layer in range(1, 13)]
-EXTRA = {("data", "folder"): ["data.name=mine"]}
+EXTRA = {("data", name): ["data.name=mine"] for name in ("folder", "hf", "torchvision", "webdataset")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +49,7 @@ def test_every_file_of_a_group_composes_and_checks(group, name):
         assert bool(named) == (name not in ("first", "zero_shot"))
         assert set(orders.values()) <= {Order.ZEROTH, Order.FROZEN if name == "zero_shot" else Order.FIRST}
     if group == "data":
-        assert config.data.name == ("mine" if name == "folder" else name)
+        assert config.data.name == ("mine" if (group, name) in EXTRA else name)
 
 
 def test_every_branch_and_layer_plan_has_its_file():
@@ -190,7 +190,7 @@ BAD = {
     "cluster.threads=0": "cluster.threads=0: give a number of at least 1 and at most 1024, or null",
     "cluster.direction_groups=0": "cluster.direction_groups=0: give a number of at least 1",
     "data.reader=mnist": "data.reader='mnist': choose from",
-    "data.name=a/b data.reader=folder": "data.name='a/b': give a plain folder name",
+    "data.name=a/b/c data.reader=folder": "data.name='a/b/c': give a plain folder name",
     "data.on_error=ignore": "data.on_error='ignore': choose from stop, skip",
     "data.test_fraction=1": "data.test_fraction=1.0",
     "data=folder": "data.name",

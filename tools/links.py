@@ -29,11 +29,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from torch import nn
 
 from benchmarks.common import Collectives, Row, Table, Workload, positive
-from benchmarks.wire import interface_counters
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import ClusterConfig, World
 from tools.scaling_model import NETWORKS, Network, Plan, compute_s, first_shapes, step_s
@@ -198,11 +198,11 @@ def measure_plan(args: argparse.Namespace, world: World, step: Step, name: str) 
             for _ in range(1 if turn else 2):  # TCP adapts to the network; PowerSGD compresses after its first two steps
                 step()
             world.barrier()
-            before, begin = interface_counters("eth0")["bytes"], time.perf_counter()
+            before, begin = psutil.net_io_counters(pernic=True)["eth0"].bytes_sent, time.perf_counter()
             for _ in range(args.steps):
                 step()
             seconds[network].append((time.perf_counter() - begin) / args.steps)
-            sent[network] = (interface_counters("eth0")["bytes"] - before) / args.steps
+            sent[network] = (psutil.net_io_counters(pernic=True)["eth0"].bytes_sent - before) / args.steps
             if world.is_main:
                 print(f"{name}, {network}, turn {turn + 1}: {seconds[network][-1]:.3f} s", file=sys.stderr, flush=True)
     rows: list[Row] = []
