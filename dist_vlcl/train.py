@@ -40,7 +40,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
         step = build_step(experiment)
         check_warmup(experiment, step)
         check_same_start(experiment, step)
-        folder = RunFolder.open(cfg.run, cfg.as_dict(), world, experiment.index.fingerprint, experiment.code)
+        folder = RunFolder.open(cfg.run, experiment.cfg.as_dict(), world, experiment.index.fingerprint, experiment.code)
         if folder.is_complete:
             if world.is_main:
                 print(folder.message)

@@ -13,7 +13,7 @@ from tools import soak
 
 def folder_of(root: Path, name: str, value: float = 1.0, steps: int = 3, loss: float = 0.5) -> soak.Run:
     run = soak.Run(root, name, soak.ZEROTH)
-    checkpoint.save(run.folder, steps, {"adapters/a": torch.tensor([value, 2.0])}, {})
+    checkpoint.save(run.folder, steps, {"adapters/a": torch.tensor([value, 2.0])}, {}, keep=2, identity={})
     for file in ("metrics.jsonl", "journal.jsonl"):
         records = [{"kind": "step", "step": step + 1, "loss": loss, "time": step} for step in range(steps)]
         (run.folder / file).write_text("".join(to_line(seal(record)) for record in records))

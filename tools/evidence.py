@@ -8,6 +8,7 @@ The page then shows exactly what the CSV files hold; a test compares them.
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -195,6 +196,8 @@ def with_section(page: str, text: str) -> str:
     """Return a page with the part between its marker lines replaced. Raises ValueError for a page without them."""
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise ValueError(f"the page needs these two lines once, in this order: {BEGIN} and {END}")
+    lines = [line if line.startswith(("|", "!", "#")) else textwrap.fill(line, 150, break_long_words=False) for line in text.splitlines()]
+    text = "\n".join(lines)
     return f"{page[: page.index(BEGIN)]}{BEGIN}\n\n{text}\n\n{page[page.index(END) :]}"
 
 

@@ -18,7 +18,7 @@ def test_figures_are_those_of_plain_formulas():
     statistics.begin()  # nothing of the earlier step is left
     vision = [id for id in units if id.branch == "vision"]
     gradients = {id: 1e-6 + 1e-3 * torch.randn(units[id].numel, generator=draw) for id in vision}
-    statistics.observe(vision, [gradients[id] * 3 for id in vision], 3.0)
+    statistics.observe(vision, [gradients[id] * 9 for id in vision])
     statistics.observe(vision[1:], torch.cat([gradients[id] for id in vision[1:]]).split(7))  # the later one counts
     gradients[vision[0]] *= 9
     with torch.no_grad():
