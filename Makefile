@@ -1,4 +1,4 @@
-# make train   a first run: hybrid MoZO on handwritten digits, two processes (or one per GPU), a few minutes
+# make train   a first run: hybrid MoZO on handwritten digits, two processes (or one per GPU), about a minute
 # make test    the tests            make check   style and types
 # make oldest  the tests of what depends on other packages, with the oldest versions that pyproject.toml allows
 PYTHON ?= python3
