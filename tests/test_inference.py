@@ -105,6 +105,14 @@ def test_names_need_not_have_been_learned(runs, digits):
         model.classify(digits[0][:1], "cat")
 
 
+def test_the_shipped_clip_can_be_merged_in_a_new_process():
+    """`export --to open_clip` of a run with the small CLIP: open_clip did not know its architecture."""
+    merged = "clip.merge_lora(clip.ModelConfig(), lora.LoRAConfig(), {}, 0)"
+    program = f"from dist_vlcl.model import clip, lora; print({merged}[1]['model_cfg']['embed_dim'])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "128", done.stderr
+
+
 def test_an_error_names_the_file_that_is_missing_or_changed(runs, digits, tmp_path):
     """Found by tools/fuzz.py, inputs 987, 1831 and 1867."""
     folder = tmp_path / "run"

@@ -309,6 +309,7 @@ def merge_lora(model: ModelConfig, lora: LoRAConfig, adapters: Mapping[str, Tens
 
     if not isinstance(lora, LoRAConfig) or "mlp" in lora.targets:
         raise ValueError("these adapters lie beside the MLP and cannot be merged; only adapter=lora can. Use --to adapters")
+    tower_depths(model.name)  # open_clip knows the small CLIP only after it
     if "timm_model_name" in open_clip.get_model_config(model.name)["vision_cfg"]:
         raise ValueError(f"model.name={model.name!r}: merging into blocks of timm is not supported. Use --to adapters")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
