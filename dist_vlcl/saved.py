@@ -41,7 +41,7 @@ STEP = {"step": int, "task": int, "loss": NUMBER, **TIMES, "peak_gib": NUMBER, "
 TASK = {"step": int, "task": int, **MEANS, "per_task": (None, [NUMBER])} | dict.fromkeys(("seen", "zero_shot", "transfer"), NUMBER)
 METRICS_FORM = {"kind": str, **STEP, **TASK}
 RUN_FORM = {  # what a report reads of config.yaml
-    **{"seed": int, "data": {"name": str}, "tasks": {"increment": int}, "adapter": dict, "train": {"epochs": int, "batch_size": int}},
+    **{"seed": int, "data": {"name": str}, "tasks": {"increment": int}, "adapter": dict, "train": dict},
     **{"orders": {"branch": str, "order": str, "rest": str}, "zo": {"name": str, "transform": (None, str)}},
 }
 MOVE = {"group": str, "projected_gradient": dict, "coefficient": float}

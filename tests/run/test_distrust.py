@@ -385,7 +385,7 @@ OTHER_TYPES = "b/config.yaml is damaged: its values have other types"
     ("group", "change", "reason"),
     [
         ("train", {"epochs": 0}, "could not read its files"),
-        ("train", {"batch_size": None}, OTHER_TYPES),
+        ("train", {"batch_size": None}, "could not read its files"),
         ("tasks", {"increment": "x"}, OTHER_TYPES),
         ("tasks", {"increment": [1]}, OTHER_TYPES),
         ("zo", {"name": {}}, OTHER_TYPES),
