@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -249,22 +249,17 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
 
     `--help` prints the command's `document`, then groups and options.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--config-dir")
     flags, words = parser.parse_known_args()
-    try:
+    with errors_refused():
         refuse_flags(words)
         config = compose_config(words, flags.config_dir)
-    except (OSError, ValueError) as error:
-        if FULL_ERROR in os.environ:
-            raise
-        refuse(error, is_main)
     if flags.help:
         from dist_vlcl.help import help_text
 
-        print(help_text(document, config) if is_main else "", end="")
+        print(help_text(document, config) if is_main() else "", end="")
     else:
         work(config)
 
@@ -296,16 +291,18 @@ def format_error(error: Exception) -> str:
 
 @contextmanager
 def errors_refused() -> Iterator[None]:
-    """Report an error of the user that is raised inside, and exit with status 2."""
+    """Report an error of the user that is raised inside on rank 0, and exit with status 2. It also serves as a decorator."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        refuse(error)
+        if os.environ.get(FULL_ERROR):
+            raise
+        if is_main():
+            report_status("failed")
+            print(masked(f"error: {error}"), file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
-def refuse(error: Exception, is_main: bool = True) -> NoReturn:
-    """Report an error of the user on rank 0, and exit with status 2."""
-    if is_main:
-        report_status("failed")
-        print(masked(f"error: {error}"), file=sys.stderr, flush=True)
-    sys.exit(2)
+def is_main() -> bool:
+    """Whether this process is rank 0, before it has met the other ranks."""
+    return os.environ.get("RANK", "0") == "0"

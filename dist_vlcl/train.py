@@ -6,7 +6,7 @@
 import os
 import sys
 
-from dist_vlcl.config import FULL_ERROR, Config, hydra_main, refuse
+from dist_vlcl.config import FULL_ERROR, Config, errors_refused, hydra_main
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.agree import agree, digest
 from dist_vlcl.dist.world import World
@@ -115,14 +115,12 @@ def check_same_start(experiment: Experiment, step: HybridStep) -> None:
     )
 
 
+@errors_refused()
 def check(cfg: Config) -> None:
     """Print that a configuration is valid, or exit with status 2: a package is missing, or plan or adapters do not fit the model."""
-    try:
-        require_extras(cfg)
-        read_start(cfg)
-        assign(unit_ids(cfg.model), cfg.orders)
-    except ValueError as error:
-        refuse(error)
+    require_extras(cfg)
+    read_start(cfg)
+    assign(unit_ids(cfg.model), cfg.orders)
     print(f"valid: {cfg.run.folder}")
 
 

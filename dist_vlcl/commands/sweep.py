@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_vlcl.config import Config, compose_config, errors_refused, refuse, search_path
+from dist_vlcl.config import Config, compose_config, errors_refused, search_path
 from dist_vlcl.data.shards import open_index
 from dist_vlcl.masking import masked_command
 from dist_vlcl.model.clip import build_clip, unit_ids
@@ -162,8 +162,9 @@ def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) ->
     """
     outcomes = {item: COMPLETE if item.is_complete else LEFT for item in items}
     missing = [item for item in items if outcomes[item] == LEFT]
-    if len(missing) > 1 and (texts := missing_inputs([item.config for item in missing])):
-        refuse(ValueError("\n".join(texts)))
+    with errors_refused():
+        if len(missing) > 1 and (texts := missing_inputs([item.config for item in missing])):
+            raise ValueError("\n".join(texts))
     console.print(f"{len(missing)} of {len(items)} to train, the others are complete", highlight=False)
     with Preemption() as stop:
         for number, item in enumerate(missing, 1):
