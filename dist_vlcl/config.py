@@ -10,7 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
-from dist_vlcl.options import declared, option, validate
+from dist_vlcl.options import declared, flatten, option, validate
 from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
@@ -144,13 +144,15 @@ def search_path(folder: str | None) -> list[str]:
 
 def from_hydra(options: Any) -> Config:
     """Return a composed configuration as dataclasses, validated. Raises ValueError that names the option."""
-    if unknown := next(_unknown_keys(options), None):
-        raise ValueError(unknown_option(unknown))
     try:
-        config = OmegaConf.to_object(options)
+        given, config = OmegaConf.to_container(options), OmegaConf.to_object(options)
     except OmegaConfBaseException as error:
         raise ValueError(str(error).splitlines()[0]) from error
-    assert isinstance(config, Config)
+    assert isinstance(config, Config) and isinstance(given, dict)
+    known = flatten(config.as_dict())
+    # Hydra accepts keys that no dataclass declares after a `+`, and OmegaConf then drops them.
+    if unknown := next((key for key in flatten(given) if key not in known), None):
+        raise ValueError(unknown_option(unknown))
     if isinstance(config.adapter, dict):
         config.adapter = OmegaConf.to_object(_custom_adapter(config.adapter))
     if config.tasks.sets:
@@ -160,16 +162,6 @@ def from_hydra(options: Any) -> Config:
         config.run.name = default_name(config)
         config.run.check()
     return config
-
-
-def _unknown_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the keys that no dataclass declares. Hydra accepts them after a `+`, and OmegaConf then drops them."""
-    kind = OmegaConf.get_type(node)
-    for key in node:
-        if is_dataclass(kind) and key not in {item.name for item in fields(kind)}:
-            yield f"{prefix}{key}"
-        elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
-            yield from _unknown_keys(node[key], f"{prefix}{key}.")
 
 
 def unknown_option(key: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_vlcl.dist.world import World
-from dist_vlcl.losses import BatchLosses, padded, step_noise
+from dist_vlcl.losses import BatchLosses
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.units import FlatUnits
 from dist_vlcl.zo.noise import Key
@@ -80,9 +80,8 @@ class SlopePrecision:
         towers: the model, or a copy of it in another precision.
         """
         losses = BatchLosses(towers, self.flats, tokens, self.world, delta_branches)
-        images, labels, positions, num_real = padded(batch)
-        noise, result = step_noise(towers, tokens, positions, key), {}
-        losses.add(images, labels, noise, towers({"vision": images, "language": tokens}, noise, losses.starts), num_real)
+        losses.add(towers, batch, key)
+        result = {}
         for branch in self.flats:
             epsilon = self.zeroth.config.epsilon[branch]
             pairs = [losses([{}, {branch: self.zeroth.directions.draw(branch, key, q) * epsilon}]).losses for q in range(directions)]

@@ -82,7 +82,7 @@ def trained(items: Sequence[Item]) -> pd.DataFrame:
     """Return one row per run: seed, accuracy in percent (NaN for a failed run), zero-shot accuracy, and loss over its last quarter."""
     rows = []
     for item in items:
-        losses = [record["loss"] for record in read_records(item.folder).steps]
+        losses = [record["loss"] for record in read_records(item.folder)["step"]]
         end = mean(losses[-max(1, len(losses) // 4) :]) if losses and item.is_complete else nan
         before = next(iter((item.accuracy.get("zero_shot") or {}).values()), nan)
         last = item.accuracy["last"] if item.is_complete else nan
