@@ -24,7 +24,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from dist_vlcl.data.settings import DataConfig, check_name
 from dist_vlcl.dist.first_order import FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig
-from dist_vlcl.masking import masked
+from dist_vlcl.masking import explained, masked
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
@@ -211,12 +211,9 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
 
 def _custom_adapter(options: Any) -> DictConfig:
     """Return the user's dataclass, which `adapter.kind` names as module:Class, filled with these values."""
-    kind = options.get("kind")
-    try:
+    kind, errors = options.get("kind"), (ImportError, AttributeError, TypeError, ValueError, OmegaConfBaseException)
+    with explained(f"adapter.kind={kind!r}: give module:Class of a dataclass that Python can import", kinds=errors):
         merged = OmegaConf.merge(OmegaConf.structured(pkgutil.resolve_name(kind)), options)
-    except (ImportError, AttributeError, TypeError, ValueError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"adapter.kind={kind!r}: give module:Class of a dataclass that Python can import ({reason})") from error
     assert isinstance(merged, DictConfig)
     return merged
 

@@ -37,7 +37,7 @@ from rich.table import Table
 
 from dist_vlcl.config import Config, compose_config, errors_refused, search_path
 from dist_vlcl.data.shards import open_index
-from dist_vlcl.masking import masked_command
+from dist_vlcl.masking import explained, masked_command
 from dist_vlcl.model.clip import build_clip, unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.paper import catalogue, published, select
@@ -99,12 +99,10 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
     """Return the runs with their folders. Raises ValueError that names the run if an option is wrong or two runs share a folder."""
     items: dict[Path, Item] = {}
     for options in commands:
-        try:
+        with explained(masked_command(options)):
             config = compose_config(options)
             if not items:
                 assign(unit_ids(config.model), config.orders)  # whether the plan fits the model's depth, which is the same for all runs
-        except ValueError as error:
-            raise ValueError(f"{masked_command(options)}: {error}") from error
         folder = config.run.folder
         if folder in items:
             both = f"{masked_command(items[folder].options)} and {masked_command(options)}"

@@ -19,6 +19,7 @@ from dist_vlcl.data.labelled import hf, torchvision, webdataset
 from dist_vlcl.data.names import known_classes
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.tasks import generator
+from dist_vlcl.masking import explained
 from dist_vlcl.reading import parse_json
 
 CIFAR_FOLDER = "cifar-100-python"
@@ -164,18 +165,15 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
     """Read a list like RAPF's: a line `train`, lines `<class>/<image>`, a line `test`, more lines. Other images are not used."""
     listed: dict[str, str] = {}
     split = None
-    try:
+    with explained(f"data.split_file={split_file!r}"):
         text = Path(split_file).read_text(encoding="utf-8")
-    except ValueError as error:
-        raise ValueError(f"data.split_file={split_file!r}: {error}") from None
     for line in filter(None, map(str.strip, text.splitlines())):
         if line in ("train", "test"):
             split = line
         elif split is None:
             raise ValueError(f"data.split_file={split_file!r}: the first line must be `train` or `test`, not {line!r}")
-        else:
-            if listed.setdefault(line, split) != split:
-                raise ValueError(f"data.split_file={split_file!r}: lists {line!r} for training and for testing")
+        elif listed.setdefault(line, split) != split:
+            raise ValueError(f"data.split_file={split_file!r}: lists {line!r} for training and for testing")
     paths = {image.short: image.path for image in found}
     if missing := [name for name in listed if name not in paths]:
         raise ValueError(f"data.split_file={split_file!r}: {len(missing)} of its images are not in the source, such as {missing[0]}")
@@ -184,12 +182,10 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
 
 def _read_class_names(path: str) -> dict[str, str]:
     advice = f'data.class_names={path!r}: give a JSON list of {{"folder": ..., "name": ...}}, each folder once'
-    try:
+    with explained(advice):
         entries = parse_json(Path(path).read_bytes(), [{"folder": str, "name": str}])
-    except ValueError as error:
-        raise ValueError(f"{advice} ({error})") from None
-    if repeated := [folder for folder, count in Counter(entry["folder"] for entry in entries).items() if count > 1]:
-        raise ValueError(f"{advice} ({repeated[0]!r} comes more than once)")
+        if repeated := [folder for folder, count in Counter(entry["folder"] for entry in entries).items() if count > 1]:
+            raise ValueError(f"{repeated[0]!r} comes more than once")
     return {entry["folder"]: entry["name"] for entry in entries}
 
 
@@ -253,18 +249,17 @@ def _download(data: DataConfig) -> Path:
     from torchvision.datasets.utils import download_url
 
     (url, md5), downloads = ARCHIVES[data.reader_name], Path(data.root) / "downloads"
-    try:
+    advice = "get the official archive, perhaps on another machine, and add data.source=PATH"
+    with explained(f"{url}: could not download it", advice, (RuntimeError, URLError)):
         download_url(url, downloads, md5=md5)
-    except (RuntimeError, URLError) as error:
-        advice = "get the official archive, perhaps on another machine, and add data.source=PATH"
-        raise ValueError(f"{url}: could not download it ({error}); {advice}") from error
     return downloads / PurePosixPath(url).name
 
 
 def _official_cifar(source: Path, class_names: list[str]) -> Iterator[Found]:
     """Yield the images of the official archive, or of the folder that it unpacks to."""
     for split, md5 in CIFAR_FILES.items():
-        try:
+        what = f"data.source={str(source)!r}: damaged, or not the official files"
+        with explained(what, "get them again", Exception):  # tarfile raises many types of errors for damaged bytes
             if source.is_dir():
                 content = (source / split).read_bytes()
             else:
@@ -272,8 +267,6 @@ def _official_cifar(source: Path, class_names: list[str]) -> Iterator[Found]:
                     content = file.read(MAX_CIFAR_BYTES)
             if (found := hashlib.md5(content).hexdigest()) != md5:  # opening another pickle could run code
                 raise ValueError(f"the MD5 of {split} is {found}, not {md5}")
-        except Exception as error:  # tarfile raises many types of errors for damaged bytes
-            raise ValueError(f"data.source={str(source)!r}: damaged, or not the official files ({error}); get them again") from error
         batch = pickle.loads(content, encoding="latin1")
         images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         for number, (pixels, label) in enumerate(zip(images, batch["fine_labels"], strict=True)):

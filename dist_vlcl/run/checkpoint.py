@@ -19,11 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from dist_vlcl.masking import explained
 from dist_vlcl.reading import parse_json, warn
 from dist_vlcl.run.files import make_folder, sync_folder, write_durably
 
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
 NOBODY: Mapping[str, str] = {}
+UNREADABLE = (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # what damaged bytes can raise
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and metadata of a sealed file. Raises BrokenCheckpoint, also for a link, a pipe or a device."""
     if path.is_symlink() or not path.is_file():
         raise BrokenCheckpoint(f"{path} is not a regular file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+    with explained(f"{path} cannot be read", kinds=UNREADABLE, to=BrokenCheckpoint), safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
         is_intact = metadata.pop("sha256", None) == _digest(metadata, tensors)
-    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:  # as bytes decide
-        raise BrokenCheckpoint(f"{path} cannot be read ({error})") from None
     if not is_intact:
         raise BrokenCheckpoint(f"{path}: its content differs from its SHA-256")
     return tensors, metadata
@@ -145,10 +144,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read(path: Path, step: int) -> Checkpoint:
     tensors, metadata = read_tensors(path)
-    try:
+    with explained(f"{path} cannot be read", to=BrokenCheckpoint):
         state, identity = (parse_json(metadata.get(key, "{}"), dict) for key in ("state", "identity"))
-    except ValueError as error:
-        raise BrokenCheckpoint(f"{path} cannot be read ({error})") from None
     if metadata.get("step") != str(step):
         raise BrokenCheckpoint(f"{path} is the checkpoint of step {metadata.get('step')}")
     return Checkpoint(step, tensors, state, path, identity)

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 import yaml
 
 from dist_vlcl.dist.world import World
-from dist_vlcl.masking import masked_values
+from dist_vlcl.masking import explained, masked_values
 from dist_vlcl.options import flatten, option
 from dist_vlcl.reading import or_warn, read_json, seal, warn
 from dist_vlcl.run.checkpoint import load_newest, saved_steps
@@ -103,10 +103,8 @@ class RunFolder:
 
         def prepare() -> dict[str, Any]:
             nonlocal lock
-            try:
+            with explained(f"run folder {settings.folder}", kinds=OSError, to=RunRefused):
                 lock, prepared = _prepare(settings, _as_saved(config), {"data": data, "code_digest": code}, wait_s)
-            except OSError as error:
-                raise RunRefused(f"run folder {settings.folder}: {error}") from error
             return prepared
 
         return cls(**world.on_main(prepare, "the run folder"), is_main=world.is_main, _lock=lock)
@@ -200,11 +198,9 @@ def _lock(path: Path, wait_s: float = 0) -> TextIO:
 
 def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
     """Return one text per change that a resume accepts; raise RunRefused for any other change."""
-    try:
+    with explained("cannot continue", ADVICE, (OSError, ValueError), RunRefused):
         saved_steps(path)  # raises for version 0.1
         changes = differences(read_config(path / "config.yaml"), config)
-    except (OSError, ValueError) as error:
-        raise RunRefused(f"{error}; {ADVICE}") from error
     allowed = {key: change for key, change in changes.items() if any(fnmatch(key, pattern) for pattern in MAY_CHANGE)}
     refused = [f"  {key}: {change}" for key, change in changes.items() if key not in allowed]
     if refused:
