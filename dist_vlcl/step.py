@@ -147,9 +147,7 @@ class HybridStep:
         self.first.zero_grad()
         self.skips += 1
         if self.skips >= self.max_skips:
-            raise FloatingPointError(
-                f"{self.skips} steps in a row were skipped: {report.skipped}. Use a lower first_order.lr or zo.lr_scale."
-            )
+            raise FloatingPointError(f"{self.skips} steps in a row were skipped: {report.skipped}; lower first_order.lr or zo.lr_scale")
         return report
 
     def _observe_gradients(self) -> None:

@@ -94,10 +94,8 @@ def check_warmup(experiment: Experiment, step: HybridStep) -> None:
     """
     train, shortest = experiment.cfg.train, min(map(experiment.num_steps, experiment.tasks))
     if step.learns and (train.warmup_steps or 0) >= shortest and not experiment.cfg.paper and train.max_steps is None:
-        raise ValueError(
-            f"train.warmup_steps={train.warmup_steps}: the shortest task has {shortest} steps, so the learning rate would only rise; "
-            f"give at most {shortest // 2}, or null for a tenth of a task, or more train.epochs"
-        )
+        advice = f"give at most {shortest // 2}, or null for a tenth of a task, or more train.epochs"
+        raise ValueError(f"train.warmup_steps={train.warmup_steps}: the shortest task has {shortest} steps; {advice}")
 
 
 def check_same_start(experiment: Experiment, step: HybridStep) -> None:

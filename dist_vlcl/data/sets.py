@@ -61,10 +61,8 @@ def read_raw(data: DataConfig) -> RawSet:
     given = ", ".join(f"data.{name}={getattr(data, name)!r}" for name in options if getattr(data, name) or name == "source")
     missing, unknown = [name for name in classes if name not in folders], sorted(folders - set(classes))
     if missing or unknown:
-        raise ValueError(
-            f"{given}: {len(missing)} of {len(classes)} classes have no images {missing[:5]}; "
-            f"{len(unknown)} folders are not classes {unknown[:5]}"
-        )
+        problem = f"{len(missing)} of {len(classes)} classes have no images {missing[:5]}"
+        raise ValueError(f"{given}: {problem}; {len(unknown)} folders are not classes {unknown[:5]}")
     class_ids = {name: class_id for class_id, name in enumerate(classes)}
     split_of = _splits(found, data)
     samples = [

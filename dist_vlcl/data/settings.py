@@ -35,9 +35,7 @@ class DataConfig:
     test_fraction: float = option(0.2, "Part of each class used for testing, for a source without a split.", above=0, below=1)
     split_file: str | None = option(None, "Text file: `train`, image paths, `test`, image paths; it replaces test_fraction.")
     split_seed: int = option(0, "Seed of the random split into training, test and held-out images.")
-    class_names: str | None = option(
-        None, 'JSON list of {"folder": ..., "name": ...} by class id; or, for numbered classes, one name a line.'
-    )
+    class_names: str | None = option(None, 'JSON list of {"folder": ..., "name": ...} by class id; numbered classes: one name a line.')
     underscore_names: bool = option(False, "Keep underscores of class names in prompts, as the baseline's code does.")
     samples_per_shard: int = option(64, "Most samples in a shard; the shards of a class differ by at most one sample.", min=1)
     encoding: str = option("auto", "Images in shards: original files or pixels; auto: pixels if images are small.", choices=ENCODINGS)

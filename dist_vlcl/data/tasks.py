@@ -39,10 +39,8 @@ class TaskStream(list[Task]):
         order = range(num_classes) if order is None else order
         once, given = Counter(range(num_classes)), Counter(order)
         if once != given:
-            raise ValueError(
-                f"tasks.order: list each class id from 0 to {num_classes - 1} once; "
-                f"missing {sorted(once - given)[:5]}, unknown or repeated {sorted(given - once)[:5]}"
-            )
+            wrong = f"missing {sorted(once - given)[:5]}, unknown or repeated {sorted(given - once)[:5]}"
+            raise ValueError(f"tasks.order: list each class id from 0 to {num_classes - 1} once; {wrong}")
         if isinstance(increment, int):
             _require_between("increment", increment, 1, num_classes, "the number of classes")
             _require_between("base", base, 0, num_classes, "the number of classes")

@@ -99,16 +99,12 @@ def load(folder: Path | str, step: int, identity: Mapping[str, str] = NOBODY) ->
     if step not in saved_steps(folder):
         raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; choose from {saved_steps(folder) or 'none'}")
     found = _read(_path(folder, step), step)
-    for key, name in (("run", "another run"), ("config", "another configuration"), ("data", "other data")):
-        was, now = found.identity.get(key), identity.get(key)
-        if was is None or now is None or was == now:
-            continue
-        if key == "run":
-            raise BrokenCheckpoint(f"{found.path} belongs to {name}")
-        raise ValueError(
-            f"{found.path} was saved with {name} (digest {was[:16]}, here {now[:16]}): "
-            "restore config.yaml and the data of this run, or move the run folder away to start anew"
-        )
+    differing = [key for key, now in identity.items() if None not in (now, found.identity.get(key)) and now != found.identity[key]]
+    if "run" in differing:
+        raise BrokenCheckpoint(f"{found.path} belongs to another run")
+    if differing:
+        other = "another configuration: restore config.yaml" if "config" in differing else "other data: restore the data"
+        raise ValueError(f"{found.path} was saved with {other} of this run, or move the run folder away to start anew")
     return found
 
 

@@ -49,11 +49,9 @@ class RunConfig:
     root: str = option("runs", "Folder that holds the folders of all runs.")
     save_every_steps: int = option(0, "Steps between two checkpoints within a task; 0 saves at the end of each task only.", min=0)
     keep: int = option(2, "Number of checkpoints that are kept.", min=1)
-    record_every_steps: int = option(
-        1, "Steps between two records of every unit's gradient and update in units/*.parquet; 0 writes none.", min=0
-    )
+    record_every_steps: int = option(1, "Steps between two records of every unit's gradient and update in units/; 0 writes none.", min=0)
     trackers: list[str] = option(
-        ["wandb"], "Services that also receive every metric; [] for none. wandb is offline if you are not logged in.", choices=TRACKERS
+        ["wandb"], "Services that also get all metrics; [] for none. wandb is offline without a login.", choices=TRACKERS
     )
     project: str = option("dist_vlcl", "Name of the project in the trackers.")
     progress: bool = option(True, "Show a progress bar on a terminal, or a line every ten seconds in a log file.")
@@ -220,10 +218,8 @@ def _check_facts(path: Path, facts: dict[str, str | None], starts: list[dict[str
     last: dict[str, Any] = [{}, *starts][-1]
     changed = [name for name, value in facts.items() if last.get(name) and value and last[name] != value]
     if "data" in changed:
-        raise RunRefused(
-            f"{path} was started on other data (digest was {last['data'][:16]}, is {str(facts['data'])[:16]}): the shards have been built "
-            f"again from other images or names; {ADVICE}"
-        )
+        digests = f"digest was {last['data'][:16]}, is {str(facts['data'])[:16]}"
+        raise RunRefused(f"{path} was started on other data ({digests}), as if the shards had been built again; {ADVICE}")
     return [f"the code has changed since the last start ({last[name]} -> {facts[name]})" for name in changed]
 
 

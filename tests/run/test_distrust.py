@@ -210,7 +210,7 @@ def test_a_checkpoint_of_other_data_or_another_configuration_is_refused_though_e
     (run.path / "env.json").unlink()
     again = open_run(tmp_path, data="two")
     assert again.identity["run"] == run.identity["run"]
-    with pytest.raises(ValueError, match=r"saved with other data \(digest one, here two\)"):
+    with pytest.raises(ValueError, match=r"saved with other data"):
         checkpoint.load_newest(again.path, again.identity)
     with pytest.raises(ValueError, match="saved with another configuration"):
         checkpoint.load_newest(again.path, {**run.identity, "config": "c"})
