@@ -117,36 +117,31 @@ class Experiment:
                 done += 1
             state.next_epoch()
 
-    def evaluate(self, task: Task, progress: Progress = lambda batches, **_: batches) -> Counts:
+    def evaluate(self, task: Task, progress: Progress = lambda batches, **_: batches, described: str = "") -> Counts:
         """Return the counts over the test samples of the classes seen, classified among these. All ranks call this.
 
         With several data sets the samples of every set are classified among the classes of that set.
         """
-        seen, described = self.tasks.seen(task.index), f"evaluation after task {task.index + 1}"
-        if self.cfg.tasks.sets:
-            return self._count_sets(described, progress)
-        return self.count(seen, [len(seen.classes)], described, progress)[0]
+        together = self.tasks if self.cfg.tasks.sets else [self.tasks.seen(task.index)]
+        described = described or f"evaluation after task {task.index + 1}"
+        return [counts for one in together for counts in self.count(one, [len(one.classes)], described, progress)[0]]
 
     def evaluate_untrained(self, progress: Progress = lambda batches, **_: batches) -> dict[int, float]:
         """Return the zero-shot accuracy (a fraction) on the classes seen up to each task; its mean over several data sets.
 
         All ranks call this.
         """
+        described, all_seen = "zero-shot evaluation", [self.tasks.seen(task.index) for task in self.tasks]
         if self.cfg.tasks.sets:
-            row = self._count_sets("zero-shot evaluation", progress)
-            return dict.fromkeys(range(len(self.tasks)), self.accuracy([row]).seen(0))
-        prefixes = [len(self.tasks.seen(t).classes) for t in range(len(self.tasks))]
-        rows = self.count(self.tasks.seen(len(self.tasks) - 1), prefixes, "zero-shot evaluation", progress)
-        counts = [row[:n] for n, row in zip(prefixes, rows, strict=True)]
-        return {t: sum(correct for correct, _ in row) / max(1, sum(total for _, total in row)) for t, row in enumerate(counts)}
+            rows = [self.evaluate(self.tasks[-1], progress, described)] * len(self.tasks)
+        else:
+            rows = self.count(all_seen[-1], [len(seen.classes) for seen in all_seen], described, progress)
+        accuracy = self.accuracy(rows)
+        return {task: accuracy.seen(task) for task in range(len(self.tasks))}
 
     def accuracy(self, rows: list[Counts]) -> AccuracyMatrix:
         """Return the accuracy matrix with these rows."""
         return (SetsMatrix if self.cfg.tasks.sets else AccuracyMatrix)([len(task.classes) for task in self.tasks], rows)
-
-    def _count_sets(self, described: str, progress: Progress) -> Counts:
-        """Return the counts of every task's classes, when only the classes of that task can be chosen. All ranks call this."""
-        return [counts for task in self.tasks for counts in self.count(task, [len(task.classes)], described, progress)[0]]
 
     def count(self, task: Task, prefixes: Sequence[int], described: str, progress: Progress = lambda batches, **_: batches) -> list[Counts]:
         """Return the counts over the test samples of a task's classes for each prefix: when only its first classes can be chosen.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dist_vlcl.masking import explained
 from dist_vlcl.reading import parse_json, warn
-from dist_vlcl.run.files import make_folder, sync_folder, write_durably
+from dist_vlcl.run.files import make_folder, replace_file
 
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
 NOBODY: Mapping[str, str] = {}
@@ -52,18 +52,10 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     checkpoints = Path(folder) / "checkpoints"
     make_folder(checkpoints)
     path = _path(folder, step)
-    aside = path.with_name(path.name + ".tmp")
     # Cloned, since safetensors refuses strided and overlapping tensors, and units may be views of one buffer.
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {"step": str(step), "state": json.dumps(state), "identity": json.dumps(dict(identity))}
-    try:
-        write_durably(aside, sealed_tensors(own, metadata))
-        _read(aside, step)
-        aside.replace(path)
-    except (OSError, BrokenCheckpoint):
-        aside.unlink(missing_ok=True)  # a full disk gets its space back
-        raise
-    sync_folder(checkpoints)
+    replace_file(path, sealed_tensors(own, metadata), lambda aside: _read(aside, step))
     steps = saved_steps(folder)
     kept = [other for other in steps if other <= step][-keep:]
     for other in set(steps) - set(kept):

@@ -51,7 +51,7 @@ class RunConfig:
     keep: int = option(2, "Number of checkpoints that are kept.", min=1)
     record_every_steps: int = option(1, "Steps between two records of every unit's gradient and update in units/; 0 writes none.", min=0)
     trackers: list[str] = option(
-        ["wandb"], "Services that also get all metrics; [] for none. wandb is offline without a login.", choices=TRACKERS
+        ["wandb"], "Services that get all metrics; [] for none. wandb is offline without a login.", choices=TRACKERS
     )
     project: str = option("dist_vlcl", "Name of the project in the trackers.")
     progress: bool = option(True, "Show a progress bar on a terminal, or a line every ten seconds in a log file.")
