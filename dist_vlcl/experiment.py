@@ -99,18 +99,10 @@ class Experiment:
         # Rank 0 draws the seeds of the task's steps and sends them once.
         seeds = torch.tensor([derive_seed(cfg.seed, "step", task.index, k) for k in range(steps)])
         world.broadcast(seeds, f"the seeds of task {task.index + 1}")
+        options: dict[str, Any] = {"batch_size": cfg.train.batch_size, "rank": world.data_rank, "size": world.data_size}
+        options |= {"transform": TrainTransform(self.towers.image_size), "without": held_out_samples(cfg, self.index, task)}
         while (done := state.epoch * per_epoch + state.batch) < steps:
-            batches = self.loader.train(
-                task,
-                batch_size=cfg.train.batch_size,
-                seed=cfg.seed,
-                epoch=state.epoch,
-                start=state.batch,
-                rank=world.data_rank,
-                size=world.data_size,
-                transform=TrainTransform(self.towers.image_size),
-                without=held_out_samples(cfg, self.index, task),
-            )
+            batches = self.loader.train(task, seed=cfg.seed, epoch=state.epoch, start=state.batch, **options)
             for batch in itertools.islice(batches, steps - done):
                 lr = warmup_cosine(done, steps, cfg.first_order.lr, warmup)
                 yield PlannedStep(batch, Key(int(seeds[done]), state.step), lr)
@@ -150,14 +142,9 @@ class Experiment:
         """
         cfg, world = self.cfg, self.world
         world.collectives.where = f"the {described}"
-        batches = self.loader.test(
-            task.classes,
-            batch_size=cfg.eval.batch_size,
-            rank=world.rank,
-            size=world.size,
-            transform=(TrainTransform if cfg.eval.train_transform else EvalTransform)(self.towers.image_size),
-            held_out=held_out_samples(cfg, self.index, task),
-        )
+        transform = (TrainTransform if cfg.eval.train_transform else EvalTransform)(self.towers.image_size)
+        options: dict[str, Any] = {"batch_size": cfg.eval.batch_size, "rank": world.rank, "size": world.size}
+        batches = self.loader.test(task.classes, transform=transform, held_out=held_out_samples(cfg, self.index, task), **options)
         noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
         shown = progress(batches, total=len(batches), description=described)
         return count_correct(self.towers, shown, task.names, prefixes, world, noise).tolist()

@@ -183,14 +183,8 @@ class BatchLosses:
         dtype = torch.promote_types(flat.values_n.dtype, part.features[branch].dtype)
         is_delta, offsets_Kn = branch in self.delta_branches, torch.stack(offsets).to(dtype)
         values: Any = Perturbed(flat.values_n[None], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n)
-        moved: Any
-        moved, _ = tower.run(
-            part.cached_inputs[branch][start],
-            inputs,
-            start=start,
-            stacked_params=flat.views(values),
-            noise=part.noise,
-        )
+        hidden = part.cached_inputs[branch][start]
+        moved: Any = tower.run(hidden, inputs, start=start, stacked_params=flat.views(values), noise=part.noise)[0]
         if is_delta:
             return part.features[branch].double() + moved.change
         return moved.double() if self.delta_branches else moved

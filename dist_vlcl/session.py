@@ -4,7 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, NoReturn
@@ -183,7 +183,7 @@ class Session:
             self.folder.check_owner()
             self.log.sync()
             self.records.flush()
-            checkpoint.save(self.folder.path, state.step, tensors, state.to_dict(), self.cfg.run.keep, self.folder.identity)
+            checkpoint.save(self.folder.path, state.step, tensors, asdict(state), self.cfg.run.keep, self.folder.identity)
 
     def finish(self, task: Task) -> None:
         """Evaluate after a task, write the accuracy, and save."""

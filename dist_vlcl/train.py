@@ -101,16 +101,13 @@ def check_warmup(experiment: Experiment, step: HybridStep) -> None:
 def check_same_start(experiment: Experiment, step: HybridStep) -> None:
     """Raise DisagreementError unless all ranks start from the same weights and draw the same directions. All ranks call this."""
     towers = experiment.towers
-    directions = {branch: step.zeroth.directions.draw(branch, Key(0, 0), 0) for branch in step.flats}
-    agree(
-        experiment.world,
-        {
-            "the frozen weights": digest({name: t for name, t in towers.state_dict().items() if ".adapter." not in name}),
-            "the adapters": digest(towers.units.state_dict()),
-            "the first direction": digest(directions),
-        },
-        "If only the first direction differs, the ranks have different CPUs: use zo.directions=rademacher, which needs no rounding.",
-    )
+    tensors = {
+        "the frozen weights": {name: t for name, t in towers.state_dict().items() if ".adapter." not in name},
+        "the adapters": towers.units.state_dict(),
+        "the first direction": {branch: step.zeroth.directions.draw(branch, Key(0, 0), 0) for branch in step.flats},
+    }
+    hint = "If only the first direction differs, the ranks have different CPUs: use zo.directions=rademacher, which needs no rounding."
+    agree(experiment.world, {name: digest(of_name) for name, of_name in tensors.items()}, hint)
 
 
 @errors_refused()

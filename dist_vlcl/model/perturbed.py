@@ -38,22 +38,11 @@ class Perturbed:
     def __init__(self, base: Tensor, change: Tensor, dtype: torch.dtype | None = None):
         self.dtype = dtype or base.dtype
         self.base, self.change = (t.to(_wide(self.dtype)) for t in (base, change))
+        self.shape, self.ndim, self.device = change.shape, change.ndim, base.device
 
     @property
     def moved(self) -> Tensor:
         return self.base + self.change
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.change.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.change.ndim
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
 
     def to(self, dtype: torch.dtype) -> "Perturbed":
         return Perturbed(self.base, self.change, dtype)
@@ -171,16 +160,12 @@ def perturbable(rule: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _base(x: Any) -> Any:
-    return x.base if isinstance(x, Perturbed) else x
+def _part(name: str) -> Callable[[Any], Any]:
+    """Return a function that takes this part of a Perturbed tensor, and any other value as it is."""
+    return lambda x: getattr(x, name) if isinstance(x, Perturbed) else x
 
 
-def _change(x: Any) -> Any:
-    return x.change if isinstance(x, Perturbed) else x
-
-
-def _moved(x: Any) -> Any:
-    return x.moved if isinstance(x, Perturbed) else x
+_base, _change, _moved = map(_part, ("base", "change", "moved"))
 
 
 def _dtype(args: Any) -> torch.dtype:

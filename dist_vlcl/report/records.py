@@ -12,16 +12,7 @@ import pyarrow
 from dist_vlcl.options import flatten
 from dist_vlcl.reading import fits
 from dist_vlcl.report.measures import MEASURES, measures_of
-from dist_vlcl.saved import (
-    JOURNAL_FORM,
-    MAY_CHANGE,
-    METRICS_FORM,
-    RUN_FORM,
-    read_accuracy,
-    read_config,
-    read_steps,
-    read_unit_records,
-)
+from dist_vlcl.saved import JOURNAL_FORM, MAY_CHANGE, METRICS_FORM, RUN_FORM, read_accuracy, read_config, read_steps, read_unit_records
 
 TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is

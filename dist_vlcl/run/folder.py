@@ -141,16 +141,17 @@ class RunFolder:
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return "was -> is" by dotted key for every leaf in which two nested configurations differ."""
-    old, new = flatten(_as_saved(was)), flatten(_as_saved(now))
-    changed = [key for key in {**old, **new} if old.get(key, "(absent)") != new.get(key, "(absent)")]
-    return {key: f"{old.get(key, '(absent)')} -> {new.get(key, '(absent)')}" for key in changed}
+    old, new = flatten(was), flatten(now)
+    pairs = {key: (old.get(key, "(absent)"), new.get(key, "(absent)")) for key in {**old, **new}}
+    return {key: f"{before} -> {after}" for key, (before, after) in pairs.items() if before != after}
 
 
 def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str | None], wait_s: float) -> tuple[TextIO, dict[str, Any]]:
     path = settings.folder
     make_folder(path)
     lock = _lock(path, wait_s if is_restart() else 0)
-    is_new = not _is_used(path)
+    # Other files may be there before the run is, such as the scheduler's own output.
+    is_new = not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
     starts = [] if is_new else or_warn(lambda: read_json(path / "env.json", ENVIRONMENT, []), [])
     notes = [] if is_new else [*_check_configuration(path, config), *_check_facts(path, facts, starts)]
     run = _id_of(path, starts) or uuid.uuid4().hex
@@ -167,11 +168,6 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     if is_complete:
         begin = f"{path} is complete: see accuracy.json and plots/. To train again, choose another run.name or seed"
     return lock, {"path": path, "is_complete": is_complete, "identity": identity, "message": "; ".join([begin, *notes])}
-
-
-def _is_used(path: Path) -> bool:
-    # Other files may be there before the run is, such as the scheduler's own output.
-    return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
 
 
 def _lock(path: Path, wait_s: float = 0) -> TextIO:
