@@ -23,7 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from dist_vlcl.data.settings import DataConfig, check_name
 from dist_vlcl.dist.first_order import FirstOrderConfig
-from dist_vlcl.dist.world import ClusterConfig
+from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.masking import explained, masked
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
@@ -248,7 +248,7 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> No
     if flags.help:
         from dist_vlcl.help import help_text
 
-        print(help_text(document, config) if is_main() else "", end="")
+        print(help_text(document, config) if World.announced().is_main else "", end="")
     else:
         work(config)
 
@@ -286,12 +286,7 @@ def errors_refused() -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         if os.environ.get(FULL_ERROR):
             raise
-        if is_main():
+        if World.announced().is_main:
             report_status("failed")
             print(masked(f"error: {error}"), file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def is_main() -> bool:
-    """Whether this process is rank 0, before it has met the other ranks."""
-    return os.environ.get("RANK", "0") == "0"

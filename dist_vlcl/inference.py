@@ -146,8 +146,7 @@ def read_start(cfg: Config) -> dict[str, Tensor]:
     source = getattr(cfg.adapter, "init", None)
     if not source or checkpoint.saved_steps(cfg.run.folder):
         return {}
-    errors = (OSError, ValueError, checkpoint.BrokenCheckpoint)
-    with explained(f"adapter.init={source!r}: cannot start from these adapters", kinds=errors):
+    with explained(f"adapter.init={source!r}: cannot start from these adapters", kinds=(OSError, ValueError, checkpoint.BrokenCheckpoint)):
         path = _locate(source)
         config = _folder_of(path) / CONFIG
         theirs, ours = flatten(read_config(config) if config.exists() else {}), flatten(cfg.as_dict())

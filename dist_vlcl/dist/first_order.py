@@ -124,16 +124,14 @@ class FirstOrder:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        for p in self.parameters:
-            p.grad = None
+        self.model.zero_grad()
         return norm
 
     def zero_grad(self) -> None:
         """Drop the gradients of a skipped step, and what PowerSGD remembers: it may not be finite."""
         self.wait_for_gradients()
         self.power_sgd = None
-        for p in self.parameters:
-            p.grad = None
+        self.model.zero_grad()
 
     def gathered_parameters(self, writes: bool = False) -> AbstractContextManager:
         """Gather sharded parameters for reading or, with `writes`, writing. DDP does not shard them. All ranks call this."""

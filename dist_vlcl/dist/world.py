@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,6 @@ from torch import Tensor
 
 from dist_vlcl.dist.collectives import Collectives, is_network_error
 from dist_vlcl.options import option
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 # So many ranks exchange losses directly over gloo. With more, the bytes of a rank grow, and an all-reduce takes over.
 DIRECT_RANKS = 16
@@ -184,7 +181,7 @@ def check_launch(config: ClusterConfig, announced: int) -> None:
         raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
 
 
-def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple["Accelerator", str]:
+def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple[Any, str]:
     """Meet the other ranks; return the Accelerator and the engine's name: ddp, or a ZeRO stage. All ranks call this.
 
     Sets torch's number of threads and turns TF32 off for the whole process. Raises RuntimeError if a rank is missing after
@@ -230,7 +227,7 @@ def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple["Acc
     return accelerator, zero.engine_name(accelerator) if on_deepspeed else "ddp"
 
 
-def check_joined(accelerator: "Accelerator", announced: int, backend: str, on_deepspeed: bool) -> None:
+def check_joined(accelerator: Any, announced: int, backend: str, on_deepspeed: bool) -> None:
     """Raise RuntimeError unless accelerate sees all processes, plain data parallelism or DeepSpeed, no compiler, and our backend."""
     several = ("MULTI_GPU", "MULTI_CPU")
     kinds = ("DEEPSPEED",) if on_deepspeed else several if announced > 1 else ("NO", *several)

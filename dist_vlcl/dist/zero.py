@@ -57,17 +57,14 @@ def first_order(world: World, config: FirstOrderConfig, model: Any) -> FirstOrde
     """Return the first-order engine that the launcher chose. Raises ValueError for an option that it does not have."""
     if world.engine != "ddp" and config.compression != "none":
         raise ValueError(f"first_order.compression={config.compression}: DeepSpeed sends whole gradients; give none, or use the engine ddp")
-    kind = FirstOrder if world.engine == "ddp" else DeepSpeedFirstOrder if world.engine == "zero0" else ZeroFirstOrder
+    kind = FirstOrder if world.engine == "ddp" else DeepSpeedFirstOrder if world.engine.startswith("zero0") else ZeroFirstOrder
     return kind(world, config, model)
 
 
 class DeepSpeedFirstOrder(FirstOrder):
     """The model as wrapped by DeepSpeed. At stage 0 torch's own AdamW holds the state, with unsharded gradients."""
 
-    def __init__(self, world: World, config: FirstOrderConfig, model: Any):
-        super().__init__(world, config, model)
-        self.stage = world.accelerator.deepspeed_plugin.zero_stage
-        self.has_gradients = False
+    has_gradients = False
 
     def begin(self) -> None:
         """Start a task: wrap the model if it is not wrapped, and set the moments to zero. All ranks call this."""
@@ -81,6 +78,7 @@ class DeepSpeedFirstOrder(FirstOrder):
 
     def _wrap(self) -> None:
         accelerator, model = self.world.accelerator, cast(Any, self.model)
+        self.stage = accelerator.deepspeed_plugin.zero_stage
         accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.0 if self.stage == 0 else self.config.max_grad_norm or 0.0
         self.wrapped, _ = accelerator.prepare(model, self._adamw())
         if self.stage == 3:

@@ -118,6 +118,7 @@ class TextStemAndHead(nn.Module):
     def __init__(self, clip: Any):
         super().__init__()
         self.clip: Any = clip
+        self.has_class_token = getattr(self.text, "cls_emb", None) is not None
 
     @property
     def text(self) -> Any:
@@ -130,10 +131,6 @@ class TextStemAndHead(nn.Module):
         if self.has_class_token:
             x = torch.cat([x, self.text.cls_emb.expand(len(x), 1, -1)], 1)
         return x + self.text.positional_embedding[: x.shape[1]]
-
-    @property
-    def has_class_token(self) -> bool:
-        return getattr(self.text, "cls_emb", None) is not None
 
     def length(self, tokens: Tensor) -> int:
         """Return L."""
