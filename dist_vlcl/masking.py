@@ -46,10 +46,11 @@ def _secrets_of_environment() -> list[str]:
 
 
 @contextmanager
-def explained(
-    before: object, after: str = "", kinds: type[Exception] | tuple[type[Exception], ...] = ValueError, to: type[Exception] = ValueError
-) -> Iterator[None]:
-    """Turn an error of these kinds into one of type `to`, with a text before its own message and one after it, in one masked line."""
+def explained(before: object, after: str = "", kinds: Any = ValueError, to: type[Exception] = ValueError) -> Iterator[None]:
+    """Turn an error of these kinds into one of type `to`, with a text before its own message and one after it, in one masked line.
+
+    kinds: a type of exceptions, or a tuple of types.
+    """
     try:
         yield
     except kinds as error:

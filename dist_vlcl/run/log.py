@@ -67,12 +67,12 @@ class RunLog:
         self._journal = JsonLines(self._folder / JOURNAL, JOURNAL_FORM, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
         self._trackers = Trackers(self._folder, settings, masked_values(config))
-        lines = {kind: [record for record in self._metrics.kept if record["kind"] == kind] for kind in ("run", "step")}
-        in_order = sorted(range(len(self._metrics.kept)), key=lambda place: self._metrics.kept[place]["step"])
+        kept = self._metrics.kept
+        in_order = sorted(range(len(kept)), key=lambda place: kept[place]["step"])
         expected = [
             (METRICS, "lines", in_order, range(len(in_order))),
-            (METRICS, "run lines", [0 for _ in lines["run"]], range(1)),
-            (METRICS, "steps", [record["step"] for record in lines["step"]], range(1, state.step + 1)),
+            (METRICS, "run lines", [0 for record in kept if record["kind"] == "run"], range(1)),
+            (METRICS, "steps", [record["step"] for record in kept if record["kind"] == "step"], range(1, state.step + 1)),
             (METRICS, "tasks", [record["task"] for record in self._tasks], range(state.task)),
             (JOURNAL, "steps", [record["step"] for record in self._journal.kept], range(1, state.step + 1)),
         ]
