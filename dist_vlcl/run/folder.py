@@ -50,9 +50,7 @@ class RunConfig:
     save_every_steps: int = option(0, "Steps between two checkpoints within a task; 0 saves at the end of each task only.", min=0)
     keep: int = option(2, "Number of checkpoints that are kept.", min=1)
     record_every_steps: int = option(1, "Steps between two records of every unit's gradient and update in units/; 0 writes none.", min=0)
-    trackers: list[str] = option(
-        ["wandb"], "Services that get all metrics; [] for none. wandb is offline without a login.", choices=TRACKERS
-    )
+    trackers: list[str] = option(["wandb"], "Services for all metrics; [] for none. Without a login wandb is offline.", choices=TRACKERS)
     project: str = option("dist_vlcl", "Name of the project in the trackers.")
     progress: bool = option(True, "Show a progress bar on a terminal, or a line every ten seconds in a log file.")
     plots: bool = option(True, "Draw plots of the finished run in plots/.")
