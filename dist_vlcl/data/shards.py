@@ -340,8 +340,10 @@ def read_shard(index: Index, shard: Shard) -> list[StoredSample]:
     images are ever opened.
     """
     url = _address(index.location, shard.path)
-    with explained(f"{url}: cannot be read", kinds=OSError, to=ShardUnavailableError):
+    try:
         content = read_bytes(url, index.allow_pipe, shard.bytes + 1, timeout_s=index.timeout_s)
+    except OSError as error:  # `from None`: the traceback of a loading process would show a secret of the address
+        raise ShardUnavailableError(masked(f"{url}: cannot be read: {error}")) from None
     if len(content) != shard.bytes:
         found = "more" if len(content) > shard.bytes else len(content)
         raise ShardError(f"{masked(url)}: the index says {shard.bytes} bytes, found {found}")
