@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -145,10 +145,10 @@ def search_path(folder: str | None) -> list[str]:
 def from_hydra(options: Any) -> Config:
     """Return a composed configuration as dataclasses, validated. Raises ValueError that names the option."""
     try:
-        given, config = OmegaConf.to_container(options), OmegaConf.to_object(options)
+        given, config = cast(dict[str, Any], OmegaConf.to_container(options)), OmegaConf.to_object(options)
     except OmegaConfBaseException as error:
         raise ValueError(str(error).splitlines()[0]) from error
-    assert isinstance(config, Config) and isinstance(given, dict)
+    assert isinstance(config, Config)
     known = flatten(config.as_dict())
     # Hydra accepts keys that no dataclass declares after a `+`, and OmegaConf then drops them.
     if unknown := next((key for key in flatten(given) if key not in known), None):
@@ -233,7 +233,7 @@ def default_name(config: Config) -> str:
     return f"{data}-{adapter}-{orders}-seed{config.seed}"
 
 
-def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:
+def hydra_main(work: Callable[[Config], Any], document: str | None = "") -> None:
     """Call `work` with the configuration of the command line. A user's error becomes one line on rank 0 and exit status 2.
 
     `--help` prints the command's `document`, then groups and options.

@@ -154,7 +154,7 @@ def main() -> None:
     """
     is_check = "--check" in sys.argv[1:]
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--check"]
-    hydra_main(check if is_check else run_and_report)
+    hydra_main(check if is_check else run_and_report, __doc__)
 
 
 if __name__ == "__main__":

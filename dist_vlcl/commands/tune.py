@@ -103,7 +103,8 @@ class Search:
     @property
     def answer(self) -> str:
         """What the fresh runs say, in one sentence."""
-        options, (gain, low, high) = _words(self.best), (self.fresh[key] for key in ("mean", "low", "high"))
+        options = " ".join(f"{key}={value}" for key, value in self.best.items())
+        gain, low, high = (self.fresh[key] for key in ("mean", "low", "high"))
         if isnan(low):
             # Without the runs that failed the others would be a selection, which can fake a gain.
             reason = "some of them failed" if isnan(gain) else f"all differences are {gain:+.2f} points"
@@ -117,10 +118,6 @@ class Search:
         """How much of the winner's gain in the screen did not appear again."""
         count, lost = len(self.trials[list(self.best)].drop_duplicates()), self.screened - self.fresh["mean"]
         return f"In the screen it gained {self.screened:+.2f} points, the best of {count} choices. The fresh runs show {lost:.2f} less."
-
-
-def _words(choice: Choice) -> str:
-    return " ".join(f"{key}={value}" for key, value in choice.items())
 
 
 def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh: Sequence[str]) -> Search | None:
