@@ -242,8 +242,7 @@ def run_name(id: str, own: list[str]) -> str:
 
 def _expand_tuned(path: Path) -> Iterator[str]:
     """Yield the options in a file that tune has written."""
-    advice = "give a tuned.yaml that dist-vlcl tune has written"
-    with explained(f"tuned={str(path)!r}: could not read it", advice, (OSError, ValueError)):
+    with explained(f"tuned={str(path)!r}: could not read it", "give a tuned.yaml that dist-vlcl tune has written", (OSError, ValueError)):
         content = read_config(path)
         if outside := untrusted_options(content):
             raise ValueError(f"it names code, commands, addresses or files; give these yourself: {' '.join(outside)}")

@@ -49,8 +49,7 @@ def rebuild(folder: Path, start: int | None = None, stop: int | None = None, dev
         start = max((step for step in steps if step < end), default=steps[0])
     saved = checkpoint.load(folder, start, {"config": digest_of(read_config(folder / "config.yaml"))})
     if stop is not None and stop < saved.step:
-        found = ", ".join(map(str, steps))
-        raise ValueError(f"step {stop} is before step {saved.step}, where the replay starts; {folder} has checkpoints of steps {found}")
+        raise ValueError(f"step {stop} is before step {saved.step}, where the replay starts; {folder} has checkpoints of steps {steps}")
     records = [record for record in read_journal(folder, saved.step) if stop is None or record["step"] <= stop]
     reached = saved.step + len(records)
     if stop is not None and reached < stop:

@@ -256,8 +256,8 @@ def _download(data: DataConfig) -> Path:
 def _official_cifar(source: Path, class_names: list[str]) -> Iterator[Found]:
     """Yield the images of the official archive, or of the folder that it unpacks to."""
     for split, md5 in CIFAR_FILES.items():
-        what = f"data.source={str(source)!r}: damaged, or not the official files"
-        with explained(what, "get them again", Exception):  # tarfile raises many types of errors for damaged bytes
+        # tarfile raises many types of errors for damaged bytes
+        with explained(f"data.source={str(source)!r}: damaged, or not the official files", "get them again", Exception):
             if source.is_dir():
                 content = (source / split).read_bytes()
             else:

@@ -169,8 +169,8 @@ class Index:
         url = _address(location, "index.json")
         with explained(f"{url}: cannot be read", kinds=OSError, to=OSError):
             text = read_bytes(url, allow_pipe, MAX_INDEX_BYTES, timeout_s=timeout_s)
-        errors = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-        with explained(f"{url}: damaged", "copy it, or build the shards, again", errors):
+        kinds = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+        with explained(f"{url}: damaged", "copy it, or build the shards, again", kinds):
             content = json.loads(text)
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, this version reads {FORMAT}")

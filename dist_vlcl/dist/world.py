@@ -134,20 +134,26 @@ class World:
             tensor.copy_(moved)
         return tensor
 
-    def on_main(self, work: Callable[[], Any], what: str) -> Any:
-        """Return rank 0's result of `work`, a picklable object, on every rank. If it raises an error there, every rank raises it."""
-        outcome: list[Any] = [None]
-        if self.is_main:
-            try:
-                outcome = [work()]
-            except (OSError, ValueError, RuntimeError) as error:
-                outcome = [error]  # the other ranks wait for an answer
+    def share(self, value: Any, what: str = "rank 0's value") -> Any:
+        """Return rank 0's value, a picklable object."""
+        box = [value]
         if self.size > 1:
             with self.collectives(f"broadcast of {what}"):
-                dist.broadcast_object_list(outcome, src=0, device=self.device)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
+                dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def on_main(self, work: Callable[[], Any], what: str) -> Any:
+        """Return rank 0's result of `work`, a picklable object, on every rank. If it raises an error there, every rank raises it."""
+        outcome = None
+        if self.is_main:
+            try:
+                outcome = work()
+            except (OSError, ValueError, RuntimeError) as error:
+                outcome = error  # the other ranks wait for an answer
+        outcome = self.share(outcome, what)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def gather_objects(self, value: Any, what: str = "objects") -> list[Any]:
         """Return every rank's value, a small picklable object, in rank order."""

@@ -14,7 +14,7 @@ def call_collectives(world: World) -> dict:
     return {
         "sum": world.sum_exact(torch.tensor([world.rank + 1, 2**60 + world.rank, -7])).tolist(),
         "broadcast": world.broadcast(tensor).tolist(),
-        "share": world.on_main(lambda: {"from": world.rank}, "a value"),
+        "share": world.share({"from": world.rank}),
         "objects": world.gather_objects(world.rank * 10),
         "main": world.is_main,
     }
