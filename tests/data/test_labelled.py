@@ -264,7 +264,7 @@ def test_an_address_with_braces_needs_no_second_quotes(quote):
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"org/set: could not load it .*data=hf needs the extra dist-vlcl\[hf\]"):
+    with pytest.raises(ValueError, match=r"org/set: could not load it: .*data=hf needs the extra dist-vlcl\[hf\]"):
         read_raw(DataConfig(name="org/set", reader="hf"))
 
 
