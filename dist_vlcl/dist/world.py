@@ -232,7 +232,7 @@ def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple["Acc
     if on_deepspeed or announced > 1:  # one process without DeepSpeed has no process group
         process_group.backend = backend
     if on_deepspeed:
-        zero.prepare_deepspeed(on_cpu)
+        zero.prepare_deepspeed(on_cpu, config.timeout_s)
     # broadcast_buffers would send the zeroth-order units in every forward pass, and overwrite a replica that diverged.
     # Without find_unused_parameters DDP reorders its buckets after the first backward pass. Sums over three or more ranks would then differ
     # in the last bits between a resumed run and an uninterrupted one.
