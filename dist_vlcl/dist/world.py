@@ -17,8 +17,9 @@ from torch import Tensor
 from dist_vlcl.dist.collectives import Collectives, is_network_error
 from dist_vlcl.options import option
 
-# So many ranks exchange losses directly over gloo. With more, the bytes of a rank grow, and an all-reduce takes over.
-DIRECT_RANKS = 16
+# So many ranks exchange losses directly over gloo: one round trip, where its all-reduce, a ring, takes two for each rank. A message has
+# 0.6 kB with its headers, so that 255 of them take less than a round trip even at 10 Mbit/s and 100 ms.
+DIRECT_RANKS = 256
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -213,7 +214,7 @@ def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple[Any,
     if on_deepspeed or announced > 1:  # one process without DeepSpeed has no process group
         process_group.backend = backend
     if on_deepspeed:
-        zero.prepare_deepspeed(on_cpu)
+        zero.prepare_deepspeed(on_cpu, config.timeout_s)
     # broadcast_buffers would send the zeroth-order units in every forward pass, and overwrite a replica that diverged.
     # Without find_unused_parameters DDP reorders its buckets after the first backward pass. Sums over three or more ranks would then differ
     # in the last bits between a resumed run and an uninterrupted one.

@@ -7,9 +7,11 @@ model when the engine is deleted.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
@@ -23,8 +25,11 @@ def is_requested() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
-def prepare_deepspeed(on_cpu: bool) -> None:
-    """Make DeepSpeed usable on this machine. Call it before making an Accelerator. Raises RuntimeError if DeepSpeed is not installed."""
+def prepare_deepspeed(on_cpu: bool, timeout_s: float) -> None:
+    """Make DeepSpeed usable on this machine. Call it before making an Accelerator. Raises RuntimeError if DeepSpeed is not installed.
+
+    timeout_s: of DeepSpeed's own process groups.
+    """
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -33,7 +38,10 @@ def prepare_deepspeed(on_cpu: bool) -> None:
     except ImportError as error:
         raise RuntimeError("the launcher asks for DeepSpeed, which is not installed: pip install 'dist-vlcl[deepspeed]'") from error
     from accelerate.utils import DeepSpeedPlugin
+    from deepspeed.comm.torch import TorchBackend
 
+    # Without this, ranks would wait for a silent one for torch's 30 minutes (0.19.8). DeepSpeed has no option for it.
+    TorchBackend.new_group = lambda self, ranks: dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
     # Use plain gloo. DeepSpeed would compile this op at the first start; a run killed during that leaves a lock that blocks later runs.
     # There is no public switch.
     if on_cpu:
@@ -80,7 +88,8 @@ class DeepSpeedFirstOrder(FirstOrder):
         accelerator, model = self.world.accelerator, cast(Any, self.model)
         self.stage = accelerator.deepspeed_plugin.zero_stage
         accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.0 if self.stage == 0 else self.config.max_grad_norm or 0.0
-        self.wrapped, _ = accelerator.prepare(model, self._adamw())
+        with self.world.collectives("DeepSpeed's start"):
+            self.wrapped, _ = accelerator.prepare(model, self._adamw())
         if self.stage == 3:
             import deepspeed
 
