@@ -82,8 +82,13 @@ def read(folder: Path) -> pd.DataFrame:
 def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
     """Return the page's part about these runs; its figures are written into the folder `pictures`."""
     results = results_of(complete_of(runs.drop(columns=[RECOVERED.format(metric) for metric in tables.METRICS])))
-    shared = set.intersection(*(set(text.split("; ")) for text in results.other_settings[results.variant != "zero_shot"])) - {""}
-    results["other_settings"] = ["; ".join(t for t in text.split("; ") if t not in shared) for text in results.other_settings]
+    shared = {}
+    for (dataset, increment), part in results.groupby(["dataset", "increment"], sort=False):
+        common = set.intersection(*(set(text.split("; ")) for text in part.other_settings[part.variant != "zero_shot"])) - {""}
+        results.loc[part.index, "other_settings"] = [
+            "; ".join(t for t in text.split("; ") if t not in common) for text in part.other_settings
+        ]
+        shared[tables.tasks_label(dataset, increment)] = "; ".join(sorted(common)) or "none"
     published = pd.DataFrame(map(asdict, paper_runs().values()))
     comparisons = compare(results, published)
     cells = cells_of(results, comparisons, published)
@@ -94,7 +99,11 @@ def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
         "\n".join(map(sentence, contrasts[contrasts.seeds > 0].itertuples())) or "None was run yet.",
         contrast_table(contrasts),
     ]
-    blocks += ["## All runs", f"Other settings than the paper's, in all runs: {'; '.join(sorted(shared)) or 'none'}."]
+    blocks += [
+        "## All runs",
+        "Other settings than the paper's, in all runs:",
+        "\n".join(f"- {tasks}: {text}" for tasks, text in shared.items()),
+    ]
     blocks.append(tables.result_table(ours))
     if contribution := tables.contribution_table(ours):
         blocks += ["## What did zeroth order contribute?", CONTRIBUTION_TERMS, contribution]
