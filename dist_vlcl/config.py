@@ -24,7 +24,6 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from dist_vlcl.data.settings import DataConfig, check_name
 from dist_vlcl.dist.first_order import FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig
-from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
@@ -32,7 +31,7 @@ from dist_vlcl.options import declared, option, validate
 from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
-from dist_vlcl.run.signals import report_status
+from dist_vlcl.run.signals import print_error, report_status
 from dist_vlcl.saved import BUILT_IN, MAY_CHANGE, PATH_OPTIONS, read_config, untrusted_options
 from dist_vlcl.zo.update import ZerothOrderConfig
 
@@ -307,5 +306,5 @@ def refuse(error: Exception, is_main: bool = True) -> NoReturn:
     """Report an error of the user on rank 0, and exit with status 2."""
     if is_main:
         report_status("failed")
-        print(masked(f"error: {error}"), file=sys.stderr, flush=True)
+    print_error(f"error: {error}", is_main)
     sys.exit(2)

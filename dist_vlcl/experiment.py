@@ -153,14 +153,14 @@ class Experiment:
 
         All ranks call this.
         """
-        cfg, world = self.cfg, self.world
+        cfg, world, size = self.cfg, self.world, self.towers.image_size
         world.collectives.where = f"the {described}"
         batches = self.loader.test(
             task.classes,
             batch_size=cfg.eval.batch_size,
             rank=world.rank,
             size=world.size,
-            transform=(TrainTransform if cfg.eval.train_transform else EvalTransform)(self.towers.image_size),
+            transform=TrainTransform(size) if cfg.eval.train_transform else EvalTransform(size, *self.towers.resizing),
             held_out=held_out_samples(cfg, self.index, task),
         )
         noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
