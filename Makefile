@@ -26,11 +26,8 @@ check: install
 oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --disable-pip-version-check uv
-	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[report,digits,transformers,dev]'
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[report,digits,transformers,hf,dev]'
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(OLDEST) $(ARGS)
-	# The extra hf comes after, because the oldest datasets needs a newer pyarrow than we do.
-	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct --editable '.[hf]'
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/data/test_labelled.py $(ARGS)
 
 install: .venv/installed
 
