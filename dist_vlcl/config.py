@@ -10,10 +10,10 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -23,11 +23,12 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from dist_vlcl.data.settings import DataConfig, check_name
 from dist_vlcl.dist.first_order import FirstOrderConfig
-from dist_vlcl.dist.world import ClusterConfig
+from dist_vlcl.dist.world import ClusterConfig, World
+from dist_vlcl.masking import explained
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
-from dist_vlcl.options import declared, option, validate
+from dist_vlcl.options import declared, flatten, option, validate
 from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
@@ -143,13 +144,15 @@ def search_path(folder: str | None) -> list[str]:
 
 def from_hydra(options: Any) -> Config:
     """Return a composed configuration as dataclasses, validated. Raises ValueError that names the option."""
-    if unknown := next(_unknown_keys(options), None):
-        raise ValueError(unknown_option(unknown))
     try:
-        config = OmegaConf.to_object(options)
+        given, config = cast(dict[str, Any], OmegaConf.to_container(options)), OmegaConf.to_object(options)
     except OmegaConfBaseException as error:
         raise ValueError(str(error).splitlines()[0]) from error
     assert isinstance(config, Config)
+    known = flatten(config.as_dict())
+    # Hydra accepts keys that no dataclass declares after a `+`, and OmegaConf then drops them.
+    if unknown := next((key for key in flatten(given) if key not in known), None):
+        raise ValueError(unknown_option(unknown))
     if isinstance(config.adapter, dict):
         config.adapter = OmegaConf.to_object(_custom_adapter(config.adapter))
     if config.tasks.sets:
@@ -159,16 +162,6 @@ def from_hydra(options: Any) -> Config:
         config.run.name = default_name(config)
         config.run.check()
     return config
-
-
-def _unknown_keys(node: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the keys that no dataclass declares. Hydra accepts them after a `+`, and OmegaConf then drops them."""
-    kind = OmegaConf.get_type(node)
-    for key in node:
-        if is_dataclass(kind) and key not in {item.name for item in fields(kind)}:
-            yield f"{prefix}{key}"
-        elif not OmegaConf.is_missing(node, key) and OmegaConf.is_dict(node[key]):
-            yield from _unknown_keys(node[key], f"{prefix}{key}.")
 
 
 def unknown_option(key: str) -> str:
@@ -218,12 +211,9 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
 
 def _custom_adapter(options: Any) -> DictConfig:
     """Return the user's dataclass, which `adapter.kind` names as module:Class, filled with these values."""
-    kind = options.get("kind")
-    try:
+    kind, errors = options.get("kind"), (ImportError, AttributeError, TypeError, ValueError, OmegaConfBaseException)
+    with explained(f"adapter.kind={kind!r}: give module:Class of a dataclass that Python can import", kinds=errors):
         merged = OmegaConf.merge(OmegaConf.structured(pkgutil.resolve_name(kind)), options)
-    except (ImportError, AttributeError, TypeError, ValueError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"adapter.kind={kind!r}: give module:Class of a dataclass that Python can import ({reason})") from error
     assert isinstance(merged, DictConfig)
     return merged
 
@@ -243,27 +233,22 @@ def default_name(config: Config) -> str:
     return f"{data}-{adapter}-{orders}-seed{config.seed}"
 
 
-def hydra_main(work: Callable[[Config], Any], document: str | None = None) -> None:
+def hydra_main(work: Callable[[Config], Any], document: str | None = "") -> None:
     """Call `work` with the configuration of the command line. A user's error becomes one line on rank 0 and exit status 2.
 
     `--help` prints the command's `document`, then groups and options.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--help", "-h", action="store_true")
     parser.add_argument("--config-dir")
     flags, words = parser.parse_known_args()
-    try:
+    with errors_refused():
         refuse_flags(words)
         config = compose_config(words, flags.config_dir)
-    except (OSError, ValueError) as error:
-        if FULL_ERROR in os.environ:
-            raise
-        refuse(error, is_main)
     if flags.help:
         from dist_vlcl.help import help_text
 
-        print(help_text(document, config) if is_main else "", end="")
+        print(help_text(document, config) if World.announced().is_main else "", end="")
     else:
         work(config)
 
@@ -295,16 +280,13 @@ def format_error(error: Exception) -> str:
 
 @contextmanager
 def errors_refused() -> Iterator[None]:
-    """Report an error of the user that is raised inside, and exit with status 2."""
+    """Report an error of the user that is raised inside on rank 0, and exit with status 2. It also serves as a decorator."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        refuse(error)
-
-
-def refuse(error: Exception, is_main: bool = True) -> NoReturn:
-    """Report an error of the user on rank 0, and exit with status 2."""
-    if is_main:
-        report_status("failed")
-    print_error(f"error: {error}", is_main)
-    sys.exit(2)
+        if os.environ.get(FULL_ERROR):
+            raise
+        if is_main := World.announced().is_main:
+            report_status("failed")
+        print_error(f"error: {error}", is_main)
+        sys.exit(2)

@@ -99,54 +99,41 @@ class Experiment:
         # Rank 0 draws the seeds of the task's steps and sends them once.
         seeds = torch.tensor([derive_seed(cfg.seed, "step", task.index, k) for k in range(steps)])
         world.broadcast(seeds, f"the seeds of task {task.index + 1}")
+        options: dict[str, Any] = {"batch_size": cfg.train.batch_size, "rank": world.data_rank, "size": world.data_size}
+        options |= {"transform": TrainTransform(self.towers.image_size), "without": held_out_samples(cfg, self.index, task)}
         while (done := state.epoch * per_epoch + state.batch) < steps:
-            batches = self.loader.train(
-                task,
-                batch_size=cfg.train.batch_size,
-                seed=cfg.seed,
-                epoch=state.epoch,
-                start=state.batch,
-                rank=world.data_rank,
-                size=world.data_size,
-                transform=TrainTransform(self.towers.image_size),
-                without=held_out_samples(cfg, self.index, task),
-            )
+            batches = self.loader.train(task, seed=cfg.seed, epoch=state.epoch, start=state.batch, **options)
             for batch in itertools.islice(batches, steps - done):
                 lr = warmup_cosine(done, steps, cfg.first_order.lr, warmup)
                 yield PlannedStep(batch, Key(int(seeds[done]), state.step), lr)
                 done += 1
             state.next_epoch()
 
-    def evaluate(self, task: Task, progress: Progress = lambda batches, **_: batches) -> Counts:
+    def evaluate(self, task: Task, progress: Progress = lambda batches, **_: batches, described: str = "") -> Counts:
         """Return the counts over the test samples of the classes seen, classified among these. All ranks call this.
 
         With several data sets the samples of every set are classified among the classes of that set.
         """
-        seen, described = self.tasks.seen(task.index), f"evaluation after task {task.index + 1}"
-        if self.cfg.tasks.sets:
-            return self._count_sets(described, progress)
-        return self.count(seen, [len(seen.classes)], described, progress)[0]
+        together = self.tasks if self.cfg.tasks.sets else [self.tasks.seen(task.index)]
+        described = described or f"evaluation after task {task.index + 1}"
+        return [counts for one in together for counts in self.count(one, [len(one.classes)], described, progress)[0]]
 
     def evaluate_untrained(self, progress: Progress = lambda batches, **_: batches) -> dict[int, float]:
         """Return the zero-shot accuracy (a fraction) on the classes seen up to each task; its mean over several data sets.
 
         All ranks call this.
         """
+        described, all_seen = "zero-shot evaluation", [self.tasks.seen(task.index) for task in self.tasks]
         if self.cfg.tasks.sets:
-            row = self._count_sets("zero-shot evaluation", progress)
-            return dict.fromkeys(range(len(self.tasks)), self.accuracy([row]).seen(0))
-        prefixes = [len(self.tasks.seen(t).classes) for t in range(len(self.tasks))]
-        rows = self.count(self.tasks.seen(len(self.tasks) - 1), prefixes, "zero-shot evaluation", progress)
-        counts = [row[:n] for n, row in zip(prefixes, rows, strict=True)]
-        return {t: sum(correct for correct, _ in row) / max(1, sum(total for _, total in row)) for t, row in enumerate(counts)}
+            rows = [self.evaluate(self.tasks[-1], progress, described)] * len(self.tasks)
+        else:
+            rows = self.count(all_seen[-1], [len(seen.classes) for seen in all_seen], described, progress)
+        accuracy = self.accuracy(rows)
+        return {task: accuracy.seen(task) for task in range(len(self.tasks))}
 
     def accuracy(self, rows: list[Counts]) -> AccuracyMatrix:
         """Return the accuracy matrix with these rows."""
         return (SetsMatrix if self.cfg.tasks.sets else AccuracyMatrix)([len(task.classes) for task in self.tasks], rows)
-
-    def _count_sets(self, described: str, progress: Progress) -> Counts:
-        """Return the counts of every task's classes, when only the classes of that task can be chosen. All ranks call this."""
-        return [counts for task in self.tasks for counts in self.count(task, [len(task.classes)], described, progress)[0]]
 
     def count(self, task: Task, prefixes: Sequence[int], described: str, progress: Progress = lambda batches, **_: batches) -> list[Counts]:
         """Return the counts over the test samples of a task's classes for each prefix: when only its first classes can be chosen.
@@ -155,14 +142,9 @@ class Experiment:
         """
         cfg, world, size = self.cfg, self.world, self.towers.image_size
         world.collectives.where = f"the {described}"
-        batches = self.loader.test(
-            task.classes,
-            batch_size=cfg.eval.batch_size,
-            rank=world.rank,
-            size=world.size,
-            transform=TrainTransform(size) if cfg.eval.train_transform else EvalTransform(size, *self.towers.resizing),
-            held_out=held_out_samples(cfg, self.index, task),
-        )
+        transform = TrainTransform(size) if cfg.eval.train_transform else EvalTransform(size, *self.towers.resizing)
+        options: dict[str, Any] = {"batch_size": cfg.eval.batch_size, "rank": world.rank, "size": world.size}
+        batches = self.loader.test(task.classes, transform=transform, held_out=held_out_samples(cfg, self.index, task), **options)
         noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None
         shown = progress(batches, total=len(batches), description=described)
         return count_correct(self.towers, shown, task.names, prefixes, world, noise).tolist()

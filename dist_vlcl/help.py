@@ -11,14 +11,13 @@ Options are NAME=VALUE, in any order; GROUP=NAME sets several at once. Quote val
 command line would give. paper=ID repeats a published run of configs/paper_runs.yaml, such as paper=t2-moe-cifar10-dual-hop_odd.
 --check validates the options and exits; --config-dir FOLDER adds your own groups.
 """
-TRAIN = "Train CLIP continually:  dist-vlcl train [OPTION=VALUE ...], or accelerate launch -m dist_vlcl.train for several processes\n"
 
 
 def help_text(document: str | None, config: Config) -> str:
     """Return the help of a command on configurations."""
     groups = sorted(path for path in CONFIG_FOLDER.iterdir() if path.is_dir())
     choices = [f"  {group.name:8} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups]
-    lines, values = [document or TRAIN, USAGE, "Groups", *choices, "", "Options"], flatten(config.as_dict())
+    lines, values = [document or "", USAGE, "Groups", *choices, "", "Options"], flatten(config.as_dict())
     for key, item in (declared(Config) | declared(type(config.adapter), "adapter.")).items():
         shown = {name.removeprefix(f"{key}."): value for name, value in values.items() if name.startswith(f"{key}.")} or values.get(key)
         allowed = allowed_values(item.metadata)

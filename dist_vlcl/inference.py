@@ -21,6 +21,7 @@ from dist_vlcl.data.shards import decode
 from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import build_towers
+from dist_vlcl.masking import explained
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.options import flatten
 from dist_vlcl.reading import read_file, read_json
@@ -47,10 +48,8 @@ class Trained:
     def build(self, device: str | torch.device | None = None) -> TwoTowers:
         """Return the model with the trained adapters."""
         towers = build_towers(self.cfg, World.alone())
-        try:
+        with explained(f"{self.folder / CONFIG} describes other adapters than were trained"):
             towers.units.load_state_dict(self.adapters)
-        except ValueError as error:
-            raise ValueError(f"{self.folder / CONFIG} describes other adapters than were trained: {error}") from error
         return towers.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
@@ -148,7 +147,7 @@ def read_start(cfg: Config) -> dict[str, Tensor]:
     source = getattr(cfg.adapter, "init", None)
     if not source or checkpoint.saved_steps(cfg.run.folder):
         return {}
-    try:
+    with explained(f"adapter.init={source!r}: cannot start from these adapters", kinds=(OSError, ValueError, checkpoint.BrokenCheckpoint)):
         path = _locate(source)
         config = _folder_of(path) / CONFIG
         theirs, ours = flatten(read_config(config) if config.exists() else {}), flatten(cfg.as_dict())
@@ -156,8 +155,6 @@ def read_start(cfg: Config) -> dict[str, Tensor]:
         if changed := [key for key in fixed if _last(theirs[key]) != _last(ours.get(key))]:
             raise ValueError(f"they were trained with {changed[0]}={theirs[changed[0]]}, and here it is {ours.get(changed[0])}")
         return _read_adapters(path)[0]
-    except (OSError, ValueError, checkpoint.BrokenCheckpoint) as error:
-        raise ValueError(f"adapter.init={source!r}: cannot start from these adapters: {error}") from None
 
 
 def _last(value: Any) -> str:
@@ -183,10 +180,8 @@ def _read_adapters(path: Path, task: int | None = None) -> tuple[dict[str, Tenso
             raise ValueError(f"task={task}: {folder} is an export, which has the state after task {len(tasks)} only")
         if not is_file or path.name == ADAPTERS:
             return _adapters_in(checkpoint.read_tensors(folder / ADAPTERS)[0]), tasks
-        try:
+        with explained(f"{path} is damaged", kinds=SafetensorError):
             return _adapters_in(tensors_from_bytes(read_file(path))), tasks
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error})") from error
     match = checkpoint.NAME.fullmatch(path.name)
     saved = checkpoint.load(folder, int(match[1])) if match else _checkpoint_after(folder, task)
     state = TrainState.from_dict(saved.state)
@@ -227,9 +222,7 @@ def _download(name: str) -> Path:
         raise FileNotFoundError(f"{name}: no such file or folder; give the folder of a run, such as runs/NAME")
     from huggingface_hub import constants, snapshot_download
 
-    try:  # into another folder than the hub's cache, because the files there are links
-        folder = Path(constants.HF_HUB_CACHE) / "dist_vlcl" / name
+    advice, errors = f"{name}: no such folder, and could not load it from the Hugging Face Hub", (OSError, ValueError, RuntimeError)
+    folder = Path(constants.HF_HUB_CACHE) / "dist_vlcl" / name  # not the hub's cache itself, because the files there are links
+    with explained(advice, kinds=errors, to=FileNotFoundError):
         return Path(snapshot_download(name, allow_patterns=[CONFIG, CLASSES, ADAPTERS], local_dir=folder))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{name}: no such folder, and could not load it from the Hugging Face Hub ({reason})") from None

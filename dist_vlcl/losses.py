@@ -39,16 +39,6 @@ def min_samples(exact_bits: bool | None, share: int) -> int:
     return MIN_SAMPLES if (share >= MIN_SAMPLES if exact_bits is None else exact_bits) else 1
 
 
-def padded(batch: Any, least: int = MIN_SAMPLES) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Return images, labels, positions `[max(B, least), ...]`, and B, the number of samples that count."""
-    num_real = len(batch.labels)
-    parts = [batch.images, batch.labels, batch.positions]
-    if num_real < least:
-        parts = [torch.cat([part, part.new_zeros(least - num_real, *part.shape[1:])]) for part in parts]
-    images, labels, positions = parts
-    return images, labels, positions, num_real
-
-
 def step_noise(towers: TwoTowers, tokens: Tensor, positions: Tensor, key: Key) -> StepNoise:
     """Return the router noise and dropout of a step. The noise of a sample depends on its position in the global batch."""
     rows = {"vision": positions, "language": torch.arange(len(tokens), device=tokens.device)}
@@ -110,11 +100,21 @@ class BatchLosses:
         self.micro_batches: list[MicroBatch] = []
         self.first_report: LossReport | None = None  # the ranks exchange count and stop with the first losses of a step only
 
-    def add(self, images: Tensor, labels: Tensor, noise: StepNoise, base: Mapping[str, tuple], num_real: int) -> None:
-        """Add a micro-batch with its base evaluation, as `TwoTowers.forward` returns it. Only the first `num_real` samples count."""
-        features = {branch: out[0].detach() for branch, out in base.items()}
-        cached_inputs = {branch: out[1] for branch, out in base.items()}
-        self.micro_batches.append(MicroBatch(images, labels, num_real, noise, features, cached_inputs))
+    def add(self, model: Any, batch: Any, key: Key, least: int = MIN_SAMPLES) -> tuple[MicroBatch, dict[str, Tensor]]:
+        """Evaluate the base of a micro-batch, padded to at least `least` samples. Return it and its features, with their gradients.
+
+        model: the towers, as they are or wrapped for training. batch: a micro-batch on the device (data.loader.Batch).
+        """
+        parts, num_real = [batch.images, batch.labels, batch.positions], len(batch.labels)
+        if num_real < least:
+            parts = [torch.cat([part, part.new_zeros(least - num_real, *part.shape[1:])]) for part in parts]
+        images, labels, positions = parts
+        noise = step_noise(self.towers, self.tokens, positions, key)
+        base = model({"vision": images, "language": self.tokens}, noise=noise, cache_layers=self.starts)
+        features, cached_inputs = ({branch: out[place] for branch, out in base.items()} for place in (0, 1))
+        kept = {branch: of_branch.detach() for branch, of_branch in features.items()}
+        self.micro_batches.append(MicroBatch(images, labels, num_real, noise, kept, cached_inputs))
+        return self.micro_batches[-1], features
 
     @torch.no_grad()
     def __call__(self, candidates: Iterable[Candidate]) -> LossReport:
@@ -183,14 +183,8 @@ class BatchLosses:
         dtype = torch.promote_types(flat.values_n.dtype, part.features[branch].dtype)
         is_delta, offsets_Kn = branch in self.delta_branches, torch.stack(offsets).to(dtype)
         values: Any = Perturbed(flat.values_n[None], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n)
-        moved: Any
-        moved, _ = tower.run(
-            part.cached_inputs[branch][start],
-            inputs,
-            start=start,
-            stacked_params=flat.views(values),
-            noise=part.noise,
-        )
+        hidden = part.cached_inputs[branch][start]
+        moved: Any = tower.run(hidden, inputs, start=start, stacked_params=flat.views(values), noise=part.noise)[0]
         if is_delta:
             return part.features[branch].double() + moved.change
         return moved.double() if self.delta_branches else moved

@@ -8,7 +8,8 @@ tests/test_masking.py lists the forms that are found. No other form is promised.
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 HIDDEN = "***"
@@ -42,6 +43,18 @@ def _secrets_of_environment() -> list[str]:
     """Return the values of the variables whose names tell of a secret, the longest first."""
     named = [value for name, value in os.environ.items() if re.search(NAME, name, re.IGNORECASE) and len(value) >= MIN_LENGTH]
     return sorted(named, key=len, reverse=True)
+
+
+@contextmanager
+def explained(before: object, after: str = "", kinds: Any = ValueError, to: type[Exception] = ValueError) -> Iterator[None]:
+    """Turn an error of these kinds into one of type `to`, with a text before its own message and one after it, in one masked line.
+
+    kinds: a type of exceptions, or a tuple of types.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise to(masked(f"{before}: {' '.join(str(error).split())[:1000]}{after and f'; {after}'}")) from error
 
 
 def masked_command(words: Sequence[str]) -> str:

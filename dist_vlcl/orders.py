@@ -53,13 +53,9 @@ class OrderPlan:
             span = self.span or depth // 2
             if named in ("prefix", "suffix") and not 1 <= span <= depth:
                 raise ValueError(f"orders.span={span}: the {branch} tower has {depth} blocks; choose from 1 to {depth}")
-            return {
-                "all": set(range(1, depth + 1)),
-                "hop_odd": set(range(1, depth + 1, 2)),
-                "hop_even": set(range(2, depth + 1, 2)),
-                "prefix": set(range(1, span + 1)),
-                "suffix": set(range(depth - span + 1, depth + 1)),
-            }[named]
+            layers = range(1, depth + 1)
+            parts = {"hop_odd": layers[::2], "hop_even": layers[1::2], "prefix": layers[:span], "suffix": layers[-span:]}
+            return set(parts.get(named, layers))
         unknown = sorted(set(named) - set(range(1, depth + 1)))
         if unknown:
             raise ValueError(f"orders.layers={list(named)}: the {branch} tower has no block {unknown[0]}; choose from 1 to {depth}")
@@ -78,8 +74,6 @@ def assign(units: Iterable[UnitId], plan: OrderPlan) -> dict[UnitId, Order]:
     chosen: set[UnitId] = set()
     for branch in PLAN_BRANCHES[plan.branch]:
         depth = max((unit.layer for unit in units if unit.branch == branch), default=0)
-        if depth == 0:
-            raise ValueError(f"orders.branch={plan.branch!r}: the model has no blocks in its {branch} tower; choose another branch")
         chosen |= {UnitId(branch, layer) for layer in plan.layers_of(branch, depth)}
     if plan.branch != "none" and not chosen:
         raise ValueError(f"orders.layers={plan.layers!r}: no layer of the {plan.branch} branch is chosen")

@@ -22,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from dist_vlcl.masking import explained
 from dist_vlcl.options import flatten
 from dist_vlcl.saved import MAY_CHANGE, read_config, untrusted_options
 
@@ -241,12 +242,10 @@ def run_name(id: str, own: list[str]) -> str:
 
 def _expand_tuned(path: Path) -> Iterator[str]:
     """Yield the options in a file that tune has written."""
-    try:
+    with explained(f"tuned={str(path)!r}: could not read it", "give a tuned.yaml that dist-vlcl tune has written", (OSError, ValueError)):
         content = read_config(path)
         if outside := untrusted_options(content):
             raise ValueError(f"it names code, commands, addresses or files; give these yourself: {' '.join(outside)}")
         if odd := [key for key in flatten(content) if not re.fullmatch(r"zo(\.\w+)+", key)]:  # Hydra's own options can run code
             raise ValueError(f"it sets {odd[0]!r}, and only zo.NAME is allowed")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tuned={str(path)!r}: could not read it ({error}); give a tuned.yaml that dist-vlcl tune has written") from None
     yield from (f"{key}={'null' if value is None else value}" for key, value in flatten(content).items())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dist_vlcl.dist.world import World
-from dist_vlcl.losses import BatchLosses, padded, step_noise
+from dist_vlcl.losses import BatchLosses
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.units import FlatUnits
 from dist_vlcl.zo.noise import Key
@@ -36,10 +36,8 @@ class SlopePrecision:
         self.is_fine = any(zeroth.config.epsilon[branch] < FINE_EPSILON for branch in flats)
         self.is_checked = not flats or (towers.config.precision == "fp32" and not self.is_fine)
         if is_sharded and not self.is_checked:
-            raise ValueError(
-                "the rounding error of slopes cannot be measured under ZeRO-3, because every rank holds only a part of the model. "
-                f"Use zero2, or model.precision=fp32 with every zo.epsilon at least {FINE_EPSILON:g}"
-            )
+            advice = f"use zero2, or model.precision=fp32 with every zo.epsilon at least {FINE_EPSILON:g}"
+            raise ValueError(f"the rounding error of slopes cannot be measured under ZeRO-3, which divides the model; {advice}")
 
     def check_once(self, tokens: Tensor, batch: Any, key: Key) -> None:
         """Raise ValueError if the rounding error is too large for this precision. All ranks call this before each step."""
@@ -53,10 +51,8 @@ class SlopePrecision:
         precision, evaluation = self.towers.config.precision, self.zeroth.config.evaluation
         better = ["zo.evaluation=delta"] * (len(self.delta_branches) < len(self.flats))
         better += ["model.precision=fp32"] * (precision != "fp32")
-        raise ValueError(
-            f"model.precision={precision} with zo.evaluation={evaluation}: the rounding error is {found}. At most {MAX_SLOPE_NOISE} is "
-            f"allowed, because zeroth order would follow rounding errors. Use {' or '.join([*better, 'a larger zo.epsilon'])}"
-        )
+        advice = f"At most {MAX_SLOPE_NOISE} is allowed. Use {' or '.join([*better, 'a larger zo.epsilon'])}"
+        raise ValueError(f"model.precision={precision} with zo.evaluation={evaluation}: the rounding error is {found}. {advice}")
 
     def slope_noise(self, tokens: Tensor, batch: Any, key: Key, directions: int = 16) -> dict[str, float]:
         """Return the rounding error of the projected gradients per branch: root mean squares over directions, error over slope.
@@ -80,9 +76,8 @@ class SlopePrecision:
         towers: the model, or a copy of it in another precision.
         """
         losses = BatchLosses(towers, self.flats, tokens, self.world, delta_branches)
-        images, labels, positions, num_real = padded(batch)
-        noise, result = step_noise(towers, tokens, positions, key), {}
-        losses.add(images, labels, noise, towers({"vision": images, "language": tokens}, noise, losses.starts), num_real)
+        losses.add(towers, batch, key)
+        result = {}
         for branch in self.flats:
             epsilon = self.zeroth.config.epsilon[branch]
             pairs = [losses([{}, {branch: self.zeroth.directions.draw(branch, key, q) * epsilon}]).losses for q in range(directions)]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dist_vlcl.masking import masked
+from dist_vlcl.masking import explained, masked
 
 MAX_BYTES = 1 << 32
 
@@ -63,12 +63,10 @@ def parse_json(text: bytes | str, form: Any) -> Any:
 
 def read_json(path: Path, form: Any, default: Any) -> Any:
     """Return the content of a JSON file, or the default if there is no file. Raises ValueError that names a damaged file."""
-    try:
-        return parse_json(read_file(path), form)
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return default
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    with explained(f"{path} is damaged"):
+        return parse_json(read_file(path), form)
 
 
 def or_warn(read: Callable[[], Any], default: Any) -> Any:

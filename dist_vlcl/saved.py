@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from dist_vlcl.masking import explained
 from dist_vlcl.options import flatten
 from dist_vlcl.reading import read_file, read_json, read_lines, warn
 
@@ -62,14 +63,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
     An interpolation (`${...}`) is refused: it could fetch a secret from the environment of whoever reads the file.
     """
-    try:
+    with explained(f"{path} is damaged", kinds=(yaml.YAMLError, ValueError, RecursionError)):
         config = yaml.load(read_file(path, MAX_CONFIG_BYTES), _Plain)
         if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
             raise ValueError("it holds no options")
         if odd := [key for key, value in flatten(config).items() if "${" in f"{key}{value}"]:
             raise ValueError(f"{odd[0]} holds an interpolation (${{...}}), and a saved value is plain")
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:300]}") from None
     return config
 
 
@@ -117,13 +116,11 @@ def read_unit_records(path: Path) -> Any:
     """Return one file of units/ as a pyarrow table. Raises OSError, or ValueError that names a damaged file."""
     import pyarrow.parquet
 
-    try:
+    with explained(f"{path} is damaged", kinds=(OSError, ValueError, pyarrow.ArrowException)):
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(read_file(path)), page_checksum_verification=True)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}") from error
-    types = {field.name: str(field.type) for field in table.schema}
-    if not table.num_rows or {name: types.get(name) for name in UNITS} != UNITS:
-        raise ValueError(f"{path} is damaged: it lacks rows or columns")
+        types = {field.name: str(field.type) for field in table.schema}
+        if not table.num_rows or {name: types.get(name) for name in UNITS} != UNITS:
+            raise ValueError("it lacks rows or columns")
     return table
 
 

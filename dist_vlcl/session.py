@@ -4,7 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, NoReturn
@@ -183,7 +183,7 @@ class Session:
             self.folder.check_owner()
             self.log.sync()
             self.records.flush()
-            checkpoint.save(self.folder.path, state.step, tensors, state.to_dict(), self.cfg.run.keep, self.folder.identity)
+            checkpoint.save(self.folder.path, state.step, tensors, asdict(state), self.cfg.run.keep, self.folder.identity)
 
     def finish(self, task: Task) -> None:
         """Evaluate after a task, write the accuracy, and save."""
@@ -229,19 +229,14 @@ class Session:
         found = self.world.on_main(lambda: journalled_steps(folder.path, state), "the journal")
         if self.step.first.parameters:
             if found:
-                self.notes.append(
-                    f"{len(found)} steps after the checkpoint are taken again: first-order updates are not in the journal "
-                    f"(run.save_every_steps={self.cfg.run.save_every_steps})"
-                )
+                self.notes.append(f"{len(found)} steps after the checkpoint are taken again: first-order updates are not in the journal")
             return []
         is_exact = self.cfg.zo.directions == "rademacher"
         records = list(itertools.takewhile(lambda record: is_exact or record.get("device") == device, found))
         if len(records) < len(found):
             first = found[len(records)]
-            self.notes.append(
-                f"the steps from {first['step']} on were taken on {first.get('device', 'another device')}, this start is on {device}: they "
-                "are taken again, since normal directions differ in their last bits (zo.directions=rademacher is the same on both)"
-            )
+            where = f"the steps from {first['step']} on were taken on {first.get('device', 'another device')}, this start is on {device}"
+            self.notes.append(f"{where}: they are taken again, since normal directions differ in their last bits")
         per_epoch = steps_per_epoch(self.cfg, self.experiment.index, self.tasks[state.task])
         state.epoch, state.batch = divmod(state.epoch * per_epoch + state.batch + len(records), per_epoch)
         state.step += len(records)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World
-from dist_vlcl.losses import MIN_SAMPLES, BatchLosses, LossReport, padded, sample_losses, step_noise
+from dist_vlcl.losses import MIN_SAMPLES, BatchLosses, LossReport, sample_losses
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.statistics import UnitStatistics
 from dist_vlcl.model.units import FlatUnits, UnitId, freeze
@@ -121,15 +121,12 @@ class HybridStep:
     def _forward_backward(self, batches: Sequence[Any], key: Key, planned: int, losses: BatchLosses) -> None:
         """Evaluate the base of each micro-batch, keep it in `losses`, and start the backward pass. planned: samples of the global batch."""
         for k, batch in enumerate(batches):
-            images, labels, positions, num_real = padded(batch, self.min_samples)
-            noise = step_noise(self.towers, self.tokens, positions, key)
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
-                base = self.first.wrapped({"vision": images, "language": self.tokens}, noise=noise, cache_layers=losses.starts)
-                logits_BC = self.towers.logits(base["vision"][0][0], base["language"][0][0])
-                loss_sum = sample_losses(logits_BC, labels, self.towers.config.loss)[:num_real].sum()
+                part, features = losses.add(self.first.wrapped, batch, key, self.min_samples)
+                logits_BC = self.towers.logits(features["vision"][0], features["language"][0])
+                loss_sum = sample_losses(logits_BC, part.labels, self.towers.config.loss)[: part.num_real].sum()
                 # DDP averages gradients over ranks. This factor makes the average the mean over the global batch, however it is divided.
                 self.first.backward(loss_sum * (self.world.data_size / planned))
-            losses.add(images, labels, noise, base, num_real)
 
     def _decide(self, losses: BatchLosses, key: Key, lr: float) -> tuple[StepReport, list[Move] | None]:
         """Return the report so far and the zeroth-order moves, or None for the moves if a loss is not finite."""
@@ -150,9 +147,7 @@ class HybridStep:
         self.first.zero_grad()
         self.skips += 1
         if self.skips >= self.max_skips:
-            raise FloatingPointError(
-                f"{self.skips} steps in a row were skipped: {report.skipped}. Use a lower first_order.lr or zo.lr_scale."
-            )
+            raise FloatingPointError(f"{self.skips} steps in a row were skipped: {report.skipped}; lower first_order.lr or zo.lr_scale")
         return report
 
     def _observe_gradients(self) -> None:

@@ -6,7 +6,7 @@
 import os
 import sys
 
-from dist_vlcl.config import FULL_ERROR, Config, hydra_main, refuse
+from dist_vlcl.config import FULL_ERROR, Config, errors_refused, hydra_main
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.agree import agree, digest
 from dist_vlcl.dist.world import World
@@ -93,35 +93,28 @@ def check_warmup(experiment: Experiment, step: HybridStep) -> None:
     """
     train, shortest = experiment.cfg.train, min(map(experiment.num_steps, experiment.tasks))
     if step.learns and (train.warmup_steps or 0) >= shortest and not experiment.cfg.paper and train.max_steps is None:
-        raise ValueError(
-            f"train.warmup_steps={train.warmup_steps}: the shortest task has {shortest} steps, so the learning rate would only rise; "
-            f"give at most {shortest // 2}, or null for a tenth of a task, or more train.epochs"
-        )
+        advice = f"give at most {shortest // 2}, or null for a tenth of a task, or more train.epochs"
+        raise ValueError(f"train.warmup_steps={train.warmup_steps}: the shortest task has {shortest} steps; {advice}")
 
 
 def check_same_start(experiment: Experiment, step: HybridStep) -> None:
     """Raise DisagreementError unless all ranks start from the same weights and draw the same directions. All ranks call this."""
     towers = experiment.towers
-    directions = {branch: step.zeroth.directions.draw(branch, Key(0, 0), 0) for branch in step.flats}
-    agree(
-        experiment.world,
-        {
-            "the frozen weights": digest({name: t for name, t in towers.state_dict().items() if ".adapter." not in name}),
-            "the adapters": digest(towers.units.state_dict()),
-            "the first direction": digest(directions),
-        },
-        "If only the first direction differs, the ranks have different CPUs: use zo.directions=rademacher, which needs no rounding.",
-    )
+    tensors = {
+        "the frozen weights": {name: t for name, t in towers.state_dict().items() if ".adapter." not in name},
+        "the adapters": towers.units.state_dict(),
+        "the first direction": {branch: step.zeroth.directions.draw(branch, Key(0, 0), 0) for branch in step.flats},
+    }
+    hint = "If only the first direction differs, the ranks have different CPUs: use zo.directions=rademacher, which needs no rounding."
+    agree(experiment.world, {name: digest(of_name) for name, of_name in tensors.items()}, hint)
 
 
+@errors_refused()
 def check(cfg: Config) -> None:
     """Print that a configuration is valid, or exit with status 2: a package is missing, or plan or adapters do not fit the model."""
-    try:
-        require_extras(cfg)
-        read_start(cfg)
-        assign(unit_ids(cfg.model), cfg.orders)
-    except ValueError as error:
-        refuse(error)
+    require_extras(cfg)
+    read_start(cfg)
+    assign(unit_ids(cfg.model), cfg.orders)
     print(f"valid: {cfg.run.folder}")
 
 
@@ -160,7 +153,7 @@ def main() -> None:
     """
     is_check = "--check" in sys.argv[1:]
     sys.argv[1:] = [word for word in sys.argv[1:] if word != "--check"]
-    hydra_main(check if is_check else run_and_report)
+    hydra_main(check if is_check else run_and_report, __doc__)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_the_page_s_part_is_the_same_from_the_csv_files_as_from_the_runs(rows, r
         "| Is MoZO on hop_odd the same as sign steps with equal epsilons? | \\|Δ\\| \\< 0.5 | Avg | 0 | – | – | – | – | not run |" in text
     )
     assert "| CIFAR-100 Inc20 | language all, naive | orders.rest=frozen | 0.30 |" in text
-    assert text.index("### The primary contrasts") < text.index("### Results") < text.index("### Questions")
+    assert text.index("## The primary contrasts") < text.index("## All runs") < text.index("## Questions of the paper")
 
 
 def test_only_the_part_between_the_markers_is_written(read_back, tmp_path):

@@ -49,4 +49,4 @@ def test_the_digits_and_deepspeed_say_what_to_install(monkeypatch):
     with pytest.raises(ValueError, match=r"data=digits: scikit-learn is not installed: pip install 'dist-vlcl\[digits\]'"):
         digits(compose_config([]).data)
     with pytest.raises(RuntimeError, match=r"DeepSpeed, which is not installed: pip install 'dist-vlcl\[deepspeed\]'"):
-        prepare_deepspeed(on_cpu=False)
+        prepare_deepspeed(on_cpu=False, timeout_s=600)

@@ -111,9 +111,7 @@ def test_an_impossible_plan_is_refused_with_a_reason(plan, words):
     assert words in str(caught.value)
 
 
-def test_a_tower_without_blocks_is_refused_where_the_plan_needs_it():
-    with pytest.raises(ValueError, match=r"orders.branch='dual': the model has no blocks in its language tower"):
-        assign(units(12, 0), OrderPlan("dual", "all"))
+def test_a_plan_of_one_branch_does_not_need_the_other():
     assert set(assign(units(12, 0), OrderPlan("vision", "all")).values()) == {Order.ZEROTH}
 
 

@@ -38,7 +38,7 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
     (first / "config.yaml").write_text(yaml.safe_dump({"seed": 1}))  # another run's
     status, said = swept(monkeypatch, capfd, *words)
     assert status == 1 and f"failed: {first.name}" in said and "was started with another configuration" in said
-    assert re.search(rf"{second.name} +done", said) and read_records(second).steps
+    assert re.search(rf"{second.name} +done", said) and read_records(second)["step"]
     shutil.rmtree(first)
     written = (second / "metrics.jsonl").stat().st_mtime_ns
     status, said = swept(monkeypatch, capfd, *words, "--item", "1")
@@ -74,7 +74,7 @@ def test_a_signal_stops_the_sweep_with_its_run_saved(tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not any(read_records(folder).steps for folder in tmp_path.glob("runs/*")):
+        while not any(read_records(folder)["step"] for folder in tmp_path.glob("runs/*")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         process.send_signal(signal.SIGUSR1)

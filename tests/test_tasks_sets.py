@@ -74,7 +74,7 @@ def test_the_run_is_named_after_its_sets_measured_again_and_reported(root, train
     accuracy, folder = trained
     assert folder.name == "fox-owl-elk-tiny-2-2-moe-mozo-dual-hop_odd-seed0"
     assert evaluate_run(folder, World.alone(), [f"data.root={root}"]).rows == accuracy.rows
-    first = read_records(folder).tasks[0]
+    first = read_records(folder)["task"][0]
     assert len(first["per_task"]) == 3 and first["transfer"] is not None  # all three sets
     monkeypatch.setattr(sys, "argv", ["report", str(folder), "--out", str(tmp_path / "report")])
     report.main()

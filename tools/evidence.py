@@ -1,4 +1,4 @@
-"""The data behind docs/reproduction.md, and the page's tables and figures from these data alone.
+"""The data behind docs/results.md, and the page's tables and figures from these data alone.
 
     python tools/evidence.py collect runs/* --out docs/results/cifar100.csv     one row per complete run
     python tools/evidence.py tables docs/results                                write the page's part between its two marker lines
@@ -44,7 +44,7 @@ from dist_vlcl.report.statistics import (
 )
 from dist_vlcl.run.files import replace_file
 
-PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- results: begin (tools/evidence.py writes this part) -->", "<!-- results: end -->"
 TEXTS = ["adapter", "other_settings", "method_settings", "shared_settings", "model_settings"]  # "" in a CSV is a text, and no gap
 HIDDEN = ("path", "is_probe", "is_complete", "tasks_done")
@@ -90,17 +90,17 @@ def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
     ours = cells[cells.seeds > 0]
     contrasts = contrasts_of(results, yaml.safe_load((CONFIG_FOLDER / "contrasts.yaml").read_text()))
     blocks = [
-        "### The primary contrasts",
+        "## The primary contrasts",
         "\n".join(map(sentence, contrasts[contrasts.seeds > 0].itertuples())) or "None was run yet.",
         contrast_table(contrasts),
     ]
-    blocks += ["### Results", f"Other settings than the paper's, in all runs: {'; '.join(sorted(shared)) or 'none'}."]
+    blocks += ["## All runs", f"Other settings than the paper's, in all runs: {'; '.join(sorted(shared)) or 'none'}."]
     blocks.append(tables.result_table(ours))
     if contribution := tables.contribution_table(ours):
-        blocks += ["### What did zeroth order contribute?", CONTRIBUTION_TERMS, contribution]
+        blocks += ["## What did zeroth order contribute?", CONTRIBUTION_TERMS, contribution]
     counted = comparisons[~comparisons.variant.isin(CONTROLS)]
     asked = {name: counted[counted.claim == name] for name in CLAIMS}
-    blocks += ["### Questions", RULE]
+    blocks += ["## Questions of the paper", RULE]
     for name, found in asked.items():
         if len(found):
             blocks += [f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})", tables.comparison_table(found)]

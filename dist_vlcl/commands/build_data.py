@@ -3,12 +3,10 @@
 Duration: one or two minutes for CIFAR-100 or Tiny-ImageNet on disk. Result: data/cifar100/index.json and one folder for each split.
 """
 
-from urllib.error import URLError
-
 from rich.console import Console
 from rich.progress import track
 
-from dist_vlcl.config import Config, hydra_main, refuse
+from dist_vlcl.config import Config, errors_refused, hydra_main
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import make_shards
 
@@ -20,13 +18,10 @@ def build(data: DataConfig) -> None:
     Console().print(f"{index.location}: {len(index.class_names)} classes, {counts}")
 
 
+@errors_refused()
 def run(config: Config) -> None:
     """Build the shards. An error of the user is one line on stderr and exit status 2."""
-    try:
-        build(config.data)
-    except (ValueError, OSError, RuntimeError) as error:
-        advice = "\nThis machine cannot download it. Get the official archive on another machine, and add data.source=PATH."
-        refuse(OSError(f"{error}{advice}") if isinstance(error, URLError) else error)
+    build(config.data)
 
 
 def main() -> None:

@@ -41,16 +41,21 @@ def rebuild(folder: Path, start: int | None = None, stop: int | None = None, dev
     Raises ValueError if the run has no such units, if the journal has a gap between start and stop, or if every checkpoint is after stop.
     """
     cfg = load_config(folder / "config.yaml", options, places=())
-    saved = _first_checkpoint(folder, start, stop)
+    steps = checkpoint.saved_steps(folder)
+    if not steps:
+        raise ValueError(f"{folder}/checkpoints has no checkpoint of this version to start from")
+    if start is None:
+        end = max((record["step"] for record in read_journal(folder, steps[0])), default=steps[0]) if stop is None else stop
+        start = max((step for step in steps if step < end), default=steps[0])
+    saved = checkpoint.load(folder, start, {"config": digest_of(read_config(folder / "config.yaml"))})
     if stop is not None and stop < saved.step:
-        steps = ", ".join(map(str, checkpoint.saved_steps(folder)))
         raise ValueError(f"step {stop} is before step {saved.step}, where the replay starts; {folder} has checkpoints of steps {steps}")
     records = [record for record in read_journal(folder, saved.step) if stop is None or record["step"] <= stop]
     reached = saved.step + len(records)
     if stop is not None and reached < stop:
         raise ValueError(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, so step {stop} cannot be rebuilt")
-    if stop is None and reached < (newest := checkpoint.saved_steps(folder)[-1]):
-        warn(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, and the newest checkpoint is of step {newest}")
+    if stop is None and reached < steps[-1]:
+        warn(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, and the newest checkpoint is of step {steps[-1]}")
     flats = {branch: FlatTensors(tensors) for branch, tensors in _zeroth_order(cfg, saved.tensors, device).items()}
     if not flats:
         raise ValueError(f"{folder} has no zeroth-order units (orders.branch={cfg.orders.branch}, orders.order={cfg.orders.order})")
@@ -58,17 +63,6 @@ def rebuild(folder: Path, start: int | None = None, stop: int | None = None, dev
     for record in track(records, "replay", disable=not sys.stdout.isatty()):
         zeroth.replay(record["moves"], Key(record["seed"], record["step"] - 1))
     return Rebuilt(saved.step, reached, {f"adapters/{name}": t.cpu() for flat in flats.values() for name, t in flat.tensors().items()})
-
-
-def _first_checkpoint(folder: Path, start: int | None, stop: int | None) -> checkpoint.Checkpoint:
-    """Return the checkpoint of `start`; without it, the newest one before `stop`, or before the journal's end."""
-    steps = checkpoint.saved_steps(folder)
-    if start is None:
-        if not steps:
-            raise ValueError(f"{folder}/checkpoints has no checkpoint of this version to start from")
-        end = max((record["step"] for record in read_journal(folder, steps[0])), default=steps[0]) if stop is None else stop
-        start = max((step for step in steps if step < end), default=steps[0])
-    return checkpoint.load(folder, start, {"config": digest_of(read_config(folder / "config.yaml"))})
 
 
 def _zeroth_order(cfg: Config, saved: Mapping[str, Tensor], device: str) -> dict[str, dict[str, Tensor]]:

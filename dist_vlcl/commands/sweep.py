@@ -35,9 +35,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from dist_vlcl.config import Config, compose_config, errors_refused, refuse, search_path
+from dist_vlcl.config import Config, compose_config, errors_refused, search_path
 from dist_vlcl.data.shards import open_index
-from dist_vlcl.masking import masked_command
+from dist_vlcl.masking import explained, masked_command
 from dist_vlcl.model.clip import build_clip, unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.paper import catalogue, published, select
@@ -99,12 +99,10 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
     """Return the runs with their folders. Raises ValueError that names the run if an option is wrong or two runs share a folder."""
     items: dict[Path, Item] = {}
     for options in commands:
-        try:
+        with explained(masked_command(options)):
             config = compose_config(options)
             if not items:
                 assign(unit_ids(config.model), config.orders)  # whether the plan fits the model's depth, which is the same for all runs
-        except ValueError as error:
-            raise ValueError(f"{masked_command(options)}: {error}") from error
         folder = config.run.folder
         if folder in items:
             both = f"{masked_command(items[folder].options)} and {masked_command(options)}"
@@ -162,8 +160,9 @@ def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) ->
     """
     outcomes = {item: COMPLETE if item.is_complete else LEFT for item in items}
     missing = [item for item in items if outcomes[item] == LEFT]
-    if len(missing) > 1 and (texts := missing_inputs([item.config for item in missing])):
-        refuse(ValueError("\n".join(texts)))
+    with errors_refused():
+        if len(missing) > 1 and (texts := missing_inputs([item.config for item in missing])):
+            raise ValueError("\n".join(texts))
     console.print(f"{len(missing)} of {len(items)} to train, the others are complete", highlight=False)
     with Preemption() as stop:
         for number, item in enumerate(missing, 1):

@@ -82,7 +82,7 @@ def trained(items: Sequence[Item]) -> pd.DataFrame:
     """Return one row per run: seed, accuracy in percent (NaN for a failed run), zero-shot accuracy, and loss over its last quarter."""
     rows = []
     for item in items:
-        losses = [record["loss"] for record in read_records(item.folder).steps]
+        losses = [record["loss"] for record in read_records(item.folder)["step"]]
         end = mean(losses[-max(1, len(losses) // 4) :]) if losses and item.is_complete else nan
         before = next(iter((item.accuracy.get("zero_shot") or {}).values()), nan)
         last = item.accuracy["last"] if item.is_complete else nan
@@ -103,7 +103,8 @@ class Search:
     @property
     def answer(self) -> str:
         """What the fresh runs say, in one sentence."""
-        options, (gain, low, high) = _words(self.best), (self.fresh[key] for key in ("mean", "low", "high"))
+        options = " ".join(f"{key}={value}" for key, value in self.best.items())
+        gain, low, high = (self.fresh[key] for key in ("mean", "low", "high"))
         if isnan(low):
             # Without the runs that failed the others would be a selection, which can fake a gain.
             reason = "some of them failed" if isnan(gain) else f"all differences are {gain:+.2f} points"
@@ -117,10 +118,6 @@ class Search:
         """How much of the winner's gain in the screen did not appear again."""
         count, lost = len(self.trials[list(self.best)].drop_duplicates()), self.screened - self.fresh["mean"]
         return f"In the screen it gained {self.screened:+.2f} points, the best of {count} choices. The fresh runs show {lost:.2f} less."
-
-
-def _words(choice: Choice) -> str:
-    return " ".join(f"{key}={value}" for key, value in choice.items())
 
 
 def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh: Sequence[str]) -> Search | None:

@@ -8,19 +8,20 @@ import sys
 from rich.console import Console
 from rich.progress import track
 
-from dist_vlcl.config import Config, hydra_main
+from dist_vlcl.config import Config, errors_refused, hydra_main
 from dist_vlcl.data.shards import ShardError, open_index
 from dist_vlcl.masking import masked
 
 
+@errors_refused()
 def run(config: Config) -> None:
     """Verify with a progress bar. Damaged shards give exit status 1; an error of the user gives 2."""
+    index = open_index(config.data)
     try:
-        index = open_index(config.data)
         index.verify(lambda shards: track(shards, description=f"{config.data.name}: shards"))
-    except (ValueError, OSError, ShardError) as error:
+    except ShardError as error:
         print(masked(f"error: {error}"), file=sys.stderr)
-        sys.exit(1 if isinstance(error, ShardError) else 2)
+        sys.exit(1)
     counts = f"{index.count('train')} training and {index.count('test')} test images"
     Console().print(f"{masked(index.location)}: {counts}, every shard as it was written")
 

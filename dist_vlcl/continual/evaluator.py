@@ -28,15 +28,12 @@ def count_correct(
     text_CF = towers.features("language", tokens, noise and StepNoise(noise, rows))
     counts = torch.zeros(len(prefixes), len(class_names), 2, dtype=torch.int64, device=world.device)
     for batch in batches:
+        images, image_noise = batch.images, noise and StepNoise(Key(noise.seed, batch.index + 1), {"vision": batch.positions})
         if len(batch.labels) == 0:
             # Under ZeRO-3 a forward pass contains collectives, so a rank without samples joins with a blank image that does not count.
-            blank = torch.zeros(1, 3, towers.image_size, towers.image_size, dtype=torch.uint8, device=world.device)
-            with world.collectives("forward pass of an evaluation"):
-                towers.features("vision", blank)
-            continue
-        image_noise = noise and StepNoise(Key(noise.seed, batch.index + 1), {"vision": batch.positions})
+            images, image_noise = torch.zeros(1, 3, towers.image_size, towers.image_size, dtype=torch.uint8, device=world.device), None
         with world.collectives("forward pass of an evaluation"):
-            image_BF = towers.features("vision", batch.images, image_noise)
+            image_BF = towers.features("vision", images, image_noise)[: len(batch.labels)]
         logits_BC = image_BF @ text_CF.T
         for p, num_classes in enumerate(prefixes):
             right = (logits_BC[:, :num_classes].argmax(1) == batch.labels).long()

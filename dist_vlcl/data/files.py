@@ -16,6 +16,8 @@ from typing import IO, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from dist_vlcl.masking import explained
+
 MAX_FILE_BYTES = 1 << 26  # of one file of a source: a small archive can unpack to any size
 SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test"}
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # of a WebDataset tar: key and suffix, from the first dot of the file's name
@@ -54,24 +56,19 @@ def open_source(source: Path) -> dict[str, ReadFile]:
     if not source.exists():
         raise FileNotFoundError(f"data.source={str(source)!r}: no such file or folder")
     advice = "copy what it names in its place" if source.is_dir() else "get the archive again, or unpack it and give the folder"
-    try:
+    with explained(f"data.source={str(source)!r}", advice, Exception):  # zipfile raises many types of errors for damaged bytes
         files = list(_list_folder(source) if source.is_dir() else _list_archive(source))
         "".join(name for name, _ in files).encode()  # raises for a name that is not UTF-8
         if not all(PurePosixPath(name).parts for name, _ in files):
             raise ValueError("a file has no name")
         if repeated := [name for name, count in Counter(name for name, _ in files).items() if count > 1]:
             raise ValueError(f"{len(repeated)} names come more than once, such as {repeated[0]!r}")
-    except Exception as error:  # zipfile raises many types of errors for damaged bytes
-        raise ValueError(f"data.source={str(source)!r}: {error}; {advice}") from error
     return {name: partial(_read, source, name, open_file) for name, open_file in files}
 
 
 def _read(source: Path, name: str, open_file: Callable[[], Any]) -> bytes:
-    try:
-        with open_file() as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except Exception as error:  # zipfile raises many types of errors for damaged bytes
-        raise ValueError(f"{source}: damaged at {name!r} ({error}); get it again") from error
+    with explained(f"{source}: damaged at {name!r}", "get it again", Exception), open_file() as file:
+        content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise ValueError(f"{source}: {name!r} has more than {MAX_FILE_BYTES:,} bytes, the most that a file may have")
     return content
@@ -113,7 +110,7 @@ def tar_members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """
     length = file.seek(0, os.SEEK_END)
     file.seek(0)
-    try:
+    with explained("damaged, or not an uncompressed .tar", kinds=Exception):  # tarfile raises many types of errors for damaged bytes
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - mode `r:` never decompresses; the caller closes the file
         for member in tar:
             if not 0 <= member.size <= length - member.offset_data:
@@ -126,8 +123,6 @@ def tar_members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
         rest = iter(partial(file.read, 1 << 20), b"")
         if length - tar.offset < END_BYTES or any(part.strip(b"\0") for part in rest):
             raise tarfile.ReadError(f"invalid header at byte {tar.offset:,}, or the end is missing")
-    except Exception as error:  # tarfile raises many types of errors for damaged bytes
-        raise ValueError(f"damaged, or not an uncompressed .tar: {error}") from error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from dist_vlcl.data.download import read_bytes
 from dist_vlcl.data.files import MEMBER, SPLIT_FOLDERS, Found, ReadFile, open_source
 from dist_vlcl.data.images import IMAGE_SUFFIXES, png
 from dist_vlcl.data.settings import DataConfig
-from dist_vlcl.masking import masked
+from dist_vlcl.masking import explained, masked
 
 MAX_TAR_BYTES = 1 << 32
 MAX_NAMES_BYTES = 1 << 22
@@ -69,15 +69,11 @@ def _downloaded(data: DataConfig, tar: str) -> dict[str, ReadFile]:
 def hf(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """A data set of Hugging Face's `datasets`: from the Hub, from the cache, or from a folder of Parquet files."""
     source = data.source or data.name
-    try:
+    advice = "data=hf needs the extra dist-vlcl[hf] and, without a network, the cache of datasets or data.source=FOLDER of Parquet files"
+    with explained(f"{source}: could not load it", advice, Exception):  # it raises errors of many types
         import datasets
 
         loaded = datasets.load_dataset(str(Path(source).resolve(strict=True)) if data.source else source, data.subset)
-    except Exception as error:  # it raises errors of many types
-        advice = (
-            "data=hf needs the extra dist-vlcl[hf] and, without a network, the cache of datasets or data.source=FOLDER of Parquet files"
-        )
-        raise ValueError(f"{source}: could not load it ({' '.join(str(error.__cause__ or error).split())}); {advice}") from error
     test = data.test_split or next((name for name in ("test", "valid", "validation") if name in loaded), None)
     splits = {data.train_split: "train", test: "test"} if test else {data.train_split: None}
     rows = ", ".join(f"{name} ({len(part)} rows)" for name, part in loaded.items())
@@ -110,7 +106,9 @@ def _bytes_of(part: Any, row: int, column: str) -> bytes:
 def torchvision(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """A classification data set of torchvision, which downloads it unless its root folder `data.source` has it. Stored as PNG."""
     root, found = data.source or str(Path(data.root, "downloads", data.name)), []
-    try:
+    advice = "data.source=FOLDER is its root folder; data.train_split and data.test_split are its names of the splits"
+    # it raises errors of many types
+    with explained(f"data.name={data.name!r}: torchvision cannot open it in {root!r}", advice, Exception):
         import torchvision.datasets
 
         kind = getattr(torchvision.datasets, data.name)
@@ -125,9 +123,6 @@ def torchvision(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
             for number in track(range(len(images)), f"{split or 'all'} labels"):
                 path = f"{split or 'all'}/{number:07d}.png"
                 found.append(Found(split, str(images[number][1]), path, partial(_png_of, images, number)))
-    except Exception as error:  # it raises errors of many types
-        advice = "data.source=FOLDER is its root folder; data.train_split and data.test_split are its names of the splits"
-        raise ValueError(f"data.name={data.name!r}: torchvision cannot open it in {root!r} ({error}); {advice}") from error
     return _labelled(found, _names(data, data.class_names) or getattr(images, "classes", getattr(images, "categories", ())))
 
 
@@ -137,13 +132,11 @@ def _png_of(images: Any, number: int) -> bytes:
 
 def _names(data: DataConfig, address: str | None) -> list[str]:
     """Return the class names of a text file, one a line; [] if no file is given."""
-    try:
+    with explained(address, "data.class_names=FILE has one name a line, in the order of the numbers", (OSError, ValueError)):
         text = read_bytes(address, limit=MAX_NAMES_BYTES, timeout_s=data.timeout_s).decode() if address else ""
         names = [line.strip() for line in text.strip().splitlines()]
         if "" in names:
             raise ValueError(f"line {names.index('') + 1} is empty")
-    except (OSError, ValueError) as error:
-        raise ValueError(masked(f"{address}: {error}; data.class_names=FILE has one name a line, in the order of the numbers")) from error
     return names
 
 

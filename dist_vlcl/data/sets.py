@@ -1,24 +1,30 @@
 """Raw data sets: each reader lists the images of a data set with split, class id and key. Sources are folders, .tar or .zip files."""
 
+import hashlib
+import pickle
+import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
+from urllib.error import URLError
 
 from PIL import Image
 
-from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, new_folder, open_source
+from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, open_source
 from dist_vlcl.data.images import IMAGE_SUFFIXES, png
 from dist_vlcl.data.labelled import hf, torchvision, webdataset
 from dist_vlcl.data.names import known_classes
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.tasks import generator
+from dist_vlcl.masking import explained
 from dist_vlcl.reading import parse_json
 
 CIFAR_FOLDER = "cifar-100-python"
+CIFAR_FILES = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}  # MD5
+MAX_CIFAR_BYTES = 1 << 28
 ARCHIVES = {  # address and MD5
     "cifar100": ("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85"),
     "tiny_imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
@@ -55,10 +61,8 @@ def read_raw(data: DataConfig) -> RawSet:
     given = ", ".join(f"data.{name}={getattr(data, name)!r}" for name in options if getattr(data, name) or name == "source")
     missing, unknown = [name for name in classes if name not in folders], sorted(folders - set(classes))
     if missing or unknown:
-        raise ValueError(
-            f"{given}: {len(missing)} of {len(classes)} classes have no images {missing[:5]}; "
-            f"{len(unknown)} folders are not classes {unknown[:5]}"
-        )
+        problem = f"{len(missing)} of {len(classes)} classes have no images {missing[:5]}"
+        raise ValueError(f"{given}: {problem}; {len(unknown)} folders are not classes {unknown[:5]}")
     class_ids = {name: class_id for class_id, name in enumerate(classes)}
     split_of = _splits(found, data)
     samples = [
@@ -91,20 +95,14 @@ def digits(_: DataConfig) -> tuple[list[Found], dict[str, str]]:
 
 
 def cifar100(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
-    """The official archive, downloaded or given, or images below `<class>/`."""
-    downloads = Path(data.root) / "downloads"
-    source = Path(data.source or downloads)
-    if data.source is None and not (downloads / CIFAR_FOLDER).is_dir():
-        source = _download(data)
-    if source.name == f"{CIFAR_FOLDER}.tar.gz" and source.is_file():
-        _unpack_cifar(source, downloads)
-        source = downloads
-    elif source.name == CIFAR_FOLDER and (source / "train").is_file():
-        source = source.parent  # the unpacked folder itself was given
-    if not (source / CIFAR_FOLDER).is_dir():
+    """The official archive, downloaded or given, the folder that it unpacks to, or images below `<class>/`."""
+    source, classes = Path(data.source) if data.source else _download(data), known_classes("cifar100")
+    unpacked = source if source.name == CIFAR_FOLDER else source / CIFAR_FOLDER
+    if (unpacked / "train").is_file():
+        source = unpacked
+    elif source.name != f"{CIFAR_FOLDER}.tar.gz":
         return known_images(data, source)
-    classes = known_classes("cifar100")
-    return [image for split in ("train", "test") for image in _official_cifar(source, split, list(classes))], classes
+    return list(_official_cifar(source, list(classes))), classes
 
 
 def archive(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
@@ -165,18 +163,15 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
     """Read a list like RAPF's: a line `train`, lines `<class>/<image>`, a line `test`, more lines. Other images are not used."""
     listed: dict[str, str] = {}
     split = None
-    try:
+    with explained(f"data.split_file={split_file!r}"):
         text = Path(split_file).read_text(encoding="utf-8")
-    except ValueError as error:
-        raise ValueError(f"data.split_file={split_file!r}: {error}") from None
     for line in filter(None, map(str.strip, text.splitlines())):
         if line in ("train", "test"):
             split = line
         elif split is None:
             raise ValueError(f"data.split_file={split_file!r}: the first line must be `train` or `test`, not {line!r}")
-        else:
-            if listed.setdefault(line, split) != split:
-                raise ValueError(f"data.split_file={split_file!r}: lists {line!r} for training and for testing")
+        elif listed.setdefault(line, split) != split:
+            raise ValueError(f"data.split_file={split_file!r}: lists {line!r} for training and for testing")
     paths = {image.short: image.path for image in found}
     if missing := [name for name in listed if name not in paths]:
         raise ValueError(f"data.split_file={split_file!r}: {len(missing)} of its images are not in the source, such as {missing[0]}")
@@ -185,12 +180,10 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
 
 def _read_class_names(path: str) -> dict[str, str]:
     advice = f'data.class_names={path!r}: give a JSON list of {{"folder": ..., "name": ...}}, each folder once'
-    try:
+    with explained(advice):
         entries = parse_json(Path(path).read_bytes(), [{"folder": str, "name": str}])
-    except ValueError as error:
-        raise ValueError(f"{advice} ({error})") from None
-    if repeated := [folder for folder, count in Counter(entry["folder"] for entry in entries).items() if count > 1]:
-        raise ValueError(f"{advice} ({repeated[0]!r} comes more than once)")
+        if repeated := [folder for folder, count in Counter(entry["folder"] for entry in entries).items() if count > 1]:
+            raise ValueError(f"{repeated[0]!r} comes more than once")
     return {entry["folder"]: entry["name"] for entry in entries}
 
 
@@ -254,35 +247,28 @@ def _download(data: DataConfig) -> Path:
     from torchvision.datasets.utils import download_url
 
     (url, md5), downloads = ARCHIVES[data.reader_name], Path(data.root) / "downloads"
-    try:
+    advice = "get the official archive, perhaps on another machine, and add data.source=PATH"
+    with explained(f"{url}: could not download it", advice, (RuntimeError, URLError)):
         download_url(url, downloads, md5=md5)
-    except RuntimeError as error:
-        raise ValueError(f"{url}: the download is not the official archive ({error}); try again, or give data.source=PATH") from error
     return downloads / PurePosixPath(url).name
 
 
-def _unpack_cifar(archive: Path, folder: Path) -> None:
-    from torchvision.datasets.utils import calculate_md5, extract_archive
-
-    if (found := calculate_md5(archive)) != (official := ARCHIVES["cifar100"][1]):
-        raise ValueError(f"data.source={str(archive)!r}: damaged, or not the official archive: MD5 {found}, not {official}")
-    with suppress(FileExistsError), new_folder(folder / CIFAR_FOLDER) as unpacked:
-        extract_archive(str(archive), str(unpacked))
-        for file in (unpacked / CIFAR_FOLDER).iterdir():
-            file.rename(unpacked / file.name)
-        (unpacked / CIFAR_FOLDER).rmdir()
-
-
-def _official_cifar(folder: Path, split: str, class_names: list[str]) -> Iterable[Found]:
-    from torchvision.datasets import CIFAR100
-
-    try:  # torchvision checks the MD5 of the files before it opens a pickle
-        images = CIFAR100(str(folder), train=split == "train")
-    except RuntimeError as error:
-        raise ValueError(f"{folder / CIFAR_FOLDER}: damaged, or not the official files ({error}); remove it and get them again") from error
-    for number, (pixels, label) in enumerate(zip(images.data, images.targets, strict=True)):
-        name = class_names[label]
-        yield Found(split, name, f"{split}/{name}/{number:05d}.png", partial(png, pixels))
+def _official_cifar(source: Path, class_names: list[str]) -> Iterator[Found]:
+    """Yield the images of the official archive, or of the folder that it unpacks to."""
+    for split, md5 in CIFAR_FILES.items():
+        # tarfile raises many types of errors for damaged bytes
+        with explained(f"data.source={str(source)!r}: damaged, or not the official files", "get them again", Exception):
+            if source.is_dir():
+                content = (source / split).read_bytes()
+            else:
+                with tarfile.open(source) as tar, cast(Any, tar.extractfile(f"{CIFAR_FOLDER}/{split}")) as file:
+                    content = file.read(MAX_CIFAR_BYTES)
+            if (found := hashlib.md5(content).hexdigest()) != md5:  # opening another pickle could run code
+                raise ValueError(f"the MD5 of {split} is {found}, not {md5}")
+        batch = pickle.loads(content, encoding="latin1")
+        images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        for number, (pixels, label) in enumerate(zip(images, batch["fine_labels"], strict=True)):
+            yield Found(split, class_names[label], f"{split}/{class_names[label]}/{number:05d}.png", partial(png, pixels))
 
 
 def _digit_png(values: Any) -> bytes:

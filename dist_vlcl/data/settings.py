@@ -7,8 +7,6 @@ from dist_vlcl.options import option
 
 KNOWN = ("digits", "cifar100", "tiny_imagenet", "imagenet_r")  # data sets with a reader of their own
 READERS = (*KNOWN, "folder", "webdataset", "hf", "torchvision")
-ENCODINGS = ("auto", "original", "pixels")
-ON_ERROR = ("stop", "skip")
 SMALL_IMAGES = ("digits", "cifar100", "tiny_imagenet")  # 3 to 12 kB an image as pixels
 
 
@@ -35,13 +33,11 @@ class DataConfig:
     test_fraction: float = option(0.2, "Part of each class used for testing, for a source without a split.", above=0, below=1)
     split_file: str | None = option(None, "Text file: `train`, image paths, `test`, image paths; it replaces test_fraction.")
     split_seed: int = option(0, "Seed of the random split into training, test and held-out images.")
-    class_names: str | None = option(
-        None, 'JSON list of {"folder": ..., "name": ...} by class id; or, for numbered classes, one name a line.'
-    )
+    class_names: str | None = option(None, 'JSON list of {"folder": ..., "name": ...} by class id; numbered classes: one name a line.')
     underscore_names: bool = option(False, "Keep underscores of class names in prompts, as the baseline's code does.")
     samples_per_shard: int = option(64, "Most samples in a shard; the shards of a class differ by at most one sample.", min=1)
-    encoding: str = option("auto", "Images in shards: original files or pixels; auto: pixels if images are small.", choices=ENCODINGS)
-    on_error: str = option("stop", "A damaged image stops the build, or is left out and logged.", choices=ON_ERROR)
+    encoding: str = option("auto", "Images in shards: files or pixels; auto: pixels if small.", choices=("auto", "original", "pixels"))
+    on_error: str = option("stop", "A damaged image stops the build, or is left out and logged.", choices=("stop", "skip"))
     allow_pipe: bool = option(False, "Allow a url that runs a command, such as `pipe:aws s3 cp s3://bucket/set/{} -`.")
     timeout_s: float = option(120, "Seconds to read one shard from http(s) or a `pipe:`, all attempts together.", above=0, max=10**6)
     num_workers: int | None = option(None, "Loading processes of each rank; null: up to 4 for a GPU, none for a CPU.", min=0, max=256)

@@ -36,7 +36,7 @@ from dist_vlcl.data.images import IMAGE_SUFFIXES, PIXELS, open_image, ppm
 from dist_vlcl.data.sets import RawSample, RawSet, read_raw
 from dist_vlcl.data.settings import KNOWN, DataConfig
 from dist_vlcl.data.tasks import rank_slice
-from dist_vlcl.masking import masked
+from dist_vlcl.masking import explained, masked
 
 FORMAT = 1
 SPLITS = ("train", "test")
@@ -67,10 +67,8 @@ class StoredSample(NamedTuple):
 
 def decode(data: bytes, key: str) -> np.ndarray:
     """Image -> RGB pixels, uint8 [H, W, 3]. Raises ShardError that names the image if it cannot be opened."""
-    try:
+    with explained(key, to=ShardError):
         return open_image(data)
-    except ValueError as error:
-        raise ShardError(f"{key}: {error}") from error
 
 
 # The index
@@ -169,11 +167,10 @@ class Index:
     def load(cls, location: str, allow_pipe: bool = False, timeout_s: float = DataConfig.timeout_s) -> "Index":
         """Read index.json below a folder or address. Raises OSError, or ValueError for another format or content than was written."""
         url = _address(location, "index.json")
-        try:
+        with explained(f"{url}: cannot be read", kinds=OSError, to=OSError):
             text = read_bytes(url, allow_pipe, MAX_INDEX_BYTES, timeout_s=timeout_s)
-        except OSError as error:
-            raise OSError(masked(f"{url}: cannot be read: {error}")) from error
-        try:
+        kinds = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+        with explained(f"{url}: damaged", "copy it, or build the shards, again", kinds):
             content = json.loads(text)
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
@@ -185,8 +182,6 @@ class Index:
             if json.loads(index._text()) != content or digest not in (None, index.fingerprint):
                 raise ValueError("the content is not the one that was written")
             return index
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(masked(f"{url}: damaged ({type(error).__name__}: {error}); copy it, or build the shards, again")) from error
 
 
 def _address(location: str, path: str) -> str:
@@ -347,17 +342,15 @@ def read_shard(index: Index, shard: Shard) -> list[StoredSample]:
     url = _address(index.location, shard.path)
     try:
         content = read_bytes(url, index.allow_pipe, shard.bytes + 1, timeout_s=index.timeout_s)
-    except OSError as error:
+    except OSError as error:  # `from None`: the traceback of a loading process would show a secret of the address
         raise ShardUnavailableError(masked(f"{url}: cannot be read: {error}")) from None
     if len(content) != shard.bytes:
         found = "more" if len(content) > shard.bytes else len(content)
         raise ShardError(f"{masked(url)}: the index says {shard.bytes} bytes, found {found}")
     if hashlib.sha256(content).hexdigest() != shard.sha256:
         raise ShardError(f"{masked(url)}: the bytes differ from those that were written")
-    try:
+    with explained(f"{url}: refused", to=ShardError):
         return _parse(content, shard)
-    except ValueError as error:
-        raise ShardError(f"{masked(url)}: refused, {error}") from error
 
 
 def _parse(content: bytes, shard: Shard) -> list[StoredSample]:

@@ -39,18 +39,16 @@ class TaskStream(list[Task]):
         order = range(num_classes) if order is None else order
         once, given = Counter(range(num_classes)), Counter(order)
         if once != given:
-            raise ValueError(
-                f"tasks.order: list each class id from 0 to {num_classes - 1} once; "
-                f"missing {sorted(once - given)[:5]}, unknown or repeated {sorted(given - once)[:5]}"
-            )
+            wrong = f"missing {sorted(once - given)[:5]}, unknown or repeated {sorted(given - once)[:5]}"
+            raise ValueError(f"tasks.order: list each class id from 0 to {num_classes - 1} once; {wrong}")
         if isinstance(increment, int):
-            _require_between("increment", increment, 1, num_classes, "the number of classes")
-            _require_between("base", base, 0, num_classes, "the number of classes")
-            starts = [0, *range(base or increment, num_classes, increment)]
+            starts = [0, *range(base or increment, num_classes, max(1, increment))]
         else:
             starts = [sum(increment[:k]) for k in range(len(increment))]
-        if num_tasks is not None:
-            _require_between("num_tasks", num_tasks, 1, len(starts), "the number of tasks in the stream")
+        sizes = {"increment": (increment, 1, num_classes), "base": (base, 0, num_classes), "num_tasks": (num_tasks, 1, len(starts))}
+        for option, (value, low, high) in sizes.items():
+            if isinstance(value, int) and not low <= value <= high:
+                raise ValueError(f"tasks.{option}={value}: choose from {low} to {high}")
         for index, (start, stop) in enumerate(zip(starts[:num_tasks], [*starts[1:], num_classes], strict=False)):
             classes = tuple(order[start:stop])
             self.append(Task(index, classes, tuple(names[class_id] for class_id in classes)))
@@ -61,11 +59,6 @@ class TaskStream(list[Task]):
         classes = tuple(class_id for task in tasks for class_id in task.classes)
         names = tuple(name for task in tasks for name in task.names)
         return Task(tasks[-1].index, classes, names)
-
-
-def _require_between(option: str, value: int, low: int, high: int, meaning: str) -> None:
-    if not low <= value <= high:
-        raise ValueError(f"tasks.{option}={value}: choose from {low} to {high}, {meaning}")
 
 
 class SampleId(NamedTuple):

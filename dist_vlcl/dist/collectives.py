@@ -84,9 +84,7 @@ class Collectives:
         if notes is None:
             if self.rank == 0 or len(others) == 1:
                 return f"{', '.join(map(self.named, others))} {how}"
-            return (
-                f"a rank {how}. {self.named(0)}, which holds the notes, cannot be reached either: its host or this host's network is down"
-            )
+            return f"a rank {how}. {self.named(0)} cannot be reached either: its host or this host's network is down"
         if stopped := [f"{self.named(rank)} had stopped: {notes[rank]['why']}" for rank in others if "why" in notes.get(rank, {})]:
             return "; ".join(stopped)
         missing = [self.named(rank) for rank in others if rank not in notes]

@@ -18,6 +18,7 @@ from torch.profiler import record_function
 from dist_vlcl.dist.world import World
 from dist_vlcl.options import option
 
+COMPRESSIONS = ("none", "bf16", "powersgd")
 RANK = 2  # of PowerSGD's products
 
 
@@ -29,11 +30,7 @@ class FirstOrderConfig:
     weight_decay: float = option(0.0, "AdamW's weight decay.", min=0)
     betas: list[float] = option([0.9, 0.999], "AdamW's decay rates of the two moments.", min=0, below=1)
     max_grad_norm: float | None = option(None, "Gradients with a larger norm are scaled down to it; null: no clipping.", above=0)
-    compression: str = option(
-        "none",
-        "How gradients travel between ranks: as they are, rounded to bf16, or as PowerSGD's products of low rank. Not with DeepSpeed.",
-        choices=("none", "bf16", "powersgd"),
-    )
+    compression: str = option("none", "How gradients are sent: whole, as bf16, or by PowerSGD. Not with DeepSpeed.", choices=COMPRESSIONS)
 
     def check(self) -> None:
         if len(self.betas) != 2:
@@ -127,16 +124,14 @@ class FirstOrder:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        for p in self.parameters:
-            p.grad = None
+        self.model.zero_grad()
         return norm
 
     def zero_grad(self) -> None:
         """Drop the gradients of a skipped step, and what PowerSGD remembers: it may not be finite."""
         self.wait_for_gradients()
         self.power_sgd = None
-        for p in self.parameters:
-            p.grad = None
+        self.model.zero_grad()
 
     def gathered_parameters(self, writes: bool = False) -> AbstractContextManager:
         """Gather sharded parameters for reading or, with `writes`, writing. DDP does not shard them. All ranks call this."""

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +17,10 @@ from torch import Tensor
 from dist_vlcl.dist.collectives import Collectives, is_network_error
 from dist_vlcl.options import option
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-# So many ranks exchange losses directly over gloo. With more, the bytes of a rank grow, and an all-reduce takes over.
-DIRECT_RANKS = 16
+# So many ranks exchange losses directly over gloo: one round trip, where its all-reduce, a ring, takes two for each rank. A message has
+# 0.6 kB with its headers, so that 255 of them take less than a round trip even at 10 Mbit/s and 100 ms.
+DIRECT_RANKS = 256
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass
@@ -29,22 +28,11 @@ class ClusterConfig:
     """How the run expects to be started."""
 
     num_processes: int | None = option(None, "Number of ranks that the launcher must have started; null: any number.", min=1)
-    device: str = option(
-        "auto", "Where to compute; auto: on CUDA GPUs if there are any. Apple's MPS is not supported.", choices=("auto", "cpu", "cuda")
-    )
+    device: str = option("auto", "Where to compute; auto: on CUDA GPUs if there are any. Apple's MPS is not supported.", choices=DEVICES)
     timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0, max=10**6)
     direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
-    exact_bits: bool | None = option(
-        None,
-        "Pad a rank's samples to 8, so that zeroth order alone has the same bits on any number of ranks; null: only if a rank's part of a "
-        "full batch has 8 samples, where this costs nothing.",
-    )
-    threads: int | None = option(
-        1,
-        "CPU threads of a rank, instead of OMP_NUM_THREADS; null: the cores divided by the ranks. The last bits of sums depend on it.",
-        min=1,
-        max=1024,
-    )
+    exact_bits: bool | None = option(None, "Pad a rank to 8 samples: zeroth order has equal bits on any number of ranks; null: where free.")
+    threads: int | None = option(1, "CPU threads of a rank (last bits depend on them); null: its share of the cores.", min=1, max=1024)
 
 
 @dataclass
@@ -86,9 +74,7 @@ class World:
         accelerator, engine = join(config, announced, backend)
         groups = config.direction_groups
         if groups > 1 and engine.startswith("zero3"):
-            raise RuntimeError(
-                "cluster.direction_groups: not possible under ZeRO-3, where all ranks must evaluate the same candidates; use another engine"
-            )
+            raise RuntimeError("cluster.direction_groups: not possible under ZeRO-3, which evaluates on all ranks; use another engine")
         world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups)
         world.collectives = Collectives(world.rank, ["?"] * world.size, config.timeout_s)
         world.collectives.hosts = world.gather_objects(socket.gethostname(), "host names")
@@ -151,11 +137,10 @@ class World:
 
     def share(self, value: Any, what: str = "rank 0's value") -> Any:
         """Return rank 0's value, a picklable object."""
-        if self.size == 1:
-            return value
         box = [value]
-        with self.collectives(f"broadcast of {what}"):
-            dist.broadcast_object_list(box, src=0, device=self.device)
+        if self.size > 1:
+            with self.collectives(f"broadcast of {what}"):
+                dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def on_main(self, work: Callable[[], Any], what: str) -> Any:
@@ -197,16 +182,13 @@ def check_launch(config: ClusterConfig, announced: int) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("cluster.device=cuda: torch sees no GPU on this machine; use cluster.device=cpu or auto")
     if config.num_processes is not None and config.num_processes != announced:
-        raise RuntimeError(
-            f"cluster.num_processes={config.num_processes}, but the launcher started {announced}. On CPUs use\n"
-            f"  accelerate launch --multi_gpu --num_processes {config.num_processes} -m dist_vlcl.train ...\n"
-            "(`--cpu` starts a single process), or torchrun --nproc_per_node."
-        )
+        advice = f"use accelerate launch --multi_gpu --num_processes {config.num_processes} (--cpu starts a single process), or torchrun"
+        raise RuntimeError(f"cluster.num_processes={config.num_processes}, but the launcher started {announced}; {advice}")
     if announced % config.direction_groups:
         raise RuntimeError(f"cluster.direction_groups={config.direction_groups}: choose a divisor of the {announced} ranks")
 
 
-def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple["Accelerator", str]:
+def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple[Any, str]:
     """Meet the other ranks; return the Accelerator and the engine's name: ddp, or a ZeRO stage. All ranks call this.
 
     Sets torch's number of threads and turns TF32 off for the whole process. Raises RuntimeError if a rank is missing after
@@ -232,7 +214,7 @@ def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple["Acc
     if on_deepspeed or announced > 1:  # one process without DeepSpeed has no process group
         process_group.backend = backend
     if on_deepspeed:
-        zero.prepare_deepspeed(on_cpu)
+        zero.prepare_deepspeed(on_cpu, config.timeout_s)
     # broadcast_buffers would send the zeroth-order units in every forward pass, and overwrite a replica that diverged.
     # Without find_unused_parameters DDP reorders its buckets after the first backward pass. Sums over three or more ranks would then differ
     # in the last bits between a resumed run and an uninterrupted one.
@@ -252,7 +234,7 @@ def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple["Acc
     return accelerator, zero.engine_name(accelerator) if on_deepspeed else "ddp"
 
 
-def check_joined(accelerator: "Accelerator", announced: int, backend: str, on_deepspeed: bool) -> None:
+def check_joined(accelerator: Any, announced: int, backend: str, on_deepspeed: bool) -> None:
     """Raise RuntimeError unless accelerate sees all processes, plain data parallelism or DeepSpeed, no compiler, and our backend."""
     several = ("MULTI_GPU", "MULTI_CPU")
     kinds = ("DEEPSPEED",) if on_deepspeed else several if announced > 1 else ("NO", *several)
@@ -266,7 +248,5 @@ def check_joined(accelerator: "Accelerator", announced: int, backend: str, on_de
         (backend in group, f"process group {group}, but it must be {backend}"),
     ]
     if wrong := [text for is_right, text in facts if not is_right]:
-        raise RuntimeError(
-            f"accelerate sees {'; '.join(wrong)}. Otherwise gradients would not be synchronised, or be in lower precision. Start with "
-            "accelerate launch --multi_gpu --dynamo_backend no, torchrun, or a file of launch/, and unset other ACCELERATE_* settings."
-        )
+        advice = "accelerate launch --multi_gpu --dynamo_backend no, torchrun, or a file of launch/, and unset other ACCELERATE_* settings"
+        raise RuntimeError(f"accelerate sees {'; '.join(wrong)}: start with {advice}")

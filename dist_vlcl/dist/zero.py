@@ -7,9 +7,11 @@ model when the engine is deleted.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
@@ -23,8 +25,11 @@ def is_requested() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
-def prepare_deepspeed(on_cpu: bool) -> None:
-    """Make DeepSpeed usable on this machine. Call it before making an Accelerator. Raises RuntimeError if DeepSpeed is not installed."""
+def prepare_deepspeed(on_cpu: bool, timeout_s: float) -> None:
+    """Make DeepSpeed usable on this machine. Call it before making an Accelerator. Raises RuntimeError if DeepSpeed is not installed.
+
+    timeout_s: of DeepSpeed's own process groups.
+    """
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -33,7 +38,10 @@ def prepare_deepspeed(on_cpu: bool) -> None:
     except ImportError as error:
         raise RuntimeError("the launcher asks for DeepSpeed, which is not installed: pip install 'dist-vlcl[deepspeed]'") from error
     from accelerate.utils import DeepSpeedPlugin
+    from deepspeed.comm.torch import TorchBackend
 
+    # Without this, ranks would wait for a silent one for torch's 30 minutes (0.19.8). DeepSpeed has no option for it.
+    TorchBackend.new_group = lambda self, ranks: dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
     # Use plain gloo. DeepSpeed would compile this op at the first start; a run killed during that leaves a lock that blocks later runs.
     # There is no public switch.
     if on_cpu:
@@ -57,37 +65,31 @@ def first_order(world: World, config: FirstOrderConfig, model: Any) -> FirstOrde
     """Return the first-order engine that the launcher chose. Raises ValueError for an option that it does not have."""
     if world.engine != "ddp" and config.compression != "none":
         raise ValueError(f"first_order.compression={config.compression}: DeepSpeed sends whole gradients; give none, or use the engine ddp")
-    return ZeroFirstOrder(world, config, model) if world.engine.startswith("zero") else FirstOrder(world, config, model)
+    kind = FirstOrder if world.engine == "ddp" else DeepSpeedFirstOrder if world.engine.startswith("zero0") else ZeroFirstOrder
+    return kind(world, config, model)
 
 
-class ZeroFirstOrder(FirstOrder):
-    """The model as wrapped by DeepSpeed. Stage 3 gathers the modules of `model.zero3_modules()` one at a time."""
+class DeepSpeedFirstOrder(FirstOrder):
+    """The model as wrapped by DeepSpeed. At stage 0 torch's own AdamW holds the state, with unsharded gradients."""
 
-    def __init__(self, world: World, config: FirstOrderConfig, model: Any):
-        super().__init__(world, config, model)
-        self.stage = world.accelerator.deepspeed_plugin.zero_stage
-        self.updates = 0  # in this task
-        self.has_gradients = False
-
-    @property
-    def is_sharded(self) -> bool:
-        """Return whether a ZeRO optimiser holds the state. At stage 0 torch's own does, with unsharded gradients."""
-        return self.optimizer is not None and self.stage > 0
+    has_gradients = False
 
     def begin(self) -> None:
         """Start a task: wrap the model if it is not wrapped, and set the moments to zero. All ranks call this."""
-        self.updates = 0
         if self.parameters and self.optimizer is None:
             self._wrap()
-        if self.is_sharded:
+        if self.optimizer is not None:
             self._clear_moments()
-        elif self.optimizer is not None:
-            self.optimizer.state.clear()
+
+    def _clear_moments(self) -> None:
+        cast(Any, self.optimizer).state.clear()
 
     def _wrap(self) -> None:
         accelerator, model = self.world.accelerator, cast(Any, self.model)
+        self.stage = accelerator.deepspeed_plugin.zero_stage
         accelerator.deepspeed_plugin.deepspeed_config["gradient_clipping"] = 0.0 if self.stage == 0 else self.config.max_grad_norm or 0.0
-        self.wrapped, _ = accelerator.prepare(model, self._adamw())
+        with self.world.collectives("DeepSpeed's start"):
+            self.wrapped, _ = accelerator.prepare(model, self._adamw())
         if self.stage == 3:
             import deepspeed
 
@@ -111,9 +113,32 @@ class ZeroFirstOrder(FirstOrder):
             self.wrapped.backward(loss)
             self.has_gradients = True
 
+    @contextmanager
+    def gathered_parameters(self, writes: bool = False) -> Iterator[None]:
+        """Gather the first-order parameters on every rank. With `writes`, rank 0's changes to them are kept. All ranks call this."""
+        if self.optimizer is None:
+            yield
+            return
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        with deepspeed.zero.GatheredParameters(self.parameters, modifier_rank=0 if writes else None):
+            yield
+            written = [p.detach().clone() for p in self.parameters] if writes and self.stage > 0 else []
+        for parameter, value in zip(self.parameters, written, strict=False):
+            safe_set_full_fp32_param(parameter, value)  # the fp32 copy that the next step starts from
+
+
+class ZeroFirstOrder(DeepSpeedFirstOrder):
+    """Stages 1 to 3: a ZeRO optimiser holds the state. Stage 3 gathers the modules of `model.zero3_modules()` one at a time."""
+
+    updates = 0  # in this task
+
+    def begin(self) -> None:
+        self.updates = 0
+        super().begin()
+
     def gradients(self) -> list[Tensor]:
-        if not self.is_sharded:
-            return super().gradients()
         from deepspeed.utils import safe_get_full_grad
 
         shapes = [getattr(p, "ds_shape", p.shape) for p in self.parameters]  # ds_shape: of a parameter that stage 3 has sharded
@@ -121,9 +146,9 @@ class ZeroFirstOrder(FirstOrder):
         return [torch.zeros(shape, device=self.world.device) if g is None else g for g, shape in zip(found, shapes, strict=True)]
 
     def update(self, lr: float) -> float | None:
-        if not self.is_sharded:
-            return super().update(lr)
         zero: Any = self.optimizer
+        if zero is None:
+            return 0.0
         for group in zero.param_groups:
             group["lr"] = lr
         with self.world.collectives("ZeRO's collectives in its step"):
@@ -140,8 +165,6 @@ class ZeroFirstOrder(FirstOrder):
         `ZeROOptimizer.zero_grad` leaves gradients in the partitions of stages 2 and 3, and nothing public clears those. So AdamW's step is
         replaced for the time of this call.
         """
-        if not self.is_sharded:
-            return super().zero_grad()
         if self.has_gradients:
             zero: Any = self.optimizer
             zero.optimizer.step = lambda *_, **__: None
@@ -151,24 +174,7 @@ class ZeroFirstOrder(FirstOrder):
                 del zero.optimizer.step  # this uncovers the method of the class
             self.has_gradients = False
 
-    @contextmanager
-    def gathered_parameters(self, writes: bool = False) -> Iterator[None]:
-        """Gather the first-order parameters on every rank. With `writes`, rank 0's changes to them are kept. All ranks call this."""
-        if self.optimizer is None:
-            yield
-            return
-        import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        with deepspeed.zero.GatheredParameters(self.parameters, modifier_rank=0 if writes else None):
-            yield
-            written = [p.detach().clone() for p in self.parameters] if writes and self.is_sharded else []
-        for parameter, value in zip(self.parameters, written, strict=False):
-            safe_set_full_fp32_param(parameter, value)  # the fp32 copy that the next step starts from
-
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:
-        if not self.is_sharded:
-            return super().state_dict(names)
         if self.updates == 0:
             return {}
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -179,8 +185,6 @@ class ZeroFirstOrder(FirstOrder):
         return state
 
     def load_state_dict(self, state: dict[str, Tensor], names: Sequence[str]) -> None:
-        if not self.is_sharded:
-            return super().load_state_dict(state, names)
         if not state:
             return
         from deepspeed.utils import safe_set_full_optimizer_state

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from dist_vlcl.masking import explained
 from dist_vlcl.model.activation import QuickGELU
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.timm_tower import MLP_INPUT, TimmStemAndHead, WholeBlock
@@ -26,6 +27,7 @@ from dist_vlcl.model.units import UnitId, Units
 from dist_vlcl.options import option
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CONTEXTS, LOSSES = ("truncated", "full"), ("cross_entropy", "sigmoid")
 SMALL = Path(__file__).parent / "small"
 
 
@@ -34,31 +36,19 @@ class ModelConfig:
     """Which CLIP model is adapted, and how it computes."""
 
     name: str = option("small_clip", "An architecture of open_clip (docs/models.md), or small_clip, which is part of dist_vlcl.")
-    pretrained: str = option(
-        "shipped", "Its weights: a tag of open_clip such as openai, a local file, random, or shipped (only for small_clip)."
-    )
+    pretrained: str = option("shipped", "Its weights: a tag of open_clip such as openai, a file, random, or shipped (only for small_clip).")
     prompt: str = option("a bad photo of a {}.", "Text prompt of a class; {} is replaced by the class name.")
-    context: str = option(
-        "truncated", "Number of text tokens: up to the longest prompt, or all 77; the features are equal.", choices=("truncated", "full")
-    )
+    context: str = option("truncated", "Text tokens: up to the longest prompt, or all 77; the features are equal.", choices=CONTEXTS)
     precision: str = option("fp32", "Precision of the vision blocks; bf16 needs half the memory.", choices=tuple(PRECISIONS))
-    loss: str = option(
-        "cross_entropy",
-        "Loss of a sample: cross_entropy over the classes of the task, or sigmoid as SigLIP was trained, one yes-or-no loss per class.",
-        choices=("cross_entropy", "sigmoid"),
-    )
+    loss: str = option("cross_entropy", "Loss: cross_entropy over the classes of a task, or sigmoid as for SigLIP.", choices=LOSSES)
     graphs: bool = option(True, "Launch the kernels of a tower together, as CUDA graphs; only on a GPU under DDP.")
-    checkpoint: bool = option(
-        False, "Compute each block again in the backward pass instead of keeping its activations: less memory, a third slower."
-    )
+    checkpoint: bool = option(False, "Compute each block again in the backward pass: less memory, a third slower.")
 
     def check(self) -> None:
         if "{}" not in self.prompt:
             raise ValueError(f"model.prompt={self.prompt!r}: must contain {{}} where the class name goes")
         if self.pretrained == "shipped" and self.name != "small_clip":
-            raise ValueError(
-                "model.pretrained=shipped: dist_vlcl has weights for model.name=small_clip only; give an open_clip tag or a file"
-            )
+            raise ValueError("model.pretrained=shipped: dist_vlcl has weights for model.name=small_clip only; give a tag or a file")
 
 
 class AdapterConfig(Protocol):
@@ -128,6 +118,7 @@ class TextStemAndHead(nn.Module):
     def __init__(self, clip: Any):
         super().__init__()
         self.clip: Any = clip
+        self.has_class_token = getattr(self.text, "cls_emb", None) is not None
 
     @property
     def text(self) -> Any:
@@ -140,10 +131,6 @@ class TextStemAndHead(nn.Module):
         if self.has_class_token:
             x = torch.cat([x, self.text.cls_emb.expand(len(x), 1, -1)], 1)
         return x + self.text.positional_embedding[: x.shape[1]]
-
-    @property
-    def has_class_token(self) -> bool:
-        return getattr(self.text, "cls_emb", None) is not None
 
     def length(self, tokens: Tensor) -> int:
         """Return L."""
@@ -400,17 +387,13 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
     if model.pretrained == "openai" and not model.name.endswith("-quickgelu"):
         raise ValueError(f"model.name={model.name!r}: OpenAI's weights need QuickGELU; use model.name={model.name}-quickgelu")
     source = {"shipped": str(SMALL / "small_clip.safetensors"), "random": None}.get(model.pretrained, model.pretrained)
+    what = f"model.pretrained={model.pretrained!r}: could not load the weights or the tokenizer of {model.name}"
+    logging.disable(logging.ERROR)  # open_clip logs errors on the root logger; users get one line from us instead
     try:
-        logging.disable(logging.ERROR)  # open_clip logs errors on the root logger; users get one line from us instead
-        with warnings.catch_warnings():
+        with explained(what, _how_to_get_weights(model), Exception, RuntimeError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             clip = open_clip.create_model(model.name, pretrained=source, require_pretrained=source is not None)
             return clip, open_clip.get_tokenizer(model.name)
-    except Exception as error:
-        raise RuntimeError(
-            f"model.pretrained={model.pretrained!r}: could not load the weights or the tokenizer of {model.name} ({error}). "
-            f"{_how_to_get_weights(model)}"
-        ) from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -421,8 +404,7 @@ def _how_to_get_weights(model: ModelConfig) -> str:
     tags = open_clip.list_pretrained_tags_by_model(model.name)
     advice = f"open_clip has {'weights of it as ' + ', '.join(tags) if tags else 'no weights of it'}"
     if model.pretrained in tags:
-        command = f"import open_clip; open_clip.create_model('{model.name}', pretrained='{model.pretrained}')"
-        advice = f'On a machine with internet run\n  python -c "{command}"\nand copy its Hugging Face cache to this machine'
+        advice = "run the same command on a machine with internet, and copy its Hugging Face cache to this machine"
     return f"{advice}; or give a safetensors file: model.pretrained=/path/to/weights.safetensors"
 
 
@@ -450,7 +432,5 @@ NEAR = {
 
 def _without_blocks(name: str, branch: str, kind: str) -> ValueError:
     near = next((model for start, model in NEAR.items() if name.startswith(start)), "ViT-B-16-quickgelu")
-    return ValueError(
-        f"model.name={name!r}: its {branch} tower is {kind}, and adapters need transformer blocks of open_clip or timm; "
-        f"use a model such as {near}"
-    )
+    reason = f"its {branch} tower is {kind}, and adapters need transformer blocks of open_clip or timm"
+    return ValueError(f"model.name={name!r}: {reason}; use a model such as {near}")

@@ -79,9 +79,8 @@ class Graphs:
             for recorded in self.graphs.values():
                 recorded.clear()
             warnings.warn(
-                f"could not record the model as a CUDA graph ({error.__context__ or error}). Training goes on without recording, with the "
-                "same results but more slowly. An adapter must not read values back from the GPU. If memory is short, use a smaller batch, "
-                "train.micro_batches or model.checkpoint=true. model.graphs=false avoids this warning",
+                f"could not record the model as a CUDA graph ({error.__context__ or error}). Training is slower, with the same results. "
+                "An adapter must not read values back from the GPU. A smaller batch saves memory. model.graphs=false avoids this warning",
                 stacklevel=2,
             )
         if Graphs.has_failed:

@@ -12,17 +12,15 @@ from torch import Tensor, nn
 from dist_vlcl.model.moe import INIT, linear
 from dist_vlcl.options import option
 
+TARGETS = ("q", "k", "v", "mlp")
+
 
 @dataclass
 class LoRAConfig:
     """Rank, scale and place of the low-rank adapters of a block."""
 
     rank: int = option(10, "Rank of each adapter.", min=1, max=1024)
-    targets: list[str] = option(
-        ["k", "v"],
-        "Attention projections with an adapter, or [mlp] alone: beside the MLP, where the experts would be.",
-        choices=("q", "k", "v", "mlp"),
-    )
+    targets: list[str] = option(["k", "v"], "Attention projections with an adapter, or [mlp] alone: beside the MLP.", choices=TARGETS)
     scale: float = option(1.0, "Factor of the adapter's output.")
     alpha: float | None = option(None, "If given, the scale is alpha / rank.")
     init: str | None = option(None, INIT)

@@ -26,11 +26,7 @@ class MoEConfig:
     scale: float = option(0.1, "Factor of the adapter's output.")
     dropout: float = option(0.1, "Probability with which training drops a hidden activation.", min=0, below=1)
     router_noise: bool = option(True, "Add noise to the router's logits in training.")
-    noise_at_eval: bool = option(
-        False,
-        "Reproduce the baseline's defect Q1: router noise at evaluation too. Text noise is drawn once per evaluation; the baseline draws "
-        "it again for each batch of 64 images.",
-    )
+    noise_at_eval: bool = option(False, "Reproduce the baseline's defect Q1: router noise at evaluation too (concepts.md 1.4).")
     init: str | None = option(None, INIT)
 
     label = "moe"  # in the names of runs

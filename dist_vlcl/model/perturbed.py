@@ -23,6 +23,11 @@ DIVIDING = {"chunk", "getitem", "select", "split", "tensor_split", "unbind"}
 REARRANGING = {"cat", "clone", "contiguous", "detach", "neg", "stack"} | RESHAPING | DIVIDING
 
 
+def _operator(function: Callable) -> Any:
+    """Return the method of a class for an operator, which computes a function of torch."""
+    return lambda self, *others: self.__torch_function__(function, (), (self, *others))
+
+
 class Perturbed:
     """A base and its change. A torch function f returns the base f(base) and the change f(base + change) - f(base).
 
@@ -33,22 +38,11 @@ class Perturbed:
     def __init__(self, base: Tensor, change: Tensor, dtype: torch.dtype | None = None):
         self.dtype = dtype or base.dtype
         self.base, self.change = (t.to(_wide(self.dtype)) for t in (base, change))
+        self.shape, self.ndim, self.device = change.shape, change.ndim, base.device
 
     @property
     def moved(self) -> Tensor:
         return self.base + self.change
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.change.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.change.ndim
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
 
     def to(self, dtype: torch.dtype) -> "Perturbed":
         return Perturbed(self.base, self.change, dtype)
@@ -69,34 +63,19 @@ class Perturbed:
             raise AttributeError(f"a Perturbed tensor has no .{name}; use a function of torch")
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
 
-    def __getitem__(self, index: Any) -> "Perturbed":
-        return rearrange(Tensor.__getitem__, self, index)
-
-    def __neg__(self) -> "Perturbed":
-        return rearrange(torch.neg, self)
-
-    def __add__(self, other: Any) -> "Perturbed":
-        return add_changes(torch.add, self, other)
+    __getitem__, __neg__ = _operator(Tensor.__getitem__), _operator(torch.neg)
+    __add__ = __radd__ = _operator(torch.add)
+    __mul__ = __rmul__ = _operator(torch.mul)
+    __matmul__, __truediv__ = _operator(torch.matmul), _operator(torch.div)
 
     def __sub__(self, other: Any) -> "Perturbed":
-        return add_changes(torch.add, self, -other)
+        return self + -other
 
     def __rsub__(self, other: Any) -> "Perturbed":
-        return add_changes(torch.add, other, -self)
-
-    def __mul__(self, other: Any) -> "Perturbed":
-        return product(torch.mul, self, other)
-
-    def __truediv__(self, other: Any) -> "Perturbed":
-        return difference(torch.div, self, other)
+        return -self + other
 
     def __rtruediv__(self, other: Any) -> "Perturbed":
         return difference(torch.div, other, self)
-
-    def __matmul__(self, other: Any) -> "Perturbed":
-        return product(torch.matmul, self, other)
-
-    __radd__, __rmul__ = __add__, __mul__
 
 
 def rearrange(function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -181,16 +160,12 @@ def perturbable(rule: Callable) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def _base(x: Any) -> Any:
-    return x.base if isinstance(x, Perturbed) else x
+def _part(name: str) -> Callable[[Any], Any]:
+    """Return a function that takes this part of a Perturbed tensor, and any other value as it is."""
+    return lambda x: getattr(x, name) if isinstance(x, Perturbed) else x
 
 
-def _change(x: Any) -> Any:
-    return x.change if isinstance(x, Perturbed) else x
-
-
-def _moved(x: Any) -> Any:
-    return x.moved if isinstance(x, Perturbed) else x
+_base, _change, _moved = map(_part, ("base", "change", "moved"))
 
 
 def _dtype(args: Any) -> torch.dtype:

@@ -178,7 +178,7 @@ class Tower(nn.Module):
         self.branch, self.checkpoint = branch, checkpoint
         self.graphs: Graphs | None = None
         self.in_slices = True  # False under ZeRO-3: each call of a block is a collective, so all ranks must make equally many
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks, self.depth = nn.ModuleList(blocks), len(blocks)
         self.stem_and_head: Any = stem_and_head
 
     def __iter__(self) -> Iterator[AdaptedBlock]:
@@ -187,10 +187,6 @@ class Tower(nn.Module):
     def block(self, layer: int) -> AdaptedBlock:
         """Return the block of a layer; layers count from 1."""
         return cast(AdaptedBlock, self.blocks[layer - 1])
-
-    @property
-    def depth(self) -> int:
-        return len(self.blocks)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -33,11 +33,12 @@ def plot_run(folder: Path | str) -> list[Path]:
 
 def plot_matrix(records: Records) -> Figure | None:
     """Draw the accuracy on task j after task i as a heat map with numbers, and A_t in a column beside it; None without data."""
-    matrix = 100 * pd.DataFrame(records.matrix).to_numpy(dtype=float)  # rows that end at the newest task are filled up with NaN
+    rows = [record.get("per_task") or [] for record in records["task"]]
+    matrix = 100 * pd.DataFrame(rows).to_numpy(dtype=float)  # rows that end at the newest task are filled up with NaN
     num_rows, num_tasks = matrix.shape
     if not num_tasks:
         return None
-    seen = 100 * np.array(records.of_tasks("seen"), dtype=float)
+    seen = 100 * np.array([record.get("seen") for record in records["task"]], dtype=float)
     cells = np.column_stack([matrix, np.full(num_rows, np.nan), seen])  # an empty column, and A_t
     low = np.floor(np.nanmin(cells) / 10) * 10
     figure = Figure(figsize=(min(0.5 * num_tasks + 2.7, 12), np.clip(0.5 * num_rows + 1.4, 2.6, 11)))
@@ -60,12 +61,12 @@ def plot_matrix(records: Records) -> Figure | None:
 
 def plot_accuracy(records: Records) -> Figure | None:
     """Draw A_t after every task, and the zero-shot accuracy on the same classes if it is known; None without data."""
-    seen, zero_shot = (100 * np.array(records.of_tasks(name), dtype=float) for name in ("seen", "zero_shot"))
+    seen, zero_shot = (100 * np.array([record.get(name) for record in records["task"]], dtype=float) for name in ("seen", "zero_shot"))
     if not np.isfinite(seen).any():
         return None
     figure = Figure(figsize=(6.4, 3.8))
     axes = figure.subplots()
-    after = np.array(records.of_tasks("task")) + 1
+    after = np.array([record["task"] for record in records["task"]]) + 1
     axes.plot(after, seen, color=BLUE, marker="o", label="after training")
     if np.isfinite(zero_shot).any():
         axes.plot(after, zero_shot, color=GREY, linestyle="--", marker="s", markersize=3, label="zero-shot, same classes")
@@ -78,7 +79,7 @@ def plot_accuracy(records: Records) -> Figure | None:
 
 def plot_loss(records: Records) -> Figure | None:
     """Draw the base loss of every step, raw and smoothed, with the tasks' borders; None without data."""
-    steps = pd.DataFrame(records.steps).reindex(columns=["step", "task", "loss"]).astype({"loss": float})
+    steps = pd.DataFrame(records["step"]).reindex(columns=["step", "task", "loss"]).astype({"loss": float})
     steps = steps[np.isfinite(steps.loss)]
     if steps.empty:
         return None

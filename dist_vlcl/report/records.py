@@ -1,7 +1,6 @@
 """Read run folders, complete or not: as records, and as tidy data frames with one row per run, per step or per unit."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from math import nan
 from pathlib import Path
@@ -13,16 +12,7 @@ import pyarrow
 from dist_vlcl.options import flatten
 from dist_vlcl.reading import fits
 from dist_vlcl.report.measures import MEASURES, measures_of
-from dist_vlcl.saved import (
-    JOURNAL_FORM,
-    MAY_CHANGE,
-    METRICS_FORM,
-    RUN_FORM,
-    read_accuracy,
-    read_config,
-    read_steps,
-    read_unit_records,
-)
+from dist_vlcl.saved import JOURNAL_FORM, MAY_CHANGE, METRICS_FORM, RUN_FORM, read_accuracy, read_config, read_steps, read_unit_records
 
 TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
@@ -42,30 +32,14 @@ OF_METHOD = ("adapter.*", "orders.*", "zo.*")
 OF_TRAINING = ("train.*", "first_order.*", "model.loss", PART_OF_TRAINING)
 OF_PROBES = ("train.max_steps", "tasks.num_tasks", PART_OF_TRAINING, PART_OF_TEST)  # these do not change the memory of a step
 
+Records = Mapping[str, Sequence[Mapping[str, Any]]]  # kind (step, task) -> the lines of metrics.jsonl
 Realise = Callable[[dict[str, Any]], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
-@dataclass(frozen=True)
-class Records:
-    """The lines of a metrics.jsonl by kind, in the order of the run."""
-
-    steps: list[dict[str, Any]]
-    tasks: list[dict[str, Any]]
-
-    def of_tasks(self, name: str) -> list[Any]:
-        """Return a value of every task's record, such as `seen` (A_t, a fraction); None where it was not measured."""
-        return [record.get(name) for record in self.tasks]
-
-    @property
-    def matrix(self) -> list[list[float | None]]:
-        """Accuracy on task j (column) after task i (row): a fraction, or None where it was not measured."""
-        return [row or [] for row in self.of_tasks("per_task")]
-
-
 def read_records(folder: Path | str, last: int | None = None) -> Records:
-    """Return the records of a run folder, whose last step is `last`. Damaged lines are left out, with a warning."""
+    """Return the records of metrics.jsonl by kind (step, task). last: the run's last step. Leaves out damaged lines, with a warning."""
     records = read_steps(Path(folder) / "metrics.jsonl", METRICS_FORM, last)
-    return Records(*([record for record in records if record["kind"] == kind] for kind in ("step", "task")))
+    return {kind: [record for record in records if record["kind"] == kind] for kind in ("step", "task")}
 
 
 def read_units(folder: Path | str) -> pyarrow.Table:
@@ -196,7 +170,7 @@ def _matches(key: str, patterns: Iterable[str]) -> bool:
 
 def step_frame(folder: Path, last: int | None = None) -> pd.DataFrame:
     """Return one row per step of a run: step, task, loss, peak_gib (reserved) and allocated_gib; NaN where it was not recorded."""
-    return pd.DataFrame(read_records(folder, last).steps).reindex(columns=["step", "task", "loss", "peak_gib", "allocated_gib"])
+    return pd.DataFrame(read_records(folder, last)["step"]).reindex(columns=["step", "task", "loss", "peak_gib", "allocated_gib"])
 
 
 def gather(runs: pd.DataFrame, read: Callable[[Path], pd.DataFrame]) -> pd.DataFrame:

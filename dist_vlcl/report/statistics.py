@@ -61,7 +61,8 @@ class Claim:
         return YES if (high < self.bound) == self.is_below else NO
 
 
-VISION, LANGUAGE = (((name, name),) for name in ("variance_vision", "variance_language"))
+VISION, LANGUAGE, ROUGHNESS = (((name, name),) for name in ("variance_vision", "variance_language", "roughness"))
+VISION_AND_LANGUAGE = (("variance_vision", "variance_language"),)
 CLAIMS = {
     "dual_behind_first_order": Claim("Is zeroth order in both branches behind first order?", "Δ < 0", is_below=True),
     "language_above_vision": Claim("Does zeroth order in language beat zeroth order in vision?", "Δ > 0"),
@@ -72,16 +73,12 @@ CLAIMS = {
     "mozo_above_sign": Claim("Does MoZO's smaller epsilon for vision matter beside sign alone?", "Δ ≠ 0", bound=None),
     "above_random_walk": Claim("Does zeroth order beat steps of the same length with random signs?", "Δ > 0"),
     "differs_from_control": Claim("Does zeroth order differ from freezing the same units?", "Δ ≠ 0", bound=None),
-    "vision_varies_more": Claim(
-        "Do estimates vary more in vision than in language?", "Δ > 0 in log10", measures=(("variance_vision", "variance_language"),)
-    ),
+    "vision_varies_more": Claim("Do estimates vary more in vision than in language?", "Δ > 0 in log10", measures=VISION_AND_LANGUAGE),
     "hop_varies_less": Claim(
         "Do estimates vary less in interleaved layers than in contiguous ones?", "Δ < 0 in log10", is_below=True, measures=LANGUAGE
     ),
     "mozo_varies_less": Claim("Does MoZO lower the variance in vision?", "Δ < 0 in log10", is_below=True, measures=VISION),
-    "dual_oscillates": Claim(
-        "Is the loss rougher with zeroth order in both branches than in one?", "Δ > 0", measures=(("roughness", "roughness"),)
-    ),
+    "dual_oscillates": Claim("Is the loss rougher with zeroth order in both branches than in one?", "Δ > 0", measures=ROUGHNESS),
 }
 
 

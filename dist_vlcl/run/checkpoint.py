@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
+from dist_vlcl.masking import explained
 from dist_vlcl.reading import parse_json, warn
-from dist_vlcl.run.files import make_folder, sync_folder, write_durably
+from dist_vlcl.run.files import make_folder, replace_file
 
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
 NOBODY: Mapping[str, str] = {}
@@ -50,18 +51,10 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     checkpoints = Path(folder) / "checkpoints"
     make_folder(checkpoints)
     path = _path(folder, step)
-    aside = path.with_name(path.name + ".tmp")
     # Cloned, since safetensors refuses strided and overlapping tensors, and units may be views of one buffer.
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {"step": str(step), "state": json.dumps(state), "identity": json.dumps(dict(identity))}
-    try:
-        write_durably(aside, sealed_tensors(own, metadata))
-        _read(aside, step)
-        aside.replace(path)
-    except (OSError, BrokenCheckpoint):
-        aside.unlink(missing_ok=True)  # a full disk gets its space back
-        raise
-    sync_folder(checkpoints)
+    replace_file(path, sealed_tensors(own, metadata), lambda aside: _read(aside, step))
     steps = saved_steps(folder)
     kept = [other for other in steps if other <= step][-keep:]
     for other in set(steps) - set(kept):
@@ -97,16 +90,12 @@ def load(folder: Path | str, step: int, identity: Mapping[str, str] = NOBODY) ->
     if step not in saved_steps(folder):
         raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; choose from {saved_steps(folder) or 'none'}")
     found = _read(_path(folder, step), step)
-    for key, name in (("run", "another run"), ("config", "another configuration"), ("data", "other data")):
-        was, now = found.identity.get(key), identity.get(key)
-        if was is None or now is None or was == now:
-            continue
-        if key == "run":
-            raise BrokenCheckpoint(f"{found.path} belongs to {name}")
-        raise ValueError(
-            f"{found.path} was saved with {name} (digest {was[:16]}, here {now[:16]}): "
-            "restore config.yaml and the data of this run, or move the run folder away to start anew"
-        )
+    differing = [key for key, now in identity.items() if None not in (now, found.identity.get(key)) and now != found.identity[key]]
+    if "run" in differing:
+        raise BrokenCheckpoint(f"{found.path} belongs to another run")
+    if differing:
+        other = "another configuration: restore config.yaml" if "config" in differing else "other data: restore the data"
+        raise ValueError(f"{found.path} was saved with {other} of this run, or move the run folder away to start anew")
     return found
 
 
@@ -131,13 +120,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and metadata of a sealed file. Raises BrokenCheckpoint, also for a link, a pipe or a device."""
     if path.is_symlink() or not path.is_file():
         raise BrokenCheckpoint(f"{path} is not a regular file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+    # Damaged bytes raise many types of errors.
+    with explained(f"{path} cannot be read", kinds=Exception, to=BrokenCheckpoint), safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
         is_intact = metadata.pop("sha256", None) == _digest(metadata, tensors)
-    except (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:  # as bytes decide
-        raise BrokenCheckpoint(f"{path} cannot be read ({error})") from None
     if not is_intact:
         raise BrokenCheckpoint(f"{path}: its content differs from its SHA-256")
     return tensors, metadata
@@ -145,10 +132,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read(path: Path, step: int) -> Checkpoint:
     tensors, metadata = read_tensors(path)
-    try:
+    with explained(f"{path} cannot be read", to=BrokenCheckpoint):
         state, identity = (parse_json(metadata.get(key, "{}"), dict) for key in ("state", "identity"))
-    except ValueError as error:
-        raise BrokenCheckpoint(f"{path} cannot be read ({error})") from None
     if metadata.get("step") != str(step):
         raise BrokenCheckpoint(f"{path} is the checkpoint of step {metadata.get('step')}")
     return Checkpoint(step, tensors, state, path, identity)

@@ -33,11 +33,17 @@ def make_folder(path: Path) -> None:
         sync_folder(path.parent)
 
 
-def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new content, never a part of it."""
+def replace_file(path: Path, content: str | bytes, check: Callable[[Path], object] | None = None) -> None:
+    """Write a file so that a reader sees the old content or the new content, never a part of it. `check` reads it before it is seen."""
     aside = path.with_name(path.name + ".tmp")
-    write_durably(aside, content.encode() if isinstance(content, str) else content)
-    os.replace(aside, path)
+    try:
+        write_durably(aside, content.encode() if isinstance(content, str) else content)
+        if check:
+            check(aside)
+        os.replace(aside, path)
+    except (OSError, RuntimeError):
+        aside.unlink(missing_ok=True)  # a full disk gets its space back
+        raise
     sync_folder(path.parent)
 
 

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 import yaml
 
 from dist_vlcl.dist.world import World
-from dist_vlcl.masking import masked_values
+from dist_vlcl.masking import explained, masked_values
 from dist_vlcl.options import flatten, option
 from dist_vlcl.reading import or_warn, read_json, seal, warn
 from dist_vlcl.run.checkpoint import load_newest, saved_steps
@@ -49,12 +49,8 @@ class RunConfig:
     root: str = option("runs", "Folder that holds the folders of all runs.")
     save_every_steps: int = option(0, "Steps between two checkpoints within a task; 0 saves at the end of each task only.", min=0)
     keep: int = option(2, "Number of checkpoints that are kept.", min=1)
-    record_every_steps: int = option(
-        1, "Steps between two records of every unit's gradient and update in units/*.parquet; 0 writes none.", min=0
-    )
-    trackers: list[str] = option(
-        ["wandb"], "Services that also receive every metric; [] for none. wandb is offline if you are not logged in.", choices=TRACKERS
-    )
+    record_every_steps: int = option(1, "Steps between two records of every unit's gradient and update in units/; 0 writes none.", min=0)
+    trackers: list[str] = option(["wandb"], "Services for all metrics; [] for none. Without a login wandb is offline.", choices=TRACKERS)
     project: str = option("dist_vlcl", "Name of the project in the trackers.")
     progress: bool = option(True, "Show a progress bar on a terminal, or a line every ten seconds in a log file.")
     plots: bool = option(True, "Draw plots of the finished run in plots/.")
@@ -103,10 +99,8 @@ class RunFolder:
 
         def prepare() -> dict[str, Any]:
             nonlocal lock
-            try:
+            with explained(f"run folder {settings.folder}", kinds=OSError, to=RunRefused):
                 lock, prepared = _prepare(settings, _as_saved(config), {"data": data, "code_digest": code}, wait_s)
-            except OSError as error:
-                raise RunRefused(f"run folder {settings.folder}: {error}") from error
             return prepared
 
         return cls(**world.on_main(prepare, "the run folder"), is_main=world.is_main, _lock=lock)
@@ -145,16 +139,17 @@ class RunFolder:
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """Return "was -> is" by dotted key for every leaf in which two nested configurations differ."""
-    old, new = flatten(_as_saved(was)), flatten(_as_saved(now))
-    changed = [key for key in {**old, **new} if old.get(key, "(absent)") != new.get(key, "(absent)")]
-    return {key: f"{old.get(key, '(absent)')} -> {new.get(key, '(absent)')}" for key in changed}
+    old, new = flatten(was), flatten(now)
+    pairs = {key: (old.get(key, "(absent)"), new.get(key, "(absent)")) for key in {**old, **new}}
+    return {key: f"{before} -> {after}" for key, (before, after) in pairs.items() if before != after}
 
 
 def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str | None], wait_s: float) -> tuple[TextIO, dict[str, Any]]:
     path = settings.folder
     make_folder(path)
     lock = _lock(path, wait_s if is_restart() else 0)
-    is_new = not _is_used(path)
+    # Other files may be there before the run is, such as the scheduler's own output.
+    is_new = not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
     starts = [] if is_new else or_warn(lambda: read_json(path / "env.json", ENVIRONMENT, []), [])
     notes = [] if is_new else [*_check_configuration(path, config), *_check_facts(path, facts, starts)]
     run = _id_of(path, starts) or uuid.uuid4().hex
@@ -171,11 +166,6 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     if is_complete:
         begin = f"{path} is complete: see accuracy.json and plots/. To train again, choose another run.name or seed"
     return lock, {"path": path, "is_complete": is_complete, "identity": identity, "message": "; ".join([begin, *notes])}
-
-
-def _is_used(path: Path) -> bool:
-    # Other files may be there before the run is, such as the scheduler's own output.
-    return any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
 
 
 def _lock(path: Path, wait_s: float = 0) -> TextIO:
@@ -200,11 +190,9 @@ def _lock(path: Path, wait_s: float = 0) -> TextIO:
 
 def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
     """Return one text per change that a resume accepts; raise RunRefused for any other change."""
-    try:
+    with explained("cannot continue", ADVICE, (OSError, ValueError), RunRefused):
         saved_steps(path)  # raises for version 0.1
         changes = differences(read_config(path / "config.yaml"), config)
-    except (OSError, ValueError) as error:
-        raise RunRefused(f"{error}; {ADVICE}") from error
     allowed = {key: change for key, change in changes.items() if any(fnmatch(key, pattern) for pattern in MAY_CHANGE)}
     refused = [f"  {key}: {change}" for key, change in changes.items() if key not in allowed]
     if refused:
@@ -224,10 +212,8 @@ def _check_facts(path: Path, facts: dict[str, str | None], starts: list[dict[str
     last: dict[str, Any] = [{}, *starts][-1]
     changed = [name for name, value in facts.items() if last.get(name) and value and last[name] != value]
     if "data" in changed:
-        raise RunRefused(
-            f"{path} was started on other data (digest was {last['data'][:16]}, is {str(facts['data'])[:16]}): the shards have been built "
-            f"again from other images or names; {ADVICE}"
-        )
+        digests = f"digest was {last['data'][:16]}, is {str(facts['data'])[:16]}"
+        raise RunRefused(f"{path} was started on other data ({digests}), as if the shards had been built again; {ADVICE}")
     return [f"the code has changed since the last start ({last[name]} -> {facts[name]})" for name in changed]
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from dist_vlcl.dist.world import World
@@ -58,19 +58,21 @@ class RunLog:
         if not world.is_main:
             return
         self._folder, state = Path(folder), state or TrainState()
-        self._console = console or _default_console()
+        self._console = console or Console()
+        if console is None and not self._console.is_terminal:
+            self._console.width = LOG_WIDTH
         self._newest = ""  # what the progress shows of the newest step
         self._shown_steps: list[tuple[float, float]] = []  # (images, seconds) of the steps of this progress
         self._metrics = JsonLines(self._folder / METRICS, METRICS_FORM, lambda record: is_before(record, state))
         self._journal = JsonLines(self._folder / JOURNAL, JOURNAL_FORM, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
         self._trackers = Trackers(self._folder, settings, masked_values(config))
-        lines = {kind: [record for record in self._metrics.kept if record["kind"] == kind] for kind in ("run", "step")}
-        in_order = sorted(range(len(self._metrics.kept)), key=lambda place: self._metrics.kept[place]["step"])
+        kept = self._metrics.kept
+        in_order = sorted(range(len(kept)), key=lambda place: kept[place]["step"])
         expected = [
             (METRICS, "lines", in_order, range(len(in_order))),
-            (METRICS, "run lines", [0 for _ in lines["run"]], range(1)),
-            (METRICS, "steps", [record["step"] for record in lines["step"]], range(1, state.step + 1)),
+            (METRICS, "run lines", [0 for record in kept if record["kind"] == "run"], range(1)),
+            (METRICS, "steps", [record["step"] for record in kept if record["kind"] == "step"], range(1, state.step + 1)),
             (METRICS, "tasks", [record["task"] for record in self._tasks], range(state.task)),
             (JOURNAL, "steps", [record["step"] for record in self._journal.kept], range(1, state.step + 1)),
         ]
@@ -156,8 +158,8 @@ class RunLog:
         self._trackers.log(line)
 
     def _shown(self, items: Iterable[T], total: int, completed: int, description: str) -> Iterator[T]:
-        texts = [TextColumn("{task.description}"), TextColumn("{task.fields[newest]}")]
-        columns = (texts[0], BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn(), texts[1])
+        bar_and_counts = (BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = ("{task.description}", *bar_and_counts, "{task.fields[newest]}")
         is_live, self._newest, self._shown_steps, shown = self._console.is_terminal, "", [], self._clock()
         with Progress(*columns, console=self._console, disable=not is_live, get_time=self._clock) as bar:
             task = bar.add_task(description, total=total, completed=completed, newest="")
@@ -207,11 +209,6 @@ def describe_step(record: dict[str, Any], steps: Sequence[tuple[float, float]]) 
     parts = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
     parts += [f"{sum(images for images, _ in steps) / sum(seconds for _, seconds in steps):.0f} images/s"] if steps else []
     return "  ".join(parts)
-
-
-def _default_console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=LOG_WIDTH)
 
 
 def _percent(fraction: float | None) -> str:

@@ -49,17 +49,15 @@ class Preemption:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number in list(self._previous):
-            self._restore(number)
+        self._restore(*self._previous)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._is_noted = True
         if number == signal.SIGINT:
             self._restore(signal.SIGINT)
 
-    def _restore(self, number: signal.Signals) -> None:
-        # None stands for a handler that C code had installed, which Python cannot put back.
-        if number in self._previous:
+    def _restore(self, *numbers: signal.Signals) -> None:
+        for number in numbers:  # None stands for a handler that C code had installed, which Python cannot put back
             signal.signal(number, self._previous.pop(number) or signal.SIG_DFL)
 
 

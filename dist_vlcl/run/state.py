@@ -9,7 +9,7 @@ from dist_vlcl.saved import COUNTS
 
 @dataclass
 class TrainState:
-    """The position of a run in its tasks, epochs and batches, and its results so far."""
+    """The position of a run in its tasks, epochs and batches, and its results so far. JSON can hold `asdict(state)`."""
 
     task: int = 0
     epoch: int = 0
@@ -36,13 +36,9 @@ class TrainState:
         self.task += 1
         self.epoch = self.batch = 0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the state in a form that JSON can hold."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
-        """Return the state that `to_dict` gave, also after JSON. Raises ValueError if a field is missing or of another type."""
+        """Return the state that `asdict` gave, also after JSON. Raises ValueError if a field is missing or of another type."""
         saved = {"threads": 0, **saved}  # checkpoints of before this field lack it
         wrong = [name for name, value in asdict(cls()).items() if not fits(saved.get(name), type(value))]
         if wrong or not fits(saved["accuracy"], COUNTS):

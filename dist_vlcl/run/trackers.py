@@ -11,7 +11,7 @@ from typing import Any
 from dist_vlcl.options import flatten
 from dist_vlcl.reading import or_warn, read_json
 from dist_vlcl.run.files import replace_file
-from dist_vlcl.run.folder import RunConfig
+from dist_vlcl.run.folder import TRACKERS, RunConfig
 
 
 class Trackers:
@@ -22,10 +22,10 @@ class Trackers:
 
     def __init__(self, folder: Path, settings: RunConfig, config: dict[str, Any]) -> None:
         self._trackers: dict[str, Any] = {}
-        ids = or_warn(lambda: read_json(folder / "trackers.json", dict.fromkeys(START, (None, str)), {}), {})
+        ids = or_warn(lambda: read_json(folder / "trackers.json", dict.fromkeys(TRACKERS, (None, str)), {}), {})
         for name in settings.trackers:
             with self._dropped_if_it_fails(name):
-                self._trackers[name], id = START[name](folder, settings, ids.get(name))
+                self._trackers[name], id = _started(name, folder, settings, ids.get(name))
                 if name not in ids:
                     self._trackers[name].store_init_configuration({key: str(value) for key, value in flatten(config).items()})
                     replace_file(folder / "trackers.json", json.dumps(ids := {**ids, name: id}) + "\n")
@@ -64,37 +64,26 @@ def numbers_of(record: dict[str, Any]) -> dict[str, float]:
     return {name.replace(".", "/"): value for name, value in flatten({record["kind"]: own}).items() if isinstance(value, int | float)}
 
 
-# Each returns the tracker, started, and the id that continues its run. They import late: a tracker is optional, and slow to import.
+def _started(name: str, folder: Path, settings: RunConfig, id: str | None) -> tuple[Any, str]:
+    """Return a tracker and the id that continues its run. It imports late: a tracker is optional, and slow to import."""
+    from accelerate import tracking
 
+    tracker: Any
+    if name == "wandb":
+        import wandb
 
-def _start_wandb(folder: Path, settings: RunConfig, id: str | None) -> tuple[Any, str]:
-    import wandb
-    from accelerate.tracking import WandBTracker
-
-    # wandb itself waits 90 s for a network, which is long on a compute node that has none, and reads WANDB_MODE if it is given no mode.
-    own = wandb.Settings(console="off", silent=True, init_timeout=30)
-    mode = None if os.environ.get("WANDB_MODE") or wandb.login(prompt=False) else "offline"
-    tracker = WandBTracker(settings.project, dir=str(folder), name=settings.name, id=id, resume="allow", settings=own, mode=mode)
+        # wandb itself waits 90 s for a network, which is long on a compute node that has none, and reads WANDB_MODE if it is given no mode.
+        own = wandb.Settings(console="off", silent=True, init_timeout=30)
+        mode = None if os.environ.get("WANDB_MODE") or wandb.login(prompt=False) else "offline"
+        options: dict[str, Any] = {"id": id, "resume": "allow", "settings": own, "mode": mode}
+        tracker = tracking.WandBTracker(settings.project, dir=str(folder), name=settings.name, **options)
+    elif name == "mlflow":
+        tracker = tracking.MLflowTracker(settings.project, run_id=id, run_name=settings.name)
+    else:
+        tracker = tracking.TensorBoardTracker(name, logging_dir=str(folder))
     tracker.start()
-    tracker.tracker.define_metric("global_step")
-    tracker.tracker.define_metric("*", step_metric="global_step")
-    return tracker, tracker.tracker.id
-
-
-def _start_mlflow(_: Path, settings: RunConfig, id: str | None) -> tuple[Any, str]:
-    from accelerate.tracking import MLflowTracker
-
-    tracker = MLflowTracker(settings.project, run_id=id, run_name=settings.name)
-    tracker.start()
-    return tracker, tracker.tracker.info.run_id
-
-
-def _start_tensorboard(folder: Path, _: RunConfig, id: str | None) -> tuple[Any, str]:
-    from accelerate.tracking import TensorBoardTracker
-
-    tracker = TensorBoardTracker("tensorboard", logging_dir=str(folder))
-    tracker.start()
-    return tracker, "tensorboard"  # it has no id; its files are in the folder of this name
-
-
-START = {"wandb": _start_wandb, "mlflow": _start_mlflow, "tensorboard": _start_tensorboard}
+    if name == "wandb":
+        tracker.tracker.define_metric("global_step")
+        tracker.tracker.define_metric("*", step_metric="global_step")
+        return tracker, tracker.tracker.id
+    return tracker, tracker.tracker.info.run_id if name == "mlflow" else name  # TensorBoard has no id, but a folder of its name

@@ -9,17 +9,16 @@ that are replayed from the journal have no rows. `dist_vlcl.report.records.read_
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dist_vlcl.model.statistics import STATISTICS
 from dist_vlcl.reading import warn
 from dist_vlcl.run.files import make_folder, replace_file
 from dist_vlcl.saved import read_unit_records
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NAME = re.compile(r"step-(\d{8,})\.parquet")
 
@@ -45,7 +44,7 @@ class UnitRecords:
         """Whether step `step`, counted from 1, is recorded; the same on every rank."""
         return self.every > 0 and (step - 1) % self.every == 0
 
-    def add(self, step: int, task: int, statistics_UF: "Tensor", sizes_U: Sequence[float | None]) -> None:
+    def add(self, step: int, task: int, statistics_UF: Tensor, sizes_U: Sequence[float | None]) -> None:
         """Keep the STATISTICS of every unit after a step, and the size of its projected gradient (None if it has none)."""
         if self.is_main:
             self._steps.append((step, task))
@@ -61,7 +60,6 @@ class UnitRecords:
 
     def _table(self) -> Any:
         import pyarrow
-        import torch
 
         steps, tasks = np.array(self._steps).T
         branches, layers, orders, numels = zip(*self.units, strict=True)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from dist_vlcl.zo.flat import Flat, Group, restricted
@@ -22,6 +23,19 @@ Slopes = Mapping[str, tuple[float, ...]]  # the projected gradients of one group
 Evaluate = Callable[[Iterable[Candidate]], list[float]]
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
+TENSORS = ("all", "up")
+
+
+def up_projections(flat: Flat) -> Tensor:
+    """Return 1 for the elements of tensors that have `up` as a word of their name, such as `up_weight` and `k_up`, and 0 elsewhere `[n]`.
+
+    Raises ValueError if there is none.
+    """
+    parts = [torch.full((n,), float("up" in name.rpartition("/")[-1].split("_"))) for name, n in flat.names()]
+    mask_n = torch.cat(parts).to(flat.values_n.device)
+    if not mask_n.any():
+        raise ValueError("zo.tensors=up: this adapter has no tensor with the word up in its name; use zo.tensors=all")
+    return mask_n
 
 
 class StepDirections:
@@ -37,15 +51,18 @@ class StepDirections:
 class Directions:
     """Random directions over flat values. They are drawn again from the key when needed, and never stored or sent."""
 
-    def __init__(self, flats: Mapping[str, Flat], distribution: str):
+    def __init__(self, flats: Mapping[str, Flat], distribution: str, tensors: str = "all"):
         self.distribution = distribution
         self.fields = {b: NoiseField(flat.names(), flat.values_n.device) for b, flat in flats.items()}
+        self.masks = {b: up_projections(flat) for b, flat in flats.items()} if tensors == "up" else {}
+        self.share = float(torch.cat(list(self.masks.values())).mean()) if self.masks else 1.0  # of the parameters that directions change
 
     def draw(self, branch: str, key: Key, probe: int) -> Tensor:
-        """Return direction number `probe` of a branch `[n]`, fp32: standard normals, or signs +-1 ("rademacher")."""
+        """Return direction number `probe` of a branch `[n]`, fp32: standard normals, or signs +-1 ("rademacher"); zero where masked."""
         field = self.fields[branch]
         stream = direction_stream(probe)
-        return field.signs(key, stream) if self.distribution == "rademacher" else field.normals(key, stream)
+        direction_n = field.signs(key, stream) if self.distribution == "rademacher" else field.normals(key, stream)
+        return direction_n * self.masks[branch] if self.masks else direction_n
 
     def of_step(self, key: Key) -> StepDirections:
         """Return the directions of a step."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dist_vlcl.options import BRANCHES, option
-from dist_vlcl.zo.difference import DISTRIBUTIONS, Directions, Evaluate, FiniteDifference, Slopes, StepDirections
+from dist_vlcl.zo.difference import DISTRIBUTIONS, TENSORS, Directions, Evaluate, FiniteDifference, Slopes, StepDirections
 from dist_vlcl.zo.flat import Flat, Group, groups_of, restricted
 from dist_vlcl.zo.noise import Key, derive_seed
 
@@ -38,6 +38,9 @@ class ZerothOrderConfig:
     sides: int = option(1, "1: compare with the base loss; 2: compare the two sides of the base.", choices=(1, 2))
     probes: Any = option(1, "Number of directions that are averaged in a step: one number, or {language: N, vision: N}.")
     directions: str = option("gaussian", "Distribution of the directions.", choices=DISTRIBUTIONS)
+    tensors: str = option(
+        "all", "What a direction changes in a unit: all, or only the up projections, which start at zero.", choices=TENSORS
+    )
     granularity: str = option(
         "branch", "What one loss difference moves: a branch, a unit, or both branches.", choices=("branch", "unit", "joint")
     )
@@ -143,7 +146,7 @@ class ZerothOrder:
         self.flats, self.config = flats, config
         self.groups = groups_of(flats, config.granularity)
         self.difference = config.make_estimator()
-        self.directions = Directions(flats, config.directions)
+        self.directions = Directions(flats, config.directions, config.tensors)
 
     def decide(self, evaluate: Evaluate, key: Key, lr: float) -> tuple[float, list[Move] | None]:
         """Return the base loss and one move per group, or None instead of the moves if a loss is not finite. Changes no value.
@@ -174,14 +177,15 @@ class ZerothOrder:
 
         `auto` divides by the root mean square of the slopes and multiplies by their number q. Each probe then moves its direction by about
         lr, and the q moves are added, not averaged. With n parameters and q much smaller than n, the mean of q estimates has n / q times
-        the square norm of the gradient. So the best step on a quadratic grows as q.
+        the square norm of the gradient. So the best step on a quadratic grows as q. The whole step is as long as sqrt(q) steps of lr in
+        every parameter of the branch: where directions change a part of them, each of these moves further.
         """
         if self.config.lr_scale != "auto":
             return lr * self.config.lr_scale
         slopes = [slope for of_branch in move.projected_gradient.values() for slope in of_branch]
         size = math.sqrt(sum(slope * slope for slope in slopes) / len(slopes))
         count = max(map(len, move.projected_gradient.values()))
-        return lr * count / size if size > 0 else 0.0
+        return lr * count / (size * math.sqrt(self.directions.share)) if size > 0 else 0.0
 
     def apply(self, moves: Sequence[Move]) -> None:
         """Add each move to the values, in place."""

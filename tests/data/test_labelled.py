@@ -289,7 +289,7 @@ def test_an_address_with_braces_needs_no_second_quotes(quote):
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"org/set: could not load it .*data=hf needs the extra dist-vlcl\[hf\]"):
+    with pytest.raises(ValueError, match=r"org/set: could not load it: .*data=hf needs the extra dist-vlcl\[hf\]"):
         read_raw(DataConfig(name="org/set", reader="hf"))
 
 
@@ -371,7 +371,7 @@ def test_a_damaged_table_is_one_message(tmp_path, hf_cache, content):
     source = parquet_set(tmp_path / "set")
     file = next(source.rglob("train*"))
     file.write_bytes(file.read_bytes()[:-50] if content is None else content)
-    with pytest.raises(ValueError, match=r"set: could not load it \(.*data\.source=FOLDER"):
+    with pytest.raises(ValueError, match=r"set: could not load it: .*data\.source=FOLDER"):
         read_raw(options("hf", source))
     with pytest.raises(ValueError, match=r"nowhere: could not load it"):
         read_raw(options("hf", tmp_path / "nowhere"))
@@ -411,7 +411,7 @@ def test_a_set_with_train_and_test_parts(tmp_path):
     [
         ("Flowers", {}, r"data\.name='Flowers': torchvision cannot open it .*no attribute 'Flowers'"),
         ("wrap_dataset_for_transforms_v2", {}, r"torchvision cannot open it"),
-        ("Food101", {"train_split": "trainval"}, r"data\.name='Food101': torchvision cannot open it in '.*' \(.*trainval"),
+        ("Food101", {"train_split": "trainval"}, r"data\.name='Food101': torchvision cannot open it in '.*': .*trainval"),
         ("CocoCaptions", {}, r"data\.name='CocoCaptions': torchvision cannot open it"),
     ],
 )

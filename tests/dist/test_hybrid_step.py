@@ -324,10 +324,10 @@ def compressed(world: World) -> dict[str, tuple[list[torch.Tensor], torch.Tensor
         gradients, errors = [], []
         update = step.first.update
 
-        def observed(lr, scale, first=step.first, update=update, gradients=gradients, errors=errors):
+        def observed(lr, first=step.first, update=update, gradients=gradients, errors=errors):
             gradients.append(torch.cat([g.flatten().clone() for g in first.gradients()]))
             errors.append(left_out(first))
-            return update(lr, scale)
+            return update(lr)
 
         step.first.update = observed
         for k in range(8):

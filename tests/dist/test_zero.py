@@ -5,7 +5,9 @@ Two processes a stage run every plan, since importing DeepSpeed is what takes th
 
 import importlib.util
 import json
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -164,7 +166,9 @@ def acting(rank: int) -> set[tuple[str, int]]:
 
 def trained(world: World, elsewhere: Path | None = None) -> dict:
     saved = torch.load(elsewhere) if elsewhere else {}
-    results = {name: learn(world, plan, saved.get(name)) for name, plan in PLANS.items()}
+    with mock.patch.object(torch.distributed, "new_group", wraps=torch.distributed.new_group) as made:
+        results: dict = {name: learn(world, plan, saved.get(name)) for name, plan in PLANS.items()}
+    results["timeouts"] = {call.kwargs.get("timeout") for call in made.call_args_list}
     step = make_step(world, PLANS["first"])
     step.begin(NAMES)
     mine = [batch_of(5, len(NAMES), seed=7)] if world.rank == 0 else [batch_of(0, len(NAMES), seed=7)]  # one rank has no sample
@@ -185,6 +189,7 @@ def test_a_zero_stage_learns_what_data_parallelism_learns(tmp_path, engine, ddp)
     torch.save({name: ddp[0][name]["saved"] for name in PLANS}, tmp_path / "saved.pt")
     ranks = run_ranks(trained, 2, tmp_path / "saved.pt", timeout_s=300, environment=environment_of(engine))
     assert [r["engine"] for r in ranks] == [engine] * 2
+    assert ranks[0]["timeouts"] == {timedelta(seconds=60)}  # cluster.timeout_s, with which run_ranks starts, and not torch's 30 minutes
     assert ranks[0]["evaluation"] == ranks[1]["evaluation"] == ddp[0]["evaluation"]
     for name in PLANS:
         ours, theirs = ranks[0][name], ddp[0][name]

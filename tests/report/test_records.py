@@ -9,7 +9,7 @@ import pytest
 from dist_vlcl.commands.report import realise
 from dist_vlcl.config import compose_config
 from dist_vlcl.paper import cell_of
-from dist_vlcl.report.records import CELL, Records, run_frame
+from dist_vlcl.report.records import CELL, run_frame
 from dist_vlcl.report.statistics import complete_of, results_of
 from tests.helpers.runs import write_run
 
@@ -130,8 +130,3 @@ def test_a_folder_that_cannot_be_read_is_named_with_the_reason(tmp_path):
     runs, unreadable = run_frame([broken, stray, foreign], realise)
     assert runs.empty and unreadable["stray"] == "not a run folder: it has no config.yaml"
     assert all(unreadable[name].startswith("could not read its files: ") for name in (broken.name, "foreign"))
-
-
-def test_records_know_their_curves():
-    run = Records([], [{"task": 0, "per_task": [0.5], "zero_shot": 0.1}, {"task": 1, "seen": 0.2}])
-    assert (run.matrix, run.of_tasks("seen"), run.of_tasks("zero_shot")) == ([[0.5], []], [None, 0.2], [0.1, None])

@@ -176,7 +176,7 @@ def test_a_full_disk_raises_and_leaves_the_old_checkpoint_and_no_stump(tmp_path,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(checkpoint, "write_durably", full)
+        patch.setattr(files, "write_durably", full)
         save(tmp_path, 2, tensors(2), {})
     assert names(tmp_path) == ["step-00000001.safetensors"]
     assert load_without_warning(tmp_path).step == 1
@@ -185,7 +185,7 @@ def test_a_full_disk_raises_and_leaves_the_old_checkpoint_and_no_stump(tmp_path,
 def test_a_write_that_went_wrong_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1, tensors(1), {"version": 1}, keep=1)
     with monkeypatch.context() as patch, pytest.raises(checkpoint.BrokenCheckpoint, match="differs"):
-        patch.setattr(checkpoint, "write_durably", lambda path, data: path.write_bytes(data.replace(b"version", b"versiom")))
+        patch.setattr(files, "write_durably", lambda path, data: path.write_bytes(data.replace(b"version", b"versiom")))
         save(tmp_path, 1, tensors(2), {"version": 2}, keep=1)
     assert load_without_warning(tmp_path).state == {"version": 1} and names(tmp_path) == ["step-00000001.safetensors"]
 

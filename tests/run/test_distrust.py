@@ -210,7 +210,7 @@ def test_a_checkpoint_of_other_data_or_another_configuration_is_refused_though_e
     (run.path / "env.json").unlink()
     again = open_run(tmp_path, data="two")
     assert again.identity["run"] == run.identity["run"]
-    with pytest.raises(ValueError, match=r"saved with other data \(digest one, here two\)"):
+    with pytest.raises(ValueError, match=r"saved with other data"):
         checkpoint.load_newest(again.path, again.identity)
     with pytest.raises(ValueError, match="saved with another configuration"):
         checkpoint.load_newest(again.path, {**run.identity, "config": "c"})
@@ -346,7 +346,7 @@ def test_a_changed_digit_in_a_metric_is_left_out_with_a_warning(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text().replace('"loss": 0.25', '"loss": 0.35', 1))
     with pytest.warns(RuntimeWarning, match=r"metrics.jsonl: 1 damaged lines were left out"):
-        assert [record["step"] for record in read_records(tmp_path).steps] == [2]
+        assert [record["step"] for record in read_records(tmp_path)["step"]] == [2]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "journal.jsonl"])
@@ -555,7 +555,7 @@ def test_a_terminal_that_is_gone_does_not_stop_a_run(tmp_path):
     log.say("a message")
     log.table("", ["a"], [["b"]])
     log.step({"step": 1, "task": 0})
-    assert len(read_records(tmp_path).steps) == 1
+    assert len(read_records(tmp_path)["step"]) == 1
 
 
 def test_shards_are_for_whom_the_umask_allows(tmp_path):

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def printed(log: RunLog) -> str:
 def run_steps(folder, state: TrainState, stop_after: int | None = None) -> TrainState:
     """A run of three tasks of four steps, killed after some number of log calls; returns what its checkpoint would hold."""
     log = open_log(folder, state)
-    saved = TrainState.from_dict(state.to_dict())
+    saved = TrainState.from_dict(asdict(state))
     calls = 0
 
     def is_dead() -> bool:
@@ -52,12 +53,12 @@ def run_steps(folder, state: TrainState, stop_after: int | None = None) -> Train
             if is_dead():
                 return saved
             if state.batch % 2 == 0:
-                saved = TrainState.from_dict(state.to_dict())
+                saved = TrainState.from_dict(asdict(state))
         log.task({"step": state.step, "task": state.task, "per_task": [0.5] * (state.task + 1), "seen": 0.5})
         if is_dead():
             return saved
         state.next_task()
-        saved = TrainState.from_dict(state.to_dict())
+        saved = TrainState.from_dict(asdict(state))
     log.close()
     return saved
 

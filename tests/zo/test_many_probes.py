@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from dist_vlcl.model.units import FlatTensors
 from dist_vlcl.zo.difference import Directions, FiniteDifference
 from dist_vlcl.zo.flat import groups_of
 from dist_vlcl.zo.noise import DROPOUT_STREAM, ROUTER_STREAM, Key, direction_stream
@@ -95,3 +96,22 @@ def test_random_signs_keep_every_size_and_follow_no_slope():
         signs.append(found[0].sign() * found[1].sign())
     changed = float((torch.stack(signs) < 0).float().mean())
     assert changed == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(40 * 15))
+
+
+def test_up_moves_only_the_up_projections_and_its_step_is_as_long_as_that_of_all_tensors():
+    units = {
+        f"language.{layer}/{name}": torch.zeros(size) for layer in (1, 2) for name, size in {"up_weight": 300, "down_weight": 500}.items()
+    }
+    moved = {}
+    for tensors in ("all", "up"):
+        problem = Problem({"language": FlatTensors(units)}, torch.sum)
+        step(problem, row("naive", lr_scale="auto", tensors=tensors, **MANY), lr=0.01)
+        moved[tensors] = problem.flats["language"].tensors()
+    assert all(bool(t.any()) == ("up" in name) for name, t in moved["up"].items())
+    whole, part = (torch.cat([t.flatten() for t in moved[tensors].values()]).norm() for tensors in ("all", "up"))
+    assert float(part / whole) == pytest.approx(1, rel=0.1)  # 0.61 = sqrt(600 / 1600) without the correction
+
+
+def test_up_needs_an_adapter_with_up_projections():
+    with pytest.raises(ValueError, match=r"zo\.tensors=up: this adapter has no tensor with the word up in its name"):
+        ZerothOrder({"language": FlatTensors({"language.1/upper": torch.zeros(3)})}, row("naive", tensors="up"))
