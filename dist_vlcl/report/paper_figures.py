@@ -174,7 +174,7 @@ def pictures_of_runs(complete: pd.DataFrame) -> list[Picture]:
     found = []
     for number, path in enumerate(shown.path, start=1):
         records = read_records(path)
-        of_tasks = pd.DataFrame(records.tasks).drop(columns=["kind", "crc"], errors="ignore")
+        of_tasks = pd.DataFrame(records["task"]).drop(columns=["kind", "crc"], errors="ignore")
         for name, plot, caption in (
             ("accuracy_matrix", plot_matrix, f"Row t: accuracy on each task after training on task t{rest}."),
             ("accuracy", plot_accuracy, "Accuracy on all classes seen so far."),
