@@ -62,6 +62,13 @@ def format_cell(cell: Any) -> str:
     return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
+def print_row(rows: Sequence[Row], total: int, started: float) -> None:
+    """Print the newest of `total` rows on stderr, and the time that the others will take. started: time.monotonic() before the first."""
+    left = (time.monotonic() - started) / len(rows) * (total - len(rows))
+    cells = ", ".join(f"{name} {format_cell(cell)}" for name, cell in rows[-1].items())
+    print(f"{len(rows)} of {total}, {left:.0f} s left: {cells}", file=sys.stderr, flush=True)
+
+
 HELP = {
     "images": "images of the global batch",
     "classes": "classes of the task",

@@ -1,6 +1,7 @@
 """Time and FLOPs of a step: ours and a naive step in fp32, alternately in one process, beside the cost model.
 
-    python -m benchmarks.step --images 8 --classes 8                          times on this machine, ViT-B/16
+    python -m benchmarks.step model=small --images 8 --classes 8              times on this machine, in seconds
+    python -m benchmarks.step --images 8 --classes 8                          the same of ViT-B/16, in minutes
     python -m benchmarks.step --count --orders all zo=mozo                    FLOPs only, counted without computing
     python -m benchmarks.step --count --classes 200                           how the cost grows with the classes: once for each number
     python -m benchmarks.step --count adapter.experts=22                      or with the experts
@@ -14,10 +15,11 @@ not know, with the reason below the table. For blocks of timm, `executed / model
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.common import Row, Table, Workload, benchmark, flops, interleaved, ratio, without_numbers, workloads_of
+from benchmarks.common import Row, Table, Workload, benchmark, flops, interleaved, print_row, ratio, without_numbers, workloads_of
 from benchmarks.cost_model import naive_cost, step_cost, tower_shapes
 from benchmarks.naive import naive_step, refusal
 from dist_vlcl.dist.world import World
@@ -25,11 +27,12 @@ from dist_vlcl.zo.noise import Key
 
 
 def measure(args: argparse.Namespace) -> list[Table]:
-    """Return one row per order plan and number of classes."""
-    rows = []
-    for orders, workload in workloads_of(args):
+    """Return one row per order plan and number of classes. Each is printed on stderr as soon as it is measured."""
+    work, started, rows = workloads_of(args), time.monotonic(), list[Row]()
+    for orders, workload in work:
         row = {"orders": orders, "classes": workload.classes, **count(workload)}
         rows.append(row if args.count else row | time_in_turn(workload, args.repeats))
+        print_row(rows, len(work), started)
     config = workload.config
     reason = "" if args.count else refusal(workload.towers("meta"), config.zo)
     return [Table(f"A step: {config.model.name}, {config.zo.name}, {config.model.precision}, {args.images} images", rows, reason)]

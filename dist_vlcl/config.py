@@ -24,7 +24,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from dist_vlcl.data.settings import DataConfig, check_name
 from dist_vlcl.dist.first_order import FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig, World
-from dist_vlcl.masking import explained, masked
+from dist_vlcl.masking import explained
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
@@ -32,7 +32,7 @@ from dist_vlcl.options import declared, flatten, option, validate
 from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
-from dist_vlcl.run.signals import report_status
+from dist_vlcl.run.signals import print_error, report_status
 from dist_vlcl.saved import BUILT_IN, MAY_CHANGE, PATH_OPTIONS, read_config, untrusted_options
 from dist_vlcl.zo.update import ZerothOrderConfig
 
@@ -286,7 +286,7 @@ def errors_refused() -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         if os.environ.get(FULL_ERROR):
             raise
-        if World.announced().is_main:
+        if is_main := World.announced().is_main:
             report_status("failed")
-            print(masked(f"error: {error}"), file=sys.stderr, flush=True)
+        print_error(f"error: {error}", is_main)
         sys.exit(2)

@@ -140,9 +140,9 @@ class Experiment:
 
         All ranks call this.
         """
-        cfg, world = self.cfg, self.world
+        cfg, world, size = self.cfg, self.world, self.towers.image_size
         world.collectives.where = f"the {described}"
-        transform = (TrainTransform if cfg.eval.train_transform else EvalTransform)(self.towers.image_size)
+        transform = TrainTransform(size) if cfg.eval.train_transform else EvalTransform(size, *self.towers.resizing)
         options: dict[str, Any] = {"batch_size": cfg.eval.batch_size, "rank": world.rank, "size": world.size}
         batches = self.loader.test(task.classes, transform=transform, held_out=held_out_samples(cfg, self.index, task), **options)
         noise = Key(derive_seed(cfg.seed, "eval", task.index), 0) if getattr(cfg.adapter, "noise_at_eval", False) else None

@@ -32,6 +32,7 @@ from dist_vlcl.saved import digest_of, read_config
 CONFIG, CLASSES, ADAPTERS = "config.yaml", "classes.json", "adapters.safetensors"  # the files of an export
 WEIGHTS = ("model.name", "model.pretrained")  # the options that may name files which are read here
 OF_TRAINING = ("adapter.init", "adapter.dropout", "adapter.router_noise", "adapter.noise_at_eval")  # trained adapters do not depend on them
+OWN_FOLDERS = ("runs/", "exports/")  # never the name of an organisation on the Hugging Face Hub
 IMAGES_AT_A_TIME = 256
 
 
@@ -61,7 +62,7 @@ class TrainedCLIP:
 
     def __init__(self, towers: TwoTowers, class_names: Sequence[str] = ()):
         self.towers, self.class_names, self.tokenizer = towers, list(class_names), towers.tokenizer
-        self._transform = EvalTransform(towers.image_size)
+        self._transform = EvalTransform(towers.image_size, *towers.resizing)
         self._text: tuple[tuple[str, ...], Tensor] = (), torch.empty(0)  # the newest class names and their features
 
     @property
@@ -217,7 +218,7 @@ def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:
 
 def _download(name: str) -> Path:
     """Return the folder of a copy of a repository on the Hugging Face Hub."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or Path(name).parent.exists():
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or name.startswith(OWN_FOLDERS) or Path(name).parent.exists():
         raise FileNotFoundError(f"{name}: no such file or folder; give the folder of a run, such as runs/NAME")
     from huggingface_hub import constants, snapshot_download
 

@@ -14,12 +14,11 @@ from dist_vlcl.dist.zero import first_order
 from dist_vlcl.experiment import Experiment
 from dist_vlcl.inference import read_start
 from dist_vlcl.losses import min_samples
-from dist_vlcl.masking import masked
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.run.environment import ELASTIC, missing_extra
 from dist_vlcl.run.folder import RunFolder
-from dist_vlcl.run.signals import START_AGAIN, Preemption, report_failure, report_status
+from dist_vlcl.run.signals import START_AGAIN, Preemption, print_error, report_failure, report_status
 from dist_vlcl.session import Requeued, Session
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
@@ -141,7 +140,7 @@ def run_and_report(cfg: Config) -> None:
             raise
         can_continue = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | FileExistsError)
         advice = "\nRepair the cause; the same command then continues from the newest checkpoint." if can_continue else ""
-        print(f"error on rank {world.rank} of {world.size}: {masked(str(error))}{advice}", file=sys.stderr, flush=True)
+        print_error(f"error on rank {world.rank} of {world.size}: {error}{advice}")
         raise SystemExit(2) from error
     finally:
         world.close()

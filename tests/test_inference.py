@@ -214,10 +214,13 @@ def test_predict_prints_the_top_classes_of_an_image_file(runs, digits, tmp_path,
     run_command(predict_command, monkeypatch, runs["moe"], tmp_path / "zero.png", "--classes", "cat,dog", "--json")
     assert set(json.loads(capsys.readouterr().out)["classes"]) == {"cat", "dog"}
     (tmp_path / "bad.png").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hugging Face Hub"))
     for source, image, words in (
         (runs["moe"], "bad.png", "bad.png: no image"),
         (runs["moe"], "none.png", "No such file"),
         (tmp_path / "nope", "zero.png", "no such file or folder; give the folder of a run"),
+        ("runs/nope", "zero.png", "runs/nope: no such file or folder; give the folder of a run"),
     ):
         with pytest.raises(SystemExit) as stopped:
             run_command(predict_command, monkeypatch, source, tmp_path / image)

@@ -10,6 +10,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 HATCH = PROJECT["tool"]["hatch"]
+DOCKERFILE, APPTAINER = ((ROOT / "containers" / name).read_text() for name in ("Dockerfile", "dist_vlcl.def"))
 
 
 def test_the_readme_of_the_wheel_has_absolute_addresses_below_the_repository():
@@ -35,12 +36,32 @@ def test_every_dependency_names_the_oldest_version_that_is_tested():
     assert len(named) > 20 and not [item for item in named if not re.fullmatch(r"[\w-]+>=[\d.]+", item)]
 
 
-def test_containers_get_all_that_a_wheel_is_built_from():
+def test_containers_get_all_that_a_wheel_is_built_from_and_its_pinned_versions():
     allowed = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines()[1:]}
     wheel = HATCH["build"]["targets"]["wheel"]
-    needed = {"pyproject.toml", "README.md", *PROJECT["project"]["license-files"], *wheel["packages"], *wheel["force-include"]}
-    copied = re.findall(r"^    (\S+) /opt/dist_vlcl/\1$", (ROOT / "containers/dist_vlcl.def").read_text(), re.M)
+    needed = {
+        "pyproject.toml",
+        "constraints.txt",
+        "README.md",
+        *PROJECT["project"]["license-files"],
+        *wheel["packages"],
+        *wheel["force-include"],
+    }
+    copied = re.findall(r"^    (\S+) /opt/dist_vlcl/\1$", APPTAINER, re.M)
     assert allowed == set(copied) == needed and all((ROOT / name).exists() for name in needed)
+
+
+def test_both_containers_install_the_same_and_only_extras_that_there_are():
+    """torch is the base image's; the other pins are constraints.txt's without what belongs to torch."""
+    images, extras, filters = (
+        [re.search(pattern, text)[1] for text in (DOCKERFILE, APPTAINER)]
+        for pattern in (r"pytorch/pytorch:(\S+)", r"/opt/dist_vlcl\[([^]]+)\]", r"grep -vE '([^']+)'")
+    )
+    assert len(set(images)) == len(set(extras)) == len(set(filters)) == 1
+    assert set(extras[0].split(",")) == set(PROJECT["project"]["optional-dependencies"]) - {"all", "dev", "deepspeed"}
+    pinned = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not re.match(filters[0], line)]
+    assert len(pinned) > 80 and not [line for line in pinned if re.match("torch|triton|nvidia|cuda", line)]
+    assert all(f"torch=={images[0].split('-')[0]}" in text for text in (DOCKERFILE, APPTAINER))
 
 
 def test_the_workflow_only_calls_what_the_repository_has():

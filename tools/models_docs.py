@@ -31,6 +31,9 @@ Every architecture in the table has adapters of both kinds, all order plans and 
 - **Prompts.** Text towers without a causal mask read all tokens, so their prompts are not cut. CoCa's are not cut either.
   All others are cut after the longest prompt of the task, which changes no feature.
 - **Router.** The experts' router reads the first token. In a vision tower without class token, that is the first patch.
+- **Test images** are resized as open_clip does it for the tag of the weights: SigLIP's, CLIPA's and PE-Core's tags resize both sides
+  (squash), some with a bilinear filter. Mean and deviation are the tag's, too. A file of weights says nothing about this, and gets
+  CLIP's own values, as in open_clip. So give the tag where there is one; it also works from the cache, without internet.
 - **Loss.** `model.loss=cross_entropy` is the class-incremental loss over the classes of a task. `model.loss=sigmoid` trains SigLIP as it
   was trained, with its own scale and bias.
 

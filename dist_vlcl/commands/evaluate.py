@@ -59,7 +59,7 @@ def evaluate_elsewhere(folder: Path, location: str, world: World, options: Seque
     trained, index = read_trained(folder, options=options), Index.load(location)
     cfg, names = trained.cfg, prompt_names(index.class_names)
     towers, loader = build_towers(cfg, world), Loader(index, cfg.data, world.device)
-    transform = EvalTransform(towers.image_size)
+    transform = EvalTransform(towers.image_size, *towers.resizing)
     test = loader.test(range(len(names)), batch_size=cfg.eval.batch_size, rank=world.rank, size=world.size, transform=transform)
     before = count_correct(towers, test, names, [len(names)], world).tolist()[0]  # new adapters change nothing
     towers.units.load_state_dict(trained.adapters)

@@ -76,8 +76,9 @@ def hf(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
         loaded = datasets.load_dataset(str(Path(source).resolve(strict=True)) if data.source else source, data.subset)
     test = data.test_split or next((name for name in ("test", "valid", "validation") if name in loaded), None)
     splits = {data.train_split: "train", test: "test"} if test else {data.train_split: None}
-    if absent := [name for name in splits if name not in loaded]:
-        raise ValueError(f"data=hf: no split {absent[0]!r}; choose data.train_split and data.test_split from {', '.join(loaded)}")
+    rows = ", ".join(f"{name} ({len(part)} rows)" for name, part in loaded.items())
+    if absent := [name for name in splits if name not in loaded or not len(loaded[name])]:
+        raise ValueError(f"data=hf: no images in split {absent[0]!r}; choose data.train_split and data.test_split from {rows}")
     features, found = loaded[data.train_split].features, []
     image_column = _column("image_column", data.image_column, features, datasets.Image)
     label_column = _column("label_column", data.label_column, features, datasets.ClassLabel)

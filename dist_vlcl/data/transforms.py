@@ -1,4 +1,4 @@
-"""Crop and resize an image to the model's size with Pillow's bicubic filter. The model normalises the pixels."""
+"""Crop and resize an image to the model's size with Pillow's filters. The model normalises the pixels."""
 
 # H W sides of the stored image, S side of the model's image, all in pixels
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 RATIO = (3 / 4, 4 / 3)  # of width to height of a training crop, torchvision's default
-MAX_ASPECT = 16  # of the long to the short side of a test image; the centre crop needs 1
+MAX_ASPECT = 16  # of the long to the short side of a test image; the centre crop needs 1, and squash loses what is beyond
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,23 @@ class TrainTransform:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """torchvision's Resize of the shorter side to `size`, then CenterCrop: uint8 [H, W, 3] -> uint8 [3, S, S]. `draw` is not used."""
+    """open_clip's transform of a test image: uint8 [H, W, 3] -> uint8 [3, S, S]. `draw` is not used.
+
+    mode: `shortest` resizes the shorter side to `size`, then crops the centre; `squash` resizes both sides. filter: bicubic or bilinear.
+    """
 
     size: int
+    mode: str = "shortest"
+    filter: str = "bicubic"
 
     def __call__(self, pixels_HWC: np.ndarray, draw: random.Random) -> Tensor:
         pixels_HWC = _middle(pixels_HWC)
+        if self.mode == "squash":
+            return _to_tensor(resize(pixels_HWC, self.size, self.size, self.filter))
         height, width = pixels_HWC.shape[:2]
         tall, wide = (int(self.size * side / min(height, width)) for side in (height, width))
         top, left = round((tall - self.size) / 2), round((wide - self.size) / 2)
-        resized = resize(pixels_HWC, tall, wide)
+        resized = resize(pixels_HWC, tall, wide, self.filter)
         return _to_tensor(resized[top : top + self.size, left : left + self.size])
 
 
@@ -69,11 +76,11 @@ def _middle(pixels_HWC: np.ndarray) -> np.ndarray:
     return pixels_HWC[top : pixels_HWC.shape[0] - top, left : pixels_HWC.shape[1] - left]
 
 
-def resize(pixels_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [height, width, 3], bicubic."""
-    image = Image.fromarray(pixels_HWC)
+def resize(pixels_HWC: np.ndarray, height: int, width: int, filter: str = "bicubic") -> np.ndarray:
+    """uint8 [H, W, 3] -> uint8 [height, width, 3]."""
+    image, chosen = Image.fromarray(pixels_HWC), Image.Resampling[filter.upper()]
     # One side at a time, columns first: which side Pillow takes first depends on its version, and the rounding depends on that.
-    image = image.resize((width, image.height), Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
+    image = image.resize((width, image.height), chosen).resize((width, height), chosen)
     return np.asarray(image)
 
 

@@ -169,10 +169,13 @@ class TextStemAndHead(nn.Module):
 class TwoTowers(nn.Module):
     """CLIP as a vision and a language tower that meet only in the logits."""
 
-    def __init__(self, vision: Tower, language: Tower, tokenizer: Any, config: ModelConfig, image_size: int):
+    def __init__(self, vision: Tower, language: Tower, tokenizer: Any, config: ModelConfig, preprocessing: Mapping[str, Any]):
         super().__init__()
         self.vision, self.language = vision, language
-        self.tokenizer, self.config, self.image_size = tokenizer, config, image_size
+        self.tokenizer, self.config = tokenizer, config
+        size = preprocessing["size"]
+        self.image_size: int = size[0] if isinstance(size, tuple | list) else size
+        self.resizing: tuple[str, str] = preprocessing["resize_mode"], preprocessing["interpolation"]  # of test images
         self.units = Units([block.unit for tower in (vision, language) for block in tower])
 
     def zero3_modules(self) -> list[nn.Module]:
@@ -280,10 +283,9 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
     else:
         blocks, stem = adapted("vision", visual.transformer.to(precision), causal=False), VisionStemAndHead(visual)
     text = TextStemAndHead(clip)
-    size = visual.image_size[0] if isinstance(visual.image_size, tuple | list) else visual.image_size
     vision = Tower("vision", blocks, stem, model.checkpoint)
     language = Tower("language", adapted("language", text.text.transformer, text.text.attn_mask is not None), text, model.checkpoint)
-    return TwoTowers(vision, language, tokenizer, model, size)
+    return TwoTowers(vision, language, tokenizer, model, visual.preprocess_cfg)
 
 
 def merge_lora(model: ModelConfig, lora: LoRAConfig, adapters: Mapping[str, Tensor], seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -296,19 +298,25 @@ def merge_lora(model: ModelConfig, lora: LoRAConfig, adapters: Mapping[str, Tens
 
     if not isinstance(lora, LoRAConfig) or "mlp" in lora.targets:
         raise ValueError("these adapters lie beside the MLP and cannot be merged; only adapter=lora can. Use --to adapters")
-    tower_depths(model.name)  # open_clip knows the small CLIP only after it
-    if "timm_model_name" in open_clip.get_model_config(model.name)["vision_cfg"]:
-        raise ValueError(f"model.name={model.name!r}: merging into blocks of timm is not supported. Use --to adapters")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         clip = _load(model)[0].float()
         for name in (name for name in adapters if name.endswith("_up")):
-            unit, target = UnitId.parse(name.split("/")[0]), name.split("/")[1].removesuffix("_up")
-            transformer = (clip.visual if unit.branch == "vision" else getattr(clip, "text", clip)).transformer
-            weight = transformer.resblocks[unit.layer - 1].attn.in_proj_weight.chunk(3)["qkv".index(target)]
+            unit, _, target = name.removesuffix("_up").partition("/")
+            weight = _projection(clip, UnitId.parse(unit), target)
             weight += adapters[name] @ adapters[name.replace("_up", "_down")] * lora.factor
     preprocessing = {key: clip.visual.preprocess_cfg[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     return clip.state_dict(), {"model_cfg": open_clip.get_model_config(model.name), "preprocess_cfg": preprocessing}
+
+
+def _projection(clip: Any, unit: UnitId, target: str) -> Tensor:
+    """Return the weights that project the input of a block's attention to its target q, k or v, `[D, D]`."""
+    tower = clip.visual if unit.branch == "vision" else getattr(clip, "text", clip)
+    attention = (tower.trunk.blocks if hasattr(tower, "trunk") else tower.transformer.resblocks)[unit.layer - 1].attn
+    if (separate := getattr(attention, f"{target}_proj", None)) is not None:  # some of timm's
+        return separate.weight
+    fused = attention.in_proj_weight if isinstance(attention, nn.MultiheadAttention) else attention.qkv.weight
+    return fused.chunk(3)["qkv".index(target)]
 
 
 def unit_ids(model: ModelConfig) -> list[UnitId]:

@@ -1,7 +1,9 @@
 """The page of a report as Markdown and as one HTML file: runs, claims, figures, the paper's tables, and missing runs."""
 
 import base64
+import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pandas as pd
 from markdown_it import MarkdownIt
 
 from dist_vlcl.report import tables
-from dist_vlcl.report.paper_figures import Picture, pictures_of
+from dist_vlcl.report.paper_figures import Picture, pictures_of, pictures_of_runs
 from dist_vlcl.report.records import CONTROLS
 from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, results_of
 from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape
@@ -17,7 +19,7 @@ from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape
 TERMS = (
     "Accuracy in % over all classes seen so far. Last: after the final task; Avg: mean over tasks. Results are mean ± standard deviation "
     "(number of seeds). Control: the same run with its zeroth-order units frozen, or zero-shot CLIP if nothing else learns. "
-    "Δ: mean paired difference over the seeds that both have, in points."
+    "Δ: mean paired difference over the seeds that both have, in points. ★: the best mean of a data set."
 )
 CONTRIBUTION_TERMS = (
     "R = (ours − zero-shot) / (first order on the same units − zero-shot), where no other unit learns. "
@@ -41,16 +43,19 @@ class Report:
         cells = cells_of(results, comparisons, published)
         memory = tables.memory_of(runs, memory_gb)
         shown = complete.drop(columns=["path", "shared_settings", "method_settings", "model_settings"])
-        self.pictures = pictures_of(complete, results)
+        figures, of_runs = pictures_of(complete, results), pictures_of_runs(complete)
+        self.pictures = [*of_runs, *figures]
         self.data = {"runs": shown, "cells": cells, "comparisons": comparisons, "memory": memory}
         self.data |= {picture.name: picture.data for picture in self.pictures}
         repeated = runs[runs.is_complete & ~runs.is_probe & ~runs.path.isin(complete.path)].run
         self.left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
         self.left_out |= {row.run: f"not complete, tasks done: {row.tasks_done}" for row in runs[~runs.is_complete].itertuples()}
         ours = cells[cells.seeds > 0]
-        blocks = ["# Report", TERMS, *_results(ours), *_claims(comparisons), *_figures(self.pictures), *_tables(cells, memory)]
-        blocks += _missing(comparisons, self.left_out)
-        self.page = "\n\n".join(block.rstrip() for block in blocks) + "\n"
+        blocks = [*_results(ours), *_figures("Each run", of_runs), *_claims(comparisons), *_figures("Figures", figures)]
+        blocks += [*_tables(cells, memory), *_missing(comparisons, self.left_out)]
+        titles = [block.removeprefix("## ") for block in blocks if block.startswith("## ")]
+        contents = "".join(f"- [{title}](#{_anchor(title)})\n" for title in titles)
+        self.page = "\n\n".join(block.rstrip() for block in ("# Report", contents, TERMS, *blocks)) + "\n"
 
     def write(self, out: Path) -> None:
         """Write the page, its pictures and its data into a folder."""
@@ -98,8 +103,9 @@ def _claims(comparisons: pd.DataFrame) -> Iterator[str]:
         yield tables.comparison_table(found)
 
 
-def _figures(pictures: list[Picture]) -> Iterator[str]:
-    yield "## Figures"
+def _figures(title: str, pictures: list[Picture]) -> Iterator[str]:
+    if pictures:
+        yield f"## {title}"
     for picture in pictures:
         yield f"![{escape(picture.title)}](images/{picture.name}.png)"
         yield f"**{escape(picture.title)}.** {escape(picture.caption)} Data: `data/{picture.name}.csv`."
@@ -127,6 +133,11 @@ def _missing(comparisons: pd.DataFrame, left_out: Mapping[str, str]) -> Iterator
         yield f"Folders that were left out: {'; '.join(f'{escape(name)} ({escape(reason)})' for name, reason in sorted(left_out.items()))}."
 
 
+def _anchor(title: str) -> str:
+    """Return the address of a heading within its page, as GitHub makes it."""
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+
+
 def to_html(page: str, pictures: Mapping[str, bytes]) -> str:
     """Return a Markdown page as one HTML file that needs no other.
 
@@ -134,6 +145,9 @@ def to_html(page: str, pictures: Mapping[str, bytes]) -> str:
     """
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable("autolink")
     tokens = markdown.parse(page)
+    for token, text in pairwise(tokens):
+        if token.type == "heading_open":
+            token.attrSet("id", _anchor(text.content))
     for image in (child for token in tokens for child in token.children or () if child.type == "image"):
         if png := pictures.get(str(image.attrs["src"])):
             image.attrs["src"] = f"data:image/png;base64,{base64.b64encode(png).decode()}"

@@ -1,4 +1,4 @@
-"""Figures 2 to 8 of the paper, each with the data that it shows as a tidy table."""
+"""Pictures of a report: of each run, and Figures 2 to 8 of the paper; each with the data that it shows as a tidy table."""
 
 import itertools
 import re
@@ -14,14 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, draw_loss, put_legend
-from dist_vlcl.report.records import CELL, gather, read_units, step_frame
+from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, draw_loss, plot_accuracy, plot_matrix, put_legend
+from dist_vlcl.report.records import CELL, gather, read_records, read_units, step_frame
 from dist_vlcl.report.statistics import GROUP, METHOD, in_paper_order, paired_test
 from dist_vlcl.report.tables import METRICS, method_label, tasks_label
 
 # Colour, line and marker each distinguish the curves: for colour-blind readers, in grey print, and where curves cross.
 LOOKS: tuple[tuple[str, Any, str], ...] = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, (0, (1, 1)), "D"))
 LABEL_WIDTH = 40  # characters of a line beside a row
+MOST_RUNS = 24  # that have pictures of their own, which take up to a second a run
 BRANCHES, TOWERS = ("dual", "vision", "language"), ("vision", "language")
 # Statistic of a unit -> its column, how it is reduced over steps, the label of its axis. The caption explains the labels.
 UNIT_STATISTICS = {
@@ -164,6 +165,23 @@ def draw_seeds(results: pd.DataFrame) -> Picture | None:
     put_legend(figure, both[0])
     caption = "Last and Avg of every seed, with the mean and its 95 % interval. The paper's figure shows only whole branches."
     return Picture(figure, trained[[*CELL, "other_settings", "run", "seed", *METRICS]], caption)
+
+
+def pictures_of_runs(complete: pd.DataFrame) -> list[Picture]:
+    """Return the accuracy matrix and the curve of each run, of at most MOST_RUNS runs: those with the best Last."""
+    shown = complete.sort_values("last", ascending=False, kind="stable")[:MOST_RUNS]
+    rest = f"; the other {len(complete) - len(shown)} runs have theirs in their folders plots/" if len(complete) > len(shown) else ""
+    found = []
+    for number, path in enumerate(shown.path, start=1):
+        records = read_records(path)
+        of_tasks = pd.DataFrame(records["task"]).drop(columns=["kind", "crc"], errors="ignore")
+        for name, plot, caption in (
+            ("accuracy_matrix", plot_matrix, f"Row t: accuracy on each task after training on task t{rest}."),
+            ("accuracy", plot_accuracy, "Accuracy on all classes seen so far."),
+        ):
+            if figure := plot(records):
+                found.append(Picture(figure, of_tasks, caption, f"{name}-{number}", path.name))
+    return found
 
 
 def pictures_of(complete: pd.DataFrame, results: pd.DataFrame) -> list[Picture]:

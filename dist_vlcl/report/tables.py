@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import pandas as pd
@@ -29,10 +30,11 @@ def escape(text: Any) -> str:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], num_left: int = 1) -> str:
-    """Return a Markdown table. The first `num_left` columns are aligned left, the others right."""
-    rule = [":---"] * num_left + ["---:"] * (len(columns) - num_left)
-    lines = [list(map(escape, columns)), rule, *(list(map(escape, row)) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """Return a Markdown table. The first `num_left` columns are aligned left, the others right, and left out if no row has a value."""
+    rule, rows = [":---"] * num_left + ["---:"] * (len(columns) - num_left), [list(map(escape, row)) for row in rows]
+    kept = [place < num_left or {row[place] for row in rows} - {"", UNKNOWN} for place in range(len(columns))]
+    lines = [list(map(escape, columns)), rule, *rows]
+    return "".join(f"| {' | '.join(compress(line, kept))} |\n" for line in lines)
 
 
 def number(value: float | None, form: str = ".2f") -> str:
@@ -84,11 +86,17 @@ def _by_metric(frame: pd.DataFrame, more: Sequence[str], heads: Sequence[str], t
 
 
 def result_table(ours: pd.DataFrame) -> str:
-    """Return our results, of each data set the best Last first, each with its paired differences to its control."""
+    """Return our results, of each data set the best Last first and the best means marked ★, with paired differences to their controls."""
     is_zeroth, is_whole = ~ours.variant.isin(WITHOUT_ZEROTH), (ours.branch == "dual") & (ours.layers == "all")
     ours = ours.assign(control=is_whole.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
+    is_best = ours["mean"] == ours.groupby([*TASKS, "metric"])["mean"].transform("max")
+    ours = ours.assign(star=is_best.map({True: " ★", False: ""}))
     heads = ["{}", "Δ {}", "95 % interval"]
-    return _by_metric(best_first(ours), ["control"], heads, lambda c: [_ours(c), signed(c.gain), interval(c.gain_low, c.gain_high)])
+
+    def texts(cell: Any) -> list[str]:
+        return [_ours(cell) + cell.star, signed(cell.gain), interval(cell.gain_low, cell.gain_high)]
+
+    return _by_metric(best_first(ours), ["control"], heads, texts)
 
 
 def best_first(cells: pd.DataFrame) -> pd.DataFrame:

@@ -1,14 +1,18 @@
 """Messages between a run and its scheduler: signals come in, one status word goes out."""
 
+import json
 import os
 import signal
+import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from dist_vlcl.data.shards import ShardError, ShardUnavailableError
+from dist_vlcl.masking import masked
 from dist_vlcl.run.environment import ELASTIC, is_restart
 from dist_vlcl.run.folder import RunBusy
 
@@ -67,6 +71,15 @@ def report_status(word: str) -> None:
     if path := os.environ.get(STATUS_FILE):
         with suppress(OSError):  # the folder may be missing on this node; the run's own error is more important
             Path(path).write_text(word + "\n")
+
+
+def print_error(text: str, is_main: bool = True) -> None:
+    """Print an error of the user on rank 0. Every rank passes it to torch's launcher, which shows it at the end of its own traceback."""
+    if is_main:
+        print(masked(text), file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": masked(text), "timestamp": int(time.time())}))
 
 
 def report_failure(error: Exception, is_main: bool) -> None:

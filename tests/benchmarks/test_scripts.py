@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -29,10 +30,14 @@ def test_step_prints_and_writes_counted_and_timed_costs(tmp_path, capsys):
     assert "| language_all | 4 |" in printed and "dist_vlcl" in printed
 
 
-def test_step_counts_every_order_plan(tmp_path):
+def test_step_counts_every_order_plan_and_prints_each_at_once(tmp_path, capsys):
     [rows] = run(step, tmp_path / "step.json", *TINY, "--count", "--orders", "first,dual_all", "adapter=lora")
     assert [row["orders"] for row in rows] == ["first", "dual_all"]
     assert rows[0]["executed TFLOP"] != rows[1]["executed TFLOP"] and "s" not in rows[0]
+    said = capsys.readouterr().err.splitlines()
+    assert re.match(r"1 of 2, \d+ s left: orders first, classes 4, naive TFLOP ", said[0]) and said[1].startswith(
+        "2 of 2, 0 s left: orders dual"
+    )
 
 
 def test_the_naive_step_stays_in_fp32():

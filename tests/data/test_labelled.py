@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import random
+import re
 import socket
 import sys
 import tarfile
@@ -12,17 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dist_vlcl.commands.report import realise
+from dist_vlcl.commands import report
 from dist_vlcl.config import compose_config
 from dist_vlcl.data.sets import read_raw
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import ShardError, make_shards
 from dist_vlcl.dist.world import World
-from dist_vlcl.report.records import run_frame
+from dist_vlcl.inference import read_trained
 from dist_vlcl.train import train
 from tests.helpers.mutate import tar_header_mutated
+from tests.helpers.ranks import run_ranks
 from tests.helpers.shards import png, served
 from tests.helpers.tiny_clip import architecture
 
@@ -133,7 +136,7 @@ def options(kind: str, source: Path, **more) -> DataConfig:
 SOURCES = {"webdataset": benchmark_set, "hf": parquet_set, "torchvision": food_set}
 
 
-def test_every_source_is_built_trained_and_reported(tmp_path, request):
+def test_every_source_is_built_trained_and_reported(tmp_path, request, monkeypatch):
     names = {"webdataset": "mine", "torchvision": "Food101"}
     if importlib.util.find_spec("datasets"):
         request.getfixturevalue("hf_cache")
@@ -147,8 +150,30 @@ def test_every_source_is_built_trained_and_reported(tmp_path, request):
         assert index.class_names == tuple(NAMES) and (index.count("train"), index.count("test")) == (12, 6)
         train(cfg, World.alone())
         folders.append(cfg.run.folder)
-    runs, unreadable = run_frame(folders, realise)
-    assert unreadable == {} and list(runs.dataset) == list(names.values()) and runs.is_complete.all() and not runs.is_probe.any()
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, folders), "--out", str(tmp_path / "report")])
+    report.main()
+    results = (tmp_path / "report/report.md").read_text().split("## What was run")[1].split("##")[0]
+    assert all(re.search(rf"^\| {name} Inc2 \| dual hop_odd, mozo \| frozen \| [\d.]+ \(1\)", results, re.M) for name in names.values())
+
+
+def learned(world: World, options: list[str]) -> tuple[list, dict]:
+    """Train on the ranks that call this; return the accuracy's counts and the adapters."""
+    cfg = compose_config(options)
+    accuracy = train(cfg, world)
+    return accuracy.rows, read_trained(cfg.run.folder).adapters
+
+
+def test_two_ranks_learn_from_sources_what_one_learns(tmp_path):
+    """A WebDataset and a set of torchvision, each one task."""
+    for kind in ("webdataset", "torchvision"):
+        make_shards(options(kind, SOURCES[kind](tmp_path / kind), root=f"{tmp_path}/data"))
+    cfg = [*RUN, f"data.root={tmp_path}/data", "data=sets", "tasks.sets=[mine,Food101]"]
+    [(rows, adapters)] = run_ranks(learned, 1, [*cfg, f"run.root={tmp_path}/one"])
+    ranks = run_ranks(learned, 2, [*cfg, f"run.root={tmp_path}/two"])
+    for found, learned_here in ranks:
+        assert found == ranks[0][0] and [total for _, total in found[-1]] == [total for _, total in rows[-1]] == [TEST] * 6
+        for name, tensor in adapters.items():
+            torch.testing.assert_close(learned_here[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -289,8 +314,8 @@ def test_what_is_not_known_about_a_table_is_asked_for(tmp_path, hf_cache):
     for more, words in [
         ({"image_column": "picture"}, r"data\.image_column='picture': .*choose from photo, species, count"),
         ({"label_column": "x"}, r"data\.label_column='x'"),
-        ({"train_split": "training"}, r"no split 'training'; choose .* from train, test"),
-        ({"test_split": "dev"}, r"no split 'dev'"),
+        ({"train_split": "training"}, r"no images in split 'training'; choose .* from train \(12 rows\), test \(6 rows\)"),
+        ({"test_split": "dev"}, r"no images in split 'dev'"),
         ({"label_column": "count"}, r"5 of 4 classes have|3 classes have no test images|classes have no"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -298,6 +323,31 @@ def test_what_is_not_known_about_a_table_is_asked_for(tmp_path, hf_cache):
     columns = {"a": [1, 2], "b": [3, 4]}
     with pytest.raises(ValueError, match=r"data\.image_column=None: 0 columns have the type Image; choose from a, b"):
         read_raw(options("hf", hf_table(tmp_path / "t", columns)))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_split_is_refused(tmp_path, hf_cache, monkeypatch, split):
+    import datasets
+
+    loaded = datasets.load_dataset(str(parquet_set(tmp_path / "set")))
+    loaded[split] = loaded[split].select([])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
+    rows = ", ".join(rf"{name} \({len(part)} rows\)" for name, part in loaded.items())
+    with pytest.raises(ValueError, match=rf"no images in split '{split}'; choose data\.train_split and data\.test_split from {rows}"):
+        read_raw(options("hf", tmp_path / "set"))
+
+
+def test_a_set_of_the_hub_is_read_from_the_cache_without_a_network(tmp_path, hf_cache, monkeypatch):
+    """The cache of a set of the Hub has the same files as that of a folder, below another name."""
+    here = read_raw(options("hf", parquet_set(tmp_path / "mine")))
+    [prepared] = [path for path in (tmp_path / "cache/mine").glob("*/*/*") if path.is_dir()]
+    (tmp_path / "cache/org___mine/default/0.0.0").mkdir(parents=True)
+    prepared.rename(tmp_path / "cache/org___mine/default/0.0.0" / prepared.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    there = read_raw(DataConfig(name="org/mine", reader="hf"))
+    assert counts(there) == WHOLE and [sample.read() for sample in there.samples] == [sample.read() for sample in here.samples]
+    with pytest.raises(ValueError, match=r"org/other: could not load it .*the cache of datasets"):
+        read_raw(DataConfig(name="org/other", reader="hf"))
 
 
 def test_a_path_in_a_table_opens_no_file(tmp_path, hf_cache):

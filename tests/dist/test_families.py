@@ -1,4 +1,4 @@
-"""A SigLIP with timm's blocks learns on two processes, and under ZeRO-3, what it learns alone."""
+"""A family of each kind of blocks learns on two processes, and under ZeRO-3, what it learns alone."""
 
 import importlib.util
 
@@ -18,14 +18,18 @@ from tests.helpers.families import images_of, tiny
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_clip import LORA, MOE
 
-PLANS = {"moe": (MOE, OrderPlan("dual", "hop_odd")), "lora": (LORA, OrderPlan("vision", "all"))}
+PLANS = {  # timm's plain blocks; EVA's with rotary positions and fused biases; open_clip's with a class token in the text
+    "siglip": (MOE, OrderPlan("dual", "hop_odd")),
+    "eva02_post_norm": (LORA, OrderPlan("vision", "all")),
+    "coca": (MOE, OrderPlan("dual", "hop_even")),
+}
 
 
 def learn(world: World) -> tuple[str, dict, str]:
-    """Take three hybrid steps with the sigmoid loss for each adapter; return engine, adapters and a digest of them."""
+    """Take three hybrid steps with the sigmoid loss in each family; return engine, adapters and a digest of them."""
     learned = {}
     for name, (adapter, plan) in PLANS.items():
-        towers = tiny("siglip", adapter, loss="sigmoid")
+        towers = tiny(name, adapter, loss="sigmoid")
         config = FirstOrderConfig(lr=1e-2)
         step = HybridStep(
             towers, assign(towers.units, plan), STRATEGIES["mozo"], lambda model, config=config: first_order(world, config, model), world
@@ -46,7 +50,7 @@ def test_two_processes_learn_what_one_learns(engine):
     _, alone, _ = learn(World.alone())
     ranks = run_ranks(learn, 2, timeout_s=200, environment=environment_of(engine))
     assert [r[0] for r in ranks] == [engine] * 2 and ranks[0][2] == ranks[1][2]
-    start = {f"{name}/{key}": t for name, (adapter, _) in PLANS.items() for key, t in tiny("siglip", adapter).units.state_dict().items()}
+    start = {f"{name}/{key}": t for name, (adapter, _) in PLANS.items() for key, t in tiny(name, adapter).units.state_dict().items()}
     for name, tensor in alone.items():
         torch.testing.assert_close(ranks[0][1][name], tensor, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
         assert not torch.equal(tensor, start[name]) or name.endswith("/noise"), name

@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants, file_download
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -38,7 +38,9 @@ class Hub:
         """Make huggingface_hub of this process talk to this server alone."""
         own = {"ENDPOINT": self.address, "HUGGINGFACE_CO_URL_TEMPLATE": self.address + "/{repo_id}/resolve/{revision}/{filename}"}
         for name, value in {**own, "HF_HUB_CACHE": f"{self.folder}/cache", "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
+            monkeypatch.setattr(constants, name, value)
+        name = "HUGGINGFACE_CO_URL_TEMPLATE"  # versions before 1.0 have a second one
+        monkeypatch.setattr(file_download, name, own[name], raising=False)
         monkeypatch.setenv("HF_TOKEN", "hf_test")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 

@@ -2,15 +2,22 @@
 
 # K parameter sets, B images, C classes
 
+import numpy as np
+import open_clip
 import pytest
 import torch
 from open_clip.loss import SigLipLoss
+from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
+from dist_vlcl.inference import TrainedCLIP
 from dist_vlcl.losses import sample_losses
+from dist_vlcl.model.clip import ModelConfig, build_clip, merge_lora
+from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.perturbed import Perturbed
 from dist_vlcl.zo.noise import Key, StepNoise
-from tests.helpers.families import FAMILIES, TIMM, LibraryCLIP, images_of, tiny
+from tests.helpers.families import FAMILIES, TIMM, LibraryCLIP, architecture, images_of, tiny
 from tests.helpers.tiny_clip import LORA, MLP_LORA, MOE, NAMES, adapter_values
 
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -139,6 +146,39 @@ def test_prompts_are_cut_only_where_that_changes_nothing():
     assert longest < 20
     for family in FAMILIES:
         assert tiny(family).prompts(NAMES).shape[1] == whole.get(family, longest), family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_lora_is_plain_open_clip_with_the_same_features(family, tmp_path):
+    """In every family: `export --to open_clip` adds LoRA to the weights of q, k and v, wherever the library has them."""
+    lora = LoRAConfig(rank=3, targets=["q", "k", "v"])
+    towers, model = tiny(family, lora), ModelConfig(name=architecture(family), pretrained="random")
+    adapters = {name: t.detach() for name, t in towers.units.state_dict().items()}
+    assert len(adapters) == 6 * sum(DEPTH.values())
+    weights, config = merge_lora(model, lora, adapters, seed=0)
+    save_file({name: t.contiguous() for name, t in weights.items()}, tmp_path / "merged.safetensors")
+    plain = open_clip.create_model(architecture(family), pretrained=str(tmp_path / "merged.safetensors")).eval()
+    images, preprocessing = images_of(towers, 3), config["preprocess_cfg"]
+    mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    prompts = towers.prompts(NAMES)
+    whole = towers.tokenizer([towers.config.prompt.replace("{}", name) for name in NAMES])
+    with torch.no_grad():
+        torch.testing.assert_close(plain.encode_image((images / 255 - mean) / std, normalize=True), towers.features("vision", images))
+        torch.testing.assert_close(plain.encode_text(whole, normalize=True), towers.features("language", prompts))
+    assert not torch.allclose(towers.features("vision", images), tiny(family, lora, randomize=False).features("vision", images), atol=1e-3)
+
+
+def test_test_images_are_preprocessed_as_the_weights_tag_says(tmp_path, monkeypatch):
+    """open_clip's tags of SigLIP resize both sides of an image (squash), those of CLIPA with another filter, too."""
+    name, file = architecture("siglip"), tmp_path / "weights.safetensors"
+    save_file(open_clip.create_model(name).state_dict(), file)
+    own = open_clip.get_pretrained_cfg("ViT-L-14-CLIPA", "datacomp1b") | {"file": str(file)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"own": own})
+    model = TrainedCLIP(build_clip(ModelConfig(name=name, pretrained="own"), MOE))
+    _, theirs = open_clip.create_model_from_pretrained(name, pretrained="own")
+    for size in ((50, 30), (30, 50)):
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+        torch.testing.assert_close(model.preprocess(picture), theirs(picture), rtol=0, atol=1.01 / 255 / min(own["std"]))  # rounding
 
 
 def test_sigmoid_loss_is_open_clip_s_own_with_the_model_s_scale_and_bias():

@@ -83,9 +83,46 @@ def test_the_page_leads_with_the_runs_the_best_first_each_with_its_control(repor
     for dataset, number in (("CIFAR-100 Inc20", 6), ("digits Inc2", 3)):
         lasts = [float(last) for last in re.findall(rf"^\| {dataset} \| [^|]+ \| [^|]* \| ([\d.]+)", results, re.M)]
         assert lasts == sorted(lasts, reverse=True) and len(lasts) == number
-    own = "82.00 ± 1.41 (2) | +1.50 | [−4.85, +7.85] | 88.50 ± 0.71 (2) | +0.50 | [−5.85, +6.85] |"
+    own = "82.00 ± 1.41 (2) ★ | +1.50 | [−4.85, +7.85] | 88.50 ± 0.71 (2) ★ | +0.50 | [−5.85, +6.85] |"
     assert f"| CIFAR-100 Inc20 | dual hop_odd, conservative | frozen | {own}  |" in results
     assert f"| dual hop_odd, mozo | frozen | 22.50 ± 0.71 (2) | – | – | 32.00 ± 0.00 (2) | – | – | {SETTINGS} |" in results
+
+
+def test_the_best_value_of_each_data_set_is_marked(report):
+    results = page(report).split("## What was run")[1].split("##")[0]
+    for dataset in ("CIFAR-100 Inc20", "digits Inc2"):
+        rows = [[cell.strip() for cell in line.split("|")] for line in results.splitlines() if line.startswith(f"| {dataset}")]
+        for column in (4, 7):
+            best = max(float(row[column].split()[0]) for row in rows)
+            assert all(row[column].endswith("★") == (float(row[column].split()[0]) == best) for row in rows)
+
+
+def test_every_entry_of_the_contents_leads_to_its_section(report):
+    html, sections = (report / "report.html").read_text(), re.findall(r"^## (.+)", page(report), re.M)
+    links = re.findall(r'<a href="#([^"]+)">([^<]+)</a>', html)
+    assert [title for _, title in links] == sections and len(sections) >= 6
+    assert all(f'<h2 id="{anchor}">{title}</h2>' in html for anchor, title in links)
+    assert html.index("<a href") < html.index("<table>")
+
+
+def test_each_complete_run_has_its_accuracy_matrix_and_its_curve(report, runs):
+    text = page(report).split("## Each run")[1].split("\n## ")[0]
+    complete = data(report, "runs").sort_values("last", ascending=False, kind="stable")
+    assert (
+        re.findall(r"^\*\*(.+?)\.\*\* Row t", text, re.M)
+        == re.findall(r"^\*\*(.+?)\.\*\* Accuracy on all", text, re.M)
+        == list(complete.run)
+    )
+    for number, run in enumerate(complete.run, start=1):
+        assert data(report, f"accuracy_matrix-{number}").seen.iloc[-1] == pytest.approx(complete.set_index("run").loc[run, "last"] / 100)
+        assert {f"accuracy_matrix-{number}.png", f"accuracy-{number}.png"} <= {path.name for path in (report / "images").iterdir()}
+
+
+def test_no_column_has_dashes_alone(report):
+    for table in re.findall(r"(?:^\|.*\n)+", page(report), re.M):
+        rows = [line.strip("|").split(" | ") for line in table.strip().splitlines()]
+        for place, aligned in enumerate(rows[1]):
+            assert ":---" in aligned or {row[place].strip(" |") for row in rows[2:]} - {"", "–"}, table
 
 
 def test_settings_that_all_runs_share_are_named_once(runs, tmp_path, monkeypatch):
@@ -102,7 +139,7 @@ def test_the_paper_s_tables_show_ours_beside_theirs(report):
 
 def test_another_model_is_not_compared_with_the_paper_s_accuracy(report):
     table = page(report).split("### Table 1.")[1]
-    assert f"| first order | 80.47 | 20.00 ± 0.00 (2) | – | – | – | 86.97 | 31.00 ± 0.00 (2) | – | – | – | {SETTINGS} |" in table
+    assert f"| first order | 80.47 | 20.00 ± 0.00 (2) | – | – | 86.97 | 31.00 ± 0.00 (2) | – | – | {SETTINGS} |" in table
 
 
 def test_folders_that_are_not_used_are_named_with_the_reason(report):
@@ -114,7 +151,7 @@ def test_folders_that_are_not_used_are_named_with_the_reason(report):
 
 def test_the_html_needs_no_other_file(report):
     html = (report / "report.html").read_text()
-    references = re.findall(r"""(?:src|href)=["'](?!data:)""", html)
+    references = re.findall(r"""(?:src|href)=["'](?!data:|#)""", html)
     assert not references and "<link" not in html and "<script" not in html and "@import" not in html
     pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     assert len(pictures) == len(list((report / "images").glob("*.png"))) > 0

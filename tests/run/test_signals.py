@@ -3,7 +3,9 @@ import signal
 import threading
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from dist_vlcl.config import hydra_main
 from dist_vlcl.run.signals import Preemption
 
 
@@ -74,3 +76,16 @@ def test_a_thread_that_cannot_install_handlers_goes_without():
     thread.start()
     thread.join()
     assert seen == [False]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_launcher_ends_its_traceback_with_the_error_of_a_rank(rank, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("sys.argv", ["train", "seed=-1"])
+    with pytest.raises(SystemExit):
+        hydra_main(print)
+    assert capsys.readouterr().err == ("" if rank else "error: seed=-1: give a number of at least 0\n")
+    failure = ProcessFailure(local_rank=rank, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    said = str(ChildFailedError("dist_vlcl.train", {rank: failure}))
+    assert "traceback : error: seed=-1: give a number of at least 0" in said
