@@ -43,7 +43,7 @@ def test_a_job_goes_on_without_a_node_and_is_queued_again_without_its_first_node
     ],
 )
 def test_another_node_queues_the_job_again_only_if_slurm_has_taken_the_first_node_out(nodes, first_of_job, said, tmp_path):
-    """The batch script itself. Slurm's commands only answer, the agents of these nodes end with an error, and the first wait is the last."""
+    """The batch script itself. Slurm's commands only answer. The agents of these nodes end with an error, their first wait ends them."""
     fakes = {
         "srun": f"""case "$*" in *--check*) exit;; esac
             while [ "$1" != bash ]; do shift; done
@@ -56,8 +56,8 @@ def test_another_node_queues_the_job_again_only_if_slurm_has_taken_the_first_nod
     for name, answer in fakes.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "DIST_VLCL_HOME": str(ROOT), "ELASTIC": "1"}
-    environment |= {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node1"}
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"), "DIST_VLCL_HOME": str(ROOT)}
+    environment |= {"ELASTIC": "1", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node1"}
     done = subprocess.run([ROOT / "slurm/train.sbatch"], env=environment, cwd=tmp_path, capture_output=True)
     assert [*(tmp_path / "said").read_text().splitlines(), str(done.returncode)] == said.split(", ")
     assert not list(tmp_path.glob(".slurm-*"))
