@@ -21,6 +21,7 @@ MASTER_PORT=$(free_port $((10000 + SLURM_JOB_ID % 20000))) # this shell runs on 
 # too. Not in /tmp, which a container may not share.
 DIST_VLCL_STATUS=$PWD/.slurm-$job.status
 : >"$DIST_VLCL_STATUS" || fail "$PWD: the job cannot write here; submit from a folder where it can"
+rm -f "$DIST_VLCL_STATUS.first"
 export MASTER_ADDR MASTER_PORT DIST_VLCL_STATUS
 
 # Run a Python command on one node, by the interpreter that has dist_vlcl.
@@ -42,6 +43,20 @@ check_trainer() {
     fail "the job does not start: see the message above"
 }
 
+# Run a command on each node of an elastic job; $0 is the job. If the first node dies, this script and the store are lost with it. With --no-kill,
+# Slurm then takes that node out of the job (after SlurmdTimeout), and leaves the job RUNNING. The first node that is left queues the job again.
+# As long as the job's first node lives, this script decides.
+on_each_node='trap : TERM USR1 # the command handles them
+"$@"; status=$?
+trap - TERM USR1
+((SLURM_NODEID > 0)) || : >"$DIST_VLCL_STATUS.first"
+until ((status == 0)) || [[ -e $DIST_VLCL_STATUS.first ]]; do
+    nodes=$(squeue --noheader --jobs="$0" --states=RUNNING --format=%N)
+    [[ $(scontrol show hostnames "$nodes" | head -n 1) != "$SLURMD_NODENAME" ]] || scontrol requeue "$0"
+    sleep 10
+done
+exit "$status"'
+
 # Run a command once on each node, then end the job: done, failed, or requeued.
 run_step() {
     local step status state reason word is_queued=no
@@ -49,10 +64,13 @@ run_step() {
     say "start $restarts of job $job on $SLURM_JOB_NODELIST: ${*%%=*}" # names of options only: values may hold secrets
     # srun does not inherit from sbatch: the CPUs (since Slurm 22.05), and the environment (if a site sets --export=NONE). No MPI: accelerate would
     # read its variables.
-    local loss=(--kill-on-bad-exit=1)
-    [[ -z ${ELASTIC:-} ]] || loss=(--kill-on-bad-exit=0 --no-kill) # the other nodes go on
+    local loss=(--kill-on-bad-exit=1) wrapper=()
+    if [[ -n ${ELASTIC:-} ]]; then
+        loss=(--kill-on-bad-exit=0 --no-kill) # the other nodes go on
+        wrapper=(bash -c "$on_each_node" "$job")
+    fi
     srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-        --export=ALL --mpi=none "${loss[@]}" "${container[@]}" "$@" &
+        --export=ALL --mpi=none "${loss[@]}" "${wrapper[@]}" "${container[@]}" "$@" &
     step=$!
     while wait "$step"; status=$?; kill -0 "$step" 2>/dev/null; do # a signal ends a wait
         ask_slurm
@@ -68,7 +86,7 @@ run_step() {
             say "Slurm ends this job ($state); the same command continues the run"
         fi
     fi
-    rm -f "$DIST_VLCL_STATUS"
+    rm -f "$DIST_VLCL_STATUS" "$DIST_VLCL_STATUS.first"
     exit "$status"
 }
 

@@ -36,7 +36,7 @@ def _absent(why: str) -> None:
 
 
 class Cluster:
-    """A running throw-away cluster of two nodes, node1 and node2."""
+    """A running throw-away cluster: node1, node2, ..."""
 
     def __init__(self, tool: str, folder: str):
         self._tool, self.folder = tool, folder
@@ -73,8 +73,8 @@ class Cluster:
 
 
 @contextmanager
-def cluster() -> Iterator[Cluster]:
-    """Two nodes of eight made-up CPUs and two GPUs, each with a host name, a process table and a network of its own."""
+def cluster(nodes: int = 2) -> Iterator[Cluster]:
+    """Nodes of eight made-up CPUs and two GPUs, each with a host name, a process table and a network of its own."""
     tool = _minislurm()
     if tool is None:
         _absent("minislurm is not here: set CLUSTER_TOOLS to the folder that holds it")
@@ -85,7 +85,7 @@ def cluster() -> Iterator[Cluster]:
     folder = tempfile.mkdtemp(prefix="ms-")  # short: the path of a Unix socket ends at 107 bytes
     running = Cluster(tool, folder)
     try:
-        up = running.tool("up", "--nodes", 2, "--isolation", "net", "--cpus", 8, "--gpus", 2, *TIMES)
+        up = running.tool("up", "--nodes", nodes, "--isolation", "net", "--cpus", 8, "--gpus", 2, *TIMES)
         assert up.returncode == 0, up.stdout + up.stderr
         yield running
     finally:
