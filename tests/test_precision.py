@@ -142,7 +142,7 @@ def test_what_cannot_be_measured_under_zero3_is_refused_before_a_step():
         {"precision": "bf16", "zeroth": ZerothOrderConfig()},
         {"zeroth": ZerothOrderConfig(epsilon={"language": 1e-5, "vision": 1e-3})},
     ):
-        with pytest.raises(ValueError, match="Use zero2"):
+        with pytest.raises(ValueError, match="use zero2"):
             step_of(OrderPlan("dual", "hop_odd"), **options, world=apart)
         step_of(OrderPlan("dual", "all", rest="frozen"), **options, world=apart)  # no first-order units: nothing is taken apart
 

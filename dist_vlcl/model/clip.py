@@ -404,7 +404,8 @@ def _how_to_get_weights(model: ModelConfig) -> str:
     tags = open_clip.list_pretrained_tags_by_model(model.name)
     advice = f"open_clip has {'weights of it as ' + ', '.join(tags) if tags else 'no weights of it'}"
     if model.pretrained in tags:
-        advice = "run the same command on a machine with internet, and copy its Hugging Face cache to this machine"
+        command = f"import open_clip; open_clip.create_model('{model.name}', pretrained='{model.pretrained}')"
+        advice = f'run python -c "{command}" on a machine with internet, and copy its Hugging Face cache to this machine'
     return f"{advice}; or give a safetensors file: model.pretrained=/path/to/weights.safetensors"
 
 

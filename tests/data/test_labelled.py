@@ -346,7 +346,7 @@ def test_a_set_of_the_hub_is_read_from_the_cache_without_a_network(tmp_path, hf_
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     there = read_raw(DataConfig(name="org/mine", reader="hf"))
     assert counts(there) == WHOLE and [sample.read() for sample in there.samples] == [sample.read() for sample in here.samples]
-    with pytest.raises(ValueError, match=r"org/other: could not load it .*the cache of datasets"):
+    with pytest.raises(ValueError, match=r"org/other: could not load it: .*the cache of datasets"):
         read_raw(DataConfig(name="org/other", reader="hf"))
 
 

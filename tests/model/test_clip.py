@@ -54,6 +54,7 @@ def without_memory(model: ModelConfig) -> tuple[nn.Module, None]:
     with torch.device("meta"):
         clip = open_clip.CLIP(**open_clip.get_model_config(model.name))
     clip.visual.preprocess_cfg = {"size": 224, "mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    clip.visual.preprocess_cfg |= {"resize_mode": "shortest", "interpolation": "bicubic"}
     return clip, None
 
 
