@@ -54,7 +54,8 @@ def explained(before: object, after: str = "", kinds: Any = ValueError, to: type
     try:
         yield
     except kinds as error:
-        raise to(masked(f"{before}: {' '.join(str(error).split())[:1000]}{after and f'; {after}'}")) from error
+        reason = " ".join(masked(str(error)).split())[:1000]
+        raise to(f"{masked(str(before))}: {reason}{after and f'; {masked(after)}'}") from error
 
 
 def masked_command(words: Sequence[str]) -> str:

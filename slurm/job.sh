@@ -22,7 +22,7 @@ MASTER_PORT=$(free_port $((10000 + SLURM_JOB_ID % 20000))) # this shell runs on 
 DIST_VLCL_STATUS=$PWD/.slurm-$job.status
 : >"$DIST_VLCL_STATUS" || fail "$PWD: the job cannot write here; submit from a folder where it can"
 rm -f "$DIST_VLCL_STATUS.first"
-export MASTER_ADDR MASTER_PORT DIST_VLCL_STATUS
+export MASTER_ADDR MASTER_PORT MAX_RESTARTS DIST_VLCL_STATUS
 
 # Run a Python command on one node, by the interpreter that has dist_vlcl.
 with_python='source "$0/launch/common.sh"; find_python; trap "" USR1; exec "$python" "$@"'
@@ -50,9 +50,11 @@ on_each_node='trap : TERM USR1 # the command handles them
 "$@"; status=$?
 trap - TERM USR1
 ((SLURM_NODEID > 0)) || : >"$DIST_VLCL_STATUS.first"
-until ((status == 0)) || [[ -e $DIST_VLCL_STATUS.first ]]; do
+until ((status == 0)) || [[ -e $DIST_VLCL_STATUS.first ]] || ((++checks > 60)); do # 10 minutes: then the first node lives, and this script decides
     nodes=$(squeue --noheader --jobs="$0" --states=RUNNING --format=%N)
-    [[ $(scontrol show hostnames "$nodes" | head -n 1) != "$SLURMD_NODENAME" ]] || scontrol requeue "$0"
+    if [[ $(scontrol show hostnames "$nodes" | head -n 1) == "$SLURMD_NODENAME" ]]; then
+        if ((${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS)); then scontrol requeue "$0"; else scancel "$0"; fi
+    fi
     sleep 10
 done
 exit "$status"'

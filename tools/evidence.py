@@ -143,6 +143,7 @@ def contrasts_of(results: pd.DataFrame, plan: Mapping[str, Any]) -> pd.DataFrame
     found = pd.DataFrame(rows)
     found["p_holm"] = holm(found.p)
     found["answer"] = np.select([found.p_holm < 0.05, found.is_refuted, found.seeds > 0], [YES, NO, NOT_DECIDED], "not run")
+    found.loc[(found.seeds > 0) & (found.seeds < plan.get("seeds", 0)), "answer"] += " so far"
     return found.drop(columns="is_refuted")
 
 

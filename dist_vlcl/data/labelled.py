@@ -73,7 +73,10 @@ def hf(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     with explained(f"{source}: could not load it", advice, Exception):  # it raises errors of many types
         import datasets
 
-        loaded = datasets.load_dataset(str(Path(source).resolve(strict=True)) if data.source else source, data.subset)
+        try:
+            loaded = datasets.load_dataset(str(Path(source).resolve(strict=True)) if data.source else source, data.subset)
+        except Exception as error:  # the library's own text only says that something failed
+            raise error.__cause__ or error from None
     test = data.test_split or next((name for name in ("test", "valid", "validation") if name in loaded), None)
     splits = {data.train_split: "train", test: "test"} if test else {data.train_split: None}
     rows = ", ".join(f"{name} ({len(part)} rows)" for name, part in loaded.items())

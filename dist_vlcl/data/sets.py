@@ -96,11 +96,12 @@ def digits(_: DataConfig) -> tuple[list[Found], dict[str, str]]:
 
 def cifar100(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """The official archive, downloaded or given, the folder that it unpacks to, or images below `<class>/`."""
-    source, classes = Path(data.source) if data.source else _download(data), known_classes("cifar100")
+    downloads, classes = Path(data.root) / "downloads", known_classes("cifar100")
+    source = Path(data.source) if data.source else downloads if (downloads / CIFAR_FOLDER).is_dir() else _download(data)
     unpacked = source if source.name == CIFAR_FOLDER else source / CIFAR_FOLDER
     if (unpacked / "train").is_file():
         source = unpacked
-    elif source.name != f"{CIFAR_FOLDER}.tar.gz":
+    elif source.name != f"{CIFAR_FOLDER}.tar.gz" or not source.exists():
         return known_images(data, source)
     return list(_official_cifar(source, list(classes))), classes
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from dist_vlcl.dist.collectives import Collectives, is_network_error
 from dist_vlcl.options import option
 
-# So many ranks exchange losses directly over gloo: one round trip, where its all-reduce, a ring, takes two for each rank. A message has
-# 0.6 kB with its headers, so that 255 of them take less than a round trip even at 10 Mbit/s and 100 ms.
-DIRECT_RANKS = 256
+# So many ranks exchange losses directly over gloo: one round trip, where its all-reduce, a ring, takes two for each rank. A rank sends at
+# most so many bytes this way: two tenths of a second at 10 Mbit/s.
+DIRECT_RANKS, DIRECT_BYTES = 256, 1 << 18
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -114,7 +114,7 @@ class World:
         """Return the sum over ranks of an int64 vector `[n]`. Integer sums are exact, so every rank gets the same result."""
         if self.size == 1:
             return vector
-        if dist.get_backend() == "gloo" and self.size <= DIRECT_RANKS:
+        if dist.get_backend() == "gloo" and self.size <= DIRECT_RANKS and vector.nbytes * self.size <= DIRECT_BYTES:
             # One round trip. gloo's all-reduce is a ring: two round trips for two ranks, five for four.
             sent = vector.cpu().repeat(self.size, 1)
             received = torch.empty_like(sent)

@@ -5,6 +5,7 @@ import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
+from dist_vlcl.masking import explained
+from dist_vlcl.reading import or_warn
 from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, draw_loss, plot_accuracy, plot_matrix, put_legend
-from dist_vlcl.report.records import CELL, gather, read_records, read_units, step_frame
+from dist_vlcl.report.records import CELL, Records, gather, read_records, read_units, step_frame
 from dist_vlcl.report.statistics import GROUP, METHOD, in_paper_order, paired_test
 from dist_vlcl.report.tables import METRICS, method_label, tasks_label
 
@@ -179,9 +182,15 @@ def pictures_of_runs(complete: pd.DataFrame) -> list[Picture]:
             ("accuracy_matrix", plot_matrix, f"Row t: accuracy on each task after training on task t{rest}."),
             ("accuracy", plot_accuracy, "Accuracy on all classes seen so far."),
         ):
-            if figure := plot(records):
+            if figure := or_warn(partial(_named, path.name, plot, records), None):
                 found.append(Picture(figure, of_tasks, caption, f"{name}-{number}", path.name))
     return found
+
+
+def _named(run: str, plot: Callable[[Records], Figure | None], records: Records) -> Figure | None:
+    """Return the plot of a run. Raises ValueError that names the run."""
+    with explained(f"{run}: no picture"):
+        return plot(records)
 
 
 def pictures_of(complete: pd.DataFrame, results: pd.DataFrame) -> list[Picture]:

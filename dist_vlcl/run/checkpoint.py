@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from dist_vlcl.reading import parse_json, warn
 from dist_vlcl.run.files import make_folder, replace_file
 
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
+DAMAGE = (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # as damaged bytes decide
 NOBODY: Mapping[str, str] = {}
 
 
@@ -120,8 +121,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and metadata of a sealed file. Raises BrokenCheckpoint, also for a link, a pipe or a device."""
     if path.is_symlink() or not path.is_file():
         raise BrokenCheckpoint(f"{path} is not a regular file")
-    # Damaged bytes raise many types of errors.
-    with explained(f"{path} cannot be read", kinds=Exception, to=BrokenCheckpoint), safe_open(path, framework="pt") as file:
+    with explained(f"{path} cannot be read", kinds=DAMAGE, to=BrokenCheckpoint), safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
         is_intact = metadata.pop("sha256", None) == _digest(metadata, tensors)

@@ -58,7 +58,8 @@ class Preemption:
 
     def _restore(self, *numbers: signal.Signals) -> None:
         for number in numbers:  # None stands for a handler that C code had installed, which Python cannot put back
-            signal.signal(number, self._previous.pop(number) or signal.SIG_DFL)
+            if number in self._previous:
+                signal.signal(number, self._previous.pop(number) or signal.SIG_DFL)
 
 
 def report_status(word: str) -> None:

@@ -55,7 +55,7 @@ class Directions:
         self.distribution = distribution
         self.fields = {b: NoiseField(flat.names(), flat.values_n.device) for b, flat in flats.items()}
         self.masks = {b: up_projections(flat) for b, flat in flats.items()} if tensors == "up" else {}
-        self.share = float(torch.cat(list(self.masks.values())).mean()) if self.masks else 1.0  # of the parameters that directions change
+        self.shares = {b: float(self.masks[b].mean()) if self.masks else 1.0 for b in flats}  # of the parameters that directions change
 
     def draw(self, branch: str, key: Key, probe: int) -> Tensor:
         """Return direction number `probe` of a branch `[n]`, fp32: standard normals, or signs +-1 ("rademacher"); zero where masked."""

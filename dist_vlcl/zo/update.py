@@ -185,7 +185,8 @@ class ZerothOrder:
         slopes = [slope for of_branch in move.projected_gradient.values() for slope in of_branch]
         size = math.sqrt(sum(slope * slope for slope in slopes) / len(slopes))
         count = max(map(len, move.projected_gradient.values()))
-        return lr * count / (size * math.sqrt(self.directions.share)) if size > 0 else 0.0
+        shares = [self.directions.shares[branch] for branch in move.group.slices]
+        return lr * count / (size * math.sqrt(sum(shares) / len(shares))) if size > 0 else 0.0
 
     def apply(self, moves: Sequence[Move]) -> None:
         """Add each move to the values, in place."""
