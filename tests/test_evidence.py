@@ -56,7 +56,7 @@ def test_a_csv_file_holds_every_run_with_its_numbers(rows, read_back):
 def test_the_page_s_part_is_the_same_from_the_csv_files_as_from_the_runs(rows, read_back):
     text = evidence.section(read_back)
     assert text == evidence.section(rows[0].assign(is_complete=True, is_probe=False))
-    assert "- Is language with the paper's defaults the same as frozen language? Yes so far (Δ Avg +0.05 points, 3 seeds, 95 % interval" in text
+    assert "- Is language with the paper's defaults the same as frozen language? Yes so far (Δ Avg +0.05 points, 3 seeds, 95 %" in text
     assert (
         "| Is MoZO on hop_odd the same as sign steps with equal epsilons? | \\|Δ\\| \\< 0.5 | Avg | 0 | – | – | – | – | not run |" in text
     )
