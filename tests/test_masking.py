@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from dist_vlcl.masking import masked, masked_command, masked_values
+from dist_vlcl.masking import explained, masked, masked_command, masked_values
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,10 @@ def test_a_command_hides_what_its_quotes_would_hide_from_us_and_is_else_what_a_s
     assert "hush" not in said
     read = shlex.split(said)
     assert (len(read), read[0], read[4]) == (5, words[0], words[4])
+
+
+def test_a_secret_that_crosses_the_end_of_a_long_message_is_hidden(monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "first-line-of-a-key\nsecond-line-of-it")
+    with pytest.raises(ValueError, match="outer: x") as found, explained("outer", "do this"):
+        raise ValueError("x" * 980 + " first-line-of-a-key\nsecond-line-of-it")
+    assert "first-line" not in str(found.value) and str(found.value).endswith("; do this")

@@ -59,7 +59,8 @@ class World:
     @classmethod
     def announced(cls) -> "World":
         """Return the rank and size that the launcher has announced, to name this rank in an error before it has met the others."""
-        return cls(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        return cls(int(os.environ["RANK"]) if size > 1 else 0, size)  # a shell may have a RANK of its own
 
     @classmethod
     def from_environment(cls, config: ClusterConfig, backend: str = "") -> "World":

@@ -1,4 +1,4 @@
-"""A family of each kind of blocks learns on two processes, and under ZeRO-3, what it learns alone."""
+"""Every family of models learns on two processes, and under ZeRO-3, what it learns alone."""
 
 import importlib.util
 
@@ -14,15 +14,11 @@ from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
 from tests.dist.test_hybrid_step import NAMES, STRATEGIES, Part
 from tests.dist.test_zero import environment_of
-from tests.helpers.families import images_of, tiny
+from tests.helpers.families import FAMILIES, images_of, tiny
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_clip import LORA, MOE
 
-PLANS = {  # timm's plain blocks; EVA's with rotary positions and fused biases; open_clip's with a class token in the text
-    "siglip": (MOE, OrderPlan("dual", "hop_odd")),
-    "eva02_post_norm": (LORA, OrderPlan("vision", "all")),
-    "coca": (MOE, OrderPlan("dual", "hop_even")),
-}
+PLANS = {name: ((MOE, LORA)[k % 2], OrderPlan("dual", "hop_odd")) for k, name in enumerate(FAMILIES)}
 
 
 def learn(world: World) -> tuple[str, dict, str]:

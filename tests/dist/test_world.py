@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dist_vlcl.dist.agree import DisagreementError, agree, digest
-from dist_vlcl.dist.world import ClusterConfig, World
+from dist_vlcl.dist.world import DIRECT_BYTES, ClusterConfig, World
 from dist_vlcl.options import validate
 from tests.helpers.ranks import run_ranks
 
@@ -13,6 +13,7 @@ def call_collectives(world: World) -> dict:
     tensor = torch.full((3,), float(world.rank))
     return {
         "sum": world.sum_exact(torch.tensor([world.rank + 1, 2**60 + world.rank, -7])).tolist(),
+        "many": world.sum_exact(torch.arange(DIRECT_BYTES // 8) * 2**40 + world.rank)[-2:].tolist(),  # too many to send directly
         "broadcast": world.broadcast(tensor).tolist(),
         "share": world.share({"from": world.rank}),
         "objects": world.gather_objects(world.rank * 10),
@@ -24,6 +25,7 @@ def test_collectives_give_every_rank_the_same_and_sums_are_exact():
     results = run_ranks(call_collectives, 3)
     for result in results:
         assert result["sum"] == [6, 3 * 2**60 + 3, -21]
+        assert result["many"] == [3 * (DIRECT_BYTES // 8 - k) * 2**40 + 3 for k in (2, 1)]
         assert result["broadcast"] == [0.0, 0.0, 0.0]
         assert result["share"] == {"from": 0}
         assert result["objects"] == [0, 10, 20]
@@ -32,6 +34,7 @@ def test_collectives_give_every_rank_the_same_and_sums_are_exact():
 
 def test_one_rank_is_not_a_special_case():
     alone = {"sum": [1, 2**60, -7], "broadcast": [0.0, 0.0, 0.0], "share": {"from": 0}, "objects": [0], "main": True}
+    alone["many"] = [(DIRECT_BYTES // 8 - k) * 2**40 for k in (2, 1)]
     assert call_collectives(World.alone()) == alone
 
 

@@ -199,3 +199,14 @@ def test_a_state_that_json_cannot_hold_is_refused_before_anything_is_written(tmp
 def test_a_checkpoint_is_a_plain_safetensors_file(tmp_path):
     loaded = load_file(save(tmp_path, 1, tensors(1), {}))
     assert torch.equal(loaded["zo"], tensors(1)["zo"])
+
+
+def test_a_checkpoint_that_this_process_has_no_memory_for_is_not_called_damaged(tmp_path, monkeypatch):
+    save(tmp_path, 1, tensors(1.0), {})
+
+    def no_memory(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoint, "safe_open", no_memory)
+    with pytest.raises(MemoryError):
+        load_newest(tmp_path)
