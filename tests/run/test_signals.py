@@ -82,6 +82,7 @@ def test_a_thread_that_cannot_install_handlers_goes_without():
 def test_a_launcher_ends_its_traceback_with_the_error_of_a_rank(rank, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("sys.argv", ["train", "seed=-1"])
     with pytest.raises(SystemExit):
         hydra_main(print)
