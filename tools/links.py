@@ -176,11 +176,19 @@ def measure(args: argparse.Namespace) -> None:
     world = World.from_environment(ClusterConfig(device="cpu"))
     rows: list[Row] = []
     for name in map(str.strip, args.plans.split(",")):
+        choose_network(args, world, "Ethernet 10 Gbit/s")  # a connection keeps the frame size of the network on which it began
         workload = Workload(tuple(f"model=vit_b16 model.pretrained=random {PLANS[name]}".split()), classes=20)
         rows += measure_plan(args, world, Step(world, workload, args.images), name)
         if world.is_main:
             (args.folder / "rows.json").write_text(json.dumps(rows))
     world.close()
+
+
+def choose_network(args: argparse.Namespace, world: World, name: str) -> None:
+    if world.is_main:
+        (args.folder / "network").write_text(f"{name}\n")
+    time.sleep(0.2)
+    world.barrier()
 
 
 def measure_plan(args: argparse.Namespace, world: World, step: Step, name: str) -> list[Row]:
@@ -192,9 +200,7 @@ def measure_plan(args: argparse.Namespace, world: World, step: Step, name: str) 
         step()
     for turn in range(args.turns):
         for network in networks:
-            if world.is_main:
-                (args.folder / "network").write_text(f"{network}\n")
-            time.sleep(0.2)
+            choose_network(args, world, network)
             for _ in range(1 if turn else 2):  # TCP adapts to the network; PowerSGD compresses after its first two steps
                 step()
             world.barrier()
