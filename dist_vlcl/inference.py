@@ -179,18 +179,13 @@ def _read_adapters(path: Path, task: int | None = None) -> tuple[dict[str, Tenso
         if task not in (None, len(tasks)):
             raise ValueError(f"task={task}: {folder} is an export, which has the state after task {len(tasks)} only")
         if not is_file or path.name == ADAPTERS:
-            return _adapters_in(checkpoint.read_tensors(folder / ADAPTERS)[0]), tasks
+            return checkpoint.adapters_in(checkpoint.read_tensors(folder / ADAPTERS)[0]), tasks
         with explained(f"{path} is damaged", kinds=SafetensorError):
-            return _adapters_in(tensors_from_bytes(read_file(path))), tasks
+            return checkpoint.adapters_in(tensors_from_bytes(read_file(path))), tasks
     match = checkpoint.NAME.fullmatch(path.name)
     saved = checkpoint.load(folder, int(match[1])) if match else _checkpoint_after(folder, task)
     state = TrainState.from_dict(saved.state)
-    return _adapters_in(saved.tensors), tasks[: state.task + (state.epoch > 0 or state.batch > 0)]
-
-
-def _adapters_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the adapters among the tensors of a checkpoint, or all tensors of an export."""
-    return {name.removeprefix("adapters/"): t for name, t in tensors.items() if not name.startswith("adamw/")}
+    return checkpoint.adapters_in(saved.tensors), tasks[: state.task + (state.epoch > 0 or state.batch > 0)]
 
 
 def read_classes(folder: Path) -> list[list[str]]:

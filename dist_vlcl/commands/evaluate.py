@@ -47,8 +47,7 @@ def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> Acc
     rows = [[tuple(counts) for counts in row] for row in state.accuracy]
     if not rows or state.batch or state.epoch:
         raise ValueError(f"{folder}: the newest checkpoint lies within task {state.task + 1}; finish the task first")
-    adapters = {name.removeprefix("adapters/"): t for name, t in saved.tensors.items() if name.startswith("adapters/")}
-    experiment.towers.units.load_state_dict(adapters)
+    experiment.towers.units.load_state_dict(checkpoint.adapters_in(saved.tensors))
     accuracy = experiment.accuracy(rows[:-1])
     accuracy.append(experiment.evaluate(experiment.tasks[len(rows) - 1]))
     return accuracy

@@ -6,7 +6,7 @@ a checkpoint of the last step, compares bit for bit. Exit status: 0 if equal or 
 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,23 +35,22 @@ class Rebuilt:
     tensors: dict[str, Tensor]  # under their names in a checkpoint
 
 
-def rebuild(folder: Path, start: int | None = None, stop: int | None = None, device: str = "cpu", options: Sequence[str] = ()) -> Rebuilt:
-    """Return the zeroth-order units after step `stop` (default: the journal's last), starting from the checkpoint of step `start`.
+def rebuild(folder: Path, stop: int | None = None, device: str = "cpu", options: Sequence[str] = ()) -> Rebuilt:
+    """Return the zeroth-order units after step `stop` (default: the journal's last), starting from the newest checkpoint before it.
 
-    Raises ValueError if the run has no such units, if the journal has a gap between start and stop, or if every checkpoint is after stop.
+    Raises ValueError if the run has no such units, if the journal has a gap before stop, or if every checkpoint is after stop.
     """
     cfg = load_config(folder / "config.yaml", options, places=())
     steps = checkpoint.saved_steps(folder)
     if not steps:
         raise ValueError(f"{folder}/checkpoints has no checkpoint of this version to start from")
-    if start is None:
-        end = max((record["step"] for record in read_journal(folder, steps[0])), default=steps[0]) if stop is None else stop
-        start = max((step for step in steps if step < end), default=steps[0])
+    end = max((record["step"] for record in read_journal(folder, steps[0])), default=steps[0]) if stop is None else stop
+    start = max((step for step in steps if step < end), default=steps[0])
     saved = checkpoint.load(folder, start, {"config": digest_of(read_config(folder / "config.yaml"))})
-    if stop is not None and stop < saved.step:
-        raise ValueError(f"step {stop} is before step {saved.step}, where the replay starts; {folder} has checkpoints of steps {steps}")
-    records = [record for record in read_journal(folder, saved.step) if stop is None or record["step"] <= stop]
-    reached = saved.step + len(records)
+    if stop is not None and stop < start:
+        raise ValueError(f"step {stop} is before step {start}, where the replay starts; {folder} has checkpoints of steps {steps}")
+    records = [record for record in read_journal(folder, start) if stop is None or record["step"] <= stop]
+    reached = start + len(records)
     if stop is not None and reached < stop:
         raise ValueError(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, so step {stop} cannot be rebuilt")
     if stop is None and reached < steps[-1]:
@@ -62,12 +61,12 @@ def rebuild(folder: Path, start: int | None = None, stop: int | None = None, dev
     zeroth = ZerothOrder(flats, cfg.zo)
     for record in track(records, "replay", disable=not sys.stdout.isatty()):
         zeroth.replay(record["moves"], Key(record["seed"], record["step"] - 1))
-    return Rebuilt(saved.step, reached, {f"adapters/{name}": t.cpu() for flat in flats.values() for name, t in flat.tensors().items()})
+    return Rebuilt(start, reached, {f"adapters/{name}": t.cpu() for flat in flats.values() for name, t in flat.tensors().items()})
 
 
-def _zeroth_order(cfg: Config, saved: Mapping[str, Tensor], device: str) -> dict[str, dict[str, Tensor]]:
+def _zeroth_order(cfg: Config, saved: dict[str, Tensor], device: str) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of the zeroth-order units by branch and name, in the order of the units."""
-    adapters = {name.removeprefix("adapters/"): t for name, t in saved.items() if name.startswith("adapters/")}
+    adapters = checkpoint.adapters_in(saved)
     units = {name: UnitId.parse(name.split("/")[0]) for name in adapters}
     orders = assign(sorted(set(units.values())), cfg.orders)
     result: dict[str, dict[str, Tensor]] = {}
@@ -86,14 +85,13 @@ def main() -> None:
     """Run the command line."""
     parser = ArgumentParser(prog="dist-vlcl replay", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/NAME")
-    parser.add_argument("--start", type=int, metavar="STEP", help="start from the checkpoint of this step (default: the newest)")
     parser.add_argument("--stop", type=int, metavar="STEP", help="stop after this step (default: the last one in the journal)")
     parser.add_argument("--device", default="cpu", help="the device on which the run drew its directions: cpu (default) or cuda")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="own classes that config.yaml names, such as zo.estimator=a:B")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the rebuilt units to this safetensors file")
     options = parser.parse_intermixed_args()
     with errors_refused():
-        rebuilt = rebuild(options.run, options.start, options.stop, options.device, options.options)
+        rebuilt = rebuild(options.run, options.stop, options.device, options.options)
         if options.output:
             save_file(rebuilt.tensors, options.output)
         saved = checkpoint.load(options.run, rebuilt.stop) if rebuilt.stop in checkpoint.saved_steps(options.run) else None
