@@ -15,7 +15,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch, fnmatchcase
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from dist_vlcl.masking import explained
-from dist_vlcl.options import flatten
+from dist_vlcl.options import flatten, matches
 from dist_vlcl.saved import MAY_CHANGE, read_config, untrusted_options
 
 # Beside the package in a checkout, inside of it in a wheel.
@@ -231,7 +231,7 @@ def run_name(id: str, own: list[str]) -> str:
     """
     values = dict(option.lstrip("+~").split("=", 1) for option in own if "=" in option)
     seed = values.pop("seed", "0")
-    named = {key: value for key, value in values.items() if "/" not in value and not any(fnmatch(key, pattern) for pattern in NOT_NAMED)}
+    named = {key: value for key, value in values.items() if "/" not in value and not matches(key, NOT_NAMED)}
     options = sorted(f"{key}={value}" for key, value in named.items())
     if not options:
         return f"{id}-seed{seed}"

@@ -41,6 +41,7 @@ from dist_vlcl.masking import explained, masked_command
 from dist_vlcl.model.clip import build_clip, unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.paper import catalogue, published, select
+from dist_vlcl.reading import or_warn
 from dist_vlcl.run.signals import Preemption
 from dist_vlcl.saved import read_accuracy
 
@@ -59,10 +60,7 @@ class Item:
     @property
     def accuracy(self) -> dict:
         """The contents of accuracy.json; empty if there is none that can be used."""
-        try:
-            return read_accuracy(self.folder)
-        except (OSError, ValueError):
-            return {}  # the run itself says what is wrong
+        return or_warn(lambda: read_accuracy(self.folder), {})
 
     @property
     def is_complete(self) -> bool:

@@ -20,7 +20,6 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +27,7 @@ import yaml
 
 from dist_vlcl.dist.world import World
 from dist_vlcl.masking import explained, masked_values
-from dist_vlcl.options import flatten, option
+from dist_vlcl.options import flatten, matches, option
 from dist_vlcl.reading import or_warn, read_json, seal, warn
 from dist_vlcl.run.checkpoint import load_newest, saved_steps
 from dist_vlcl.run.environment import ELASTIC, describe_environment, is_restart
@@ -193,7 +192,7 @@ def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
     with explained("cannot continue", ADVICE, (OSError, ValueError), RunRefused):
         saved_steps(path)  # raises for version 0.1
         changes = differences(read_config(path / "config.yaml"), config)
-    allowed = {key: change for key, change in changes.items() if any(fnmatch(key, pattern) for pattern in MAY_CHANGE)}
+    allowed = {key: change for key, change in changes.items() if matches(key, MAY_CHANGE)}
     refused = [f"  {key}: {change}" for key, change in changes.items() if key not in allowed]
     if refused:
         raise RunRefused("\n".join([f"{path} was started with another configuration (was -> is):", *refused, ADVICE]))
