@@ -13,7 +13,7 @@ from urllib.error import URLError
 
 from PIL import Image
 
-from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, open_source
+from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, open_source, suffix_of
 from dist_vlcl.data.images import IMAGE_SUFFIXES, png
 from dist_vlcl.data.labelled import hf, torchvision, webdataset
 from dist_vlcl.data.names import known_classes
@@ -33,20 +33,9 @@ ARCHIVES = {  # address and MD5
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-class RawSample(NamedTuple):
-    """One image of a raw data set. `read` returns the bytes of its file."""
-
-    split: str
-    class_id: int
-    key: str
-    suffix: str
-    read: ReadFile
-    path: str = ""  # in the source
-
-
 class RawSet(NamedTuple):
     class_names: list[str]
-    samples: list[RawSample]
+    samples: list[Found]
 
 
 def read_raw(data: DataConfig) -> RawSet:
@@ -66,7 +55,7 @@ def read_raw(data: DataConfig) -> RawSet:
     class_ids = {name: class_id for class_id, name in enumerate(classes)}
     split_of = _splits(found, data)
     samples = [
-        RawSample(split_of[image.path], class_ids[image.folder], image.key, _suffix(image.path), image.read, image.path)
+        image._replace(split=split_of[image.path], class_id=class_ids[image.folder])
         for image in sorted(found, key=lambda image: (image.short, image.path))
         if image.path in split_of
     ]
@@ -212,7 +201,7 @@ def _images_of(split: str | None, files: Mapping[str, ReadFile], known: Mapping[
     annotated = _annotations(files)
     for name in sorted(files):
         *parents, file = PurePosixPath(name).parts
-        if file.startswith(".") or _suffix(file) not in IMAGE_SUFFIXES or "__MACOSX" in parents:
+        if file.startswith(".") or suffix_of(file) not in IMAGE_SUFFIXES or "__MACOSX" in parents:
             continue
         # the class is the innermost folder, or the innermost one with a known name
         places = [place for place, part in enumerate(parents) if known is None or part in known]
@@ -234,10 +223,6 @@ def _annotations(files: Mapping[str, ReadFile]) -> dict[str, str]:
                 raise ValueError(f"{name}: {line!r} is not an image, a tab and a class; get the data set again")
             annotated[(path.parent / "images" / image).as_posix()] = rest.partition("\t")[0]
     return annotated
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower().lstrip(".")
 
 
 # Downloads and special formats
