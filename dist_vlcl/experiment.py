@@ -93,7 +93,6 @@ class Experiment:
 
     def _steps(self, task: Task, state: TrainState) -> Iterator[PlannedStep]:
         cfg, world = self.cfg, self.world
-        assert cfg.train.batch_size is not None  # fitted
         steps, per_epoch = self.num_steps(task), steps_per_epoch(cfg, self.index, task)
         warmup = steps // 10 if cfg.train.warmup_steps is None else cfg.train.warmup_steps
         # Rank 0 draws the seeds of the task's steps and sends them once.

@@ -11,7 +11,6 @@ count only if you repeat them as OPTION=VALUE. An error message lists them. Othe
 """
 
 import json
-import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +25,8 @@ from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.experiment import Experiment, build_towers
 from dist_vlcl.inference import WEIGHTS, read_classes, read_trained
-from dist_vlcl.masking import masked
 from dist_vlcl.run import checkpoint
+from dist_vlcl.run.signals import print_error
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.saved import digest_of, read_config
 
@@ -100,8 +99,8 @@ def main() -> None:
             print(text)
     except (OSError, ValueError, RuntimeError) as error:
         world.collectives.stopped(error)  # the others wait for this rank, and can then say why it is gone
-        print(masked(f"error on rank {world.rank} of {world.size}: {error}"), file=sys.stderr)
-        sys.exit(2)
+        print_error(f"error on rank {world.rank} of {world.size}: {error}")
+        raise SystemExit(2) from error
     finally:
         world.close()
 

@@ -20,8 +20,6 @@ from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, read_
 from dist_vlcl.data.tasks import SampleId, Task, generator, plain_order, rank_slice, train_order
 from dist_vlcl.data.transforms import Transform
 
-MAX_GPU_WORKERS = 4
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -206,7 +204,7 @@ class Loader:
 def _default_workers(is_on_gpu: bool) -> int:
     """Return this rank's share of the cores for a GPU, at most 4. On a CPU the cores are busy with the step."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(MAX_GPU_WORKERS, max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)) if is_on_gpu else 0
+    return min(4, max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)) if is_on_gpu else 0
 
 
 def _leave_process_group(_worker: int) -> None:

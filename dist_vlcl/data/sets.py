@@ -71,10 +71,8 @@ def read_raw(data: DataConfig) -> RawSet:
 
 def digits(_: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """scikit-learn's 1797 handwritten digits: 8x8 pixels, white on black, enlarged to 32x32."""
-    try:
+    with explained("data=digits: scikit-learn is not installed", "pip install 'dist-vlcl[digits]'", ModuleNotFoundError):
         from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ValueError("data=digits: scikit-learn is not installed: pip install 'dist-vlcl[digits]'") from error
     loaded = load_digits()
     found = [
         Found(None, DIGITS[label], f"{DIGITS[label]}/{number:04d}.png", partial(_digit_png, image))
@@ -95,18 +93,13 @@ def cifar100(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     return list(_official_cifar(source, list(classes))), classes
 
 
-def archive(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
-    """Read Tiny-ImageNet or ImageNet-R: the official archive, downloaded or given, or images below `<wnid>/`.
+def known_images(data: DataConfig, source: Path | None = None) -> tuple[list[Found], dict[str, str]]:
+    """Images of a data set with a list of class names, which `class_names` can change: the official archive, or images below `<wnid>/`.
 
     Tiny-ImageNet's labelled val split is the test split. ImageNet-R has no split: `split_file` gives it, or `test_fraction` of each class
     is drawn. ImageNet-R's class names and their order are RAPF's, an open choice: the paper does not state its own.
     """
-    return known_images(data, Path(data.source) if data.source else _download(data))
-
-
-def known_images(data: DataConfig, source: Path) -> tuple[list[Found], dict[str, str]]:
-    """Images of a data set with a list of class names, which `class_names` can change."""
-    classes = known_classes(data.reader_name)
+    source, classes = source or (Path(data.source) if data.source else _download(data)), known_classes(data.reader_name)
     own_names = _read_class_names(data.class_names) if data.class_names else {}
     return _find_images(data, source, classes), {name: own_names.get(name, text) for name, text in classes.items()}
 
@@ -122,7 +115,7 @@ def folder(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
 
 
 _READERS = {reader.__name__: reader for reader in (digits, cifar100, folder, webdataset, hf, torchvision)}
-_READERS |= {"tiny_imagenet": archive, "imagenet_r": archive}
+_READERS |= {"tiny_imagenet": known_images, "imagenet_r": known_images}
 
 
 # Splits and names
