@@ -19,7 +19,7 @@ from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.run.environment import ELASTIC
 from dist_vlcl.run.folder import RunFolder
-from dist_vlcl.run.signals import START_AGAIN, Preemption, print_error, report_failure, report_status
+from dist_vlcl.run.signals import Preemption, print_error, report_failure, report_status
 from dist_vlcl.session import Requeued, Session
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
@@ -133,7 +133,7 @@ def run_and_report(cfg: Config) -> None:
             report_status("requeue")
             print(f"saved and stopped after a signal; the same command continues from here ({stopped}/REQUEUE marks it)")
         if os.environ.get(ELASTIC):
-            raise SystemExit(START_AGAIN) from stopped
+            raise SystemExit(os.EX_TEMPFAIL) from stopped  # 0 would mean the end of the run
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         world.collectives.stopped(error)  # the others wait for this rank, and can then say why it is gone
         report_failure(error, world.is_main)

@@ -7,7 +7,6 @@ a checkpoint of the last step, compares bit for bit. Exit status: 0 if equal or 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,25 +19,18 @@ from dist_vlcl.model.units import FlatTensors, UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.reading import warn
 from dist_vlcl.run import checkpoint
+from dist_vlcl.run.checkpoint import Checkpoint
 from dist_vlcl.run.log import JOURNAL, read_journal
 from dist_vlcl.saved import digest_of, read_config
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder
 
 
-@dataclass(frozen=True)
-class Rebuilt:
-    """Zeroth-order units after a step, rebuilt from a checkpoint and the journal."""
-
-    start: int  # the step of the checkpoint
-    stop: int
-    tensors: dict[str, Tensor]  # under their names in a checkpoint
-
-
-def rebuild(folder: Path, stop: int | None = None, device: str = "cpu", options: Sequence[str] = ()) -> Rebuilt:
+def rebuild(folder: Path, stop: int | None = None, device: str = "cpu", options: Sequence[str] = ()) -> Checkpoint:
     """Return the zeroth-order units after step `stop` (default: the journal's last), starting from the newest checkpoint before it.
 
-    Raises ValueError if the run has no such units, if the journal has a gap before stop, or if every checkpoint is after stop.
+    The result has the path of that checkpoint. Raises ValueError if the run has no such units, if the journal has a gap before stop, or if
+    every checkpoint is after stop.
     """
     cfg = load_config(folder / "config.yaml", options, places=())
     steps = checkpoint.saved_steps(folder)
@@ -61,7 +53,8 @@ def rebuild(folder: Path, stop: int | None = None, device: str = "cpu", options:
     zeroth = ZerothOrder(flats, cfg.zo)
     for record in track(records, "replay", disable=not sys.stdout.isatty()):
         zeroth.replay(record["moves"], Key(record["seed"], record["step"] - 1))
-    return Rebuilt(start, reached, {f"adapters/{name}": t.cpu() for flat in flats.values() for name, t in flat.tensors().items()})
+    tensors = {f"adapters/{name}": t.cpu() for flat in flats.values() for name, t in flat.tensors().items()}
+    return Checkpoint(reached, tensors, {}, saved.path)
 
 
 def _zeroth_order(cfg: Config, saved: dict[str, Tensor], device: str) -> dict[str, dict[str, Tensor]]:
@@ -76,7 +69,7 @@ def _zeroth_order(cfg: Config, saved: dict[str, Tensor], device: str) -> dict[st
     return result
 
 
-def different_tensors(rebuilt: Rebuilt, saved: checkpoint.Checkpoint) -> list[str]:
+def different_tensors(rebuilt: Checkpoint, saved: Checkpoint) -> list[str]:
     """Return the names of the tensors that are not bit for bit those of a checkpoint."""
     return [name for name, t in rebuilt.tensors.items() if not torch.equal(t, saved.tensors[name])]
 
@@ -94,16 +87,16 @@ def main() -> None:
         rebuilt = rebuild(options.run, options.stop, options.device, options.options)
         if options.output:
             save_file(rebuilt.tensors, options.output)
-        saved = checkpoint.load(options.run, rebuilt.stop) if rebuilt.stop in checkpoint.saved_steps(options.run) else None
+        saved = checkpoint.load(options.run, rebuilt.step) if rebuilt.step in checkpoint.saved_steps(options.run) else None
     numbers = sum(t.numel() for t in rebuilt.tensors.values())
-    print(f"rebuilt {numbers:,} parameters of zeroth-order units after step {rebuilt.stop}, from the checkpoint of step {rebuilt.start}")
+    print(f"rebuilt {numbers:,} parameters of zeroth-order units after step {rebuilt.step}, from {rebuilt.path.name}")
     if saved is None:
-        print(f"there is no checkpoint of step {rebuilt.stop} to compare with")
+        print(f"there is no checkpoint of step {rebuilt.step} to compare with")
     elif names := different_tensors(rebuilt, saved):
-        print(f"DIFFERENT from the checkpoint of step {rebuilt.stop}: {', '.join(names[:4])}", file=sys.stderr)
+        print(f"DIFFERENT from the checkpoint of step {rebuilt.step}: {', '.join(names[:4])}", file=sys.stderr)
         sys.exit(1)
     else:
-        print(f"equal, bit for bit, to the checkpoint of step {rebuilt.stop}")
+        print(f"equal, bit for bit, to the checkpoint of step {rebuilt.step}")
 
 
 if __name__ == "__main__":

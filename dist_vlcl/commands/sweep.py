@@ -19,6 +19,7 @@ Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option
 """
 
 import ctypes
+import os
 import shlex
 import signal
 import subprocess
@@ -45,7 +46,6 @@ from dist_vlcl.reading import or_warn
 from dist_vlcl.run.signals import Preemption
 from dist_vlcl.saved import read_accuracy
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 COMPLETE, DONE, FAILED, LEFT = "complete before", "done", "FAILED", "not run"
 
 
@@ -225,7 +225,7 @@ def main() -> None:
     console.print(table)
     if any(outcome.startswith(FAILED) for outcome in outcomes.values()):
         sys.exit(1)
-    sys.exit(STOPPED if LEFT in outcomes.values() else 0)
+    sys.exit(os.EX_TEMPFAIL if LEFT in outcomes.values() else 0)
 
 
 if __name__ == "__main__":

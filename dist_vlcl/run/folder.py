@@ -95,11 +95,13 @@ class RunFolder:
         # The other ranks wait for rank 0 in a collective.
         wait_s = LOCK_WAIT_S if world.size == 1 else min(LOCK_WAIT_S, world.collectives.timeout_s / 2)
         lock: TextIO | None = None
+        # As the file gives it back: lists for tuples, texts for enums, without secrets.
+        as_saved = json.loads(json.dumps(masked_values(config), default=str))
 
         def prepare() -> dict[str, Any]:
             nonlocal lock
             with explained(f"run folder {settings.folder}", kinds=OSError, to=RunRefused):
-                lock, prepared = _prepare(settings, _as_saved(config), {"data": data, "code_digest": code}, wait_s)
+                lock, prepared = _prepare(settings, as_saved, {"data": data, "code_digest": code}, wait_s)
             return prepared
 
         return cls(**world.on_main(prepare, "the run folder"), is_main=world.is_main, _lock=lock)
@@ -214,8 +216,3 @@ def _check_facts(path: Path, facts: dict[str, str | None], starts: list[dict[str
         digests = f"digest was {last['data'][:16]}, is {str(facts['data'])[:16]}"
         raise RunRefused(f"{path} was started on other data ({digests}), as if the shards had been built again; {ADVICE}")
     return [f"the code has changed since the last start ({last[name]} -> {facts[name]})" for name in changed]
-
-
-def _as_saved(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration as its file gives it back: lists for tuples, texts for enums, without secrets."""
-    return json.loads(json.dumps(masked_values(config), default=str))

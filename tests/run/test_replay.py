@@ -112,7 +112,8 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
     end = checkpoint.load_newest(folder)
     for start, stop in pairwise(checkpoint.saved_steps(folder)):  # within a task, with moments, and at its end
         rebuilt = rebuild(folder, stop)
-        assert (rebuilt.start, rebuilt.stop) == (start, stop) and different_tensors(rebuilt, checkpoint.load(folder, stop)) == []
+        assert (rebuilt.path.stem, rebuilt.step) == (f"step-{start:08d}", stop)
+        assert different_tensors(rebuilt, checkpoint.load(folder, stop)) == []
         assert {name.split("/")[1] for name in rebuilt.tensors} == {"language.1", "language.3", "vision.1", "vision.3"}
     done = run_module("dist_vlcl.commands.replay", str(folder), "--output", str(tmp_path / "units.safetensors"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -129,7 +130,7 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
         rebuild(folder)
     with pytest.raises(ValueError, match="step 7 is missing or damaged"):
         rebuild(folder, stop=9)
-    assert rebuild(folder, stop=6).stop == 6
+    assert rebuild(folder, stop=6).step == 6
 
 
 def test_a_run_without_zeroth_order_units_has_nothing_to_rebuild(tmp_path):
