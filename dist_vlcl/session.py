@@ -60,7 +60,7 @@ class Session:
                 self.notes.append(f"resuming with {now} {what} what {was} have computed: the same batches, sums are rounded differently")
         self.state.world_size, self.state.threads = world.size, threads
         self.notes.append(folder.message + (f", after step {self.state.step}" if self.state.step else ""))
-        self.accuracy = experiment.accuracy([[tuple(c) for c in row] for row in self.state.accuracy])
+        self.accuracy = experiment.accuracy(self.state.accuracy)
         self.agreed_step = self.state.step  # the last step after which the ranks had the same adapters
         self.log = RunLog(folder.path, self.cfg.run, world, self.cfg.as_dict(), self.state)
         units = [(id.branch, id.layer, step.orders[id].value, unit.numel) for id, unit in step.towers.units.items()]

@@ -70,10 +70,11 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
 
 def require_extras(cfg: Config) -> None:
     """Raise ValueError if the run would need a package that is not installed."""
-    plots, records = ["matplotlib", "pandas", "pyarrow"] if cfg.run.plots else [], ["pyarrow"] if cfg.run.record_every_steps else []
-    for without, modules in {"run.plots=false": plots, "run.record_every_steps=0": records}.items():
-        if absent := [module for module in modules if importlib.util.find_spec(module) is None]:
-            raise ValueError(f"{absent[0]} is not installed: pip install 'dist-vlcl[report]', or give {without}")
+    needed = [("run.plots=false", module) for module in ("matplotlib", "pandas", "pyarrow") if cfg.run.plots]
+    needed += [("run.record_every_steps=0", "pyarrow")] if cfg.run.record_every_steps else []
+    for without, module in needed:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"{module} is not installed: pip install 'dist-vlcl[report]', or give {without}")
 
 
 def build_step(experiment: Experiment) -> HybridStep:

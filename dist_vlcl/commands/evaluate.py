@@ -43,12 +43,11 @@ def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> Acc
     if saved is None:
         raise FileNotFoundError(f"{folder}/checkpoints has no intact checkpoint; train first")
     state = TrainState.from_dict(saved.state)
-    rows = [[tuple(counts) for counts in row] for row in state.accuracy]
-    if not rows or state.batch or state.epoch:
+    if not state.accuracy or state.batch or state.epoch:
         raise ValueError(f"{folder}: the newest checkpoint lies within task {state.task + 1}; finish the task first")
     experiment.towers.units.load_state_dict(checkpoint.adapters_in(saved.tensors))
-    accuracy = experiment.accuracy(rows[:-1])
-    accuracy.append(experiment.evaluate(experiment.tasks[len(rows) - 1]))
+    accuracy = experiment.accuracy(state.accuracy[:-1])
+    accuracy.append(experiment.evaluate(experiment.tasks[len(state.accuracy) - 1]))
     return accuracy
 
 
