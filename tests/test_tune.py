@@ -189,6 +189,8 @@ def test_a_strategy_is_in_the_file_with_all_of_its_options(tmp_path, strategy):
     tune.write(tmp_path, "command", [f"zo={strategy}"], found)
     best = [f"{key}={value}" for key, value in found.best.items()]
     assert compose_config([f"tuned={tmp_path}/tuned.yaml"]).zo == compose_config([f"zo={strategy}", *best]).zo
+    control = compose_config(["paper=walk-moe-cifar20-language-all", f"tuned={tmp_path}/tuned.yaml"])
+    assert control.zo.random_signs  # the control stays one
 
 
 def test_the_best_has_the_highest_mean_then_the_lowest_loss_and_failed_ones_are_last():

@@ -146,7 +146,8 @@ def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> st
     found.trials.to_csv(folder / "tuning.csv", index=False)
     options = [option for option in (*fixed, *(f"{key}={value}" for key, value in found.best.items())) if option.startswith(("zo=", "zo."))]
     named, resolved = dict(split_options(options)), compose_config([*fixed, *options]).as_dict()["zo"]
-    kept = resolved if "zo" in named else {key.split(".")[1]: resolved[key.split(".")[1]] for key in named}
+    of_strategy = [key for key in resolved if key != "random_signs"]  # which makes a run a control, also beside tuned=FILE
+    kept = {key: resolved[key] for key in (of_strategy if "zo" in named else [key.split(".")[1] for key in named])}
     if isinstance(kept.get("probes"), dict):  # as one value: it replaces a number
         kept["probes"] = f"{{{', '.join(f'{branch}: {count}' for branch, count in kept['probes'].items())}}}"
     replace_file(folder / "tuned.yaml", f"# {command}\n# {found.answer}\n" + OmegaConf.to_yaml(OmegaConf.create({"zo": kept})))
