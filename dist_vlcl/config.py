@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,7 @@ from dist_vlcl.masking import explained
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
-from dist_vlcl.options import declared, flatten, option, validate
+from dist_vlcl.options import declared, flatten, matches, option, validate
 from dist_vlcl.orders import OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
@@ -186,7 +185,7 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
     content, given = read_config(path), dict(option.partition("=")[::2] for option in options)
     if isinstance(content.get("adapter"), dict):
         content["adapter"].pop("init", None)  # its tensors are in the run's checkpoints
-    if odd := [key for key in given if not any(fnmatch(key, pattern) for pattern in (*MAY_CHANGE, *PATH_OPTIONS, *BUILT_IN))]:
+    if odd := [key for key in given if not matches(key, (*MAY_CHANGE, *PATH_OPTIONS, *BUILT_IN))]:
         raise ValueError(f"{odd[0]}: the run decides this; give only options that lead to code, data or weights, or change no result")
     if needed := [word for word in untrusted_options(content, places) if word.partition("=")[0] not in given]:
         advice = f"which only a command line may name. To trust them, add: {shlex.join(needed)}"

@@ -1,4 +1,4 @@
-"""The name that version 0.1 had for dist_vlcl.commands.evaluate; it goes with version 0.3."""
+"""`python -m dist_vlcl.evaluate` is `dist-vlcl evaluate`."""
 
 from dist_vlcl.commands.evaluate import main
 

@@ -93,7 +93,6 @@ class Experiment:
 
     def _steps(self, task: Task, state: TrainState) -> Iterator[PlannedStep]:
         cfg, world = self.cfg, self.world
-        assert cfg.train.batch_size is not None  # fitted
         steps, per_epoch = self.num_steps(task), steps_per_epoch(cfg, self.index, task)
         warmup = steps // 10 if cfg.train.warmup_steps is None else cfg.train.warmup_steps
         # Rank 0 draws the seeds of the task's steps and sends them once.
@@ -131,9 +130,10 @@ class Experiment:
         accuracy = self.accuracy(rows)
         return {task: accuracy.seen(task) for task in range(len(self.tasks))}
 
-    def accuracy(self, rows: list[Counts]) -> AccuracyMatrix:
-        """Return the accuracy matrix with these rows."""
-        return (SetsMatrix if self.cfg.tasks.sets else AccuracyMatrix)([len(task.classes) for task in self.tasks], rows)
+    def accuracy(self, rows: list[Any]) -> AccuracyMatrix:
+        """Return the accuracy matrix with these rows, which may come from JSON."""
+        own = [[tuple(counts) for counts in row] for row in rows]
+        return (SetsMatrix if self.cfg.tasks.sets else AccuracyMatrix)([len(task.classes) for task in self.tasks], own)
 
     def count(self, task: Task, prefixes: Sequence[int], described: str, progress: Progress = lambda batches, **_: batches) -> list[Counts]:
         """Return the counts over the test samples of a task's classes for each prefix: when only its first classes can be chosen.

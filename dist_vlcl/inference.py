@@ -45,13 +45,6 @@ class Trained:
     adapters: dict[str, Tensor]  # under the names of Units.state_dict
     tasks: list[list[str]]  # class names of each task that was learned; empty if the run did not save them
 
-    def build(self, device: str | torch.device | None = None) -> TwoTowers:
-        """Return the model with the trained adapters."""
-        towers = build_towers(self.cfg, World.alone())
-        with explained(f"{self.folder / CONFIG} describes other adapters than were trained"):
-            towers.units.load_state_dict(self.adapters)
-        return towers.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-
 
 class TrainedCLIP:
     """CLIP with trained adapters, for inference. Features have length 1.
@@ -130,7 +123,11 @@ def load(source: str | Path, task: int | None = None, device: str | torch.device
     without them lists them. Raises FileNotFoundError, or ValueError if the source cannot be used.
     """
     trained = read_trained(source, task, options)
-    return TrainedCLIP(trained.build(device), [name for names in trained.tasks for name in names])
+    towers = build_towers(trained.cfg, World.alone())
+    with explained(f"{trained.folder / CONFIG} describes other adapters than were trained"):
+        towers.units.load_state_dict(trained.adapters)
+    towers.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return TrainedCLIP(towers, [name for names in trained.tasks for name in names])
 
 
 def read_trained(source: str | Path, task: int | None = None, options: Sequence[str] = ()) -> Trained:
@@ -179,24 +176,18 @@ def _read_adapters(path: Path, task: int | None = None) -> tuple[dict[str, Tenso
         if task not in (None, len(tasks)):
             raise ValueError(f"task={task}: {folder} is an export, which has the state after task {len(tasks)} only")
         if not is_file or path.name == ADAPTERS:
-            return _adapters_in(checkpoint.read_tensors(folder / ADAPTERS)[0]), tasks
+            return checkpoint.adapters_in(checkpoint.read_tensors(folder / ADAPTERS)[0]), tasks
         with explained(f"{path} is damaged", kinds=SafetensorError):
-            return _adapters_in(tensors_from_bytes(read_file(path))), tasks
+            return checkpoint.adapters_in(tensors_from_bytes(read_file(path))), tasks
     match = checkpoint.NAME.fullmatch(path.name)
     saved = checkpoint.load(folder, int(match[1])) if match else _checkpoint_after(folder, task)
     state = TrainState.from_dict(saved.state)
-    return _adapters_in(saved.tensors), tasks[: state.task + (state.epoch > 0 or state.batch > 0)]
-
-
-def _adapters_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the adapters among the tensors of a checkpoint, or all tensors of an export."""
-    return {name.removeprefix("adapters/"): t for name, t in tensors.items() if not name.startswith("adamw/")}
+    return checkpoint.adapters_in(saved.tensors), tasks[: state.task + (state.epoch > 0 or state.batch > 0)]
 
 
 def read_classes(folder: Path) -> list[list[str]]:
     """Return the class names of each task of a run; [] if the run has no classes.json: early versions wrote none."""
-    names: list[list[str]] = read_json(folder / CLASSES, [[str]], [])
-    return names
+    return read_json(folder / CLASSES, [[str]], [])
 
 
 def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:
@@ -205,12 +196,9 @@ def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:
         if (saved := checkpoint.load_newest(folder, {"config": digest_of(read_config(folder / CONFIG))})) is None:
             raise FileNotFoundError(f"{folder} has neither {ADAPTERS} nor an intact checkpoint; train first")
         return saved
-    ends = {}
-    for step in checkpoint.saved_steps(folder):
-        saved = checkpoint.load(folder, step)
-        state = TrainState.from_dict(saved.state)
-        if not state.epoch and not state.batch:
-            ends[state.task] = saved
+    found = (checkpoint.load(folder, step) for step in checkpoint.saved_steps(folder))
+    states = ((TrainState.from_dict(saved.state), saved) for saved in found)
+    ends = {state.task: saved for state, saved in states if not state.epoch and not state.batch}
     if task not in ends:
         raise ValueError(f"task={task}: {folder} has checkpoints after task {', '.join(map(str, ends)) or 'none'}; run.keep=N keeps more")
     return ends[task]

@@ -14,9 +14,9 @@ from torch import Tensor
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.perturbed import Perturbed
-from dist_vlcl.model.units import FlatUnits
 from dist_vlcl.zo.difference import Candidate
 from dist_vlcl.zo.noise import Key, StepNoise
+from dist_vlcl.zo.update import ZerothOrder
 
 # Losses are rounded to 2^-32 and added as integers. The sum is then exact: it does not depend on how samples are grouped into ranks.
 RESOLUTION = 2.0**32
@@ -79,24 +79,18 @@ class BatchLosses:
     """Losses of candidates on one global batch. It skips every computation that a candidate's perturbation cannot change.
 
     delta_branches: branches whose candidates compute the change of the features instead of the features (`model.perturbed`). Their losses
-    are computed in float64. The result is the same number with less rounding. by_unit: candidates begin at any zeroth-order block,
-    so each of these blocks keeps its input. Otherwise all candidates of a branch restart at its first zeroth-order block.
+    are computed in float64. The result is the same number with less rounding. With zo.granularity=unit candidates begin at any zeroth-order
+    block, so each of these blocks keeps its input. Otherwise all candidates of a branch restart at its first zeroth-order block.
     """
 
     def __init__(
-        self,
-        towers: TwoTowers,
-        flats: Mapping[str, FlatUnits],
-        tokens: Tensor,
-        world: World,
-        delta_branches: Collection[str] = (),
-        stop: bool = False,
-        by_unit: bool = False,
+        self, towers: TwoTowers, zeroth: ZerothOrder, tokens: Tensor, world: World, delta_branches: Collection[str] = (), stop: bool = False
     ):
-        self.towers, self.flats, self.tokens, self.world = towers, flats, tokens, world
+        self.towers, self.tokens, self.world = towers, tokens, world
+        self.flats: Mapping[str, Any] = zeroth.flats  # FlatUnits
         self.delta_branches, self.stop = delta_branches, stop
-        layers = {branch: [unit.layer for unit in flat.slices] for branch, flat in flats.items()}  # from the lowest up
-        self.starts = layers if by_unit else {branch: found[:1] for branch, found in layers.items()}
+        layers = {branch: [unit.layer for unit in flat.slices] for branch, flat in self.flats.items()}  # from the lowest up
+        self.starts = layers if zeroth.config.granularity == "unit" else {branch: found[:1] for branch, found in layers.items()}
         self.micro_batches: list[MicroBatch] = []
         self.first_report: LossReport | None = None  # the ranks exchange count and stop with the first losses of a step only
 

@@ -32,17 +32,12 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 def masked(text: str) -> str:
     """Return the text without secrets, and with control characters as `\\x1b`: a name must not steer the terminal that shows it."""
-    for value in _secrets_of_environment():
+    secrets = [value for name, value in os.environ.items() if re.search(NAME, name, re.IGNORECASE) and len(value) >= MIN_LENGTH]
+    for value in sorted(secrets, key=len, reverse=True):  # one may be a part of another
         text = text.replace(value, HIDDEN)
     for pattern, replacement in PATTERNS:
         text = pattern.sub(replacement, text)
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
-
-
-def _secrets_of_environment() -> list[str]:
-    """Return the values of the variables whose names tell of a secret, the longest first."""
-    named = [value for name, value in os.environ.items() if re.search(NAME, name, re.IGNORECASE) and len(value) >= MIN_LENGTH]
-    return sorted(named, key=len, reverse=True)
 
 
 @contextmanager

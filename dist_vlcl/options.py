@@ -2,8 +2,9 @@
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass
+from fnmatch import fnmatch
 from typing import Any, get_type_hints
 
 BRANCHES = ("language", "vision")  # of CLIP, and of every option that is given per branch
@@ -34,6 +35,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
     return leaves
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    """Return whether the name of an option fits one of the patterns, such as `run.*`."""
+    return any(fnmatch(key, pattern) for pattern in patterns)
 
 
 def declared(config: type, prefix: str = "") -> dict[str, Field]:

@@ -15,7 +15,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch, fnmatchcase
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from dist_vlcl.masking import explained
-from dist_vlcl.options import flatten
+from dist_vlcl.options import flatten, matches
 from dist_vlcl.saved import MAY_CHANGE, read_config, untrusted_options
 
 # Beside the package in a checkout, inside of it in a wheel.
@@ -33,7 +33,6 @@ BRACES = re.compile(r"^(data\.(?:source|url)=)([^'\"]*\{[^'\"]*)$")  # an option
 NOT_NAMED = (*MAY_CHANGE, "data.source", "data.allow_pipe")
 DATASET_IDS = {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr"}  # as the ids abbreviate them
 HALF = 6  # blocks of prefix and suffix in the paper; its ids say prefix6 and suffix6
-PROBE_STEPS = 5
 PROBE_CLASSES = 125  # as in benchmarks.memory, with 64 images
 # The random walk of each strategy, and the strategy whose options a random walk has.
 WALKS = {"naive": "walk", "conservative": "walk", "sign": "signwalk", "mozo": "signwalk", "many_probes": "manywalk"}
@@ -98,7 +97,7 @@ class Cell:
             found += [f"tasks.order={'natural' if self.dataset == 'imagenet_r' else 'paper'}"]
             found += [f"train.batch_size={64 if self.dataset == 'tiny_imagenet' else 128}"]
         if self.table == 5:
-            found += ["tasks.num_tasks=1", f"train.max_steps={PROBE_STEPS}"]
+            found += ["tasks.num_tasks=1", "train.max_steps=5"]
             found += ["eval.zero_shot=false", "run.record_every_steps=0", "model.graphs=false"]  # each of these takes memory
         if self.branch == "none":
             return [*found, f"orders={'zero_shot' if self.variant == 'zero_shot' else 'first'}"]
@@ -231,7 +230,7 @@ def run_name(id: str, own: list[str]) -> str:
     """
     values = dict(option.lstrip("+~").split("=", 1) for option in own if "=" in option)
     seed = values.pop("seed", "0")
-    named = {key: value for key, value in values.items() if "/" not in value and not any(fnmatch(key, pattern) for pattern in NOT_NAMED)}
+    named = {key: value for key, value in values.items() if "/" not in value and not matches(key, NOT_NAMED)}
     options = sorted(f"{key}={value}" for key, value in named.items())
     if not options:
         return f"{id}-seed{seed}"

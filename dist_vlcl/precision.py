@@ -2,7 +2,7 @@
 
 # K candidates
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 from dist_vlcl.dist.world import World
 from dist_vlcl.losses import BatchLosses
 from dist_vlcl.model.clip import TwoTowers
-from dist_vlcl.model.units import FlatUnits
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder
 
@@ -29,12 +28,12 @@ class SlopePrecision:
     be measured and the parameters are sharded over ranks (`is_sharded`), because a sharded model cannot be copied.
     """
 
-    def __init__(self, towers: TwoTowers, flats: Mapping[str, FlatUnits], zeroth: ZerothOrder, world: World, is_sharded: bool = False):
-        self.towers, self.flats, self.zeroth, self.world = towers, flats, zeroth, world
-        narrow = [branch for branch in flats if towers.tower(branch).dtype.itemsize < 4]
-        self.delta_branches = {"auto": narrow, "whole": [], "delta": list(flats)}[zeroth.config.evaluation]
-        self.is_fine = any(zeroth.config.epsilon[branch] < FINE_EPSILON for branch in flats)
-        self.is_checked = not flats or (towers.config.precision == "fp32" and not self.is_fine)
+    def __init__(self, towers: TwoTowers, zeroth: ZerothOrder, world: World, is_sharded: bool = False):
+        self.towers, self.flats, self.zeroth, self.world = towers, zeroth.flats, zeroth, world
+        narrow = [branch for branch in self.flats if towers.tower(branch).dtype.itemsize < 4]
+        self.delta_branches = {"auto": narrow, "whole": [], "delta": list(self.flats)}[zeroth.config.evaluation]
+        self.is_fine = any(zeroth.config.epsilon[branch] < FINE_EPSILON for branch in self.flats)
+        self.is_checked = not self.flats or (towers.config.precision == "fp32" and not self.is_fine)
         if is_sharded and not self.is_checked:
             advice = f"use zero2, or model.precision=fp32 with every zo.epsilon at least {FINE_EPSILON:g}"
             raise ValueError(f"the rounding error of slopes cannot be measured under ZeRO-3, which divides the model; {advice}")
@@ -75,7 +74,7 @@ class SlopePrecision:
 
         towers: the model, or a copy of it in another precision.
         """
-        losses = BatchLosses(towers, self.flats, tokens, self.world, delta_branches)
+        losses = BatchLosses(towers, self.zeroth, tokens, self.world, delta_branches)
         losses.add(towers, batch, key)
         result = {}
         for branch in self.flats:

@@ -20,15 +20,12 @@ MAX_BYTES = 1 << 32
 
 def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
     """Return the content of a file. Raises OSError also for a link, a pipe, a device, or more than `limit` bytes."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # without waiting for the writer of a pipe
-    try:
-        status = os.fstat(descriptor)
+    # O_NONBLOCK: without waiting for the writer of a pipe
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
             raise OSError(errno.EINVAL, f"not a regular file of at most {limit:,} bytes", str(path))
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    finally:
-        os.close(descriptor)
+        return file.read()
 
 
 def fits(value: Any, form: Any) -> bool:

@@ -9,14 +9,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dist_vlcl.masking import explained
-from dist_vlcl.options import flatten
+from dist_vlcl.options import flatten, matches
 from dist_vlcl.reading import read_file, read_json, read_lines, warn
 
 MAY_CHANGE = (  # patterns of the options that a resume may change, because they do not affect the result
@@ -74,7 +73,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def digest_of(config: Mapping[str, Any]) -> str:
     """Return the identity of a configuration as it is saved: a digest of all options that a resume may not change."""
-    fixed = {key: value for key, value in flatten(config).items() if not any(fnmatch(key, pattern) for pattern in MAY_CHANGE)}
+    fixed = {key: value for key, value in flatten(config).items() if not matches(key, MAY_CHANGE)}
     return hashlib.blake2b(json.dumps(fixed, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 

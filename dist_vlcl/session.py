@@ -4,7 +4,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any, NoReturn
@@ -31,11 +31,8 @@ from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.update import Move
 
 
-@dataclass
 class Requeued(Exception):
-    """The run was asked to stop, has saved its state, and waits to be started again."""
-
-    path: str
+    """The run was asked to stop, has saved its state, and waits to be started again. The text is its folder."""
 
 
 class Session:
@@ -63,7 +60,7 @@ class Session:
                 self.notes.append(f"resuming with {now} {what} what {was} have computed: the same batches, sums are rounded differently")
         self.state.world_size, self.state.threads = world.size, threads
         self.notes.append(folder.message + (f", after step {self.state.step}" if self.state.step else ""))
-        self.accuracy = experiment.accuracy([[tuple(c) for c in row] for row in self.state.accuracy])
+        self.accuracy = experiment.accuracy(self.state.accuracy)
         self.agreed_step = self.state.step  # the last step after which the ranks had the same adapters
         self.log = RunLog(folder.path, self.cfg.run, world, self.cfg.as_dict(), self.state)
         units = [(id.branch, id.layer, step.orders[id].value, unit.numel) for id, unit in step.towers.units.items()]
@@ -199,7 +196,7 @@ class Session:
         """Leave the marker that the run waits to be started again, and raise Requeued."""
         self.folder.request_requeue()
         self.world.barrier()  # rank 0 saves: a launcher whose ranks have left may end the others
-        raise Requeued(str(self.folder.path))
+        raise Requeued(self.folder.path)
 
     def complete(self) -> AccuracyMatrix:
         """Write the plots and the final accuracy; return it."""

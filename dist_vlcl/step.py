@@ -69,7 +69,7 @@ class HybridStep:
         self.zeroth = ZerothOrder(self.flats, zeroth)
         self.first = first_order_of(towers)
         is_sharded = world.engine.startswith("zero3") and bool(self.first.parameters)
-        self.precision = SlopePrecision(towers, self.flats, self.zeroth, world, is_sharded)
+        self.precision = SlopePrecision(towers, self.zeroth, world, is_sharded)
 
         names = {id(t): f"{address}/{name}" for address, unit in units.items() for name, t in unit.tensors().items()}
         self.first_names = [names[id(p)] for p in self.first.parameters]
@@ -98,8 +98,7 @@ class HybridStep:
         """
         self.world.collectives.where = f"step {key.step + 1}"
         self.precision.check_once(self.tokens, batches[0], key)
-        by_unit = self.zeroth.config.granularity == "unit"
-        losses = BatchLosses(self.towers, self.flats, self.tokens, self.world, self.precision.delta_branches, stop, by_unit)
+        losses = BatchLosses(self.towers, self.zeroth, self.tokens, self.world, self.precision.delta_branches, stop)
         planned = sum(batch.count for batch in batches)
         self._forward_backward(batches, key, planned, losses)
         report, moves = self._decide(losses, key, lr)  # gradients travel meanwhile

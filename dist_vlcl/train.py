@@ -3,6 +3,7 @@
 `--help` lists the options. `--check` validates the options, prints one line and exits: with status 0 if they are valid, otherwise with 2.
 """
 
+import importlib.util
 import os
 import sys
 
@@ -16,9 +17,9 @@ from dist_vlcl.inference import read_start
 from dist_vlcl.losses import min_samples
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
-from dist_vlcl.run.environment import ELASTIC, missing_extra
+from dist_vlcl.run.environment import ELASTIC
 from dist_vlcl.run.folder import RunFolder
-from dist_vlcl.run.signals import START_AGAIN, Preemption, print_error, report_failure, report_status
+from dist_vlcl.run.signals import Preemption, print_error, report_failure, report_status
 from dist_vlcl.session import Requeued, Session
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
@@ -69,10 +70,11 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
 
 def require_extras(cfg: Config) -> None:
     """Raise ValueError if the run would need a package that is not installed."""
-    if cfg.run.plots and (text := missing_extra("matplotlib", "pandas", "pyarrow")):
-        raise ValueError(f"run.plots=true: {text}; or give run.plots=false")
-    if cfg.run.record_every_steps and (text := missing_extra("pyarrow")):
-        raise ValueError(f"run.record_every_steps={cfg.run.record_every_steps}: {text}; or give run.record_every_steps=0")
+    needed = [("run.plots=false", module) for module in ("matplotlib", "pandas", "pyarrow") if cfg.run.plots]
+    needed += [("run.record_every_steps=0", "pyarrow")] if cfg.run.record_every_steps else []
+    for without, module in needed:
+        if importlib.util.find_spec(module) is None:
+            raise ValueError(f"{module} is not installed: pip install 'dist-vlcl[report]', or give {without}")
 
 
 def build_step(experiment: Experiment) -> HybridStep:
@@ -130,9 +132,9 @@ def run_and_report(cfg: Config) -> None:
     except Requeued as stopped:
         if world.is_main:
             report_status("requeue")
-            print(f"saved and stopped after a signal; the same command continues from here ({stopped.path}/REQUEUE marks it)")
+            print(f"saved and stopped after a signal; the same command continues from here ({stopped}/REQUEUE marks it)")
         if os.environ.get(ELASTIC):
-            raise SystemExit(START_AGAIN) from stopped
+            raise SystemExit(os.EX_TEMPFAIL) from stopped  # 0 would mean the end of the run
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         world.collectives.stopped(error)  # the others wait for this rank, and can then say why it is gone
         report_failure(error, world.is_main)

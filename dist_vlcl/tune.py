@@ -1,4 +1,4 @@
-"""The name that version 0.1 had for dist_vlcl.commands.tune; it goes with version 0.3."""
+"""`python -m dist_vlcl.tune` is `dist-vlcl tune`."""
 
 from dist_vlcl.commands.tune import main
 

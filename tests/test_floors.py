@@ -16,10 +16,6 @@ PACKAGE = Path(dist_vlcl.__file__).parent
 FLOORS = [  # first match rules; a module that no line covers has no floor, and is refused
     ("data.tasks", 0),
     ("commands", 4),
-    ("data.build", 4),  # old names of commands
-    ("data.verify", 4),
-    ("run.replay", 4),
-    ("report.build", 4),
     ("model.clip", 1),
     ("continual.evaluator", 2),
     ("continual.metrics", 0),
@@ -49,7 +45,6 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("predict", 4),
     ("config", 4),
     ("paper", 4),
-    ("sweep", 4),
     ("tune", 4),
 ]
 VOCABULARY = {("orders", "model.units")}  # the names of units, which a plan is written in

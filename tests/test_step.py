@@ -141,9 +141,10 @@ def test_a_unit_s_candidate_restarts_at_its_own_block_with_the_bits_of_a_restart
     monkeypatch.setattr(
         Tower, "run", lambda *arguments, start=1, **options: (starts.append(start), run(*arguments, start=start, **options))[1]
     )
-    for by_unit in (True, False):
+    for restarts in ("unit", "branch"):
         step = hybrid(plan, config, adapter, double=False)
-        monkeypatch.setattr("dist_vlcl.step.BatchLosses", lambda *arguments, by_unit=by_unit: BatchLosses(*arguments[:-1], by_unit))
+        restarting = SimpleNamespace(flats=step.flats, config=dataclasses.replace(config, granularity=restarts))
+        monkeypatch.setattr("dist_vlcl.step.BatchLosses", lambda towers, _, *rest, of=restarting: BatchLosses(towers, of, *rest))
         report = step([images()], Key(9, 0), LR)
         found.append(([move.record() for move in report.moves], step.state_dict()))
     # The base of both towers, the probes of vision.2 and vision.3, then the best of three.

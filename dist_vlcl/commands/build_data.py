@@ -7,21 +7,15 @@ from rich.console import Console
 from rich.progress import track
 
 from dist_vlcl.config import Config, errors_refused, hydra_main
-from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import make_shards
-
-
-def build(data: DataConfig) -> None:
-    """Write the shards with a progress bar."""
-    index = make_shards(data, lambda work: track(work, description=f"{data.name}: classes"))
-    counts = f"{index.count('train')} training and {index.count('test')} test images"
-    Console().print(f"{index.location}: {len(index.class_names)} classes, {counts}")
 
 
 @errors_refused()
 def run(config: Config) -> None:
-    """Build the shards. An error of the user is one line on stderr and exit status 2."""
-    build(config.data)
+    """Write the shards with a progress bar. An error of the user is one line on stderr and exit status 2."""
+    index = make_shards(config.data, lambda work: track(work, description=f"{config.data.name}: classes"))
+    counts = f"{index.count('train')} training and {index.count('test')} test images"
+    Console().print(f"{index.location}: {len(index.class_names)} classes, {counts}")
 
 
 def main() -> None:

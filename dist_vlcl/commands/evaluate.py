@@ -11,7 +11,6 @@ count only if you repeat them as OPTION=VALUE. An error message lists them. Othe
 """
 
 import json
-import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +25,8 @@ from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.experiment import Experiment, build_towers
 from dist_vlcl.inference import WEIGHTS, read_classes, read_trained
-from dist_vlcl.masking import masked
 from dist_vlcl.run import checkpoint
+from dist_vlcl.run.signals import print_error
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.saved import digest_of, read_config
 
@@ -44,13 +43,11 @@ def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> Acc
     if saved is None:
         raise FileNotFoundError(f"{folder}/checkpoints has no intact checkpoint; train first")
     state = TrainState.from_dict(saved.state)
-    rows = [[tuple(counts) for counts in row] for row in state.accuracy]
-    if not rows or state.batch or state.epoch:
+    if not state.accuracy or state.batch or state.epoch:
         raise ValueError(f"{folder}: the newest checkpoint lies within task {state.task + 1}; finish the task first")
-    adapters = {name.removeprefix("adapters/"): t for name, t in saved.tensors.items() if name.startswith("adapters/")}
-    experiment.towers.units.load_state_dict(adapters)
-    accuracy = experiment.accuracy(rows[:-1])
-    accuracy.append(experiment.evaluate(experiment.tasks[len(rows) - 1]))
+    experiment.towers.units.load_state_dict(checkpoint.adapters_in(saved.tensors))
+    accuracy = experiment.accuracy(state.accuracy[:-1])
+    accuracy.append(experiment.evaluate(experiment.tasks[len(state.accuracy) - 1]))
     return accuracy
 
 
@@ -101,8 +98,8 @@ def main() -> None:
             print(text)
     except (OSError, ValueError, RuntimeError) as error:
         world.collectives.stopped(error)  # the others wait for this rank, and can then say why it is gone
-        print(masked(f"error on rank {world.rank} of {world.size}: {error}"), file=sys.stderr)
-        sys.exit(2)
+        print_error(f"error on rank {world.rank} of {world.size}: {error}")
+        raise SystemExit(2) from error
     finally:
         world.close()
 

@@ -6,8 +6,7 @@ a checkpoint of the last step, compares bit for bit. Exit status: 0 if equal or 
 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,38 +19,30 @@ from dist_vlcl.model.units import FlatTensors, UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.reading import warn
 from dist_vlcl.run import checkpoint
+from dist_vlcl.run.checkpoint import Checkpoint
 from dist_vlcl.run.log import JOURNAL, read_journal
 from dist_vlcl.saved import digest_of, read_config
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder
 
 
-@dataclass(frozen=True)
-class Rebuilt:
-    """Zeroth-order units after a step, rebuilt from a checkpoint and the journal."""
+def rebuild(folder: Path, stop: int | None = None, device: str = "cpu", options: Sequence[str] = ()) -> Checkpoint:
+    """Return the zeroth-order units after step `stop` (default: the journal's last), starting from the newest checkpoint before it.
 
-    start: int  # the step of the checkpoint
-    stop: int
-    tensors: dict[str, Tensor]  # under their names in a checkpoint
-
-
-def rebuild(folder: Path, start: int | None = None, stop: int | None = None, device: str = "cpu", options: Sequence[str] = ()) -> Rebuilt:
-    """Return the zeroth-order units after step `stop` (default: the journal's last), starting from the checkpoint of step `start`.
-
-    Raises ValueError if the run has no such units, if the journal has a gap between start and stop, or if every checkpoint is after stop.
+    The result has the path of that checkpoint. Raises ValueError if the run has no such units, if the journal has a gap before stop, or if
+    every checkpoint is after stop.
     """
     cfg = load_config(folder / "config.yaml", options, places=())
     steps = checkpoint.saved_steps(folder)
     if not steps:
         raise ValueError(f"{folder}/checkpoints has no checkpoint of this version to start from")
-    if start is None:
-        end = max((record["step"] for record in read_journal(folder, steps[0])), default=steps[0]) if stop is None else stop
-        start = max((step for step in steps if step < end), default=steps[0])
+    end = max((record["step"] for record in read_journal(folder, steps[0])), default=steps[0]) if stop is None else stop
+    start = max((step for step in steps if step < end), default=steps[0])
     saved = checkpoint.load(folder, start, {"config": digest_of(read_config(folder / "config.yaml"))})
-    if stop is not None and stop < saved.step:
-        raise ValueError(f"step {stop} is before step {saved.step}, where the replay starts; {folder} has checkpoints of steps {steps}")
-    records = [record for record in read_journal(folder, saved.step) if stop is None or record["step"] <= stop]
-    reached = saved.step + len(records)
+    if stop is not None and stop < start:
+        raise ValueError(f"step {stop} is before step {start}, where the replay starts; {folder} has checkpoints of steps {steps}")
+    records = [record for record in read_journal(folder, start) if stop is None or record["step"] <= stop]
+    reached = start + len(records)
     if stop is not None and reached < stop:
         raise ValueError(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, so step {stop} cannot be rebuilt")
     if stop is None and reached < steps[-1]:
@@ -62,12 +53,13 @@ def rebuild(folder: Path, start: int | None = None, stop: int | None = None, dev
     zeroth = ZerothOrder(flats, cfg.zo)
     for record in track(records, "replay", disable=not sys.stdout.isatty()):
         zeroth.replay(record["moves"], Key(record["seed"], record["step"] - 1))
-    return Rebuilt(saved.step, reached, {f"adapters/{name}": t.cpu() for flat in flats.values() for name, t in flat.tensors().items()})
+    tensors = {f"adapters/{name}": t.cpu() for flat in flats.values() for name, t in flat.tensors().items()}
+    return Checkpoint(reached, tensors, {}, saved.path)
 
 
-def _zeroth_order(cfg: Config, saved: Mapping[str, Tensor], device: str) -> dict[str, dict[str, Tensor]]:
+def _zeroth_order(cfg: Config, saved: dict[str, Tensor], device: str) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of the zeroth-order units by branch and name, in the order of the units."""
-    adapters = {name.removeprefix("adapters/"): t for name, t in saved.items() if name.startswith("adapters/")}
+    adapters = checkpoint.adapters_in(saved)
     units = {name: UnitId.parse(name.split("/")[0]) for name in adapters}
     orders = assign(sorted(set(units.values())), cfg.orders)
     result: dict[str, dict[str, Tensor]] = {}
@@ -77,7 +69,7 @@ def _zeroth_order(cfg: Config, saved: Mapping[str, Tensor], device: str) -> dict
     return result
 
 
-def different_tensors(rebuilt: Rebuilt, saved: checkpoint.Checkpoint) -> list[str]:
+def different_tensors(rebuilt: Checkpoint, saved: Checkpoint) -> list[str]:
     """Return the names of the tensors that are not bit for bit those of a checkpoint."""
     return [name for name, t in rebuilt.tensors.items() if not torch.equal(t, saved.tensors[name])]
 
@@ -86,26 +78,25 @@ def main() -> None:
     """Run the command line."""
     parser = ArgumentParser(prog="dist-vlcl replay", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a run, such as runs/NAME")
-    parser.add_argument("--start", type=int, metavar="STEP", help="start from the checkpoint of this step (default: the newest)")
     parser.add_argument("--stop", type=int, metavar="STEP", help="stop after this step (default: the last one in the journal)")
     parser.add_argument("--device", default="cpu", help="the device on which the run drew its directions: cpu (default) or cuda")
     parser.add_argument("options", nargs="*", metavar="OPTION=VALUE", help="own classes that config.yaml names, such as zo.estimator=a:B")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the rebuilt units to this safetensors file")
     options = parser.parse_intermixed_args()
     with errors_refused():
-        rebuilt = rebuild(options.run, options.start, options.stop, options.device, options.options)
+        rebuilt = rebuild(options.run, options.stop, options.device, options.options)
         if options.output:
             save_file(rebuilt.tensors, options.output)
-        saved = checkpoint.load(options.run, rebuilt.stop) if rebuilt.stop in checkpoint.saved_steps(options.run) else None
+        saved = checkpoint.load(options.run, rebuilt.step) if rebuilt.step in checkpoint.saved_steps(options.run) else None
     numbers = sum(t.numel() for t in rebuilt.tensors.values())
-    print(f"rebuilt {numbers:,} parameters of zeroth-order units after step {rebuilt.stop}, from the checkpoint of step {rebuilt.start}")
+    print(f"rebuilt {numbers:,} parameters of zeroth-order units after step {rebuilt.step}, from {rebuilt.path.name}")
     if saved is None:
-        print(f"there is no checkpoint of step {rebuilt.stop} to compare with")
+        print(f"there is no checkpoint of step {rebuilt.step} to compare with")
     elif names := different_tensors(rebuilt, saved):
-        print(f"DIFFERENT from the checkpoint of step {rebuilt.stop}: {', '.join(names[:4])}", file=sys.stderr)
+        print(f"DIFFERENT from the checkpoint of step {rebuilt.step}: {', '.join(names[:4])}", file=sys.stderr)
         sys.exit(1)
     else:
-        print(f"equal, bit for bit, to the checkpoint of step {rebuilt.stop}")
+        print(f"equal, bit for bit, to the checkpoint of step {rebuilt.step}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option
 """
 
 import ctypes
+import os
 import shlex
 import signal
 import subprocess
@@ -41,10 +42,10 @@ from dist_vlcl.masking import explained, masked_command
 from dist_vlcl.model.clip import build_clip, unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.paper import catalogue, published, select
+from dist_vlcl.reading import or_warn
 from dist_vlcl.run.signals import Preemption
 from dist_vlcl.saved import read_accuracy
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h
 COMPLETE, DONE, FAILED, LEFT = "complete before", "done", "FAILED", "not run"
 
 
@@ -59,10 +60,7 @@ class Item:
     @property
     def accuracy(self) -> dict:
         """The contents of accuracy.json; empty if there is none that can be used."""
-        try:
-            return read_accuracy(self.folder)
-        except (OSError, ValueError):
-            return {}  # the run itself says what is wrong
+        return or_warn(lambda: read_accuracy(self.folder), {})
 
     @property
     def is_complete(self) -> bool:
@@ -227,7 +225,7 @@ def main() -> None:
     console.print(table)
     if any(outcome.startswith(FAILED) for outcome in outcomes.values()):
         sys.exit(1)
-    sys.exit(STOPPED if LEFT in outcomes.values() else 0)
+    sys.exit(os.EX_TEMPFAIL if LEFT in outcomes.values() else 0)
 
 
 if __name__ == "__main__":

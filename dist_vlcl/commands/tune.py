@@ -18,6 +18,7 @@ combinations with the same units frozen and with zero-shot CLIP. Complete runs a
 """
 
 import itertools
+import os
 import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -32,7 +33,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from dist_vlcl.commands.sweep import LEFT, STOPPED, Item, add_launch_options, launcher_of, prepare, print_commands, run_all, split_options
+from dist_vlcl.commands.sweep import LEFT, Item, add_launch_options, launcher_of, prepare, print_commands, run_all, split_options
 from dist_vlcl.config import Config, compose_config, errors_refused, search_path
 from dist_vlcl.masking import masked_command
 from dist_vlcl.report.records import read_records
@@ -144,16 +145,13 @@ def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> st
     replace_file(folder / "tuning.md", f"{head}\n\n{table}\n{note}\n")
     found.trials.to_csv(folder / "tuning.csv", index=False)
     options = [option for option in (*fixed, *(f"{key}={value}" for key, value in found.best.items())) if option.startswith(("zo=", "zo."))]
-    named = [key.split(".")[1] for key, _ in split_options(options) if key != "zo"]
-    resolved = compose_config([*fixed, *options]).as_dict()["zo"]
-    kept = {key: resolved[key] for key in (*(STRATEGY if "zo" in dict(split_options(options)) else ()), *named)}
+    named, resolved = dict(split_options(options)), compose_config([*fixed, *options]).as_dict()["zo"]
+    of_strategy = [key for key in resolved if key != "random_signs"]  # which makes a run a control, also beside tuned=FILE
+    kept = {key: resolved[key] for key in (of_strategy if "zo" in named else [key.split(".")[1] for key in named])}
     if isinstance(kept.get("probes"), dict):  # as one value: it replaces a number
         kept["probes"] = f"{{{', '.join(f'{branch}: {count}' for branch, count in kept['probes'].items())}}}"
     replace_file(folder / "tuned.yaml", f"# {command}\n# {found.answer}\n" + OmegaConf.to_yaml(OmegaConf.create({"zo": kept})))
     return "\n".join([f"\n{table}", found.answer, found.shrinkage, f"Train with tuned={folder}/tuned.yaml"])
-
-
-STRATEGY = ("name", "transform", "acceptance", "epsilon")  # what configs/zo/NAME.yaml sets
 
 
 def main() -> None:
@@ -190,7 +188,7 @@ def main() -> None:
     def train(choices: Sequence[Choice], seeds: Sequence[str]) -> list[pd.DataFrame]:
         items = planned(choices, seeds)
         if LEFT in run_all([*itertools.chain(*items)], launcher, console).values():
-            sys.exit(STOPPED)
+            sys.exit(os.EX_TEMPFAIL)
         return [trained(of_choice) for of_choice in items]
 
     found = search(choices, train, seeds, fresh)

@@ -30,12 +30,13 @@ log = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):
-    """An image of a source, before its class id and split are known."""
+    """An image of a source. `read` returns the bytes of its file."""
 
-    split: str | None
+    split: str | None  # None if the source does not say it, and `read_raw` has not chosen it yet
     folder: str  # of its class
     path: str  # in the source
     read: ReadFile
+    class_id: int = -1  # `read_raw` gives it
 
     @property
     def short(self) -> str:
@@ -44,6 +45,10 @@ class Found(NamedTuple):
     @property
     def key(self) -> str:
         return re.sub(r"\.[^./]+$", "", self.short)
+
+
+def suffix_of(path: str) -> str:
+    return PurePosixPath(path).suffix.lower().lstrip(".")
 
 
 def open_source(source: Path) -> dict[str, ReadFile]:

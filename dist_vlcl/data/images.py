@@ -13,10 +13,6 @@ PIXELS = "ppm"  # images stored as pixels: binary PPM, a short header and H x W 
 PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,7}) ([1-9]\d{0,7})\n255\n")
 
 
-def is_ppm(data: bytes) -> bool:
-    return data.startswith(b"P6")
-
-
 def ppm(pixels_HWC: np.ndarray) -> bytes:
     """Pixels, uint8 [H, W, 3] -> PPM, which needs no decoding."""
     return b"P6\n%d %d\n255\n" % (pixels_HWC.shape[1], pixels_HWC.shape[0]) + pixels_HWC.tobytes()

@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dist_vlcl.data.images import is_ppm, ppm
+from dist_vlcl.data.images import PPM_HEADER, ppm
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, read_shard
 from dist_vlcl.data.tasks import SampleId, Task, generator, plain_order, rank_slice, train_order
 from dist_vlcl.data.transforms import Transform
-
-MAX_GPU_WORKERS = 4
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,13 @@ class Request:
     min_shards: int  # that stay in memory whatever their size
 
 
-def _requests(order: Sequence[SampleId], classes: Sequence[int], batch_size: int, rank: int, size: int, **shared: Any) -> list[Request]:
-    """Return a rank's part of order[i * batch_size : (i + 1) * batch_size] for every i. The last global batch may be smaller."""
+def _requests(
+    order: Sequence[SampleId], classes: Sequence[int], *, batch_size: int, rank: int = 0, size: int = 1, **shared: Any
+) -> list[Request]:
+    """Return a rank's part of order[i * batch_size : (i + 1) * batch_size] for every i. The last global batch may be smaller.
+
+    `shared`: the fields that all requests have in common.
+    """
     labels = {class_id: label for label, class_id in enumerate(classes)}
     requests = []
     for index, first in enumerate(range(0, len(order), batch_size)):
@@ -102,7 +105,7 @@ class Reader(Dataset[Batch]):
         stored = self._shard(request, sample)
         key, data = stored[sample.position]
         pixels = decode(data, key)
-        if not is_ppm(data) and self.bytes + pixels.nbytes <= self.limit:
+        if not PPM_HEADER.match(data) and self.bytes + pixels.nbytes <= self.limit:
             stored[sample.position] = StoredSample(key, ppm(pixels))
             self.bytes += len(stored[sample.position].image) - len(data)
         return key, pixels
@@ -162,43 +165,25 @@ class Loader:
             worker_init_fn=_leave_process_group,
         )
 
-    def train(
-        self,
-        task: Task,
-        *,
-        batch_size: int,
-        seed: int,
-        epoch: int,
-        transform: Transform,
-        rank: int = 0,
-        size: int = 1,
-        start: int = 0,
-        without: Sequence[SampleId] = (),
-    ) -> Batches:
-        """Return one epoch of a task from batch `start` on. `batch_size` counts the samples of all ranks. `without` is left out."""
+    def train(self, task: Task, *, seed: int, epoch: int, start: int = 0, without: Sequence[SampleId] = (), **options: Any) -> Batches:
+        """Return one epoch of a task from batch `start` on. The samples `without` are left out.
+
+        options: transform, and batch_size (samples of all ranks), rank and size as `_requests` takes them.
+        """
         left_out = set(without)
         order = [s for s in train_order(self.index.sizes("train", task.classes), seed, task.index, epoch) if s not in left_out]
         min_shards = 2 * len(task.classes)  # a batch may span two windows, each with about one shard of every class
-        shared = {"split": "train", "transform": transform, "seeds": (seed, task.index, epoch), "min_shards": min_shards}
-        return Batches(self, _requests(order, task.classes, batch_size, rank, size, **shared)[start:])
+        shared: dict[str, Any] = {"split": "train", "seeds": (seed, task.index, epoch), "min_shards": min_shards}
+        return Batches(self, _requests(order, task.classes, **shared, **options)[start:])
 
-    def test(
-        self,
-        classes: Sequence[int],
-        *,
-        batch_size: int,
-        transform: Transform,
-        rank: int = 0,
-        size: int = 1,
-        held_out: Sequence[SampleId] = (),
-    ) -> Batches:
+    def test(self, classes: Sequence[int], *, held_out: Sequence[SampleId] = (), **options: Any) -> Batches:
         """Return every test sample of the classes exactly once over all ranks, or instead the training samples `held_out`.
 
-        The label of a class is its place in `classes`.
+        The label of a class is its place in `classes`. options: as for `train`.
         """
         order = held_out or plain_order(self.index.sizes("test", classes))
-        shared = {"split": "train" if held_out else "test", "transform": transform, "seeds": (), "min_shards": 8}
-        return Batches(self, _requests(order, classes, batch_size, rank, size, **shared))
+        shared: dict[str, Any] = {"split": "train" if held_out else "test", "seeds": (), "min_shards": 8}
+        return Batches(self, _requests(order, classes, **shared, **options))
 
     def load(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Yield the batches of some requests, with all tensors on the device."""
@@ -219,7 +204,7 @@ class Loader:
 def _default_workers(is_on_gpu: bool) -> int:
     """Return this rank's share of the cores for a GPU, at most 4. On a CPU the cores are busy with the step."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(MAX_GPU_WORKERS, max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)) if is_on_gpu else 0
+    return min(4, max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)) if is_on_gpu else 0
 
 
 def _leave_process_group(_worker: int) -> None:

@@ -13,7 +13,7 @@ from urllib.error import URLError
 
 from PIL import Image
 
-from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, open_source
+from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, open_source, suffix_of
 from dist_vlcl.data.images import IMAGE_SUFFIXES, png
 from dist_vlcl.data.labelled import hf, torchvision, webdataset
 from dist_vlcl.data.names import known_classes
@@ -33,20 +33,9 @@ ARCHIVES = {  # address and MD5
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-class RawSample(NamedTuple):
-    """One image of a raw data set. `read` returns the bytes of its file."""
-
-    split: str
-    class_id: int
-    key: str
-    suffix: str
-    read: ReadFile
-    path: str = ""  # in the source
-
-
 class RawSet(NamedTuple):
     class_names: list[str]
-    samples: list[RawSample]
+    samples: list[Found]
 
 
 def read_raw(data: DataConfig) -> RawSet:
@@ -66,7 +55,7 @@ def read_raw(data: DataConfig) -> RawSet:
     class_ids = {name: class_id for class_id, name in enumerate(classes)}
     split_of = _splits(found, data)
     samples = [
-        RawSample(split_of[image.path], class_ids[image.folder], image.key, _suffix(image.path), image.read, image.path)
+        image._replace(split=split_of[image.path], class_id=class_ids[image.folder])
         for image in sorted(found, key=lambda image: (image.short, image.path))
         if image.path in split_of
     ]
@@ -82,10 +71,8 @@ def read_raw(data: DataConfig) -> RawSet:
 
 def digits(_: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """scikit-learn's 1797 handwritten digits: 8x8 pixels, white on black, enlarged to 32x32."""
-    try:
+    with explained("data=digits: scikit-learn is not installed", "pip install 'dist-vlcl[digits]'", ModuleNotFoundError):
         from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ValueError("data=digits: scikit-learn is not installed: pip install 'dist-vlcl[digits]'") from error
     loaded = load_digits()
     found = [
         Found(None, DIGITS[label], f"{DIGITS[label]}/{number:04d}.png", partial(_digit_png, image))
@@ -106,18 +93,13 @@ def cifar100(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     return list(_official_cifar(source, list(classes))), classes
 
 
-def archive(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
-    """Read Tiny-ImageNet or ImageNet-R: the official archive, downloaded or given, or images below `<wnid>/`.
+def known_images(data: DataConfig, source: Path | None = None) -> tuple[list[Found], dict[str, str]]:
+    """Images of a data set with a list of class names, which `class_names` can change: the official archive, or images below `<wnid>/`.
 
     Tiny-ImageNet's labelled val split is the test split. ImageNet-R has no split: `split_file` gives it, or `test_fraction` of each class
     is drawn. ImageNet-R's class names and their order are RAPF's, an open choice: the paper does not state its own.
     """
-    return known_images(data, Path(data.source) if data.source else _download(data))
-
-
-def known_images(data: DataConfig, source: Path) -> tuple[list[Found], dict[str, str]]:
-    """Images of a data set with a list of class names, which `class_names` can change."""
-    classes = known_classes(data.reader_name)
+    source, classes = source or (Path(data.source) if data.source else _download(data)), known_classes(data.reader_name)
     own_names = _read_class_names(data.class_names) if data.class_names else {}
     return _find_images(data, source, classes), {name: own_names.get(name, text) for name, text in classes.items()}
 
@@ -133,7 +115,7 @@ def folder(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
 
 
 _READERS = {reader.__name__: reader for reader in (digits, cifar100, folder, webdataset, hf, torchvision)}
-_READERS |= {"tiny_imagenet": archive, "imagenet_r": archive}
+_READERS |= {"tiny_imagenet": known_images, "imagenet_r": known_images}
 
 
 # Splits and names
@@ -212,7 +194,7 @@ def _images_of(split: str | None, files: Mapping[str, ReadFile], known: Mapping[
     annotated = _annotations(files)
     for name in sorted(files):
         *parents, file = PurePosixPath(name).parts
-        if file.startswith(".") or _suffix(file) not in IMAGE_SUFFIXES or "__MACOSX" in parents:
+        if file.startswith(".") or suffix_of(file) not in IMAGE_SUFFIXES or "__MACOSX" in parents:
             continue
         # the class is the innermost folder, or the innermost one with a known name
         places = [place for place, part in enumerate(parents) if known is None or part in known]
@@ -234,10 +216,6 @@ def _annotations(files: Mapping[str, ReadFile]) -> dict[str, str]:
                 raise ValueError(f"{name}: {line!r} is not an image, a tab and a class; get the data set again")
             annotated[(path.parent / "images" / image).as_posix()] = rest.partition("\t")[0]
     return annotated
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower().lstrip(".")
 
 
 # Downloads and special formats

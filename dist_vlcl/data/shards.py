@@ -31,9 +31,9 @@ import numpy as np
 import webdataset
 
 from dist_vlcl.data.download import read_bytes
-from dist_vlcl.data.files import END_BYTES, MEMBER, new_folder, tar_members
+from dist_vlcl.data.files import END_BYTES, MEMBER, Found, new_folder, suffix_of, tar_members
 from dist_vlcl.data.images import IMAGE_SUFFIXES, PIXELS, open_image, ppm
-from dist_vlcl.data.sets import RawSample, RawSet, read_raw
+from dist_vlcl.data.sets import RawSet, read_raw
 from dist_vlcl.data.settings import KNOWN, DataConfig
 from dist_vlcl.data.tasks import rank_slice
 from dist_vlcl.masking import explained, masked
@@ -260,11 +260,11 @@ def write_shards(raw: RawSet, data: DataConfig, track: Track = iter) -> Index:
     Equal images give equal bytes. Raises ShardError that names the images that cannot be opened; with data.on_error=skip they are left out.
     Raises FileExistsError if the folder exists.
     """
-    by_class: dict[tuple[str, int], list[RawSample]] = defaultdict(list)
+    by_class: dict[tuple[str | None, int], list[Found]] = defaultdict(list)
     for sample in raw.samples:
         by_class[sample.split, sample.class_id].append(sample)
     work = [(split, class_id, by_class[split, class_id]) for split in SPLITS for class_id in range(len(raw.class_names))]
-    encodings = (PIXELS,) if data.stores_pixels else tuple(sorted({sample.suffix for sample in raw.samples}))
+    encodings = (PIXELS,) if data.stores_pixels else tuple(sorted({suffix_of(sample.path) for sample in raw.samples}))
     target, names = Path(data.root) / data.name, tuple(raw.class_names)
     index = Index(data.name, data.reader_name, names, encodings, {split: ((),) * len(names) for split in SPLITS}, str(target))
     with new_folder(target) as folder:
@@ -290,7 +290,7 @@ def _in_threads(function: Callable[[Any], Any], work: Sequence[Any], track: Trac
             yield result
 
 
-def _write_class(folder: Path, data: DataConfig, of_class: tuple[str, int, Sequence[RawSample]]) -> tuple[tuple[Shard, ...], list[str]]:
+def _write_class(folder: Path, data: DataConfig, of_class: tuple[str, int, Sequence[Found]]) -> tuple[tuple[Shard, ...], list[str]]:
     """Write the shards of one class; return them, and what is wrong with the images that were left out.
 
     The shards have equal sizes before that, so that each window of train_order mixes the classes in equal parts.
@@ -305,8 +305,8 @@ def _write_class(folder: Path, data: DataConfig, of_class: tuple[str, int, Seque
         with webdataset.TarWriter(stream, encoder=False, user="", group="", mtime=0) as tar:
             for sample, key in zip((samples[place] for place in rank_slice(len(samples), number, num_shards)), keys, strict=False):
                 try:
-                    image, suffix = sample.read(), sample.suffix
-                    pixels = decode(image, repr(sample.path or sample.key))
+                    image, suffix = sample.read(), suffix_of(sample.path)
+                    pixels = decode(image, repr(sample.path))
                 except (ValueError, ShardError) as error:
                     problems.append(str(error))
                     continue
@@ -321,7 +321,7 @@ def _write_class(folder: Path, data: DataConfig, of_class: tuple[str, int, Seque
     return tuple(written), problems
 
 
-def unique_keys(samples: Sequence[RawSample]) -> Iterator[str]:
+def unique_keys(samples: Sequence[Found]) -> Iterator[str]:
     """Yield each sample's key without what tar or webdataset cannot hold: dots, special characters, great length, repetition."""
     seen: Counter[str] = Counter()
     for sample in samples:

@@ -127,14 +127,13 @@ class World:
             dist.all_reduce(total)
             return total.cpu()  # a GPU has finished then
 
-    def broadcast(self, tensor: Tensor, what: str = "a tensor") -> Tensor:
-        """Overwrite a tensor with rank 0's, and return it."""
+    def broadcast(self, tensor: Tensor, what: str = "a tensor") -> None:
+        """Overwrite a tensor with rank 0's."""
         if self.size > 1:
             moved = tensor.to(self.device)
             with self.collectives(f"broadcast of {what}"):
                 dist.broadcast(moved, src=0)
             tensor.copy_(moved)
-        return tensor
 
     def share(self, value: Any, what: str = "rank 0's value") -> Any:
         """Return rank 0's value, a picklable object."""

@@ -23,10 +23,6 @@ class _QuickGELU(torch.autograd.Function):
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of OpenAI's CLIP. Written with torch's functions it would keep the sigmoid as well."""
 
+    @perturbable(difference)
     def forward(self, x: Tensor) -> Tensor:
-        return quick_gelu(x)
-
-
-@perturbable(difference)
-def quick_gelu(x: Tensor) -> Tensor:
-    return _QuickGELU.apply(x)
+        return _QuickGELU.apply(x)

@@ -249,15 +249,13 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the same random weights on every rank
         clip, tokenizer = _load(model)
-    clip.eval().float()
+    clip.eval().float().requires_grad_(False)
     for name in ("logit_scale", "logit_bias"):
         # Buffers, because ZeRO-3 shards parameters, and these are read outside a module's call. Only SigLIP has a bias.
         value = getattr(clip, name, None)
         delattr(clip, name)
         clip.register_buffer(name, None if value is None else value.detach())
     clip.text_decoder = None  # CoCa's captions
-    for parameter in clip.parameters():
-        parameter.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
 
     def adapted(branch: str, transformer: Any, causal: bool) -> list[AdaptedBlock]:

@@ -1,7 +1,6 @@
 """Read run folders, complete or not: as records, and as tidy data frames with one row per run, per step or per unit."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatch
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pyarrow
 
-from dist_vlcl.options import flatten
+from dist_vlcl.options import flatten, matches
 from dist_vlcl.reading import fits
 from dist_vlcl.report.measures import MEASURES, measures_of
 from dist_vlcl.saved import JOURNAL_FORM, MAY_CHANGE, METRICS_FORM, RUN_FORM, read_accuracy, read_config, read_steps, read_unit_records
@@ -102,9 +101,9 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
     settings = {key: text for key, text in settings.items() if not (is_probe and key in OF_PROBES)}
     parts = {
         "other_settings": list(settings.values()),
-        "method_settings": [text for key, text in settings.items() if _matches(key, OF_METHOD)],
-        "shared_settings": [text for key, text in settings.items() if not _matches(key, OF_METHOD)],
-        "model_settings": [text for key, text in settings.items() if not _matches(key, (*OF_METHOD, *OF_TRAINING))],
+        "method_settings": [text for key, text in settings.items() if matches(key, OF_METHOD)],
+        "shared_settings": [text for key, text in settings.items() if not matches(key, OF_METHOD)],
+        "model_settings": [text for key, text in settings.items() if not matches(key, (*OF_METHOD, *OF_TRAINING))],
     }
     return {
         "run": folder.name,
@@ -132,7 +131,7 @@ def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant:
     unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
     ours, cell = _flat(config), _flat(reference)
     # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to a user's adapter.
-    keys = [key for key in ours if key in cell and not _matches(key, (*NOT_COMPARED, *unread))]
+    keys = [key for key in ours if key in cell and not matches(key, (*NOT_COMPARED, *unread))]
     return {key: f"{key}={_text(ours, key)}" for key in sorted(keys) if _text(ours, key) != _text(cell, key)}
 
 
@@ -162,10 +161,6 @@ def _missing_images(config: Mapping[str, Any], accuracy: Mapping[str, Any]) -> d
     tested = sum(total for _, total in rows[-1]) / num_classes
     pairs = ((PART_OF_TRAINING, trained, whole[0]), (PART_OF_TEST, tested, whole[1]))
     return {text: text for text, count, expected in pairs if 0 < count < 0.9 * expected}
-
-
-def _matches(key: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch(key, pattern) for pattern in patterns)
 
 
 def step_frame(folder: Path, last: int | None = None) -> pd.DataFrame:

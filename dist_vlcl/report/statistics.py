@@ -159,7 +159,7 @@ def compare(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     for _, both in joined.groupby(list(pairs.columns), sort=False):
         first = both.iloc[0]
         cells = [tuple(first[TASKS]) + tuple(first[[f"{name}{end}" for name in METHOD[:-1]]]) for end in ("", "_2")]
-        claim = CLAIMS.get(first.claim, OTHER)
+        claim = CLAIMS.get(first.claim, Claim("", ""))
         for metric, subtracted in claim.measures:
             if metric not in measured or (differences := (both[metric] - both[f"{subtracted}_2"]).dropna()).empty:
                 continue
@@ -170,9 +170,6 @@ def compare(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
             found = {"against": against, "metric": metric, **test, "paper": theirs, "claim": first.claim, "verdict": verdict}
             rows.append({**first[about], **found})
     return pd.DataFrame(rows, columns=[*about, "against", "metric", *paired_test([]), "paper", "claim", "verdict"])
-
-
-OTHER = Claim("", "")  # a difference that bears on no claim
 
 
 def _pairs(results: pd.DataFrame) -> Iterator[tuple]:

@@ -130,6 +130,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, metadata
 
 
+def adapters_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the adapters among the tensors of a checkpoint, or all tensors of an export, under the names of Units.state_dict."""
+    return {name.removeprefix("adapters/"): t for name, t in tensors.items() if not name.startswith("adamw/")}
+
+
 def _read(path: Path, step: int) -> Checkpoint:
     tensors, metadata = read_tensors(path)
     with explained(f"{path} cannot be read", to=BrokenCheckpoint):

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import socket
@@ -20,13 +19,6 @@ from dist_vlcl import __version__
 from dist_vlcl.masking import masked_command
 
 ELASTIC = "DIST_VLCL_ELASTIC"  # the environment variable that launch/elastic.sh sets
-EXTRAS = {"sklearn": "digits"} | dict.fromkeys(("matplotlib", "markdown_it", "pandas", "pyarrow", "scipy"), "report")  # module -> extra
-
-
-def missing_extra(*modules: str) -> str:
-    """Return what to install for the first of these modules that is missing; "" if all are there."""
-    absent = [module for module in modules if importlib.util.find_spec(module) is None]
-    return f"{absent[0]} is not installed: pip install 'dist-vlcl[{EXTRAS[absent[0]]}]'" if absent else ""
 
 
 def describe_environment() -> dict[str, Any]:

@@ -20,7 +20,6 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,7 +27,7 @@ import yaml
 
 from dist_vlcl.dist.world import World
 from dist_vlcl.masking import explained, masked_values
-from dist_vlcl.options import flatten, option
+from dist_vlcl.options import flatten, matches, option
 from dist_vlcl.reading import or_warn, read_json, seal, warn
 from dist_vlcl.run.checkpoint import load_newest, saved_steps
 from dist_vlcl.run.environment import ELASTIC, describe_environment, is_restart
@@ -96,11 +95,13 @@ class RunFolder:
         # The other ranks wait for rank 0 in a collective.
         wait_s = LOCK_WAIT_S if world.size == 1 else min(LOCK_WAIT_S, world.collectives.timeout_s / 2)
         lock: TextIO | None = None
+        # As the file gives it back: lists for tuples, texts for enums, without secrets.
+        as_saved = json.loads(json.dumps(masked_values(config), default=str))
 
         def prepare() -> dict[str, Any]:
             nonlocal lock
             with explained(f"run folder {settings.folder}", kinds=OSError, to=RunRefused):
-                lock, prepared = _prepare(settings, _as_saved(config), {"data": data, "code_digest": code}, wait_s)
+                lock, prepared = _prepare(settings, as_saved, {"data": data, "code_digest": code}, wait_s)
             return prepared
 
         return cls(**world.on_main(prepare, "the run folder"), is_main=world.is_main, _lock=lock)
@@ -193,7 +194,7 @@ def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
     with explained("cannot continue", ADVICE, (OSError, ValueError), RunRefused):
         saved_steps(path)  # raises for version 0.1
         changes = differences(read_config(path / "config.yaml"), config)
-    allowed = {key: change for key, change in changes.items() if any(fnmatch(key, pattern) for pattern in MAY_CHANGE)}
+    allowed = {key: change for key, change in changes.items() if matches(key, MAY_CHANGE)}
     refused = [f"  {key}: {change}" for key, change in changes.items() if key not in allowed]
     if refused:
         raise RunRefused("\n".join([f"{path} was started with another configuration (was -> is):", *refused, ADVICE]))
@@ -215,8 +216,3 @@ def _check_facts(path: Path, facts: dict[str, str | None], starts: list[dict[str
         digests = f"digest was {last['data'][:16]}, is {str(facts['data'])[:16]}"
         raise RunRefused(f"{path} was started on other data ({digests}), as if the shards had been built again; {ADVICE}")
     return [f"the code has changed since the last start ({last[name]} -> {facts[name]})" for name in changed]
-
-
-def _as_saved(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration as its file gives it back: lists for tuples, texts for enums, without secrets."""
-    return json.loads(json.dumps(masked_values(config), default=str))

@@ -16,9 +16,6 @@ from dist_vlcl.masking import masked
 from dist_vlcl.run.environment import ELASTIC, is_restart
 from dist_vlcl.run.folder import RunBusy
 
-STATUS_FILE = "DIST_VLCL_STATUS"  # the environment variable that names it
-START_AGAIN = 75  # EX_TEMPFAIL: the status of a rank that saved and stopped under launch/elastic.sh, where 0 would mean the end of the run
-
 
 class Preemption:
     """Notes that the scheduler or the user asks the process to stop; restores the old handlers at the end.
@@ -63,13 +60,13 @@ class Preemption:
 
 
 def report_status(word: str) -> None:
-    """Write a word to the file that the batch script has named, if any: launchers do not pass on the exit codes of their processes.
+    """Write a word to the file that DIST_VLCL_STATUS names, for the batch script: launchers do not pass on their processes' exit codes.
 
     `training`: steps are being taken. If the job ends with this word, a process has died. A new start continues from the checkpoint.
     `requeue`: stopped by a signal and saved; start the run again. `complete`: every task is done. `failed`: a new start would fail, too.
     No word: the start itself has failed.
     """
-    if path := os.environ.get(STATUS_FILE):
+    if path := os.environ.get("DIST_VLCL_STATUS"):
         with suppress(OSError):  # the folder may be missing on this node; the run's own error is more important
             Path(path).write_text(word + "\n")
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from dist_vlcl.commands import report
 from dist_vlcl.config import compose_config
+from dist_vlcl.data.files import suffix_of
 from dist_vlcl.data.sets import read_raw
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import ShardError, make_shards
@@ -186,7 +187,7 @@ def test_every_image_has_its_label_and_its_pixels(tmp_path, kind, request):
     sizes = {"train": TRAIN, "test": TEST}
     expected = {(s, k, pixels(image(s, k, n, format)).tobytes()) for s, count in sizes.items() for k in range(3) for n in range(count)}
     assert {(sample.split, sample.class_id, pixels(sample.read()).tobytes()) for sample in raw.samples} == expected
-    assert {sample.suffix for sample in raw.samples} == {{"webdataset": "webp", "hf": "jpg", "torchvision": "png"}[kind]}
+    assert {suffix_of(sample.path) for sample in raw.samples} == {{"webdataset": "webp", "hf": "jpg", "torchvision": "png"}[kind]}
 
 
 # WebDataset

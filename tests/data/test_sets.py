@@ -7,13 +7,14 @@ import tarfile
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dist_vlcl.commands.build_data import build
+from dist_vlcl.commands import build_data
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.data import sets
 from dist_vlcl.data.loader import Batch
@@ -59,7 +60,7 @@ def test_digit_images_are_white_on_black_rgb():
 def test_images_without_a_folder_for_each_class_are_refused(tmp_path):
     source = images_below(tmp_path, *[f"photos/{number}.png" for number in range(10)])
     with pytest.raises(ValueError, match=r"all images are in one folder, \['photos'\]; give one folder for each class"):
-        build(DataConfig(name="mine", reader="folder", source=str(source), root=str(tmp_path / "data")))
+        make_shards(DataConfig(name="mine", reader="folder", source=str(source), root=str(tmp_path / "data")))
     assert not (tmp_path / "data").exists()
 
 
@@ -232,14 +233,14 @@ def test_build_writes_once_and_a_run_opens_it(tmp_path, capsys):
         FileNotFoundError, match=r"-m dist_vlcl\.commands\.build_data data=folder data\.name=mine data\.root=.* data\.source="
     ):
         open_index(config)
-    build(config)
+    build_data.run(SimpleNamespace(data=config))
     assert "2 classes, 8 training and 2 test images" in " ".join(capsys.readouterr().out.split())
     index = open_index(config)
     index.verify()
     assert (index.location, index.name, index.reader) == (str(tmp_path / "data/mine"), "mine", "folder")
     assert open_index(DataConfig(name="elsewhere", reader="folder", url=index.location)).fingerprint == index.fingerprint
     with pytest.raises(FileExistsError, match="has shards already"):
-        build(config)
+        make_shards(config)
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,10 @@ import requests
 from dist_vlcl.commands import verify
 from dist_vlcl.config import TaskConfig
 from dist_vlcl.data import download, files
-from dist_vlcl.data.files import new_folder
+from dist_vlcl.data.files import Found, new_folder
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import (
     Index,
-    RawSample,
     RawSet,
     Shard,
     ShardError,
@@ -702,7 +701,7 @@ def test_a_small_shard_that_would_be_large_in_memory_is_refused(tmp_path, kind):
 
 def test_keys_survive_dots_spaces_length_and_repetition(tmp_path):
     names = ["a b/x.y.z", "a b/x.y z", "../up", "é" * 300, "l" * 300, ".hidden"]
-    raw = RawSet(["one"], [RawSample("train", 0, name, "png", lambda: png(8)) for name in names])
+    raw = RawSet(["one"], [Found("train", name.rpartition("/")[0], f"{name}.png", lambda: png(8), 0) for name in names])
     index = write_shards(raw, DataConfig(encoding="original", root=str(tmp_path)))
     samples = read_shard(index, index.shards["train"][0][0])
     assert [sample.key for sample in samples] == ["a_b/x_y_z", "a_b/x_y_z--2", "up", "sample", "l" * 80, "hidden"]

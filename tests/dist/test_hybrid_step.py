@@ -16,7 +16,7 @@ from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.orders import OrderPlan, assign
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
-from dist_vlcl.zo.update import ZerothOrderConfig
+from dist_vlcl.zo.update import ZerothOrder, ZerothOrderConfig
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiny_clip import randomize_adapters, tiny_clip
 
@@ -130,7 +130,7 @@ def test_first_order_units_see_the_whole_batch_once_however_many_groups_have_it(
 
 def own_of(world, candidates):
     """Return the numbers of the candidates that this rank evaluates."""
-    losses = BatchLosses(SimpleNamespace(), {}, torch.zeros(1, 1), world)
+    losses = BatchLosses(SimpleNamespace(), ZerothOrder({}, ZerothOrderConfig()), torch.zeros(1, 1), world)
     return [k for k, (_, is_own) in enumerate(losses._with_owner(candidates)) if is_own]
 
 

@@ -11,10 +11,11 @@ from tests.helpers.ranks import run_ranks
 
 def call_collectives(world: World) -> dict:
     tensor = torch.full((3,), float(world.rank))
+    world.broadcast(tensor)
     return {
         "sum": world.sum_exact(torch.tensor([world.rank + 1, 2**60 + world.rank, -7])).tolist(),
         "many": world.sum_exact(torch.arange(DIRECT_BYTES // 8) * 2**40 + world.rank)[-2:].tolist(),  # too many to send directly
-        "broadcast": world.broadcast(tensor).tolist(),
+        "broadcast": tensor.tolist(),
         "share": world.share({"from": world.rank}),
         "objects": world.gather_objects(world.rank * 10),
         "main": world.is_main,

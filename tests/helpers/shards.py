@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dist_vlcl.data.sets import RawSample, RawSet
+from dist_vlcl.data.files import Found
+from dist_vlcl.data.sets import RawSet
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, write_shards
 from dist_vlcl.data.tasks import generator
@@ -30,8 +31,8 @@ def png(size: int, *seeds: object) -> bytes:
 def raw_set(num_classes: int = 4, train: int = 7, test: int = 3, size: int = 32) -> RawSet:
     """Every class has the same number of images; keys are `class2/train_05`."""
     samples = [
-        RawSample(split, class_id, f"class{class_id}/{split}_{number:02d}", "png", partial(png, size, split, class_id, number))
-        for class_id in range(num_classes)
+        Found(split, folder, f"{folder}/{split}_{number:02d}.png", partial(png, size, split, class_id, number), class_id)
+        for class_id, folder in enumerate(f"class{number}" for number in range(num_classes))
         for split, count in (("train", train), ("test", test))
         for number in range(count)
     ]

@@ -72,7 +72,7 @@ def test_a_rank_that_saves_and_stops_under_an_agent_does_not_end_like_a_finished
     try:
         wait_for_steps(tmp_path / "runs/stopped", 2)
         os.kill(process.pid, signal.SIGTERM)
-        assert process.wait(60) == signals.START_AGAIN, process.printed()
+        assert process.wait(60) == os.EX_TEMPFAIL, process.printed()
         assert (tmp_path / "runs/stopped/REQUEUE").exists()
     finally:
         process.end()
@@ -123,7 +123,7 @@ def test_a_run_gives_its_folder_to_ranks_that_wait_for_it(tmp_path):
     try:
         wait_for_steps(tmp_path / "runs/awaited", 2)
         second = Python(["-m", "dist_vlcl.train", *options], tmp_path, {ELASTIC: "1"})
-        assert first.wait(60) == signals.START_AGAIN, first.printed()
+        assert first.wait(60) == os.EX_TEMPFAIL, first.printed()
         reached = (tmp_path / "runs/awaited/journal.jsonl").read_bytes().count(b"\n")
         wait_for_steps(tmp_path / "runs/awaited", reached + 2)
         assert second.wait(0) is None

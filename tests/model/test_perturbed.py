@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_vlcl.model.activation import quick_gelu
+from dist_vlcl.model.activation import QuickGELU
 from dist_vlcl.model.moe import choices, linear
 from dist_vlcl.model.perturbed import Perturbed
 from dist_vlcl.model.tower import attention
@@ -39,7 +39,7 @@ FUNCTIONS = {
     "layer norm": lambda x, y, w: F.layer_norm(x, (D,), draw(D, seed=7), draw(D, seed=8)),
     "softmax": lambda x, y, w: x.softmax(-1),
     "gelu": lambda x, y, w: F.gelu(x),
-    "quick gelu": lambda x, y, w: quick_gelu(x),
+    "quick gelu": lambda x, y, w: QuickGELU()(x),
     "relu": lambda x, y, w: x.relu(),
     "softplus": lambda x, y, w: F.softplus(x),
     "choices": lambda x, y, w: choices(x, 2) @ y[..., None, :, None].flatten(-3, -2),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -109,9 +110,10 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
     run_ranks(counted, 2, cfg)
     folder = run_folder(cfg)
     end = checkpoint.load_newest(folder)
-    for start in checkpoint.saved_steps(folder)[:-1]:  # within a task, with moments, and at its end
-        rebuilt = rebuild(folder, start)
-        assert (rebuilt.start, rebuilt.stop) == (start, end.step) and different_tensors(rebuilt, end) == []
+    for start, stop in pairwise(checkpoint.saved_steps(folder)):  # within a task, with moments, and at its end
+        rebuilt = rebuild(folder, stop)
+        assert (rebuilt.path.stem, rebuilt.step) == (f"step-{start:08d}", stop)
+        assert different_tensors(rebuilt, checkpoint.load(folder, stop)) == []
         assert {name.split("/")[1] for name in rebuilt.tensors} == {"language.1", "language.3", "vision.1", "vision.3"}
     done = run_module("dist_vlcl.commands.replay", str(folder), "--output", str(tmp_path / "units.safetensors"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -127,8 +129,8 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
     ):
         rebuild(folder)
     with pytest.raises(ValueError, match="step 7 is missing or damaged"):
-        rebuild(folder, 3, end.step)
-    assert rebuild(folder, 3).stop == 6
+        rebuild(folder, stop=9)
+    assert rebuild(folder, stop=6).step == 6
 
 
 def test_a_run_without_zeroth_order_units_has_nothing_to_rebuild(tmp_path):

@@ -1,6 +1,0 @@
-"""The name that version 0.1 had for dist_vlcl.commands.build_data; it goes with version 0.3."""
-
-from dist_vlcl.commands.build_data import main
-
-if __name__ == "__main__":
-    main()
