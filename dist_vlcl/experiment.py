@@ -130,7 +130,7 @@ class Experiment:
         accuracy = self.accuracy(rows)
         return {task: accuracy.seen(task) for task in range(len(self.tasks))}
 
-    def accuracy(self, rows: list[Any]) -> AccuracyMatrix:
+    def accuracy(self, rows: Sequence[Sequence[Sequence[int]]]) -> AccuracyMatrix:
         """Return the accuracy matrix with these rows, which may come from JSON."""
         own = [[tuple(counts) for counts in row] for row in rows]
         return (SetsMatrix if self.cfg.tasks.sets else AccuracyMatrix)([len(task.classes) for task in self.tasks], own)

@@ -208,12 +208,12 @@ def expand_paper(arguments: list[str]) -> list[str]:
     """Return command-line overrides with `tuned=FILE` and `paper=ID` replaced by the overrides that they stand for.
 
     An address with braces is put into quotes, because Hydra would take it for a dictionary.
-    The user's own overrides come after those of a cell, and win; the run's name shows them. Raises ValueError for an unknown id or a file
-    that cannot be read.
+    The user's own overrides come after those of a cell and of a file, and win; the run's name shows them. Raises ValueError for an unknown
+    id or a file that cannot be read.
     """
     arguments = [BRACES.sub(r"\1'\2'", argument) for argument in arguments]
-    expanded = (_expand_tuned(Path(word.removeprefix("tuned="))) if word.startswith("tuned=") else [word] for word in arguments)
-    arguments = list(itertools.chain(*expanded))
+    tuned = [_expand_tuned(Path(word.removeprefix("tuned="))) for word in arguments if word.startswith("tuned=")]
+    arguments = [*itertools.chain(*tuned), *(word for word in arguments if not word.startswith("tuned="))]
     ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
     if not ids:
         return arguments

@@ -73,7 +73,7 @@ def or_warn(read: Callable[[], Any], default: Any) -> Any:
     try:
         return read()
     except (OSError, ValueError) as error:
-        warn(f"{error}; the run goes on without it")
+        warn(f"{error}; going on without it")
         return default
 
 

@@ -151,10 +151,12 @@ def test_names_distinguish_runs_and_do_not_depend_on_the_order_of_options():
     assert run_name(id, ["a.b=[1,2]"]) != run_name(id, ["a.b=1_2"])
 
 
-def test_tuned_options_stand_where_the_file_stood_and_are_in_the_name(tmp_path):
+@pytest.mark.parametrize("file_is_first", [True, False])
+def test_own_options_win_over_tuned_ones_which_win_over_the_cell_s_and_are_in_the_name(tmp_path, file_is_first):
     file = tmp_path / "tuned.yaml"
     file.write_text("# a comment\nzo: {lr_scale: 0.1, epsilon: {vision: 0.0002}, acceptance: best_of_three}\n")
-    config = configured("paper=t3-moe-cifar10-mozo-hop_odd", f"tuned={file}", "zo.lr_scale=0.5")
+    words = ["paper=t3-moe-cifar10-mozo-hop_odd", f"tuned={file}", "zo.lr_scale=0.5"]
+    config = configured(*(words if file_is_first else reversed(words)))
     assert (config.zo.lr_scale, config.zo.epsilon["vision"], config.zo.acceptance) == (0.5, 2e-4, "best_of_three")
     assert config.zo.transform == "sign" and "acceptance_best_of_three" in config.run.name
     with pytest.raises(ValueError, match="could not read it"):

@@ -193,6 +193,13 @@ def test_a_strategy_is_in_the_file_with_all_of_its_options(tmp_path, strategy):
     assert control.zo.random_signs  # the control stays one
 
 
+def test_an_estimator_is_named_beside_the_file_which_may_not_name_code(tmp_path):
+    own = "zo.estimator=dist_vlcl.zo.difference:FiniteDifference"
+    printed = tune.write(tmp_path, "command", ["zo=naive", own], faked(np.random.default_rng(2), gain=0.0))
+    _, _, words = printed.partition("Train with ")
+    assert compose_config(words.split()).zo.estimator == own.removeprefix("zo.estimator=")
+
+
 def test_the_best_has_the_highest_mean_then_the_lowest_loss_and_failed_ones_are_last():
     nan = float("nan")
     choices = ranked(trials(("1", 50, 1.0), ("2", 25, 0.5), ("2", 75, 0.5), ("3", nan, nan), ("4", 40, 0.1)))

@@ -23,7 +23,7 @@ import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import isnan, nan
 from pathlib import Path
 from statistics import mean
@@ -40,10 +40,13 @@ from dist_vlcl.report.records import read_records
 from dist_vlcl.report.statistics import paired_test
 from dist_vlcl.report.tables import ranked, trial_table
 from dist_vlcl.run.files import replace_file
+from dist_vlcl.zo.update import ZerothOrderConfig
 
 SEEDS, FRESH = ["0", "1", "2"], 5
 SEARCHED = {"zo": ["naive", "conservative", "sign"], "zo.lr_scale": ["0.3", "1", "3", "10"], "zo.probes": ["1", "16", "64"]}
 CONTROL = {"orders.order": "frozen"}
+STRATEGY = ("name", "transform", "acceptance", "epsilon")  # what every configs/zo/NAME.yaml sets
+LEFT_OUT = {"random_signs", "estimator"}  # of tuned.yaml: the first makes a run a control, the second is code, which a file must not name
 Choice = dict[str, str]  # option -> value
 Train = Callable[[Sequence[Choice], Sequence[str]], list[pd.DataFrame]]  # choices, seeds -> of each choice: seed, accuracy (%), loss
 
@@ -146,12 +149,15 @@ def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> st
     found.trials.to_csv(folder / "tuning.csv", index=False)
     options = [option for option in (*fixed, *(f"{key}={value}" for key, value in found.best.items())) if option.startswith(("zo=", "zo."))]
     named, resolved = dict(split_options(options)), compose_config([*fixed, *options]).as_dict()["zo"]
-    of_strategy = [key for key in resolved if key != "random_signs"]  # which makes a run a control, also beside tuned=FILE
-    kept = {key: resolved[key] for key in (of_strategy if "zo" in named else [key.split(".")[1] for key in named])}
+    usual = asdict(ZerothOrderConfig())
+    of_strategy = [key for key in resolved if key in STRATEGY or resolved[key] != usual[key]] if "zo" in named else []
+    chosen = [key.split(".")[1] for key in named if key != "zo"]
+    kept = {key: resolved[key] for key in resolved if key in {*of_strategy, *chosen} - LEFT_OUT}
     if isinstance(kept.get("probes"), dict):  # as one value: it replaces a number
         kept["probes"] = f"{{{', '.join(f'{branch}: {count}' for branch, count in kept['probes'].items())}}}"
     replace_file(folder / "tuned.yaml", f"# {command}\n# {found.answer}\n" + OmegaConf.to_yaml(OmegaConf.create({"zo": kept})))
-    return "\n".join([f"\n{table}", found.answer, found.shrinkage, f"Train with tuned={folder}/tuned.yaml"])
+    own = [f" zo.estimator={resolved['estimator']}"] if resolved["estimator"] != usual["estimator"] else []
+    return "\n".join([f"\n{table}", found.answer, found.shrinkage, "".join([f"Train with tuned={folder}/tuned.yaml", *own])])
 
 
 def main() -> None:

@@ -48,6 +48,7 @@ class Found(NamedTuple):
 
 
 def suffix_of(path: str) -> str:
+    """Return a path's suffix in small letters, without its dot."""
     return PurePosixPath(path).suffix.lower().lstrip(".")
 
 

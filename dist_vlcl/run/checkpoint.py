@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,14 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     return path
 
 
-def load_newest(folder: Path | str, identity: Mapping[str, str] = NOBODY) -> Checkpoint | None:
+def load_newest(folder: Path | str, identity: Mapping[str, str] = NOBODY, before: float = inf) -> Checkpoint | None:
     """Return the newest checkpoint of a run folder that is intact, or None. Warns of each newer one and says what is wrong with it.
 
     `identity`: what the checkpoint must belong to, as in `load`. One of another run is left out like a damaged one.
+    `before`: only checkpoints of earlier steps count.
     """
     skipped, found = [], None
-    for step in reversed(saved_steps(folder)):
+    for step in (step for step in reversed(saved_steps(folder)) if step < before):
         try:
             found = load(folder, step, identity)
             break
@@ -132,7 +134,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def adapters_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the adapters among the tensors of a checkpoint, or all tensors of an export, under the names of Units.state_dict."""
-    return {name.removeprefix("adapters/"): t for name, t in tensors.items() if not name.startswith("adamw/")}
+    own = {name.removeprefix("adapters/"): t for name, t in tensors.items() if name.startswith("adapters/")}
+    return own or tensors
 
 
 def _read(path: Path, step: int) -> Checkpoint:

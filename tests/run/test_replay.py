@@ -119,6 +119,13 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
     assert done.returncode == 0, done.stderr
     assert f"equal, bit for bit, to the checkpoint of step {end.step}" in done.stdout
     assert (tmp_path / "units.safetensors").exists()
+    tensors = folder / "checkpoints/step-00000005.safetensors"
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:-8])
+    with pytest.warns(RuntimeWarning, match=r"skipped: .*step-00000005.safetensors.*; using step-00000003.safetensors instead"):
+        rebuilt = rebuild(folder, 6)  # from the middle of a task into the next
+    assert different_tensors(rebuilt, checkpoint.load(folder, 6)) == []
+    tensors.write_bytes(whole)
     with pytest.raises(
         ValueError, match=r"step 2 is before step 3, where the replay starts; .* has checkpoints of steps \[3, 5, 6, 9, 10\]"
     ):
