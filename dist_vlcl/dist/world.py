@@ -17,8 +17,8 @@ from torch import Tensor
 from dist_vlcl.dist.collectives import Collectives, is_network_error
 from dist_vlcl.options import option
 
-# So many ranks exchange losses directly over gloo: one round trip, where its all-reduce, a ring, takes two for each rank. A rank sends at
-# most so many bytes this way: two tenths of a second at 10 Mbit/s.
+# So many ranks exchange losses directly over gloo: one round trip, where its all-reduce, a ring, takes two for 2 ranks and seven for 8. A
+# rank sends at most so many bytes this way: two tenths of a second at 10 Mbit/s.
 DIRECT_RANKS, DIRECT_BYTES = 256, 1 << 18
 DEVICES = ("auto", "cpu", "cuda")
 
