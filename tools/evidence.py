@@ -114,6 +114,8 @@ def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
         if len(found):
             blocks += [f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})", tables.comparison_table(found)]
     blocks.append(f"Questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}")
+    for old in pictures.glob("results-*.png") if pictures else ():
+        old.unlink()
     with matplotlib.rc_context(fname=STYLE):
         for number, ((dataset, increment, _), part) in enumerate(results.groupby(GROUP, sort=False), 1):
             if picture := draw_seeds(part):
