@@ -29,6 +29,7 @@ from benchmarks.cost_model import Orders, Shapes, step_cost, tower_shapes
 from dist_vlcl.dist.first_order import RANK
 from dist_vlcl.dist.world import DIRECT_RANKS, World
 from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.options import BRANCHES
 from dist_vlcl.orders import Order
 from dist_vlcl.zo.update import ZerothOrderConfig
 
@@ -75,8 +76,7 @@ class Plan:
     @property
     def loss_bytes(self) -> int:
         """Bytes of an exchange of losses, at most: a number for each candidate, and a few counts."""
-        count = 2 * self.zo.probes * self.zo.sides if isinstance(self.zo.probes, int) else 8
-        return 8 * (count + 4)
+        return 8 * (self.zo.sides * sum(map(self.zo.probes_of, BRANCHES)) + 4)
 
     @classmethod
     def of(cls, model: str, orders: str, zo: str = "mozo", probes: int = 1) -> "Plan":
@@ -150,7 +150,7 @@ def losses_s(network: Network, ranks: int, size: int, backend: str = "nccl") -> 
 
 def compute_s(plan: Plan, share: int, rank: Rank = Rank(), groups: int = 1) -> tuple[float, float]:
     """Return the seconds that a rank with `share` images computes: base loss and backward pass, then candidates."""
-    config = replace(plan.zo, probes=math.ceil(plan.zo.probes / groups)) if isinstance(plan.zo.probes, int) else plan.zo
+    config = replace(plan.zo, probes={branch: math.ceil(plan.zo.probes_of(branch) / groups) for branch in BRANCHES})
     first_only = {u: o if o is Order.FIRST else Order.FROZEN for u, o in plan.orders.items()}
     base = step_cost(plan.shapes, first_only, config, share, plan.classes)
     candidates = step_cost(plan.shapes, plan.orders, config, share, plan.classes) - base
@@ -177,7 +177,7 @@ def efficiency(plan: Plan, ranks: int, images: int, network: Network, strong: bo
 
 def best_groups(plan: Plan, ranks: int, images: int, network: Network, rank: Rank = Rank()) -> int:
     """Return the number of direction groups with the fastest step: a divisor of the ranks, at most one probe for each group."""
-    choices = [g for g in range(1, plan.zo.probes + 1) if ranks % g == 0]
+    choices = [g for g in range(1, max(map(plan.zo.probes_of, BRANCHES)) + 1) if ranks % g == 0]
     return min(choices, key=lambda g: step_s(plan, ranks, images, network, rank, g))
 
 
@@ -207,15 +207,17 @@ def tables(rank: Rank) -> list[Table]:
 def grids(rank: Rank) -> list[Table]:
     """Return the best number of direction groups for a batch of 128 images."""
     rows: list[Row] = []
-    for probes in (1, 4, 16):
-        plan, network = Plan.of("ViT-B/16", "dual zeroth order", probes=probes), NETWORKS["InfiniBand 400 Gbit/s"]
-        row: Row = {"probes": probes}
+    plans = {f"dual_all, zo.probes={probes}": Plan.of("ViT-B/16", "dual zeroth order", probes=probes) for probes in (1, 4, 16)}
+    plans["language_all, zo=many_probes"] = _plan(("model=vit_b16", "model.pretrained=random", "orders=language_all", "zo=many_probes"))
+    network = NETWORKS["InfiniBand 400 Gbit/s"]
+    for name, plan in plans.items():
+        row: Row = {"plan": name}
         for ranks in (4, 16, 64, 256):
             groups = best_groups(plan, ranks, 128, network, rank)
             gain = step_s(plan, ranks, 128, network, rank) / step_s(plan, ranks, 128, network, rank, groups)
             row[f"{ranks} ranks"] = f"{groups} ({gain:.1f} times faster)"
         rows.append(row)
-    return [Table("Best cluster.direction_groups, ViT-B/16, dual zeroth order, 128 images in all, InfiniBand", rows)]
+    return [Table("Best cluster.direction_groups, ViT-B/16, 128 images in all, InfiniBand", rows)]
 
 
 def draw(path: Path, rank: Rank) -> None:
