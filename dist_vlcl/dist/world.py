@@ -60,7 +60,7 @@ class World:
     def announced(cls) -> "World":
         """Return the rank and size that the launcher has announced, to name this rank in an error before it has met the others."""
         size = int(os.environ.get("WORLD_SIZE", 1))
-        return cls(int(os.environ["RANK"]) if size > 1 else 0, size)  # a shell may have a RANK of its own
+        return cls(int(os.environ.get("RANK", 0)) if size > 1 else 0, size)  # a shell may have either of its own
 
     @classmethod
     def from_environment(cls, config: ClusterConfig, backend: str = "") -> "World":

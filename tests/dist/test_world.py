@@ -86,3 +86,12 @@ def too_many_groups(world: World) -> str:
 
 def test_direction_groups_that_do_not_divide_the_ranks_are_refused():
     assert run_ranks(too_many_groups, 2) == ["cluster.direction_groups=3: choose a divisor of the 2 ranks"] * 2
+
+
+@pytest.mark.parametrize(("of_shell", "rank"), [({"RANK": "3"}, 0), ({"WORLD_SIZE": "2"}, 0), ({"RANK": "1", "WORLD_SIZE": "2"}, 1)])
+def test_only_a_launcher_which_sets_both_announces_a_rank(of_shell, rank, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in of_shell.items():
+        monkeypatch.setenv(name, value)
+    assert World.announced().rank == rank
