@@ -132,7 +132,7 @@ class Experiment:
 
     def accuracy(self, rows: Sequence[Sequence[Sequence[int]]]) -> AccuracyMatrix:
         """Return the accuracy matrix with these rows, which may come from JSON."""
-        own = [[tuple(counts) for counts in row] for row in rows]
+        own = [[(right, total) for right, total in row] for row in rows]
         return (SetsMatrix if self.cfg.tasks.sets else AccuracyMatrix)([len(task.classes) for task in self.tasks], own)
 
     def count(self, task: Task, prefixes: Sequence[int], described: str, progress: Progress = lambda batches, **_: batches) -> list[Counts]:
