@@ -83,7 +83,7 @@ class NaiveStep:
 
     def loss_of(self, batch: Batch, key: Key) -> Callable[[], Tensor]:
         """Return a function that computes the mean loss of a batch from both towers."""
-        noise = step_noise(self.towers, self.tokens, batch.positions, key)
+        noise = step_noise(self.towers, torch.arange(len(self.tokens), device=self.tokens.device), batch.positions, key)
 
         def loss() -> Tensor:
             logits_BC = self.towers.logits(self.features("vision", batch.images, noise), self.features("language", self.tokens, noise))

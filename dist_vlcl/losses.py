@@ -39,9 +39,9 @@ def min_samples(exact_bits: bool | None, share: int) -> int:
     return MIN_SAMPLES if (share >= MIN_SAMPLES if exact_bits is None else exact_bits) else 1
 
 
-def step_noise(towers: TwoTowers, tokens: Tensor, positions: Tensor, key: Key) -> StepNoise:
-    """Return the router noise and dropout of a step. The noise of a sample depends on its position in the global batch."""
-    rows = {"vision": positions, "language": torch.arange(len(tokens), device=tokens.device)}
+def step_noise(towers: TwoTowers, classes: Tensor, positions: Tensor, key: Key) -> StepNoise:
+    """Return the router noise and dropout of a step for these classes and samples. They depend on a sample's position in the batch."""
+    rows = {"vision": positions, "language": classes}
     return StepNoise(key, rows, {branch: towers.tower(branch).depth for branch in rows})
 
 
@@ -90,6 +90,8 @@ class BatchLosses:
         self.flats: Mapping[str, Any] = zeroth.flats  # FlatUnits
         self.delta_branches, self.stop = delta_branches, stop
         layers = {branch: [unit.layer for unit in flat.slices] for branch, flat in self.flats.items()}  # from the lowest up
+        # Candidates of language need all text. Frozen language is not shared, so that a plan without gradients sends numbers only.
+        self.can_share_text = "language" not in self.flats and any(p.requires_grad for p in towers.language.parameters())
         self.starts = layers if zeroth.config.granularity == "unit" else {branch: found[:1] for branch, found in layers.items()}
         self.micro_batches: list[MicroBatch] = []
         self.first_report: LossReport | None = None  # the ranks exchange count and stop with the first losses of a step only
@@ -97,15 +99,23 @@ class BatchLosses:
     def add(self, model: Any, batch: Any, key: Key, least: int = MIN_SAMPLES) -> tuple[MicroBatch, dict[str, Tensor]]:
         """Evaluate the base of a micro-batch, padded to at least `least` samples. Return it and its features, with their gradients.
 
+        With `least=1`, ranks share the text of first-order language: each computes a part of the classes.
+
         model: the towers, as they are or wrapped for training. batch: a micro-batch on the device (data.loader.Batch).
         """
         parts, num_real = [batch.images, batch.labels, batch.positions], len(batch.labels)
         if num_real < least:
             parts = [torch.cat([part, part.new_zeros(least - num_real, *part.shape[1:])]) for part in parts]
         images, labels, positions = parts
-        noise = step_noise(self.towers, self.tokens, positions, key)
-        base = model({"vision": images, "language": self.tokens}, noise=noise, cache_layers=self.starts)
+        ranks = min(self.world.size, len(self.tokens)) if self.can_share_text and least == 1 else 1  # that share the text
+        classes = torch.arange(len(self.tokens), device=self.tokens.device).tensor_split(ranks)[self.world.rank % ranks]
+        noise = step_noise(self.towers, classes, positions, key)
+        base = model({"vision": images, "language": self.tokens[classes]}, noise=noise, cache_layers=self.starts)
         features, cached_inputs = ({branch: out[place] for branch, out in base.items()} for place in (0, 1))
+        if ranks > 1:  # further ranks computed a part too, because every rank must call a sharded model, but theirs counts nothing
+            own_1CF = features["language"] * (self.world.rank < ranks)
+            zeros_1CF = own_1CF.new_zeros(1, len(self.tokens), own_1CF.shape[-1])
+            features["language"] = self.world.sum_with_gradient(zeros_1CF.index_copy(1, classes, own_1CF))
         kept = {branch: of_branch.detach() for branch, of_branch in features.items()}
         self.micro_batches.append(MicroBatch(images, labels, num_real, noise, kept, cached_inputs))
         return self.micro_batches[-1], features

@@ -28,6 +28,7 @@ from benchmarks.common import Row, Table, Workload, positive
 from benchmarks.cost_model import Orders, Shapes, step_cost, tower_shapes
 from dist_vlcl.dist.first_order import RANK
 from dist_vlcl.dist.world import DIRECT_RANKS, World
+from dist_vlcl.losses import MIN_SAMPLES
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.options import BRANCHES
 from dist_vlcl.orders import Order
@@ -71,6 +72,7 @@ class Plan:
     orders: Orders
     zo: ZerothOrderConfig
     gradients: tuple[int, ...]  # bytes of the all-reduces of gradients, one after another
+    text_bytes: int  # of the features of all classes
     classes: int = 20
 
     @property
@@ -91,7 +93,14 @@ class Plan:
         orders = workload.orders(towers)
         shapes = tower_shapes(towers, towers.prompts(workload.class_names).shape[1])
         gradients = gradient_bytes(first_shapes(towers, orders), workload.config.first_order.compression)
-        return cls(shapes, orders, workload.config.zo, gradients, workload.classes)
+        features = towers.features("language", towers.prompts(workload.class_names).to("meta"))
+        return cls(shapes, orders, workload.config.zo, gradients, features.nbytes, workload.classes)
+
+    @property
+    def can_share_text(self) -> bool:
+        """Whether ranks with a small share compute a part of the text each (losses.py): language has gradients, and no candidates."""
+        orders = {order for unit, order in self.orders.items() if unit.branch == "language"}
+        return Order.FIRST in orders and Order.ZEROTH not in orders
 
     @property
     def exchanges(self) -> int:
@@ -148,22 +157,31 @@ def losses_s(network: Network, ranks: int, size: int, backend: str = "nccl") -> 
     return 2 * network.latency_s + (ranks - 1) * size / network.bytes_per_s
 
 
-def compute_s(plan: Plan, share: int, rank: Rank = Rank(), groups: int = 1) -> tuple[float, float]:
+def shares_text(plan: Plan, share: int) -> bool:
+    return plan.can_share_text and share < MIN_SAMPLES
+
+
+def compute_s(plan: Plan, share: int, rank: Rank = Rank(), groups: int = 1, ranks: int = 1) -> tuple[float, float]:
     """Return the seconds that a rank with `share` images computes: base loss and backward pass, then candidates."""
+    classes = math.ceil(plan.classes / ranks) if shares_text(plan, share) else plan.classes
     config = replace(plan.zo, probes={branch: math.ceil(plan.zo.probes_of(branch) / groups) for branch in BRANCHES})
     first_only = {u: o if o is Order.FIRST else Order.FROZEN for u, o in plan.orders.items()}
-    base = step_cost(plan.shapes, first_only, config, share, plan.classes)
-    candidates = step_cost(plan.shapes, plan.orders, config, share, plan.classes) - base
+    base = step_cost(plan.shapes, first_only, config, share, classes)
+    candidates = step_cost(plan.shapes, plan.orders, config, share, classes) - base
     return rank.fixed_s + base / rank.flops_per_s, candidates / rank.flops_per_s
 
 
 def step_s(plan: Plan, ranks: int, images: int, network: Network, rank: Rank = Rank(), groups: int = 1, backend: str = "nccl") -> float:
     """Return the seconds of a step on a global batch of `images`.
 
-    The text of all classes is computed on every rank. Gradients travel while candidates are evaluated. Each direction group has the whole
-    batch and evaluates its share of the probes.
+    Every rank computes the text of all classes, or with a small share a part of it; then the text features and their gradients are
+    exchanged. Gradients of the adapters travel while candidates are evaluated. Each direction group has the whole batch and evaluates its
+    share of the probes.
     """
-    base, candidates = compute_s(plan, math.ceil(images * groups / ranks), rank, groups)  # the slowest rank's
+    share = math.ceil(images * groups / ranks)  # the slowest rank's
+    base, candidates = compute_s(plan, share, rank, groups, ranks)
+    if shares_text(plan, share):
+        base += 2 * all_reduce_s(network, ranks, plan.text_bytes, backend)
     losses = plan.exchanges * losses_s(network, ranks, plan.loss_bytes, backend)
     gradients = sum(all_reduce_s(network, ranks, size, backend) for size in plan.gradients)
     return base + max(candidates + losses, gradients)

@@ -127,6 +127,11 @@ class World:
             dist.all_reduce(total)
             return total.cpu()  # a GPU has finished then
 
+    def sum_with_gradient(self, tensor: Tensor, what: str = "text features") -> Tensor:
+        """Return the sum over ranks of a tensor of any shape. In the backward pass the sum's gradients are added up as well."""
+        with self.collectives(f"all-reduce of {what}"):
+            return _SumOverRanks.apply(tensor)
+
     def broadcast(self, tensor: Tensor, what: str = "a tensor") -> None:
         """Overwrite a tensor with rank 0's."""
         if self.size > 1:
@@ -175,6 +180,16 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
             self.collectives.wait_for_readers()
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    backward = forward  # of the sum's gradients
 
 
 def check_launch(config: ClusterConfig, announced: int) -> None:

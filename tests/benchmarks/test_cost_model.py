@@ -14,6 +14,7 @@ from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.orders import PLAN_LAYERS, OrderPlan, assign
 from dist_vlcl.zo.noise import Key
 from tests.helpers.families import architecture
+from tests.helpers.ranks import run_ranks
 
 LIMIT = 1.05
 
@@ -89,6 +90,24 @@ def test_the_limit_holds_for_other_adapters_estimators_and_precisions(options):
 def test_a_small_share_costs_at_most_5_percent_more_than_its_images_and_the_text(orders, images):
     """Filled up to 8 images, as with cluster.exact_bits=true, a first-order step on 1 image executes 4.3 times as much."""
     assert_within_limit(small(f"orders={orders}", "zo=mozo", images=images))
+
+
+def executed_by_rank(world: World) -> int:
+    workload = small("orders=first", images=4, classes=8)
+    step = workload.step(workload.towers("cpu"), world)
+    batch = workload.batch(step.towers, world.rank, world.size)
+    step([batch], Key(1, 0), 1e-3)
+    return flops(lambda: step([batch], Key(1, 1), 1e-3))
+
+
+def test_a_rank_with_one_image_computes_its_part_of_the_text_only():
+    """Four ranks, eight classes. The text of all classes would cost 1.5 times as much."""
+    counted = run_ranks(executed_by_rank, 4)
+    workload = small("orders=first", images=1, classes=2)
+    towers = workload.towers("cpu")
+    size = tower_shapes(towers, towers.prompts(workload.class_names).shape[1]), workload.orders(towers), workload.config.zo
+    assert max(counted) <= LIMIT * step_cost(*size, 1, 2)
+    assert step_cost(*size, 1, 8) > 1.5 * step_cost(*size, 1, 2)
 
 
 def test_the_limit_holds_at_the_size_of_the_paper():

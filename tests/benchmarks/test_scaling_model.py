@@ -79,6 +79,14 @@ def test_gradients_are_hidden_behind_the_candidates_only_in_a_hybrid():
     assert efficiency(FIRST(), 64, images, network, strong=False) < 0.95
 
 
+def test_ranks_with_few_images_share_the_text_of_first_order_language():
+    """4 images and 20 classes: alone the text is a ninth of a step, on 16 ranks a hundredth, and two exchanges of 40 kB come on top."""
+    rank, network = Rank(1e12, 0.0), NETWORKS["NVLink"]
+    shared, whole = step_s(FIRST(), 16, 64, network, rank), step_s(FIRST(), 1, 4, network, rank)
+    assert 1.09 < whole / shared < 1.13
+    assert FIRST().text_bytes == 20 * 512 * 4 and not DUAL().can_share_text
+
+
 def test_the_defaults_are_a_first_order_step_on_an_h100():
     assert step_s(FIRST(), 1, 128, NETWORKS["NVLink"]) == pytest.approx(0.251, rel=0.02)  # docs/performance.md
 

@@ -61,7 +61,8 @@ def environment_of(engine: str) -> dict[str, str]:
 def make_step(world: World, plan: OrderPlan, max_grad_norm: float | None = None) -> HybridStep:
     towers = tiny_clip()
     config = FirstOrderConfig(lr=1e-2, max_grad_norm=max_grad_norm)
-    return HybridStep(towers, assign(towers.units, plan), STRATEGIES["mozo"], lambda model: first_order(world, config, model), world)
+    first_of = lambda model: first_order(world, config, model)  # noqa: E731
+    return HybridStep(towers, assign(towers.units, plan), STRATEGIES["mozo"], first_of, world, min_samples=1)  # so that text is shared
 
 
 def take(step: HybridStep, k: int, samples: int = 10, micro_batches: int = 1):
