@@ -189,7 +189,7 @@ class _SumOverRanks(torch.autograd.Function):
         dist.all_reduce(total)
         return total
 
-    backward = forward  # of the sum's gradients
+    backward = forward  # type: ignore[assignment]  # of the sum's gradients
 
 
 def check_launch(config: ClusterConfig, announced: int) -> None:
