@@ -90,8 +90,6 @@ class BatchLosses:
         self.flats: Mapping[str, Any] = zeroth.flats  # FlatUnits
         self.delta_branches, self.stop = delta_branches, stop
         layers = {branch: [unit.layer for unit in flat.slices] for branch, flat in self.flats.items()}  # from the lowest up
-        # Candidates of language need all text. Frozen language is not shared, so that a plan without gradients sends numbers only.
-        self.can_share_text = "language" not in self.flats and any(p.requires_grad for p in towers.language.parameters())
         self.starts = layers if zeroth.config.granularity == "unit" else {branch: found[:1] for branch, found in layers.items()}
         self.micro_batches: list[MicroBatch] = []
         self.first_report: LossReport | None = None  # the ranks exchange count and stop with the first losses of a step only
@@ -107,7 +105,9 @@ class BatchLosses:
         if num_real < least:
             parts = [torch.cat([part, part.new_zeros(least - num_real, *part.shape[1:])]) for part in parts]
         images, labels, positions = parts
-        ranks = min(self.world.size, len(self.tokens)) if self.can_share_text and least == 1 else 1  # that share the text
+        # Candidates of language need all text. Frozen language is not shared, so that a plan without gradients sends numbers only.
+        learns = "language" not in self.flats and any(p.requires_grad for p in self.towers.language.parameters())
+        ranks = min(self.world.size, len(self.tokens)) if learns and least == 1 else 1  # that share the text
         classes = torch.arange(len(self.tokens), device=self.tokens.device).tensor_split(ranks)[self.world.rank % ranks]
         noise = step_noise(self.towers, classes, positions, key)
         base = model({"vision": images, "language": self.tokens[classes]}, noise=noise, cache_layers=self.starts)
