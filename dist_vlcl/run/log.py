@@ -9,7 +9,7 @@ the lines after the last checkpoint. Every line ends with `crc`, the CRC-32 of i
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -44,21 +44,13 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        folder: Path | str,
-        settings: RunConfig,
-        world: World,
-        config: dict[str, Any],
-        state: TrainState | None = None,
-        console: Console | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, folder: Path, settings: RunConfig, world: World, config: dict[str, Any], state: TrainState, console: Console | None = None
     ) -> None:
-        """Open the files at the position of `state` and start the trackers. Without a state, or at step 0, the files begin empty."""
-        self._is_main, self._shows_progress, self._clock = world.is_main, settings.progress and world.is_main, clock
+        """Open the files at the position of `state` and start the trackers. At step 0 the files begin empty."""
+        self._is_main, self._shows_progress = world.is_main, settings.progress and world.is_main
         if not world.is_main:
             return
-        self._folder, state = Path(folder), state or TrainState()
-        self._console = console or Console()
+        self._folder, self._console = folder, console or Console()
         if console is None and not self._console.is_terminal:
             self._console.width = LOG_WIDTH
         self._newest = ""  # what the progress shows of the newest step
@@ -160,14 +152,14 @@ class RunLog:
     def _shown(self, items: Iterable[T], total: int, completed: int, description: str) -> Iterator[T]:
         bar_and_counts = (BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
         columns = ("{task.description}", *bar_and_counts, "{task.fields[newest]}")
-        is_live, self._newest, self._shown_steps, shown = self._console.is_terminal, "", [], self._clock()
-        with Progress(*columns, console=self._console, disable=not is_live, get_time=self._clock) as bar:
+        is_live, self._newest, self._shown_steps, shown = self._console.is_terminal, "", [], self._console.get_time()
+        with Progress(*columns, console=self._console, disable=not is_live) as bar:
             task = bar.add_task(description, total=total, completed=completed, newest="")
             for done, item in enumerate(items, completed + 1):
                 yield item
                 bar.update(task, completed=done, newest=self._newest)
-                if not is_live and (self._clock() - shown >= LINE_EVERY_S or done == total):
-                    shown = self._clock()
+                if not is_live and (self._console.get_time() - shown >= LINE_EVERY_S or done == total):
+                    shown = self._console.get_time()
                     left = timedelta(seconds=round(bar.tasks[0].time_remaining or 0))
                     self.say(f"{description}  {done}/{total}  {100 * done / max(total, 1):3.0f} %  {self._newest}  {left} left")
 
