@@ -155,7 +155,7 @@ def from_hydra(options: Any) -> Config:
     if isinstance(config.adapter, dict):  # the user's dataclass, which `adapter.kind` names, filled with these values
         kind, errors = config.adapter.get("kind"), (ImportError, AttributeError, TypeError, ValueError, OmegaConfBaseException)
         with explained(f"adapter.kind={kind!r}: give module:Class of a dataclass that Python can import", kinds=errors):
-            adapter = OmegaConf.merge(OmegaConf.structured(pkgutil.resolve_name(kind)), config.adapter)
+            adapter = OmegaConf.merge(OmegaConf.structured(pkgutil.resolve_name(str(kind))), config.adapter)
         config.adapter = OmegaConf.to_object(adapter)
     if config.tasks.sets:
         config.data = replace(config.data, name="-".join(config.tasks.sets).replace("/", "-"), reader="folder")

@@ -53,8 +53,7 @@ class RunLog:
         self._folder, self._console = folder, console or Console()
         if console is None and not self._console.is_terminal:
             self._console.width = LOG_WIDTH
-        self._newest = ""  # what the progress shows of the newest step
-        self._shown_steps: list[tuple[float, float]] = []  # (images, seconds) of the steps of this progress
+        self._newest, self._images, self._seconds = "", 0.0, 0.0  # what the progress shows of the newest step, and of all its steps
         self._metrics = JsonLines(self._folder / METRICS, METRICS_FORM, lambda record: is_before(record, state))
         self._journal = JsonLines(self._folder / JOURNAL, JOURNAL_FORM, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
@@ -79,8 +78,11 @@ class RunLog:
         if self._is_main:
             self._write("step", record)
             if seconds := record.get("seconds"):
-                self._shown_steps.append((record["images_per_second"] * seconds, seconds))
-            self._newest = describe_step(record, self._shown_steps)
+                self._images += record["images_per_second"] * seconds
+                self._seconds += seconds
+            parts = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
+            parts += [f"{self._images / self._seconds:.0f} images/s"] if self._seconds else []  # the mean rate
+            self._newest = "  ".join(parts)
 
     def task(self, record: dict[str, Any]) -> None:
         """Log the evaluation after a task, and print the accuracy matrix so far.
@@ -152,7 +154,8 @@ class RunLog:
     def _shown(self, items: Iterable[T], total: int, completed: int, description: str) -> Iterator[T]:
         bar_and_counts = (BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
         columns = ("{task.description}", *bar_and_counts, "{task.fields[newest]}")
-        is_live, self._newest, self._shown_steps, shown = self._console.is_terminal, "", [], self._console.get_time()
+        is_live, shown = self._console.is_terminal, self._console.get_time()
+        self._newest, self._images, self._seconds = "", 0.0, 0.0
         with Progress(*columns, console=self._console, disable=not is_live) as bar:
             task = bar.add_task(description, total=total, completed=completed, newest="")
             for done, item in enumerate(items, completed + 1):
@@ -194,13 +197,6 @@ def read_journal(folder: Path, after: int) -> Iterator[dict[str, Any]]:
             return
         yield record
         after += 1
-
-
-def describe_step(record: dict[str, Any], steps: Sequence[tuple[float, float]]) -> str:
-    """Return the loss of a step, and the mean rate of these steps, given as (images, seconds)."""
-    parts = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
-    parts += [f"{sum(images for images, _ in steps) / sum(seconds for _, seconds in steps):.0f} images/s"] if steps else []
-    return "  ".join(parts)
 
 
 def _percent(fraction: float | None) -> str:
