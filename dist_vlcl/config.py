@@ -17,7 +17,7 @@ from typing import Any, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from dist_vlcl.data.settings import DataConfig, check_name
@@ -152,8 +152,11 @@ def from_hydra(options: Any) -> Config:
     # Hydra accepts keys that no dataclass declares after a `+`, and OmegaConf then drops them.
     if unknown := next((key for key in flatten(given) if key not in known), None):
         raise ValueError(unknown_option(unknown))
-    if isinstance(config.adapter, dict):
-        config.adapter = OmegaConf.to_object(_custom_adapter(config.adapter))
+    if isinstance(config.adapter, dict):  # the user's dataclass, which `adapter.kind` names, filled with these values
+        kind, errors = config.adapter.get("kind"), (ImportError, AttributeError, TypeError, ValueError, OmegaConfBaseException)
+        with explained(f"adapter.kind={kind!r}: give module:Class of a dataclass that Python can import", kinds=errors):
+            adapter = OmegaConf.merge(OmegaConf.structured(pkgutil.resolve_name(str(kind))), config.adapter)
+        config.adapter = OmegaConf.to_object(adapter)
     if config.tasks.sets:
         config.data = replace(config.data, name="-".join(config.tasks.sets).replace("/", "-"), reader="folder")
     validate(config)
@@ -206,15 +209,6 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
         raise ValueError(f"{path} is damaged, or of another version of dist_vlcl, which can read it ({reason})") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _custom_adapter(options: Any) -> DictConfig:
-    """Return the user's dataclass, which `adapter.kind` names as module:Class, filled with these values."""
-    kind, errors = options.get("kind"), (ImportError, AttributeError, TypeError, ValueError, OmegaConfBaseException)
-    with explained(f"adapter.kind={kind!r}: give module:Class of a dataclass that Python can import", kinds=errors):
-        merged = OmegaConf.merge(OmegaConf.structured(pkgutil.resolve_name(kind)), options)
-    assert isinstance(merged, DictConfig)
-    return merged
 
 
 def default_name(config: Config) -> str:

@@ -56,8 +56,7 @@ class OrderPlan:
             layers = range(1, depth + 1)
             parts = {"hop_odd": layers[::2], "hop_even": layers[1::2], "prefix": layers[:span], "suffix": layers[-span:]}
             return set(parts.get(named, layers))
-        unknown = sorted(set(named) - set(range(1, depth + 1)))
-        if unknown:
+        if unknown := sorted(set(named) - set(range(1, depth + 1))):
             raise ValueError(f"orders.layers={list(named)}: the {branch} tower has no block {unknown[0]}; choose from 1 to {depth}")
         return set(named)
 

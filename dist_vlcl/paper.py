@@ -11,7 +11,6 @@
 
 import difflib
 import hashlib
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,8 +27,8 @@ from dist_vlcl.saved import MAY_CHANGE, read_config, untrusted_options
 
 # Beside the package in a checkout, inside of it in a wheel.
 CONFIG_FOLDER = next(p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs") if (p / "config.yaml").exists())
+BRACES = re.compile(r"^(data\.(?:source|url)=)([^'\"]*\{[^'\"]*)$")  # an option whose address has braces
 # Options that do not change a run's result are not part of its name.
-BRACES = re.compile(r"^(data\.(?:source|url)=)([^'\"]*\{[^'\"]*)$")  # an option with such an address
 NOT_NAMED = (*MAY_CHANGE, "data.source", "data.allow_pipe")
 DATASET_IDS = {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr"}  # as the ids abbreviate them
 HALF = 6  # blocks of prefix and suffix in the paper; its ids say prefix6 and suffix6
@@ -212,8 +211,8 @@ def expand_paper(arguments: list[str]) -> list[str]:
     id or a file that cannot be read.
     """
     arguments = [BRACES.sub(r"\1'\2'", argument) for argument in arguments]
-    tuned = [_expand_tuned(Path(word.removeprefix("tuned="))) for word in arguments if word.startswith("tuned=")]
-    arguments = [*itertools.chain(*tuned), *(word for word in arguments if not word.startswith("tuned="))]
+    tuned = [option for word in arguments if word.startswith("tuned=") for option in _expand_tuned(Path(word.removeprefix("tuned=")))]
+    arguments = [*tuned, *(word for word in arguments if not word.startswith("tuned="))]
     ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
     if not ids:
         return arguments

@@ -20,7 +20,6 @@ import pandas as pd
 import yaml
 from scipy import stats
 
-from dist_vlcl.commands.report import realise
 from dist_vlcl.paper import CONFIG_FOLDER, paper_runs
 from dist_vlcl.report import tables
 from dist_vlcl.report.figures import STYLE
@@ -52,7 +51,7 @@ HIDDEN = ("path", "is_probe", "is_complete", "tasks_done")
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """Return one row per complete run: what was run, Last, Avg, R, and what its zeroth-order steps measured."""
-    found, unreadable = run_frame(runs, realise)
+    found, unreadable = run_frame(runs)
     for name, reason in unreadable.items():
         print(f"left out: {name} ({reason})")
     if found.empty:

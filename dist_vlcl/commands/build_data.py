@@ -3,7 +3,6 @@
 Duration: one or two minutes for CIFAR-100 or Tiny-ImageNet on disk. Result: data/cifar100/index.json and one folder for each split.
 """
 
-from rich.console import Console
 from rich.progress import track
 
 from dist_vlcl.config import Config, errors_refused, hydra_main
@@ -15,7 +14,7 @@ def run(config: Config) -> None:
     """Write the shards with a progress bar. An error of the user is one line on stderr and exit status 2."""
     index = make_shards(config.data, lambda work: track(work, description=f"{config.data.name}: classes"))
     counts = f"{index.count('train')} training and {index.count('test')} test images"
-    Console().print(f"{index.location}: {len(index.class_names)} classes, {counts}")
+    print(f"{index.location}: {len(index.class_names)} classes, {counts}")
 
 
 def main() -> None:

@@ -38,8 +38,7 @@ def export(trained: Trained, out: Path, kind: str, name: str) -> None:
         replace_file(out / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        adapters = {key: t.contiguous() for key, t in trained.adapters.items()}
-        replace_file(out / ADAPTERS, sealed_tensors(adapters, {"format": "pt"}))
+        replace_file(out / ADAPTERS, sealed_tensors(trained.adapters, {"format": "pt"}))
         config = {key: value for key, value in cfg.as_dict().items() if key in PUBLISHED}
         config["data"] = {"name": cfg.data.name, "reader": cfg.data.reader_name}
         replace_file(out / CONFIG, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

@@ -5,33 +5,17 @@ The report shows all complete runs, the differences between them, what these say
 """
 
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import pandas as pd
 
-from dist_vlcl.config import compose_config
 from dist_vlcl.masking import masked
-from dist_vlcl.paper import Cell, cell_of, paper_runs, published
+from dist_vlcl.paper import paper_runs, published
 from dist_vlcl.report.figures import STYLE
 from dist_vlcl.report.page import Report
 from dist_vlcl.report.records import run_frame
-
-
-def realise(config: dict[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Return the cell that a resolved configuration realises, and the configuration of that cell."""
-    cell = cell_of(config)
-    return asdict(cell), configuration_of(cell)
-
-
-@cache
-def configuration_of(cell: Cell) -> dict[str, Any]:
-    """Return the resolved configuration of a cell: the paper's, and for data that the paper does not use our defaults."""
-    return compose_config(cell.overrides()).as_dict()
 
 
 def main() -> None:
@@ -42,7 +26,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if absent := [str(folder) for folder in arguments.runs if not folder.exists()]:
         parser.error(masked(f"no such folder: {', '.join(absent)}; give run folders, such as runs/*"))
-    runs, unreadable = run_frame(arguments.runs, realise)
+    runs, unreadable = run_frame(arguments.runs)
     if runs.empty:
         parser.error(masked(f"none of these is a run folder: {'; '.join(f'{name}: {why}' for name, why in unreadable.items())}"))
     with matplotlib.rc_context(fname=STYLE):

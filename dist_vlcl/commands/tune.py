@@ -197,8 +197,7 @@ def main() -> None:
             sys.exit(os.EX_TEMPFAIL)
         return [trained(of_choice) for of_choice in items]
 
-    found = search(choices, train, seeds, fresh)
-    if found is None:
+    if (found := search(choices, train, seeds, fresh)) is None:
         console.print(f"no run was completed; see their messages above, and {folder}/trials")
         sys.exit(1)
     command = f"python -m dist_vlcl.commands.tune {masked_command(arguments.words)} --holdout {arguments.holdout}"

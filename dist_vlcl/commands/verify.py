@@ -5,7 +5,6 @@ Duration: the time to read the shards and to decode their images once. Exit stat
 
 import sys
 
-from rich.console import Console
 from rich.progress import track
 
 from dist_vlcl.config import Config, errors_refused, hydra_main
@@ -23,7 +22,7 @@ def run(config: Config) -> None:
         print(masked(f"error: {error}"), file=sys.stderr)
         sys.exit(1)
     counts = f"{index.count('train')} training and {index.count('test')} test images"
-    Console().print(f"{masked(index.location)}: {counts}, every shard as it was written")
+    print(f"{masked(index.location)}: {counts}, every shard as it was written")
 
 
 def main() -> None:

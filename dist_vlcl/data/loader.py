@@ -137,7 +137,19 @@ class Batches:
         return len(self.requests)
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.loader.load(self.requests)
+        """Yield the batches, with all tensors on the device."""
+        self.loader.requests[:] = self.requests
+        batches = iter(self.loader.data_loader)
+        while True:
+            started = time.perf_counter()
+            try:
+                batch = next(batches, None)
+            except ShardError as error:
+                # The error's frames keep the workers alive until garbage collection, which then waits 5 s for each.
+                raise error.with_traceback(None) from None
+            if batch is None:
+                return
+            yield replace(batch.to(self.loader.device, non_blocking=True), waited_s=time.perf_counter() - started)
 
 
 class Loader:
@@ -150,11 +162,11 @@ class Loader:
         self.index, self.device = index, torch.device(device)
         is_on_gpu = self.device.type == "cuda"
         workers = _default_workers(is_on_gpu) if data.num_workers is None else data.num_workers
-        self._requests: list[Request] = []  # of the current pass
-        self._loader = DataLoader(
+        self.requests: list[Request] = []  # of the current pass
+        self.data_loader = DataLoader(
             Reader(index, data.cache_gib * 2**30 / max(1, workers)),
             batch_size=None,
-            sampler=self._requests,
+            sampler=self.requests,
             num_workers=workers,
             persistent_workers=workers > 0,
             # The other start methods (the default of Python 3.14) import torch again: 9 s on two busy cores.
@@ -184,21 +196,6 @@ class Loader:
         order = held_out or plain_order(self.index.sizes("test", classes))
         shared: dict[str, Any] = {"split": "train" if held_out else "test", "seeds": (), "min_shards": 8}
         return Batches(self, _requests(order, classes, **shared, **options))
-
-    def load(self, requests: Sequence[Request]) -> Iterator[Batch]:
-        """Yield the batches of some requests, with all tensors on the device."""
-        self._requests[:] = requests
-        batches = iter(self._loader)
-        while True:
-            started = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except ShardError as error:
-                # The error's frames keep the workers alive until garbage collection, which then waits 5 s for each.
-                raise error.with_traceback(None) from None
-            if batch is None:
-                return
-            yield replace(batch.to(self.device, non_blocking=True), waited_s=time.perf_counter() - started)
 
 
 def _default_workers(is_on_gpu: bool) -> int:

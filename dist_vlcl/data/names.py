@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 FOLDER = Path(__file__).parent
 
 
@@ -40,10 +42,7 @@ def class_order(spec: str | Sequence[int], num_classes: int, paper: Sequence[int
         if paper is None or len(paper) != num_classes:
             raise ValueError(f"tasks.order='paper': no published order of these {num_classes} classes; choose natural, seed:N or a list")
         return list(paper)
-    import numpy as np
-
-    seed = int(spec.removeprefix("seed:"))
-    return [int(class_id) for class_id in np.random.RandomState(seed).permutation(num_classes)]
+    return np.random.RandomState(int(spec.removeprefix("seed:"))).permutation(num_classes).tolist()
 
 
 def _lines(path: Path) -> list[str]:

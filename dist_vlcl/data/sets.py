@@ -101,14 +101,14 @@ def known_images(data: DataConfig, source: Path | None = None) -> tuple[list[Fou
     """
     source, classes = source or (Path(data.source) if data.source else _download(data)), known_classes(data.reader_name)
     own_names = _read_class_names(data.class_names) if data.class_names else {}
-    return _find_images(data, source, classes), {name: own_names.get(name, text) for name, text in classes.items()}
+    return _find_images(source, classes), {name: own_names.get(name, text) for name, text in classes.items()}
 
 
 def folder(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """Any images below `<class>/`. Names come from `class_names` or classnames.json, otherwise from the folders."""
     if data.source is None:
         raise ValueError("data.source=None: reader=folder needs the folder, .tar or .zip of the images")
-    found, beside = _find_images(data, Path(data.source)), Path(data.source) / "classnames.json"
+    found, beside = _find_images(Path(data.source)), Path(data.source) / "classnames.json"
     if data.class_names or beside.is_file():
         return found, _read_class_names(data.class_names or str(beside))
     return found, {name: name for name in sorted({image.folder for image in found})}
@@ -173,14 +173,14 @@ def _read_class_names(path: str) -> dict[str, str]:
 # Find images in sources
 
 
-def _find_images(data: DataConfig, source: Path, known: Mapping[str, str] | None = None) -> list[Found]:
-    found = [image for split, path in _parts(data, source) for image in _images_of(split, open_source(path), known)]
+def _find_images(source: Path, known: Mapping[str, str] | None = None) -> list[Found]:
+    found = [image for split, path in _parts(source) for image in _images_of(split, open_source(path), known)]
     if not found:
         raise ValueError(f"data.source={str(source)!r}: no images below <class>/<image> ({', '.join(IMAGE_SUFFIXES)})")
     return found
 
 
-def _parts(data: DataConfig, source: Path) -> list[tuple[str | None, Path]]:
+def _parts(source: Path) -> list[tuple[str | None, Path]]:
     """Return sources and their splits: train.tar beside test.tar, or one source that may hold both."""
     for test in ("test", "val"):
         for suffix in (".tar", ".zip"):

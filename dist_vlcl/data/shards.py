@@ -141,8 +141,7 @@ class Index:
     def verify(self, track: Track = iter) -> None:
         """Read every shard and open every image. Raises ShardError that names the shards that are not as they were written."""
         shards = [shard for split in SPLITS for of_class in self.shards[split] for shard in of_class]
-        problems = list(filter(None, _in_threads(self._problem, shards, track)))
-        if problems:
+        if problems := list(filter(None, _in_threads(self._problem, shards, track))):
             raise ShardError(f"{len(problems)} of {len(shards)} shards are damaged:\n" + "\n".join(problems))
 
     def _problem(self, shard: Shard) -> str | None:

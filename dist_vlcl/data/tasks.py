@@ -7,7 +7,7 @@ depend on the number of ranks or of loading processes.
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,7 +82,7 @@ def train_order(sizes: ShardSizes, seed: int, task: int, epoch: int) -> list[Sam
     """
     order: list[SampleId] = []
     for number, window in enumerate(_windows(sizes, seed, task, epoch)):
-        samples = [SampleId(class_id, shard, position) for class_id, shard in window for position in range(sizes[class_id][shard])]
+        samples = _samples_of(window, sizes)
         generator(seed, task, epoch, "window", number).shuffle(samples)
         order += samples
     return order
@@ -103,12 +103,12 @@ def _windows(sizes: ShardSizes, seed: int, task: int, epoch: int) -> list[list[t
 
 def plain_order(sizes: ShardSizes) -> list[SampleId]:
     """Return every sample once, class by class."""
-    return [
-        SampleId(class_id, shard, position)
-        for class_id, shards in sizes.items()
-        for shard, size in enumerate(shards)
-        for position in range(size)
-    ]
+    return _samples_of([(class_id, shard) for class_id, shards in sizes.items() for shard in range(len(shards))], sizes)
+
+
+def _samples_of(shards: Iterable[tuple[int, int]], sizes: ShardSizes) -> list[SampleId]:
+    """Return every sample of some shards, which are given as (class id, shard)."""
+    return [SampleId(class_id, shard, position) for class_id, shard in shards for position in range(sizes[class_id][shard])]
 
 
 def held_out(sizes: ShardSizes, fraction: float, seed: int) -> list[SampleId]:

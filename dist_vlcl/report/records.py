@@ -1,6 +1,7 @@
 """Read run folders, complete or not: as records, and as tidy data frames with one row per run, per step or per unit."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import pandas as pd
 import pyarrow
 
+from dist_vlcl.config import compose_config
 from dist_vlcl.options import flatten, matches
+from dist_vlcl.paper import WALKING, Cell, cell_of
 from dist_vlcl.reading import fits
 from dist_vlcl.report.measures import MEASURES, measures_of
 from dist_vlcl.saved import JOURNAL_FORM, MAY_CHANGE, METRICS_FORM, RUN_FORM, read_accuracy, read_config, read_steps, read_unit_records
@@ -17,8 +20,7 @@ TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
 UNTRAINED = {"adapter": "", "branch": "none", "layers": "none", "variant": "zero_shot"}  # CLIP as it was downloaded
 WITHOUT_ZEROTH = ("none", "zero_shot", "frozen")  # variants in which no unit is moved by zeroth order
-RANDOM_WALKS = ("walk", "signwalk", "manywalk")
-CONTROLS = ("frozen", *RANDOM_WALKS)  # variants in which the units that a run is about learn nothing
+CONTROLS = ("frozen", *WALKING)  # variants in which the units that a run is about learn nothing
 IMAGES_PER_CLASS = {"cifar100": (500, 100), "tiny_imagenet": (500, 50), "imagenet_r": (120, 30)}  # training, test; the last on average
 PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a part of the test images"
 
@@ -32,7 +34,6 @@ OF_TRAINING = ("train.*", "first_order.*", "model.loss", PART_OF_TRAINING)
 OF_PROBES = ("train.max_steps", "tasks.num_tasks", PART_OF_TRAINING, PART_OF_TEST)  # these do not change the memory of a step
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # kind (step, task) -> the lines of metrics.jsonl
-Realise = Callable[[dict[str, Any]], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
 
 def read_records(folder: Path | str, last: int | None = None) -> Records:
@@ -65,19 +66,18 @@ def read_units(folder: Path | str) -> pyarrow.Table:
     return pyarrow.concat_tables(map(read_unit_records, parts), promote_options="default") if parts else pyarrow.table({})
 
 
-def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, dict[str, str]]:
+def run_frame(folders: Iterable[Path]) -> tuple[pd.DataFrame, dict[str, str]]:
     """Return one row per run folder, and for every other folder its name with the reason why it could not be read.
 
-    `realise` maps a resolved configuration to the cell that it realises (a mapping with the fields CELL) and to the configuration of that
-    cell. Accuracies are in percent. `other_settings` says in which options the run's configuration differs from the cell's, such as
-    "model.name=small_clip; zo.lr_scale=3.0". It is also split: `method_settings` (adapter, orders, zo), `shared_settings` (all others;
-    runs are only compared where these are equal) and `model_settings` (the shared ones that matter without training). The columns MEASURES
-    say what the zeroth-order steps contributed.
+    The fields CELL say which cell a run's configuration realises. Accuracies are in percent. `other_settings` says in which options it
+    differs from the cell's configuration, such as "model.name=small_clip; zo.lr_scale=3.0". It is also split: `method_settings` (adapter,
+    orders, zo), `shared_settings` (all others; runs are only compared where these are equal) and `model_settings` (the shared ones that
+    matter without training). The columns MEASURES say what the zeroth-order steps contributed.
     """
     rows, unreadable = [], {}
     for folder in dict.fromkeys(folders):
         try:
-            rows.append(_run_row(folder, realise))
+            rows.append(_run_row(folder))
         except FileNotFoundError:
             unreadable[folder.name] = "not a run folder: it has no config.yaml"
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -85,19 +85,19 @@ def run_frame(folders: Iterable[Path], realise: Realise) -> tuple[pd.DataFrame, 
     return pd.DataFrame(rows), unreadable
 
 
-def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
+def _run_row(folder: Path) -> dict[str, Any]:
     config = read_config(folder / "config.yaml")
     if not fits(config, RUN_FORM):
         raise ValueError(f"{folder}/config.yaml is damaged: its values have other types than dist_vlcl writes")
     accuracy = read_accuracy(folder, config)
-    cell, reference = realise(config)
+    cell = cell_of(config)
     steps = step_frame(folder, accuracy.get("steps"))
     units = read_units(folder).to_pandas()  # damaged records raise here, where one run is left out by name
-    journal = [] if cell["variant"] in WITHOUT_ZEROTH else read_steps(folder / "journal.jsonl", JOURNAL_FORM, accuracy.get("steps"))
+    journal = [] if cell.variant in WITHOUT_ZEROTH else read_steps(folder / "journal.jsonl", JOURNAL_FORM, accuracy.get("steps"))
     before = accuracy.get("zero_shot") or {}
     zero_shot = [100 * before[task] for task in sorted(before, key=int)]
     is_probe = config["train"].get("max_steps") is not None
-    settings = _differing(config, reference, cell["variant"]) | _missing_images(config, accuracy)
+    settings = _differing(config, _configuration_of(cell), cell.variant) | _missing_images(config, accuracy)
     settings = {key: text for key, text in settings.items() if not (is_probe and key in OF_PROBES)}
     parts = {
         "other_settings": list(settings.values()),
@@ -107,7 +107,7 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
     }
     return {
         "run": folder.name,
-        **{field: cell[field] for field in CELL},
+        **{field: getattr(cell, field) for field in CELL},
         "seed": int(config["seed"]),
         **{metric: 100 * accuracy.get(metric, nan) for metric in ("last", "avg", "forgetting")},
         "zero_shot_last": zero_shot[-1] if zero_shot else nan,
@@ -124,10 +124,16 @@ def _run_row(folder: Path, realise: Realise) -> dict[str, Any]:
     }
 
 
+@cache
+def _configuration_of(cell: Cell) -> dict[str, Any]:
+    """Return the resolved configuration of a cell: the paper's, and for data that the paper does not use our defaults."""
+    return compose_config(cell.overrides()).as_dict()
+
+
 def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant: str) -> dict[str, str]:
     """Return the options, as key=value, in which a configuration differs from its cell's and that its method reads."""
     unread: tuple[str, ...] = ("zo.*",) if variant in WITHOUT_ZEROTH else ()
-    unread = ("zo.acceptance",) if variant in RANDOM_WALKS else unread  # random signs always take the step
+    unread = ("zo.acceptance",) if variant in WALKING else unread  # random signs always take the step
     unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
     ours, cell = _flat(config), _flat(reference)
     # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to a user's adapter.

@@ -1,6 +1,5 @@
 """Averages over seeds, paired differences with their intervals, and what these say about the paper's claims."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from dist_vlcl.paper import WALKS
 from dist_vlcl.report.measures import MEASURES
 from dist_vlcl.report.records import CELL, CONTROLS, TASKS, UNTRAINED, WITHOUT_ZEROTH
 from dist_vlcl.report.tables import DATASETS, METRICS, UNKNOWN, method_label
@@ -23,7 +23,6 @@ ORDER = {  # as the paper lists them
     "variant": ("zero_shot", "none", "frozen", "naive", "sign", "conservative", "mozo", "many_probes"),
 }
 MARGIN = 1.0  # points: a method that is less than this behind has reached the other
-WALKS = {"naive": "walk", "conservative": "walk", "many_probes": "manywalk"}  # the random walk of a strategy; else signwalk
 SAME = 0.5  # points: two methods that differ by less count as the same
 RECOVERED = "recovered_{}"  # column: R of Last or Avg
 YES, NO, NOT_DECIDED = "yes", "no", "not decided"
@@ -50,7 +49,7 @@ class Claim:
 
     def verdict(self, low: float, high: float) -> str:
         """Return what the 95 % interval of the mean difference says, by RULE."""
-        if math.isnan(low):
+        if np.isnan(low):
             return UNKNOWN
         if self.bound is None and -SAME < low <= 0 <= high < SAME:
             return f"{NO} (within ±{SAME:g})"

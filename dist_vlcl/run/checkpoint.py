@@ -26,7 +26,6 @@ from dist_vlcl.run.files import make_folder, replace_file
 
 NAME = re.compile(r"step-(\d{8,})\.safetensors")
 DAMAGE = (SafetensorError, ValueError, TypeError, LookupError, AttributeError, RuntimeError)  # as damaged bytes decide
-NOBODY: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     return path
 
 
-def load_newest(folder: Path | str, identity: Mapping[str, str] = NOBODY, before: float = inf) -> Checkpoint | None:
+def load_newest(folder: Path | str, identity: Mapping[str, str] | None = None, before: float = inf) -> Checkpoint | None:
     """Return the newest checkpoint of a run folder that is intact, or None. Warns of each newer one and says what is wrong with it.
 
     `identity`: what the checkpoint must belong to, as in `load`. One of another run is left out like a damaged one.
@@ -85,7 +84,7 @@ def load_newest(folder: Path | str, identity: Mapping[str, str] = NOBODY, before
     return found
 
 
-def load(folder: Path | str, step: int, identity: Mapping[str, str] = NOBODY) -> Checkpoint:
+def load(folder: Path | str, step: int, identity: Mapping[str, str] | None = None) -> Checkpoint:
     """Return the checkpoint of one step. Raises FileNotFoundError, or BrokenCheckpoint if it is damaged or belongs to another run.
 
     Raises ValueError if it was saved with another configuration or other data than those of `identity`.
@@ -93,7 +92,7 @@ def load(folder: Path | str, step: int, identity: Mapping[str, str] = NOBODY) ->
     if step not in saved_steps(folder):
         raise FileNotFoundError(f"{folder} has no checkpoint of step {step}; choose from {saved_steps(folder) or 'none'}")
     found = _read(_path(folder, step), step)
-    differing = [key for key, now in identity.items() if None not in (now, found.identity.get(key)) and now != found.identity[key]]
+    differing = [key for key, now in (identity or {}).items() if None not in (now, found.identity.get(key)) and now != found.identity[key]]
     if "run" in differing:
         raise BrokenCheckpoint(f"{found.path} belongs to another run")
     if differing:

@@ -194,11 +194,9 @@ def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
     with explained("cannot continue", ADVICE, (OSError, ValueError), RunRefused):
         saved_steps(path)  # raises for version 0.1
         changes = differences(read_config(path / "config.yaml"), config)
-    allowed = {key: change for key, change in changes.items() if matches(key, MAY_CHANGE)}
-    refused = [f"  {key}: {change}" for key, change in changes.items() if key not in allowed]
-    if refused:
+    if refused := [f"  {key}: {change}" for key, change in changes.items() if not matches(key, MAY_CHANGE)]:
         raise RunRefused("\n".join([f"{path} was started with another configuration (was -> is):", *refused, ADVICE]))
-    return [f"{key}: {change}" for key, change in allowed.items() if not key.startswith("run.")]
+    return [f"{key}: {change}" for key, change in changes.items() if not key.startswith("run.")]
 
 
 def _id_of(path: Path, starts: list[dict[str, Any]]) -> str | None:

@@ -9,7 +9,7 @@ the lines after the last checkpoint. Every line ends with `crc`, the CRC-32 of i
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -44,25 +44,16 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        folder: Path | str,
-        settings: RunConfig,
-        world: World,
-        config: dict[str, Any],
-        state: TrainState | None = None,
-        console: Console | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, folder: Path, settings: RunConfig, world: World, config: dict[str, Any], state: TrainState, console: Console | None = None
     ) -> None:
-        """Open the files at the position of `state` and start the trackers. Without a state, or at step 0, the files begin empty."""
-        self._is_main, self._shows_progress, self._clock = world.is_main, settings.progress and world.is_main, clock
+        """Open the files at the position of `state` and start the trackers. At step 0 the files begin empty."""
+        self._is_main, self._shows_progress = world.is_main, settings.progress and world.is_main
         if not world.is_main:
             return
-        self._folder, state = Path(folder), state or TrainState()
-        self._console = console or Console()
+        self._folder, self._console = folder, console or Console()
         if console is None and not self._console.is_terminal:
             self._console.width = LOG_WIDTH
-        self._newest = ""  # what the progress shows of the newest step
-        self._shown_steps: list[tuple[float, float]] = []  # (images, seconds) of the steps of this progress
+        self._newest, self._images, self._seconds = "", 0.0, 0.0  # what the progress shows of the newest step, and of all its steps
         self._metrics = JsonLines(self._folder / METRICS, METRICS_FORM, lambda record: is_before(record, state))
         self._journal = JsonLines(self._folder / JOURNAL, JOURNAL_FORM, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
@@ -87,8 +78,11 @@ class RunLog:
         if self._is_main:
             self._write("step", record)
             if seconds := record.get("seconds"):
-                self._shown_steps.append((record["images_per_second"] * seconds, seconds))
-            self._newest = describe_step(record, self._shown_steps)
+                self._images += record["images_per_second"] * seconds
+                self._seconds += seconds
+            parts = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
+            parts += [f"{self._images / self._seconds:.0f} images/s"] if self._seconds else []  # the mean rate
+            self._newest = "  ".join(parts)
 
     def task(self, record: dict[str, Any]) -> None:
         """Log the evaluation after a task, and print the accuracy matrix so far.
@@ -160,14 +154,15 @@ class RunLog:
     def _shown(self, items: Iterable[T], total: int, completed: int, description: str) -> Iterator[T]:
         bar_and_counts = (BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
         columns = ("{task.description}", *bar_and_counts, "{task.fields[newest]}")
-        is_live, self._newest, self._shown_steps, shown = self._console.is_terminal, "", [], self._clock()
-        with Progress(*columns, console=self._console, disable=not is_live, get_time=self._clock) as bar:
+        is_live, shown = self._console.is_terminal, self._console.get_time()
+        self._newest, self._images, self._seconds = "", 0.0, 0.0
+        with Progress(*columns, console=self._console, disable=not is_live) as bar:
             task = bar.add_task(description, total=total, completed=completed, newest="")
             for done, item in enumerate(items, completed + 1):
                 yield item
                 bar.update(task, completed=done, newest=self._newest)
-                if not is_live and (self._clock() - shown >= LINE_EVERY_S or done == total):
-                    shown = self._clock()
+                if not is_live and (self._console.get_time() - shown >= LINE_EVERY_S or done == total):
+                    shown = self._console.get_time()
                     left = timedelta(seconds=round(bar.tasks[0].time_remaining or 0))
                     self.say(f"{description}  {done}/{total}  {100 * done / max(total, 1):3.0f} %  {self._newest}  {left} left")
 
@@ -202,13 +197,6 @@ def read_journal(folder: Path, after: int) -> Iterator[dict[str, Any]]:
             return
         yield record
         after += 1
-
-
-def describe_step(record: dict[str, Any], steps: Sequence[tuple[float, float]]) -> str:
-    """Return the loss of a step, and the mean rate of these steps, given as (images, seconds)."""
-    parts = [f"loss {record['loss']:.4f}"] if record.get("loss") is not None else []
-    parts += [f"{sum(images for images, _ in steps) / sum(seconds for _, seconds in steps):.0f} images/s"] if steps else []
-    return "  ".join(parts)
 
 
 def _percent(fraction: float | None) -> str:

@@ -8,7 +8,6 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from dist_vlcl.data.shards import ShardError, ShardUnavailableError
@@ -48,7 +47,7 @@ class Preemption:
     def __exit__(self, *_: object) -> None:
         self._restore(*self._previous)
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _note(self, number: int, _: object) -> None:
         self._is_noted = True
         if number == signal.SIGINT:
             self._restore(signal.SIGINT)

@@ -17,6 +17,7 @@ from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import RunLog
+from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.unit_records import UnitRecords
 
 # A short real run for tests of commands that start runs: zeroth order alone, in the last block, ten steps of handwritten digits.
@@ -77,7 +78,7 @@ def write_run(
 
 def _open(cfg: Config) -> tuple[RunFolder, RunLog]:
     run = RunFolder.open(cfg.run, cfg.as_dict(), World.alone())
-    return run, RunLog(run.path, cfg.run, World.alone(), cfg.as_dict(), console=Console(quiet=True))
+    return run, RunLog(run.path, cfg.run, World.alone(), cfg.as_dict(), TrainState(), Console(quiet=True))
 
 
 def _counts(accuracy: float, num_classes: int, of_class: int) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dist_vlcl.commands.report import realise
 from dist_vlcl.report.measures import measures_of
 from dist_vlcl.report.records import run_frame
 from dist_vlcl.report.statistics import complete_of, results_of
@@ -85,13 +84,13 @@ def test_r_is_the_share_of_first_order_s_gain_on_the_same_units(tmp_path):
     dual = [*plan[:-1], "orders=dual_all", "zo=naive"]
     folders.append(write_run(tmp_path, *dual, last=0.61, avg=0.61))
     folders.append(write_run(tmp_path, *plan[:-1], "orders=first", last=0.7, avg=0.7))
-    results = results_of(complete_of(run_frame(folders, realise)[0]))
+    results = results_of(complete_of(run_frame(folders)[0]))
     known = results[results.recovered_last.notna()].set_index(["branch", "seed"]).recovered_last
     assert dict(known) == pytest.approx({("language", 0): 0.25, ("language", 1): 0.02 / 0.30, ("dual", 0): 0.1}, abs=1e-3)
 
 
 def test_a_run_folder_s_journal_is_read_into_its_row(tmp_path):
     folder = write_run(tmp_path, "zo=conservative", last=0.5, avg=0.5, records=True)
-    [row] = run_frame([folder], realise)[0].to_dict("records")
+    [row] = run_frame([folder])[0].to_dict("records")
     assert (row["ordinary"], row["stayed"], row["mirrored"], row["shortened"]) == pytest.approx((75, 12.5, 12.5, 0), abs=1)
     assert row["descent"] > 0 and row["cosine"] == pytest.approx((6 * (201344 + 134272)) ** -0.5 * 1, rel=0.6) and row["roughness"] > 0

@@ -6,7 +6,6 @@ from operator import attrgetter
 import pandas as pd
 import pytest
 
-from dist_vlcl.commands.report import realise
 from dist_vlcl.config import compose_config
 from dist_vlcl.paper import cell_of
 from dist_vlcl.report.records import CELL, run_frame
@@ -31,7 +30,7 @@ def frame_of(tmp_path):
             folders[-1].mkdir()
             (folders[-1] / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
             (folders[-1] / "accuracy.json").write_text(json.dumps(accuracy))
-        found, unreadable = run_frame(folders, realise)
+        found, unreadable = run_frame(folders)
         assert not unreadable
         return found
 
@@ -88,7 +87,7 @@ def test_options_that_only_one_version_has_are_not_compared(tmp_path):
     (folder / "config.yaml").write_text(json.dumps(config))
     accuracy = json.loads((folder / "accuracy.json").read_text())
     (folder / "accuracy.json").write_text(json.dumps({key: accuracy[key] for key in accuracy if key not in ("config", "crc")}))  # as in 0.1
-    assert list(run_frame([folder], realise)[0].other_settings) == [""]
+    assert list(run_frame([folder])[0].other_settings) == [""]
 
 
 def test_runs_are_compared_only_where_all_but_the_method_s_settings_are_equal(frame_of):
@@ -115,7 +114,7 @@ def test_the_untrained_model_belongs_to_every_group_of_its_model(tmp_path):
         write_run(tmp_path, HOP, "model=small", last=0.5, avg=0.6),
         write_run(tmp_path, *untrained, last=0.3, avg=0.4),
     ]
-    results = results_of(complete_of(run_frame(folders, realise)[0]))
+    results = results_of(complete_of(run_frame(folders)[0]))
     zero_shot = results[results.variant == "zero_shot"].set_index("shared_settings")["last"]
     # The measurement of a group's own run comes first.
     assert dict(zero_shot) == pytest.approx({"": 30, "train.epochs=2": 31})
@@ -127,6 +126,6 @@ def test_a_folder_that_cannot_be_read_is_named_with_the_reason(tmp_path):
     stray.mkdir()
     foreign.mkdir()
     (foreign / "config.yaml").write_text("a: 1\n")
-    runs, unreadable = run_frame([broken, stray, foreign], realise)
+    runs, unreadable = run_frame([broken, stray, foreign])
     assert runs.empty and unreadable["stray"] == "not a run folder: it has no config.yaml"
     assert all(unreadable[name].startswith("could not read its files: ") for name in (broken.name, "foreign"))

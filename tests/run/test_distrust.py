@@ -364,11 +364,11 @@ def test_a_hole_a_doubled_line_or_another_order_is_named_in_the_report(tmp_path,
     run = write_run(tmp_path, "orders=dual_all", "tasks.num_tasks=1", last=0.5, avg=0.5, records=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
-        run_frame([run], report_command.realise)
+        run_frame([run])
     lines = (run / name).read_text().splitlines(keepends=True)
     (run / name).write_text("".join(edit(lines)))
     with pytest.warns(RuntimeWarning, match=rf"{name} is damaged: steps {text}"):
-        run_frame([run], report_command.realise)
+        run_frame([run])
 
 
 def test_a_hostile_step_costs_no_memory_or_is_left_out(tmp_path):
@@ -399,7 +399,7 @@ def test_a_configuration_with_impossible_values_costs_the_report_one_run(tmp_pat
     accuracy = json.loads((runs[1] / "accuracy.json").read_text())
     del accuracy["config"], accuracy["crc"]
     (runs[1] / "accuracy.json").write_text(json.dumps(accuracy))
-    frame, unreadable = run_frame(runs, report_command.realise)
+    frame, unreadable = run_frame(runs)
     assert list(frame.run) == ["a"] and reason in unreadable["b"]
 
 

@@ -25,7 +25,7 @@ def console(**options) -> Console:
 
 
 def open_log(folder, state=None, settings=QUIET, **options) -> RunLog:
-    return RunLog(folder, settings, World.alone(), {}, state, **{"console": console(), **options})
+    return RunLog(folder, settings, World.alone(), {}, state or TrainState(), console(**options))
 
 
 def printed(log: RunLog) -> str:
@@ -102,7 +102,7 @@ def test_steps_of_a_rank_that_has_diverged_leave_the_journal(tmp_path):
     assert lines(tmp_path, "journal.jsonl") == [{"step": 1}, {"step": 2, "seed": 5}]
 
 
-def test_a_run_without_a_state_begins_anew(tmp_path):
+def test_a_run_at_step_0_begins_anew(tmp_path):
     log = open_log(tmp_path)
     log.note("before the first step", 0, 0)
     log.step({"step": 1, "task": 0})
@@ -111,7 +111,7 @@ def test_a_run_without_a_state_begins_anew(tmp_path):
 
 
 def test_ranks_but_the_first_are_silent(tmp_path, capsys):
-    log = RunLog(tmp_path, QUIET, Follower(), {})
+    log = RunLog(tmp_path, QUIET, Follower(), {}, TrainState())
     log.step({"step": 1, "task": 0})
     log.task({"step": 1, "task": 0})
     log.note("x", 1, 0)
@@ -133,7 +133,7 @@ def test_the_accuracy_matrix_so_far_is_printed_also_after_a_resume(tmp_path):
 
 
 def test_a_matrix_wider_than_the_terminal_shows_the_first_and_the_newest_tasks(tmp_path):
-    log = open_log(tmp_path, console=console(width=80))
+    log = open_log(tmp_path, width=80)
     log.task({"step": 1, "task": 29, "per_task": [task / 100 for task in range(30)], "seen": 0.5})
     text = printed(log)
     assert "0.00" in text and "29.00" in text and "10.00" not in text and "23 tasks not shown" in text
@@ -158,7 +158,7 @@ class Clock:
 
 def test_without_a_terminal_there_is_a_line_every_ten_seconds_and_at_the_end(tmp_path):
     clock = Clock()
-    log = open_log(tmp_path, clock=clock)
+    log = open_log(tmp_path, get_time=clock)
     for batch in log.progress(range(40, 95), total=95, completed=40, description="task 1/3"):
         clock.now += 1
         log.step({"step": batch + 1, "task": 0, "loss": 0.25, "images_per_second": 60.0 if batch % 2 else 20.0, "seconds": 1.0})
@@ -170,7 +170,7 @@ def test_without_a_terminal_there_is_a_line_every_ten_seconds_and_at_the_end(tmp
 
 
 def test_on_a_terminal_there_is_a_bar_with_the_loss(tmp_path):
-    log = open_log(tmp_path, console=console(force_terminal=True, width=160))
+    log = open_log(tmp_path, force_terminal=True, width=160)
     for batch in log.progress(range(2, 4), total=4, completed=2, description="task 1"):
         log.step({"step": batch, "task": 0, "loss": 0.125})
     assert "4/4" in printed(log) and "loss 0.1250" in printed(log)
@@ -178,7 +178,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_loss(tmp_path):
 
 def test_count_time_left_loss_and_rate_fit_into_80_columns(tmp_path):
     clock = Clock()
-    log = open_log(tmp_path, console=console(force_terminal=True, width=80), clock=clock)
+    log = open_log(tmp_path, force_terminal=True, width=80, get_time=clock)
     for batch in log.progress(range(990, 1000), total=1000, completed=990, description="task 10/20"):
         clock.now += 1
         log.step({"step": batch, "task": 0, "loss": 12.125, "images_per_second": 12345.0, "seconds": 1.0})
@@ -187,7 +187,7 @@ def test_count_time_left_loss_and_rate_fit_into_80_columns(tmp_path):
 
 
 def test_a_loop_that_is_left_early_leaves_the_terminal_in_order(tmp_path):
-    log = open_log(tmp_path, console=console(force_terminal=True))
+    log = open_log(tmp_path, force_terminal=True)
     for _ in log.progress(range(4), total=4):
         break
     assert list(log.progress(range(2), total=2)) == [0, 1]  # rich refuses a second live display
