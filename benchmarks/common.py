@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import copy
 import json
 import os
 import statistics
@@ -150,7 +149,7 @@ def machine() -> dict[str, Any]:
 # the workload
 
 
-_on_meta: dict[str, TwoTowers] = {}  # models without numbers, each built once: drawing random weights takes seconds
+_built: dict[str, TwoTowers] = {}  # each model once, without or with numbers: drawing random weights takes seconds
 
 
 @dataclass(frozen=True)
@@ -186,12 +185,13 @@ class Workload:
 
     def towers(self, device: str) -> TwoTowers:
         """Return a fresh model. Its adapters are not zero, as after some training; speed and memory do not depend on the weights."""
-        name = f"{self.config.model} {self.config.adapter}"
-        if device == "meta" and name in _on_meta:
-            return copy.deepcopy(_on_meta[name])
-        towers = build_clip(self.config.model, self.config.adapter)
-        if device == "meta":
-            _on_meta[name] = copy.deepcopy(towers.to(device))
+        is_empty = device == "meta"
+        name = f"{self.config.model} {self.config.adapter} {is_empty}"
+        if name not in _built:
+            towers = build_clip(self.config.model, self.config.adapter)
+            _built[name] = towers.to("meta") if is_empty else towers
+        towers = _built[name].copy()
+        if is_empty:
             return towers
         generator = torch.Generator().manual_seed(1)
         for unit in towers.units.values():
