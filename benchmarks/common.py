@@ -149,7 +149,8 @@ def machine() -> dict[str, Any]:
 # the workload
 
 
-_built: dict[str, TwoTowers] = {}  # each model once, without or with numbers: drawing random weights takes seconds
+_on_meta: dict[str, TwoTowers] = {}  # models without numbers, each built once: drawing random weights takes seconds
+_newest: dict[str, TwoTowers] = {}  # the newest model with numbers
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,12 @@ class Workload:
 
     def towers(self, device: str) -> TwoTowers:
         """Return a fresh model. Its adapters are not zero, as after some training; speed and memory do not depend on the weights."""
-        is_empty = device == "meta"
-        name = f"{self.config.model} {self.config.adapter} {is_empty}"
-        if name not in _built:
-            towers = build_clip(self.config.model, self.config.adapter)
-            _built[name] = towers.to("meta") if is_empty else towers
-        towers = _built[name].copy()
-        if is_empty:
+        name, built = f"{self.config.model} {self.config.adapter}", _on_meta if device == "meta" else _newest
+        if name not in built:
+            _newest.clear()
+            built[name] = build_clip(self.config.model, self.config.adapter).to("meta" if device == "meta" else "cpu")
+        towers = built[name].copy()
+        if device == "meta":
             return towers
         generator = torch.Generator().manual_seed(1)
         for unit in towers.units.values():
@@ -358,11 +358,11 @@ class Collectives(Observer):
     def observe(self, function, args, kwargs, result) -> None:
         if function.namespace == "c10d":
             name = function.overloadpacket.__name__.rstrip("_")
-            given = tree_leaves(args[1] if name.startswith("allgather") else args[0])  # all-gathers name their output first
+            given = tree_leaves(args[1] if name.startswith(("allgather", "alltoall")) else args[0])  # these name their output first
             tensors = [t for t in given if isinstance(t, Tensor)]
             size = sum(t.nbytes for t in tensors)
             if name.startswith("alltoall"):
-                size //= torch.distributed.get_world_size()  # World.sum_exact sends every rank the same numbers
+                size //= torch.distributed.get_world_size()  # World sends a part to every rank, itself included: the mean part
             self.found.append((name, size))
             if name.startswith("allreduce") and all(t.is_floating_point() for t in tensors):
                 self.gradient_bytes += size

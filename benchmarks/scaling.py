@@ -39,6 +39,7 @@ def time_ranks(world: World, together: Workload, alone: Workload, steps: int) ->
     step = together.step(together.towers(device), world)
     batch = together.batch(step.towers, world.rank, world.size)
     independent, by_itself = (each.step(each.towers(device), single) for each in (together, alone))
+    independent.min_samples = step.min_samples  # both pad, or do not
     own = alone.batch(step.towers)
     variants: dict[str, Callable[[], Any]] = {
         "together": lambda: step([batch], Key(0, 0), 1e-3),

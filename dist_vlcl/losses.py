@@ -1,4 +1,4 @@
-"""Losses of candidates on one global batch, from features, and the one all-reduce that adds them up over the ranks."""
+"""Losses of candidates on one global batch, from features, and their exact sum over the ranks."""
 
 # K candidates, B samples of this rank, C classes, F features, n parameters of a branch
 
@@ -94,28 +94,29 @@ class BatchLosses:
         self.micro_batches: list[MicroBatch] = []
         self.first_report: LossReport | None = None  # the ranks exchange count and stop with the first losses of a step only
 
-    def add(self, model: Any, batch: Any, key: Key, least: int = MIN_SAMPLES) -> tuple[MicroBatch, dict[str, Tensor]]:
+    def add(
+        self, model: Any, batch: Any, key: Key, least: int = MIN_SAMPLES, shares_text: bool = False
+    ) -> tuple[MicroBatch, dict[str, Tensor]]:
         """Evaluate the base of a micro-batch, padded to at least `least` samples. Return it and its features, with their gradients.
 
-        With `least=1`, ranks share the text of first-order language: each computes a part of the classes.
-
-        model: the towers, as they are or wrapped for training. batch: a micro-batch on the device (data.loader.Batch).
+        model: the towers, as they are or wrapped for training. batch: a micro-batch on the device (data.loader.Batch). With `shares_text`
+        each rank computes the text of a part of the classes, and all ranks call this.
         """
-        parts, num_real = [batch.images, batch.labels, batch.positions], len(batch.labels)
+        padded, num_real = [batch.images, batch.labels, batch.positions], len(batch.labels)
         if num_real < least:
-            parts = [torch.cat([part, part.new_zeros(least - num_real, *part.shape[1:])]) for part in parts]
-        images, labels, positions = parts
-        # Candidates of language need all text. Frozen language is not shared, so that a plan without gradients sends numbers only.
-        learns = "language" not in self.flats and any(p.requires_grad for p in self.towers.language.parameters())
-        ranks = min(self.world.size, len(self.tokens)) if learns and least == 1 else 1  # that share the text
-        classes = torch.arange(len(self.tokens), device=self.tokens.device).tensor_split(ranks)[self.world.rank % ranks]
-        noise = step_noise(self.towers, classes, positions, key)
-        base = model({"vision": images, "language": self.tokens[classes]}, noise=noise, cache_layers=self.starts)
+            padded = [torch.cat([part, part.new_zeros(least - num_real, *part.shape[1:])]) for part in padded]
+        images, labels, positions = padded
+        classes = torch.arange(len(self.tokens), device=self.tokens.device)
+        parts = classes.tensor_split(min(self.world.size, len(classes)) if shares_text else 1)
+        own = parts[self.world.rank % len(parts)]
+        noise = step_noise(self.towers, own, positions, key)
+        base = model({"vision": images, "language": self.tokens[own]}, noise=noise, cache_layers=self.starts)
         features, cached_inputs = ({branch: out[place] for branch, out in base.items()} for place in (0, 1))
-        if ranks > 1:  # further ranks computed a part too, because every rank must call a sharded model, but theirs counts nothing
-            own_1CF = features["language"] * (self.world.rank < ranks)
-            zeros_1CF = own_1CF.new_zeros(1, len(self.tokens), own_1CF.shape[-1])
-            features["language"] = self.world.sum_with_gradient(zeros_1CF.index_copy(1, classes, own_1CF))
+        if shares_text:
+            # Ranks beyond the number of classes repeat a part, because all ranks must call a sharded model. They send nothing. Each rank
+            # back-propagates the sum of all ranks' gradients for its classes. DDP's average over ranks is then what it is without sharing.
+            counts = [len(part) for part in parts] + [0] * (self.world.size - len(parts))
+            features["language"] = self.world.gather_rows(features["language"][0, : counts[self.world.rank]], counts)[None]
         kept = {branch: of_branch.detach() for branch, of_branch in features.items()}
         self.micro_batches.append(MicroBatch(images, labels, num_real, noise, kept, cached_inputs))
         return self.micro_batches[-1], features

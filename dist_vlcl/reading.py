@@ -60,10 +60,12 @@ def parse_json(text: bytes | str, form: Any) -> Any:
 
 def read_json(path: Path, form: Any, default: Any) -> Any:
     """Return the content of a JSON file, or the default if there is no file. Raises ValueError that names a damaged file."""
-    if not os.path.lexists(path):  # a link that leads nowhere is refused, not absent
-        return default
     with explained(f"{path} is damaged"):
-        return parse_json(read_file(path), form)
+        try:
+            content = read_file(path)
+        except FileNotFoundError:
+            return default
+        return parse_json(content, form)
 
 
 def or_warn(read: Callable[[], Any], default: Any) -> Any:

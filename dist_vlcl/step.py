@@ -81,6 +81,15 @@ class HybridStep:
         """Return whether any unit is trained."""
         return bool(self.flats or self.first.parameters)
 
+    @property
+    def shares_text(self) -> bool:
+        """Whether each rank computes the text of a part of the classes only.
+
+        Ranks have few samples then, and language learns by first order alone: candidates of language would need all text. Frozen language
+        is not shared, so that a plan without gradients sends numbers only.
+        """
+        return self.min_samples == 1 and "language" not in self.flats and bool(self.first_units["language"])
+
     def begin(self, class_names: Sequence[str]) -> None:
         """Start a task: prompts of its classes, new optimisers. All ranks call this."""
         multiple = 4 if self.world.device.type == "cuda" else 1  # a CUDA graph is recorded for each length: fewer lengths, fewer graphs
@@ -121,7 +130,7 @@ class HybridStep:
         """Evaluate the base of each micro-batch, keep it in `losses`, and start the backward pass. planned: samples of the global batch."""
         for k, batch in enumerate(batches):
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
-                part, features = losses.add(self.first.wrapped, batch, key, self.min_samples)
+                part, features = losses.add(self.first.wrapped, batch, key, self.min_samples, self.shares_text)
                 logits_BC = self.towers.logits(features["vision"][0], features["language"][0])
                 loss_sum = sample_losses(logits_BC, part.labels, self.towers.config.loss)[: part.num_real].sum()
                 # DDP averages gradients over ranks. This factor makes the average the mean over the global batch, however it is divided.

@@ -33,7 +33,7 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("losses", 2),
     ("precision", 2),
     ("run", 3),
-    ("report", 3),
+    ("report", 4),
     ("train", 4),
     ("session", 4),
     ("experiment", 4),

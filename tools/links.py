@@ -36,6 +36,7 @@ from torch import nn
 from benchmarks.common import Collectives, Row, Table, Workload, positive
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import ClusterConfig, World
+from dist_vlcl.losses import MIN_SAMPLES
 from tools.scaling_model import NETWORKS, Network, Plan, compute_s, first_shapes, step_s
 
 PLANS = {
@@ -233,6 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a rank
     args = parser.parse_args(arguments)
+    if args.images < MIN_SAMPLES:
+        parser.error(
+            f"--images {args.images}: give {MIN_SAMPLES} or more; with fewer, ranks also exchange text, which is not measured here"
+        )
     if args.folder:
         measure(args)
         return 0

@@ -98,7 +98,7 @@ class Plan:
 
     @property
     def can_share_text(self) -> bool:
-        """Whether ranks with a small share compute a part of the text each (losses.py): language has gradients, and no candidates."""
+        """Whether ranks with few images compute a part of the text each: language has gradients, and no candidates (step.py)."""
         orders = {order for unit, order in self.orders.items() if unit.branch == "language"}
         return Order.FIRST in orders and Order.ZEROTH not in orders
 
@@ -157,13 +157,15 @@ def losses_s(network: Network, ranks: int, size: int, backend: str = "nccl") -> 
     return 2 * network.latency_s + (ranks - 1) * size / network.bytes_per_s
 
 
-def shares_text(plan: Plan, share: int) -> bool:
-    return plan.can_share_text and share < MIN_SAMPLES
+def text_s(plan: Plan, network: Network, ranks: int, backend: str = "nccl") -> float:
+    """Return the seconds of exchanging text features or their gradients: a rank sends those of its classes to every other."""
+    sent = math.ceil(plan.classes / ranks) * plan.text_bytes / plan.classes * (ranks - 1)
+    return (2 if backend == "gloo" else 1) * network.latency_s + sent / network.bytes_per_s
 
 
-def compute_s(plan: Plan, share: int, rank: Rank = Rank(), groups: int = 1, ranks: int = 1) -> tuple[float, float]:
-    """Return the seconds that a rank with `share` images computes: base loss and backward pass, then candidates."""
-    classes = math.ceil(plan.classes / ranks) if shares_text(plan, share) else plan.classes
+def compute_s(plan: Plan, share: int, rank: Rank = Rank(), groups: int = 1, classes: int | None = None) -> tuple[float, float]:
+    """Return the seconds that a rank with `share` images and the text of `classes` (all) computes: base and backward, then candidates."""
+    classes = classes or plan.classes
     config = replace(plan.zo, probes={branch: math.ceil(plan.zo.probes_of(branch) / groups) for branch in BRANCHES})
     first_only = {u: o if o is Order.FIRST else Order.FROZEN for u, o in plan.orders.items()}
     base = step_cost(plan.shapes, first_only, config, share, classes)
@@ -179,9 +181,10 @@ def step_s(plan: Plan, ranks: int, images: int, network: Network, rank: Rank = R
     share of the probes.
     """
     share = math.ceil(images * groups / ranks)  # the slowest rank's
-    base, candidates = compute_s(plan, share, rank, groups, ranks)
-    if shares_text(plan, share):
-        base += 2 * all_reduce_s(network, ranks, plan.text_bytes, backend)
+    shares_text = ranks > 1 and plan.can_share_text and images * groups // ranks < MIN_SAMPLES
+    base, candidates = compute_s(plan, share, rank, groups, math.ceil(plan.classes / ranks) if shares_text else None)
+    if shares_text:
+        base += 2 * text_s(plan, network, ranks, backend)
     losses = plan.exchanges * losses_s(network, ranks, plan.loss_bytes, backend)
     gradients = sum(all_reduce_s(network, ranks, size, backend) for size in plan.gradients)
     return base + max(candidates + losses, gradients)

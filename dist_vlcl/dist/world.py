@@ -127,10 +127,13 @@ class World:
             dist.all_reduce(total)
             return total.cpu()  # a GPU has finished then
 
-    def sum_with_gradient(self, tensor: Tensor, what: str = "text features") -> Tensor:
-        """Return the sum over ranks of a tensor of any shape. In the backward pass the sum's gradients are added up as well."""
-        with self.collectives(f"all-reduce of {what}"):
-            return _SumOverRanks.apply(tensor)
+    def gather_rows(self, own_nF: Tensor, counts: list[int], what: str = "text features") -> Tensor:
+        """Return the rows `[sum(counts), F]` of all ranks, in rank order. counts: the number of rows of each rank, which may be 0.
+
+        The gradient of a rank's rows is the sum of their gradients on all ranks: all ranks call the backward pass, too.
+        """
+        with self.collectives(f"all-gather of {what}"):
+            return _GatherRows.apply(own_nF, counts) if self.size > 1 else own_nF
 
     def broadcast(self, tensor: Tensor, what: str = "a tensor") -> None:
         """Overwrite a tensor with rank 0's."""
@@ -182,14 +185,21 @@ class World:
             self.collectives.wait_for_readers()
 
 
-class _SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
+class _GatherRows(torch.autograd.Function):
+    """One all-to-all each way: a single round trip with gloo, whose all-gather is a ring."""
 
-    backward = forward  # type: ignore[assignment]  # of the sum's gradients
+    @staticmethod
+    def forward(context: Any, own_nF: Tensor, counts: list[int]) -> Tensor:
+        context.sent, context.counts = [len(own_nF)] * len(counts), counts
+        rows = own_nF.new_empty(sum(counts), own_nF.shape[1])
+        dist.all_to_all_single(rows, own_nF.repeat(len(counts), 1), counts, context.sent)
+        return rows
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        received = gradient.new_empty(sum(context.sent), gradient.shape[1])
+        dist.all_to_all_single(received, gradient.contiguous(), context.sent, context.counts)
+        return received.unflatten(0, (len(context.counts), context.sent[0])).sum(0), None
 
 
 def check_launch(config: ClusterConfig, announced: int) -> None:

@@ -61,8 +61,7 @@ def environment_of(engine: str) -> dict[str, str]:
 def make_step(world: World, plan: OrderPlan, max_grad_norm: float | None = None) -> HybridStep:
     towers = tiny_clip()
     config = FirstOrderConfig(lr=1e-2, max_grad_norm=max_grad_norm)
-    first_of = lambda model: first_order(world, config, model)  # noqa: E731
-    return HybridStep(towers, assign(towers.units, plan), STRATEGIES["mozo"], first_of, world, min_samples=1)  # so that text is shared
+    return HybridStep(towers, assign(towers.units, plan), STRATEGIES["mozo"], lambda model: first_order(world, config, model), world)
 
 
 def take(step: HybridStep, k: int, samples: int = 10, micro_batches: int = 1):
@@ -81,7 +80,10 @@ def learn(world: World, plan: OrderPlan, elsewhere: dict[str, torch.Tensor] | No
 
     elsewhere: what another engine had saved in the same place, to resume from as well.
     """
-    step, reports = make_step(world, plan, max_grad_norm=0.2), []
+    step, reports, classes = make_step(world, plan, max_grad_norm=0.2), [], []
+    if plan in (PLANS["first"], PLANS["vision_all"]):
+        step.min_samples = 1  # ranks share the text
+    step.towers.register_forward_pre_hook(lambda _, inputs: classes.append(len(inputs[0]["language"])))
     step.begin(NAMES)
     reports += [take(step, 0), take(step, 1, micro_batches=2), take(step, 2)]
     step.begin(NAMES)  # another task, with fresh moments
@@ -105,7 +107,7 @@ def learn(world: World, plan: OrderPlan, elsewhere: dict[str, torch.Tensor] | No
     }
     digests = {"straight": digest(straight), "resumed": digest(resumed), "zeroth": digest(zeroth)}
     reported = [(r.loss, r.gradient_norm, r.skipped) for r in reports]
-    return {"saved": saved, "straight": straight, "moved": moved, "reports": reported, "digests": digests}
+    return {"saved": saved, "straight": straight, "moved": moved, "reports": reported, "digests": digests, "classes": set(classes)}
 
 
 def poisoned(step: HybridStep, k: int):
@@ -201,6 +203,7 @@ def test_a_zero_stage_learns_what_data_parallelism_learns(tmp_path, engine, ddp)
         ]
         assert ours["digests"] == ranks[1][name]["digests"]  # ranks agree bit for bit, on zeroth-order units and on all others
         assert ours["digests"]["straight"] == ours["digests"]["resumed"]
+        assert [r[name]["classes"] for r in ranks] == ([{3}] * 2 if name.startswith("dual") else [{2}, {1}])  # whose text each computes
         assert [skipped for *_, skipped in ours["reports"]] == [skipped for *_, skipped in theirs["reports"]]
         for (loss, norm, _), (other, other_norm, _) in zip(ours["reports"], theirs["reports"], strict=True):
             assert loss == pytest.approx(other, rel=1e-5, nan_ok=True)
