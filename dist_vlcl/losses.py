@@ -32,7 +32,7 @@ MIN_CHUNK = 8
 
 
 def min_samples(exact_bits: bool | None, share: int) -> int:
-    """Return up to how many samples a rank's part of a batch is padded (`cluster.exact_bits`). share: its samples of a full batch.
+    """Return up to how many samples a rank's part of a batch is padded (`cluster.exact_bits`). share: its samples of a full micro-batch.
 
     Without exact bits it is 1, because DDP requires something to back-propagate on a rank without samples.
     """

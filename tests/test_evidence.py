@@ -16,9 +16,17 @@ from tests.helpers.runs import write_run
 from tests.report.test_statistics import FO, results
 
 ROOT = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("evidence", ROOT / "tools" / "evidence.py")
-evidence = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(evidence)
+
+
+def tool(name: str):
+    """Return a script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+evidence, confirm = tool("evidence"), tool("confirm")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +70,28 @@ def test_the_page_s_part_is_the_same_from_the_csv_files_as_from_the_runs(rows, r
     )
     assert "| CIFAR-100 Inc20 | language all, naive | orders.rest=frozen | 0.30 |" in text
     assert text.index("## The primary contrasts") < text.index("## All runs") < text.index("## Questions of the paper")
+
+
+def test_r_is_shown_with_its_interval(read_back):
+    text = evidence.section(read_back)
+    found = [0.05 / 0.20, 0.06 / 0.20, 0.07 / 0.20]  # Last of three seeds
+    low, high = stats.t.interval(0.95, 2, np.mean(found), stats.sem(found))
+    assert (
+        f"- R of CIFAR-100 Inc20, language all, naive (orders.rest=frozen): Last 0.30 (95 % interval {low:.2f} to {high:.2f}), Avg" in text
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*steps missing")  # these runs have results only
+def test_the_confirming_runs_are_those_that_the_contrasts_compare(tmp_path):
+    for options in confirm.commands(["contrasts"], "cifar100", [10]):
+        run = [option for option in options if not option.startswith("run.")]
+        write_run(tmp_path, *run, f"run.name={options[-1].split('=')[1]}", last=0.5, avg=0.6, zero_shot=0.4)
+    rows = evidence.collect(sorted(tmp_path.iterdir()))
+    results = evidence.results_of(rows.assign(is_complete=True).drop(columns=["recovered_last", "recovered_avg"]))
+    contrasts = evidence.contrasts_of(results, yaml.safe_load((CONFIG_FOLDER / "contrasts.yaml").read_text()))
+    assert dict(zip(contrasts.name, contrasts.seeds, strict=True)) == dict.fromkeys(contrasts.name, 1)
+    ratios = rows.set_index("run").recovered_avg.dropna()
+    assert set(ratios.index) == {"cifar100-language-s10", "cifar100-ten-times-s10"}
 
 
 def test_only_the_part_between_the_markers_is_written(read_back, tmp_path):

@@ -257,6 +257,18 @@ def test_in_fp32_too_the_losses_are_the_same_bits_however_the_batch_is_cut(cuts)
     assert [move.record() for move in many.moves] == [move.record() for move in one.moves]
 
 
+def test_candidates_in_many_chunks_have_the_bits_of_candidates_in_one(monkeypatch):
+    config = ZerothOrderConfig(transform="identity", acceptance="best_of_three", probes=5)
+    whole = hybrid(OrderPlan("dual", "all"), config, double=False)([images(6)], Key(9, 0), LR)
+    sizes, evaluate = [], BatchLosses._evaluate
+    monkeypatch.setattr(BatchLosses, "_evaluate", lambda losses, chunk: sizes.append(len(chunk)) or evaluate(losses, chunk))
+    monkeypatch.setattr("dist_vlcl.losses.MAX_STACKED_NUMBERS", 1)
+    monkeypatch.setattr("dist_vlcl.losses.MIN_CHUNK", 3)
+    parts = hybrid(OrderPlan("dual", "all"), config, double=False)([images(6)], Key(9, 0), LR)
+    assert max(sizes) == 3 and len(sizes) > 4
+    assert (parts.loss, [move.record() for move in parts.moves]) == (whole.loss, [move.record() for move in whole.moves])
+
+
 @pytest.mark.parametrize(("exact_bits", "share", "computed"), [(None, 7, 3), (None, 8, 8), (True, 3, 8), (False, 64, 3)])
 def test_a_rank_with_three_samples_computes_eight_only_for_the_sake_of_equal_bits(exact_bits, share, computed):
     """`share`: what the rank has of a full batch. Only the last batch of an epoch is padded if that is eight or more."""

@@ -105,7 +105,7 @@ def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
     ]
     blocks.append(tables.result_table(ours))
     if contribution := tables.contribution_table(ours):
-        blocks += ["## What did zeroth order contribute?", CONTRIBUTION_TERMS, contribution]
+        blocks += ["## What did zeroth order contribute?", CONTRIBUTION_TERMS, contribution, "\n".join(ratio_sentences(results))]
     counted = comparisons[~comparisons.variant.isin(CONTROLS)]
     asked = {name: counted[counted.claim == name] for name in CLAIMS}
     blocks += ["## Questions of the paper", RULE]
@@ -185,6 +185,23 @@ def chosen(results: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
         return settings <= given and {text for text in given if text.startswith(("zo.", "orders."))} <= settings
 
     return found[np.array([fits(row) for row in found.itertuples()], dtype=bool)]
+
+
+def ratio_sentences(results: pd.DataFrame) -> list[str]:
+    """Return R with its interval over seeds, one sentence per method that has first order on the same units beside it."""
+    found = []
+    columns = {metric: RECOVERED.format(metric) for metric in tables.METRICS}
+    known = results.dropna(subset=list(columns.values()))
+    for key, part in known.groupby([*CELL, "other_settings"], sort=False):
+        *cell, settings = key
+        name = f"{tables.tasks_label(*cell[:2])}, {tables.method_label(*cell[2:])}{settings and f' ({settings})'}"
+        numbers = []
+        for metric, column in columns.items():
+            test = paired_test(part[column].to_numpy())
+            interval = f" (95 % interval {test['low']:.2f} to {test['high']:.2f})" if test["low"] == test["low"] else ""
+            numbers.append(f"{tables.METRICS[metric]} {test['mean']:.2f}{interval}")
+        found.append(f"- R of {name}: {', '.join(numbers)}, {len(part)} {'seed' if len(part) == 1 else 'seeds'}.")
+    return found
 
 
 def contrast_table(contrasts: pd.DataFrame) -> str:

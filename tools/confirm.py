@@ -1,0 +1,99 @@
+"""Train the confirming runs of docs/reproduction.md, one after another: each run for each seed, with a class order of its own.
+
+    python tools/confirm.py                                           the runs of the primary contrasts, CIFAR-100 Inc20, ten seeds
+    python tools/confirm.py tables --seeds 10                         Tables 1, 2 and 4 and Figure 4 on the same data, once
+    python tools/confirm.py hybrid frozen --data tiny_imagenet        some runs on other data
+    python tools/confirm.py --list                                    only print the commands
+    python tools/evidence.py collect runs/confirm/* --out docs/results/cifar100.csv
+
+Complete runs are skipped, interrupted ones go on. A run takes two to six minutes on a quiet core with 200 training images a class, the
+positive control half an hour.
+"""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from dist_vlcl.commands.sweep import COMPLETE, DONE, launcher_of, prepare, print_commands, run_all
+from dist_vlcl.config import errors_refused
+
+DATA = {  # warm-up: a fifth of the steps of a task, with the images that this evidence has
+    "cifar100": "data=cifar100 tasks.increment=20 train.warmup_steps=6",
+    "tiny_imagenet": "data=tiny_imagenet tasks.increment=20 train.warmup_steps=5",
+}
+CONTRASTS = {  # every run that configs/contrasts.yaml compares
+    "language": "orders=language_all orders.rest=frozen zo=many_probes",
+    "language-first": "orders=language_all orders.rest=frozen orders.order=first",
+    "hybrid": "orders=language_all zo=many_probes",
+    "frozen": "orders=language_all orders.order=frozen",
+    "walk": "orders=language_all zo=many_probes zo.random_signs=true",
+    "language-default": "orders=language_all zo=conservative",
+    "hop-default": "orders=dual_hop_odd zo=conservative",
+    "hop-frozen": "orders=dual_hop_odd orders.order=frozen",
+    "hop-mozo": "orders=dual_hop_odd zo=mozo",
+    "hop-sign": "orders=dual_hop_odd zo=sign",
+    "ten-times": "orders=dual_all zo=conservative train.epochs=10",
+    "ten-times-first": "orders=first train.epochs=10",
+}
+BRANCHES, LAYERS = ("dual", "vision", "language"), ("hop_odd", "hop_even", "prefix", "suffix")
+TABLES = {
+    **{f"{branch}-{zo}": f"orders={branch}_all zo={zo}" for branch in BRANCHES for zo in ("conservative", "naive", "sign")},
+    **{f"{branch}-lora": f"orders={branch}_all zo=conservative adapter=lora" for branch in BRANCHES},
+    **{f"{branch}-{layers}": f"orders={branch}_{layers} zo=conservative" for branch in BRANCHES for layers in LAYERS},
+    **{f"language-{layers}-unit": f"orders=language_{layers} zo=conservative zo.granularity=unit" for layers in LAYERS},
+    "first": "orders=first",
+    "first-lora": "orders=first adapter=lora",
+}
+GROUPS = {"contrasts": CONTRASTS, "tables": TABLES}
+
+
+def commands(names: list[str], data: str, seeds: list[int]) -> list[tuple[str, ...]]:
+    """Return the options of each run. names: groups and runs of GROUPS."""
+    runs: dict[str, str] = {}
+    for name in names:
+        runs |= GROUPS.get(name) or {name: (CONTRASTS | TABLES)[name]}
+    return [
+        (
+            *DATA[data].split(),
+            *options.split(),
+            f"seed={seed}",
+            f"tasks.order=seed:{seed}",
+            "run.root=runs/confirm",
+            f"run.name={data}-{name}-s{seed}",
+        )
+        for seed in seeds
+        for name, options in runs.items()
+    ]
+
+
+def seeds_of(text: str) -> list[int]:
+    """Read 10-19 or 10,12."""
+    first, _, last = text.partition("-")
+    return list(range(int(first), int(last) + 1)) if last else [int(seed) for seed in text.split(",")]
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [*GROUPS, *CONTRASTS, *TABLES]
+    parser.add_argument("names", nargs="*", metavar="RUN", help="contrasts (default), tables, or single runs of these (see --list)")
+    parser.add_argument("--data", choices=DATA, default="cifar100", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=seeds_of, default=list(range(10, 20)), metavar="10-19", help="or 10,12 (default: 10-19)")
+    parser.add_argument("--list", action="store_true", help="print the command of every run, and train nothing")
+    parser.add_argument("--processes", type=int, metavar="N", help="processes of each run (default: one per GPU of this machine, or one)")
+    parser.add_argument("--launcher", metavar="COMMAND", help="instead of accelerate launch, such as 'torchrun --nproc_per_node 2'")
+    arguments = parser.parse_args()
+    if odd := [name for name in arguments.names if name not in known]:
+        parser.error(f"{odd[0]}: choose from {', '.join(known)}")
+    with errors_refused():
+        items = prepare(commands(arguments.names or ["contrasts"], arguments.data, arguments.seeds))
+    launcher = launcher_of(arguments)
+    if arguments.list:
+        print_commands(items, launcher)
+        return 0
+    return int(not set(run_all(items, launcher, Console()).values()) <= {COMPLETE, DONE})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
