@@ -1,9 +1,10 @@
-"""The data behind docs/results.md, and the page's tables and figures from these data alone.
+"""The data behind docs/results.md and docs/claims.md, and the pages' tables and figures from these data alone.
 
     python tools/evidence.py collect runs/* --out docs/results/cifar100.csv     one row per complete run
-    python tools/evidence.py tables docs/results                                write the page's part between its two marker lines
+    python tools/evidence.py tables docs/results                                write the pages' parts between their two marker lines
 
-The page then shows exactly what the CSV files hold; a test compares them.
+The pages then show exactly what the CSV files hold; a test compares them. Runs with zo.granularity=unit also have their statistics by layer
+in FILE-layers.csv, for Figure 4.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from dist_vlcl.paper import CONFIG_FOLDER, paper_runs
 from dist_vlcl.report import tables
 from dist_vlcl.report.figures import STYLE
 from dist_vlcl.report.page import CONTRIBUTION_TERMS
-from dist_vlcl.report.paper_figures import draw_seeds
+from dist_vlcl.report.paper_figures import FOUR_PLANS, Picture, draw_seeds, draw_units, unit_statistics
 from dist_vlcl.report.records import CELL, CONTROLS, run_frame
 from dist_vlcl.report.statistics import (
     CLAIMS,
@@ -43,7 +44,10 @@ from dist_vlcl.report.statistics import (
 )
 from dist_vlcl.run.files import replace_file
 
-PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = ("results.md", "claims.md")
+CLAIMS_BEGIN = "## Questions of the paper\n"  # what follows is on the second page
+LAYERS = "-layers.csv"
 BEGIN, END = "<!-- results: begin (tools/evidence.py writes this part) -->", "<!-- results: end -->"
 TEXTS = ["adapter", "other_settings", "method_settings", "shared_settings", "model_settings"]  # "" in a CSV is a text, and no gap
 HIDDEN = ("path", "is_probe", "is_complete", "tasks_done")
@@ -68,7 +72,8 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 def read(folder: Path) -> pd.DataFrame:
     """Return the runs of every CSV file of a folder; an empty frame without one."""
-    parts = [pd.read_csv(path, keep_default_na=False, na_values={}) for path in sorted(folder.glob("*.csv"))]
+    paths = [path for path in sorted(folder.glob("*.csv")) if not path.name.endswith(LAYERS)]
+    parts = [pd.read_csv(path, keep_default_na=False, na_values={}) for path in paths]
     if not parts:
         return pd.DataFrame()
     runs = pd.concat(parts, ignore_index=True).drop_duplicates("run")
@@ -78,8 +83,27 @@ def read(folder: Path) -> pd.DataFrame:
     return runs.assign(is_complete=True, is_probe=False)
 
 
-def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
-    """Return the page's part about these runs; its figures are written into the folder `pictures`."""
+def layers_of(runs: list[Path], rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the statistics by layer of the runs in which each unit has its own estimate."""
+    by_unit = set(rows.run[rows.method_settings.str.contains("zo.granularity=unit", regex=False)])
+    return pd.concat([pd.DataFrame(), *(unit_statistics(run).assign(run=run.name) for run in runs if run.name in by_unit)])
+
+
+def draw_layers(runs: pd.DataFrame, folder: Path) -> Picture | None:
+    """Draw Figure 4 of the paper from the FILE-layers.csv of a folder."""
+    layers = pd.concat([pd.DataFrame({"run": []}), *map(pd.read_csv, sorted(folder.glob(f"*{LAYERS}")))])
+    shown = runs[runs.run.isin(layers.run)].assign(path=lambda found: found.run)
+    if shown.empty:
+        return None
+    shown = shown.assign(method=[tables.method_label("", *fields) for fields in shown[CELL[3:]].to_numpy()])
+    return draw_units(shown, FOUR_PLANS, lambda run: layers[layers.run == run].drop(columns="run"))
+
+
+def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | None = None) -> str:
+    """Return the pages' parts about these runs, one after the other.
+
+    Figures are written into the folder `pictures`. folder: where the statistics by layer are, if there are any.
+    """
     results = results_of(complete_of(runs.drop(columns=[RECOVERED.format(metric) for metric in tables.METRICS])))
     shared = {}
     for (dataset, increment), part in results.groupby(["dataset", "increment"], sort=False):
@@ -113,6 +137,8 @@ def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
         if len(found):
             blocks += [f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})", tables.comparison_table(found)]
     blocks.append(f"Questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}")
+    claims = blocks[blocks.index(CLAIMS_BEGIN.rstrip()) :]
+    del blocks[-len(claims) :]
     for old in pictures.glob("results-*.png") if pictures else ():
         old.unlink()
     with matplotlib.rc_context(fname=STYLE):
@@ -123,6 +149,11 @@ def section(runs: pd.DataFrame, pictures: Path | None = None) -> str:
                 if pictures:
                     pictures.mkdir(parents=True, exist_ok=True)
                     picture.figure.savefig(pictures / name)
+        if folder and (picture := draw_layers(runs, folder)):
+            claims.append(f"![Figure 4 of the paper](images/results-layers.png)\n\n{picture.caption}")
+            if pictures:
+                picture.figure.savefig(pictures / "results-layers.png")
+    blocks += claims
     return "\n\n".join(block.rstrip() for block in blocks)
 
 
@@ -231,6 +262,12 @@ def with_section(page: str, text: str) -> str:
     return f"{page[: page.index(BEGIN)]}{BEGIN}\n\n{text}\n\n{page[page.index(END) :]}"
 
 
+def parts_of(text: str) -> dict[str, str]:
+    """Return the part of each page."""
+    results, claims = text.split(CLAIMS_BEGIN)
+    return dict(zip(PAGES, (results.strip(), claims.strip()), strict=True))
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,20 +277,24 @@ def main() -> None:
     collecting.add_argument("--out", type=Path, required=True, metavar="FILE")
     writing = commands.add_parser("tables", help="write the page's tables and figures from the CSV files of a folder")
     writing.add_argument("folder", type=Path)
-    writing.add_argument("--page", type=Path, default=PAGE)
+    writing.add_argument("--docs", type=Path, default=DOCS, help="the folder of the pages (default: docs)")
     arguments = parser.parse_args()
     if arguments.command == "collect":
         rows = collect(arguments.runs)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         rows.to_csv(arguments.out, index=False)
         print(f"{len(rows)} runs in {arguments.out}")
+        if len(layers := layers_of(arguments.runs, rows)):
+            layers.to_csv(arguments.out.with_name(arguments.out.stem + LAYERS), index=False, float_format="%.4g")
         return
     runs = read(arguments.folder)
     if runs.empty:
         parser.error(f"no *.csv in {arguments.folder}; write them with: python tools/evidence.py collect runs/* --out FILE")
-    page = with_section(arguments.page.read_text(), section(runs, arguments.page.parent / "images"))
-    replace_file(arguments.page, page)
-    print(json.dumps({"runs": len(runs), "page": str(arguments.page), "lines": page.count("\n")}))
+    text = section(runs, arguments.docs / "images", arguments.folder)
+    for name, part in parts_of(text).items():
+        page = with_section((arguments.docs / name).read_text(), part)
+        replace_file(arguments.docs / name, page)
+        print(json.dumps({"runs": len(runs), "page": name, "lines": page.count("\n")}))
 
 
 if __name__ == "__main__":

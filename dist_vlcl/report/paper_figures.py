@@ -61,9 +61,12 @@ def draw_losses(runs: pd.DataFrame, methods: Sequence[str]) -> Picture | None:
     return Picture(figure, data, caption)
 
 
-def draw_units(runs: pd.DataFrame, methods: Sequence[str]) -> Picture | None:
-    """Draw statistics of every unit's gradient or estimate by layer, one row per statistic, one column per tower."""
-    data = gather(runs, unit_statistics)
+def draw_units(runs: pd.DataFrame, methods: Sequence[str], read: Callable[[Path], pd.DataFrame] | None = None) -> Picture | None:
+    """Draw statistics of every unit's gradient or estimate by layer, one row per statistic, one column per tower.
+
+    read: returns the `unit_statistics` of a run's path; those of its folder by default.
+    """
+    data = gather(runs, read or unit_statistics)
     if data.empty:
         return None
     figure = Figure(figsize=(6.9, 6.9))
