@@ -23,7 +23,7 @@ TERMS = (
 )
 CONTRIBUTION_TERMS = (
     "R = (ours − zero-shot) / (first order on the same units − zero-shot), where no other unit learns. "
-    "Cosine: between estimate and gradient, as expected from the slopes and the estimate's norm. "
+    "Cosine: between the estimate and the gradient of the tensors that are perturbed, as expected from the slopes and the estimate's norm. "
     "Expected descent: the sum over all steps of coefficient times squared slope, in units of the loss. "
     "The other columns: the share of the steps that an acceptance rule decided. Means over seeds."
 )
