@@ -4,7 +4,7 @@
     python tools/confirm.py tables --seeds 10                         Tables 1, 2 and 4 and Figure 4 on the same data, once
     python tools/confirm.py hybrid frozen --data tiny_imagenet        some runs on other data
     python tools/confirm.py --list                                    only print the commands
-    python tools/evidence.py collect runs/confirm/* --out docs/results/cifar100.csv
+    python tools/evidence.py collect runs/confirm/cifar100-* --out docs/results/cifar100.csv
 
 Complete runs are skipped, interrupted ones go on. A run takes two to six minutes on a quiet core with 200 training images a class, the
 positive control half an hour.
