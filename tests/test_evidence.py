@@ -69,6 +69,7 @@ def test_the_page_s_part_is_the_same_from_the_csv_files_as_from_the_runs(rows, r
         "| Is MoZO on hop_odd the same as sign steps with equal epsilons? | \\|Δ\\| \\< 0.5 | Avg | 0 | – | – | – | – | not run |" in text
     )
     assert "| CIFAR-100 Inc20 | language all, naive | orders.rest=frozen | 0.30 |" in text
+    assert "1 comparison, Δ Avg +0.05. Answers from several seeds: no (within ±0.5) 1." in text
     assert text.index("## The primary contrasts") < text.index("## All runs") < text.index("## Questions of the paper")
 
 

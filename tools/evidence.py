@@ -135,7 +135,7 @@ def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | Non
     blocks += ["## Questions of the paper", RULE]
     for name, found in asked.items():
         if len(found):
-            blocks += [f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})", tables.comparison_table(found)]
+            blocks += [f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})", summary(found), tables.comparison_table(found)]
     blocks.append(f"Questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}")
     claims = blocks[blocks.index(CLAIMS_BEGIN.rstrip()) :]
     del blocks[-len(claims) :]
@@ -233,6 +233,22 @@ def ratio_sentences(results: pd.DataFrame) -> list[str]:
             numbers.append(f"{tables.METRICS[metric]} {test['mean']:.2f}{interval}")
         found.append(f"- R of {name}: {', '.join(numbers)}, {len(part)} {'seed' if len(part) == 1 else 'seeds'}.")
     return found
+
+
+def summary(found: pd.DataFrame) -> str:
+    """Return what the comparisons of one claim say together: the range of Δ (of Avg, if they have it), the answers, the paper's range."""
+    metric = found.metric.iloc[-1]
+    part = found[found.metric == metric]
+    name = f" {tables.METRICS[metric]}" if metric in tables.METRICS else ""
+
+    def span(values: pd.Series) -> str:
+        return " to ".join(dict.fromkeys(map(tables.signed, (values.min(), values.max()))))
+
+    text = f"{len(part)} {'comparison' if len(part) == 1 else 'comparisons'}, Δ{name} {span(part['mean'])}."
+    several = part[part.seeds > 1].verdict.value_counts(sort=False)
+    text += f" Answers from several seeds: {', '.join(f'{verdict} {count}' for verdict, count in several.items())}." if len(several) else ""
+    text += f" {(part.seeds == 1).sum()} with one seed, which is no answer." if (part.seeds == 1).any() else ""
+    return text + (f" The paper's Δ{name}: {span(part.paper.dropna())}." if part.paper.notna().any() else "")
 
 
 def contrast_table(contrasts: pd.DataFrame) -> str:
