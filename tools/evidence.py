@@ -30,6 +30,7 @@ from dist_vlcl.report.records import CELL, CONTROLS, run_frame
 from dist_vlcl.report.statistics import (
     CLAIMS,
     GROUP,
+    METHOD,
     NO,
     NOT_DECIDED,
     RECOVERED,
@@ -143,7 +144,7 @@ def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | Non
         old.unlink()
     with matplotlib.rc_context(fname=STYLE):
         for number, ((dataset, increment, _), part) in enumerate(results.groupby(GROUP, sort=False), 1):
-            if picture := draw_seeds(part):
+            if picture := draw_seeds(part[part.groupby(METHOD).seed.transform("size") > 1]):
                 name = f"results-{dataset}-inc{increment}-{number}.png"
                 blocks.append(f"![{picture.caption.split('.')[0]}](images/{name})")
                 if pictures:

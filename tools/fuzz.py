@@ -52,7 +52,6 @@ from dist_vlcl.config import Config, compose_config
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, decode, make_shards, read_shard, write_shards
 from dist_vlcl.report.records import read_units
-from dist_vlcl.saved import read_config
 from dist_vlcl.step import HybridStep
 from tests.helpers import mutate, warm  # noqa: F401
 from tests.helpers.shards import png, raw_set
@@ -508,7 +507,7 @@ def fuzz(folder: Path, first: int, inputs: int, seconds: float, keep: bool = Fal
     begun, base, references = time.monotonic(), folder / "base", {}
     cfg = compose_config([*OPTIONS, "run.name=stopped"])
     prepare(cfg, base, seconds)
-    report.realise(read_config(base / "runs/done/config.yaml")), report.paper_runs()  # they are cached, and forks have them then
+    report.run_frame([base / "runs/done"]), report.paper_runs()  # what they read is cached, and forks have it then
     results = folder / "results.jsonl"
     known = {one["input"]: one for one in map(json.loads, results.read_text().splitlines())} if results.exists() and not keep else {}
     found, shown = [], begun
