@@ -114,6 +114,13 @@ def test_the_page_shows_what_the_shipped_csv_files_hold():
         assert evidence.with_section(page, part) == page
 
 
+def test_the_table_of_the_screen_is_that_of_its_csv_file():
+    means = pd.read_csv(ROOT / "docs" / "results" / "screens" / "language.csv").groupby(["zo", "zo.lr_scale", "zo.probes"]).accuracy.mean()
+    page = (evidence.DOCS / "results.md").read_text().replace("**", "")
+    for (strategy, scale), row in means.groupby(level=[0, 1]):
+        assert f"| {strategy}, {scale:g} | {' | '.join(f'{mean:.2f}' for mean in row)} |" in page
+
+
 CONTRAST = {
     **{"name": "a", "question": "?", "metric": "last", "claim": "above", "where": {"dataset": "cifar100"}},
     **{"method": {"branch": "dual", "variant": "naive", "settings": ["zo.lr_scale=3.0"]}, "against": {"variant": "none"}},
