@@ -11,6 +11,7 @@ positive control half an hour.
 """
 
 import argparse
+import re
 import sys
 
 from rich.console import Console
@@ -69,6 +70,8 @@ def commands(names: list[str], data: str, seeds: list[int]) -> list[tuple[str, .
 
 def seeds_of(text: str) -> list[int]:
     """Read 10-19 or 10,12."""
+    if not re.fullmatch(r"\d+-\d+|\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text}: give a range such as 10-19, or seeds such as 10,12")
     first, _, last = text.partition("-")
     return list(range(int(first), int(last) + 1)) if last else [int(seed) for seed in text.split(",")]
 

@@ -7,6 +7,7 @@ from rich.progress import track
 
 from dist_vlcl.config import Config, errors_refused, hydra_main
 from dist_vlcl.data.shards import make_shards
+from dist_vlcl.masking import masked
 
 
 @errors_refused()
@@ -14,7 +15,7 @@ def run(config: Config) -> None:
     """Write the shards with a progress bar. An error of the user is one line on stderr and exit status 2."""
     index = make_shards(config.data, lambda work: track(work, description=f"{config.data.name}: classes"))
     counts = f"{index.count('train')} training and {index.count('test')} test images"
-    print(f"{index.location}: {len(index.class_names)} classes, {counts}")
+    print(f"{masked(index.location)}: {len(index.class_names)} classes, {counts}")
 
 
 def main() -> None:
