@@ -27,16 +27,20 @@ ORDERS = tuple(order.value for order in Order)
 
 @dataclass
 class OrderPlan:
-    """A set of units with one order; every other unit has the order `rest`."""
+    """A set of units with one order; every other unit has the order `rest` (of its branch)."""
 
     branch: str = option("dual", "Branches that the plan chooses units from; dual: both.", choices=tuple(PLAN_BRANCHES))
     layers: Any = option("hop_odd", "Layers of the plan: all, hop_odd, hop_even, prefix, suffix, a list, or one of these for each branch.")
     span: int | None = option(None, "Number of layers of prefix and suffix; null: half of the tower.", min=1)
     order: str = option("zeroth", "Order of the chosen units; frozen is the control without training.", choices=ORDERS)
-    rest: str = option("first", "Order of all other units.", choices=ORDERS)
+    rest: Any = option("first", "Order of all other units: first, zeroth or frozen, or one per branch: {language: frozen, vision: first}.")
 
     def check(self) -> None:
-        """Raise ValueError for layers that have no known name and are no list, or of a branch that is not chosen."""
+        """Raise ValueError for an unknown order, or for layers that have no known name and are no list, or of a branch that is not chosen."""
+        rests = self.rest if isinstance(self.rest, Mapping) else dict.fromkeys(BRANCHES, self.rest)
+        if set(rests) != set(BRANCHES) or not set(rests.values()) <= set(ORDERS) or (self.branch == "none" and self.rest is rests):
+            allowed = f"choose from {', '.join(ORDERS)}"
+            raise ValueError(f"orders.rest={self.rest!r}: {allowed}, or with a plan of some units one per branch: {{language: frozen, vision: first}}")
         branches = PLAN_BRANCHES[self.branch]
         by_branch = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(BRANCHES, self.layers)
         if isinstance(self.layers, Mapping) and (unplanned := sorted(set(by_branch) - set(branches))):
@@ -45,6 +49,10 @@ class OrderPlan:
         if not all(map(_names_layers, by_branch.values())):
             allowed = f"choose from {', '.join(PLAN_LAYERS)}, or give a list such as [1,3,5], or one of these for each branch"
             raise ValueError(f"orders.layers={self.layers!r}: {allowed}")
+
+    def rest_of(self, branch: str) -> str:
+        """Return the order of a branch's other units."""
+        return self.rest[branch] if isinstance(self.rest, Mapping) else self.rest
 
     def layers_of(self, branch: str, depth: int) -> set[int]:
         """Return the layers that the plan chooses in a tower of `depth` blocks. Raises ValueError for a layer that it does not have."""
@@ -76,7 +84,7 @@ def assign(units: Iterable[UnitId], plan: OrderPlan) -> dict[UnitId, Order]:
         chosen |= {UnitId(branch, layer) for layer in plan.layers_of(branch, depth)}
     if plan.branch != "none" and not chosen:
         raise ValueError(f"orders.layers={plan.layers!r}: no layer of the {plan.branch} branch is chosen")
-    return {unit: Order(plan.order) if unit in chosen else Order(plan.rest) for unit in units}
+    return {unit: Order(plan.order if unit in chosen else plan.rest_of(unit.branch)) for unit in units}
 
 
 def describe(orders: Mapping[UnitId, Order]) -> list[Sequence[str]]:

@@ -47,14 +47,14 @@ def test_every_file_of_a_group_composes_and_checks(group, name):
         orders = assign(UNITS, config.orders)
         named = [unit for unit, order in orders.items() if order is Order.ZEROTH]
         assert bool(named) == (name not in ("first", "zero_shot"))
-        assert set(orders.values()) <= {Order.ZEROTH, Order.FROZEN if name == "zero_shot" else Order.FIRST}
+        assert set(orders.values()) <= {Order.ZEROTH, Order.FIRST} or name in ("zero_shot", "language_late")
     if group == "data":
         assert config.data.name == ("mine" if (group, name) in EXTRA else name)
 
 
 def test_every_branch_and_layer_plan_has_its_file():
     plans = {f"{b}_{p}" for b, p in itertools.product(("dual", "vision", "language"), ("all", "hop_odd", "hop_even", "prefix", "suffix"))}
-    assert set(GROUPS["orders"]) == plans | {"first", "zero_shot"}
+    assert set(GROUPS["orders"]) == plans | {"first", "zero_shot", "language_late"}
     for name in plans:
         assert OmegaConf.load(CONFIG_FOLDER / "orders" / f"{name}.yaml") == dict(zip(("branch", "layers"), name.split("_", 1), strict=True))
 
@@ -156,6 +156,8 @@ BAD = {
     "orders.span=0": "orders.span=0: give a number of at least 1, or null",
     "orders.order=second": "orders.order='second': choose from",
     "orders.rest=none": "orders.rest='none': choose from",
+    "orders.rest={vision:first}": "orders.rest={'vision': 'first'}: choose from",
+    "orders.rest={vision:first,language:second}": "orders.rest={'vision': 'first', 'language': 'second'}: choose from",
     "zo.transform=cube": "zo.transform='cube': choose from",
     "zo.sides=3": "zo.sides=3: choose from 1, 2",
     "zo.directions=cauchy": "zo.directions='cauchy': choose from",

@@ -78,6 +78,13 @@ def test_the_named_order_and_the_rest_are_what_the_plan_says():
             assert list(orders.values()) == [rest, rest, order, rest]
 
 
+def test_the_rest_may_have_an_order_per_branch():
+    orders = assign(units(2, 2), OrderPlan("language", [2], rest={"language": "frozen", "vision": "first"}))
+    assert [order.value for order in orders.values()] == (
+        ["frozen", "zeroth", "first", "first"] if next(iter(orders)).branch == "language" else ["first", "first", "frozen", "zeroth"]
+    )
+
+
 def test_branch_none_leaves_every_unit_to_the_rest():
     assert set(assign(units(), OrderPlan("none", "all")).values()) == {Order.FIRST}
     assert set(assign(units(), OrderPlan("none", "all", rest="frozen")).values()) == {Order.FROZEN}
@@ -94,6 +101,8 @@ def test_branch_none_leaves_every_unit_to_the_rest():
         (OrderPlan(layers={}), "no layer of the dual branch is chosen"),
         (OrderPlan(order="second"), "orders.order='second': choose from first, zeroth, frozen"),
         (OrderPlan(rest="none"), "orders.rest='none': choose from first, zeroth, frozen"),
+        (OrderPlan(rest={"vision": "first"}), "one per branch: {language: frozen, vision: first}"),
+        (OrderPlan("none", "all", rest={"language": "frozen", "vision": "first"}), "with a plan of some units one per branch"),
         (OrderPlan(layers="prefix", span=0), "orders.span=0: give a number of at least 1, or null"),
         (OrderPlan(layers="suffix", span=13), "orders.span=13: the language tower has 12 blocks; choose from 1 to 12"),
         (OrderPlan(layers={"vison": [1], "language": [1]}), "orders.layers"),

@@ -118,6 +118,11 @@ def test_a_run_realises_what_its_options_say_whatever_its_id(options, expected):
         (["orders=dual_hop_odd", "orders.order=frozen", "orders.rest=zeroth"], "dual", "all but dual hop_odd", "conservative"),
         (["orders=dual_hop_odd", "orders.rest=frozen"], "dual", "hop_odd", "conservative"),
         (["orders=dual_all", "orders.order=frozen"], "none", "none", "zero_shot"),
+        (["orders=language_late"], "language", "suffix4", "conservative"),
+        (["orders=language_late", "orders.order=frozen"], "language", "suffix4", "frozen"),
+        (["orders=language_late", "orders.rest=frozen", "orders.order=first"], "dual", "all but language suffix4", "frozen"),
+        (["orders=language_late", "orders.order=first"], "dual", "all but language suffix4", "frozen"),
+        (["orders=language_all", "orders.rest={language: frozen, vision: frozen}"], "language", "all", "conservative"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

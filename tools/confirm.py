@@ -24,12 +24,13 @@ DATA = {  # warm-up: a fifth of the steps of a task, with the images that this e
     "tiny_imagenet": "data=tiny_imagenet tasks.increment=20 train.warmup_steps=5",
 }
 CONTRASTS = {  # every run that configs/contrasts.yaml compares
-    "language": "orders=language_all orders.rest=frozen zo=many_probes",
-    "language-first": "orders=language_all orders.rest=frozen orders.order=first",
-    "hybrid": "orders=language_all zo=many_probes",
-    "frozen": "orders=language_all orders.order=frozen",
-    "walk": "orders=language_all zo=many_probes zo.random_signs=true",
+    "language": "orders=language_late orders.rest=frozen zo=many_probes",
+    "language-first": "orders=language_late orders.rest=frozen orders.order=first",
+    "hybrid": "orders=language_late zo=many_probes",
+    "frozen": "orders=language_late orders.order=frozen",
+    "walk": "orders=language_late zo=many_probes zo.random_signs=true",
     "language-default": "orders=language_all zo=conservative",
+    "language-frozen": "orders=language_all orders.order=frozen",
     "hop-default": "orders=dual_hop_odd zo=conservative",
     "hop-frozen": "orders=dual_hop_odd orders.order=frozen",
     "hop-mozo": "orders=dual_hop_odd zo=mozo",

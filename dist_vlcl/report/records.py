@@ -142,12 +142,19 @@ def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every option under its dotted key. Probes per branch are one option: the number of the one branch that reads it, or both."""
-    probes = config.get("zo", {}).get("probes")
-    if not isinstance(probes, Mapping):
-        return flatten(config)
-    text = f"{{{', '.join(f'{branch}: {probes[branch]}' for branch in sorted(probes))}}}"
-    return flatten({**config, "zo": {**config["zo"], "probes": probes.get(config["orders"]["branch"], text)}})
+    """Return every option under its dotted key. Orders and probes per branch are one option each.
+
+    Where one branch alone reads the probes, they are its number.
+    """
+    orders, zo = config["orders"], config.get("zo", {})
+    probes = zo.get("probes")
+    if isinstance(probes, Mapping):
+        zo = {**zo, "probes": probes.get(orders["branch"], _as_one(probes))}
+    return flatten({**config, "orders": {**orders, "rest": _as_one(orders["rest"])}, "zo": zo})
+
+
+def _as_one(value: Any) -> str:
+    return f"{{{', '.join(f'{key}: {value[key]}' for key in sorted(value))}}}" if isinstance(value, Mapping) else str(value)
 
 
 def _text(config: Mapping[str, Any], key: str) -> str:

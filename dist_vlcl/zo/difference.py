@@ -27,22 +27,22 @@ TENSORS = ("all", "up")
 
 
 def up_projections(flat: Flat) -> Tensor:
-    """Return 1 for the elements of tensors that have `up` as a word of their name, such as `up_weight` and `k_up`, and 0 elsewhere `[n]`.
+    """Return 1 for the elements of tensors that have `up` as a word of their name, such as `up_weight` and `k_up`, and 0 elsewhere `[n]`, on the CPU.
 
     Raises ValueError if there is none.
     """
     parts = [torch.full((n,), float("up" in name.rpartition("/")[-1].split("_"))) for name, n in flat.names()]
-    mask_n = torch.cat(parts).to(flat.values_n.device)
+    mask_n = torch.cat(parts)
     if not mask_n.any():
         raise ValueError("zo.tensors=up: this adapter has no tensor with the word up in its name; use zo.tensors=all")
     return mask_n
 
 
 class StepDirections:
-    """The directions of one step, by (branch, probe). They are drawn when they are read; the last few are kept."""
+    """The directions of one step, by (branch, probe). They are drawn when they are read; the last `kept` are kept."""
 
-    def __init__(self, draw: Callable[[str, int], Tensor]):
-        self._draw = functools.lru_cache(maxsize=16)(draw)
+    def __init__(self, draw: Callable[[str, int], Tensor], kept: int):
+        self._draw = functools.lru_cache(kept)(draw)
 
     def __getitem__(self, place: tuple[str, int]) -> Tensor:
         return self._draw(*place)
@@ -54,8 +54,13 @@ class Directions:
     def __init__(self, flats: Mapping[str, Flat], distribution: str, tensors: str = "all"):
         self.distribution = distribution
         self.fields = {b: NoiseField(flat.names(), flat.values_n.device) for b, flat in flats.items()}
-        self.masks = {b: up_projections(flat) for b, flat in flats.items()} if tensors == "up" else {}
-        self.shares = {b: float(self.masks[b].mean()) if self.masks else 1.0 for b in flats}  # of the parameters that directions change
+        self.largest = max((flat.values_n.numel() for flat in flats.values()), default=1)
+        self.on_cpu = {b: up_projections(flat) for b, flat in flats.items()} if tensors == "up" else {}
+        self.masks = {b: mask_n.to(flats[b].values_n.device) for b, mask_n in self.on_cpu.items()}
+
+    def changed(self, group: Group) -> int:
+        """Return how many parameters of a group the directions change."""
+        return sum(int(self.on_cpu[b][part].sum()) if self.on_cpu else part.stop - part.start for b, part in group.slices.items())
 
     def draw(self, branch: str, key: Key, probe: int) -> Tensor:
         """Return direction number `probe` of a branch `[n]`, fp32: standard normals, or signs +-1 ("rademacher"); zero where masked."""
@@ -65,8 +70,8 @@ class Directions:
         return direction_n * self.masks[branch] if self.masks else direction_n
 
     def of_step(self, key: Key) -> StepDirections:
-        """Return the directions of a step."""
-        return StepDirections(lambda branch, probe: self.draw(branch, key, probe))
+        """Return the directions of a step. It keeps what fits in 128 MiB, and at least 16: estimate and candidates read the same ones."""
+        return StepDirections(lambda branch, probe: self.draw(branch, key, probe), max(16, 2**25 // self.largest))
 
 
 @dataclass(frozen=True)

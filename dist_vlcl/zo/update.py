@@ -177,16 +177,15 @@ class ZerothOrder:
 
         `auto` divides by the root mean square of the slopes and multiplies by their number q. Each probe then moves its direction by about
         lr, and the q moves are added, not averaged. With n parameters and q much smaller than n, the mean of q estimates has n / q times
-        the square norm of the gradient. So the best step on a quadratic grows as q. The whole step is as long as sqrt(q) steps of lr in
-        every parameter of the branch: where directions change a part of them, each of these moves further.
+        the square norm of the gradient. So the best step on a quadratic grows as q. The part of the step that lies along the gradient is
+        then q lr long. It is limited to 1.5 sqrt(n) lr: one and a half first-order steps that move every parameter by lr.
         """
         if self.config.lr_scale != "auto":
             return lr * self.config.lr_scale
         slopes = [slope for of_branch in move.projected_gradient.values() for slope in of_branch]
         size = math.sqrt(sum(slope * slope for slope in slopes) / len(slopes))
-        count = max(map(len, move.projected_gradient.values()))
-        shares = [self.directions.shares[branch] for branch in move.group.slices]
-        return lr * count / (size * math.sqrt(sum(shares) / len(shares))) if size > 0 else 0.0
+        useful = min(max(map(len, move.projected_gradient.values())), 1.5 * math.sqrt(self.directions.changed(move.group)))
+        return lr * useful / size if size > 0 else 0.0
 
     def apply(self, moves: Sequence[Move]) -> None:
         """Add each move to the values, in place."""

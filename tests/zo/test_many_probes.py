@@ -46,17 +46,25 @@ def test_candidates_are_made_one_at_a_time():
     assert drawn == [("language", 0), ("language", 1), ("language", 2)]
 
 
-def test_auto_moves_each_direction_by_lr_times_its_slope_over_the_rms_slope():
-    problem = Problem(two_branches(), smooth)
-    before = values(problem)
-    _, moves = step(problem, row("naive", lr_scale="auto", **MANY), lr=0.01)
+@pytest.mark.parametrize(("numel", "useful"), [(600, 12), (36, 9)])  # 1.5 first-order steps: 37 and 9
+def test_auto_adds_the_probes_up_to_the_length_of_one_and_a_half_first_order_steps(numel, useful):
+    problem = Problem({"language": FlatTensors({"language.1/up_weight": torch.randn(numel)})}, lambda x: x.square().sum())
+    before = values(problem)["language"]
+    _, (move,) = step(problem, row("naive", lr_scale="auto", **MANY), lr=0.01)
+    slopes = torch.tensor(move.projected_gradient["language"], dtype=torch.float64)
     directions = Directions(problem.flats, "rademacher")
-    for move in moves:
-        branch = move.group.name
-        slopes = torch.tensor(move.projected_gradient[branch], dtype=torch.float64)
-        z = torch.stack([directions.draw(branch, KEY, q) for q in range(len(slopes))]).double()
-        expected = -0.01 * (slopes / slopes.square().mean().sqrt()) @ z
-        torch.testing.assert_close(problem.flats[branch].values_n - before[branch], expected, rtol=1e-5, atol=1e-7)
+    z = torch.stack([directions.draw("language", KEY, q) for q in range(12)]).double()
+    expected = -0.01 * useful / 12 * (slopes / slopes.square().mean().sqrt()) @ z
+    torch.testing.assert_close(problem.flats["language"].values_n - before, expected.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_part_of_the_automatic_step_along_the_gradient_is_as_long_as_it_says():
+    lr, along = 0.01, []
+    for k in range(300):
+        problem = Problem({"language": FlatTensors({"language.1/up_weight": torch.zeros(400)})}, torch.sum)  # a gradient of ones
+        step(problem, row("naive", lr_scale="auto", **MANY), Key(3, k), lr=lr)
+        along.append(float(-problem.flats["language"].values_n.sum()) / math.sqrt(400) / lr)
+    assert sum(along) / len(along) == pytest.approx(12, rel=0.05)
 
 
 def test_auto_does_not_depend_on_the_scale_of_the_loss():
@@ -98,18 +106,16 @@ def test_random_signs_keep_every_size_and_follow_no_slope():
     assert changed == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(40 * 15))
 
 
-def test_up_moves_only_the_up_projections_and_its_step_is_as_long_as_that_of_all_tensors():
-    units = {
-        f"language.{layer}/{name}": torch.zeros(size) for layer in (1, 2) for name, size in {"up_weight": 300, "down_weight": 500}.items()
-    }
-    moved = {}
+def test_up_moves_only_the_up_projections_and_its_step_counts_these_parameters():
+    units = {f"language.{layer}/{name}": torch.zeros(n) for layer in (1, 2) for name, n in {"up_weight": 30, "down_weight": 50}.items()}
+    changed = {}
     for tensors in ("all", "up"):
         problem = Problem({"language": FlatTensors(units)}, torch.sum)
-        step(problem, row("naive", lr_scale="auto", tensors=tensors, **MANY), lr=0.01)
-        moved[tensors] = problem.flats["language"].tensors()
-    assert all(bool(t.any()) == ("up" in name) for name, t in moved["up"].items())
-    whole, part = (torch.cat([t.flatten() for t in moved[tensors].values()]).norm() for tensors in ("all", "up"))
-    assert float(part / whole) == pytest.approx(1, rel=0.1)  # 0.61 = sqrt(600 / 1600) without the correction
+        zeroth = ZerothOrder(problem.flats, row("naive", lr_scale="auto", tensors=tensors, granularity="unit", **MANY))
+        changed[tensors] = [zeroth.directions.changed(group) for group in zeroth.groups]
+        take(zeroth, problem, KEY)
+    assert changed == {"all": [80, 80], "up": [30, 30]}
+    assert all(bool(t.any()) == ("up" in name) for name, t in problem.flats["language"].tensors().items())
 
 
 def test_up_needs_an_adapter_with_up_projections():
