@@ -36,11 +36,11 @@ class OrderPlan:
     rest: Any = option("first", "Order of all other units: first, zeroth or frozen, or one per branch: {language: frozen, vision: first}.")
 
     def check(self) -> None:
-        """Raise ValueError for an unknown order, or for layers that have no known name and are no list, or of a branch that is not chosen."""
+        """Raise ValueError for unknown orders, for layers that have no known name and are no list, or of a branch that is not chosen."""
         rests = self.rest if isinstance(self.rest, Mapping) else dict.fromkeys(BRANCHES, self.rest)
         if set(rests) != set(BRANCHES) or not set(rests.values()) <= set(ORDERS) or (self.branch == "none" and self.rest is rests):
-            allowed = f"choose from {', '.join(ORDERS)}"
-            raise ValueError(f"orders.rest={self.rest!r}: {allowed}, or with a plan of some units one per branch: {{language: frozen, vision: first}}")
+            allowed = f"choose from {', '.join(ORDERS)}, or with a plan of some units one per branch: {{language: frozen, vision: first}}"
+            raise ValueError(f"orders.rest={self.rest!r}: {allowed}")
         branches = PLAN_BRANCHES[self.branch]
         by_branch = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(BRANCHES, self.layers)
         if isinstance(self.layers, Mapping) and (unplanned := sorted(set(by_branch) - set(branches))):

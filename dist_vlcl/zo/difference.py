@@ -27,7 +27,7 @@ TENSORS = ("all", "up")
 
 
 def up_projections(flat: Flat) -> Tensor:
-    """Return 1 for the elements of tensors that have `up` as a word of their name, such as `up_weight` and `k_up`, and 0 elsewhere `[n]`, on the CPU.
+    """Return 1 for the elements of tensors that have `up` as a word of their name (`up_weight`, `k_up`), 0 elsewhere, on the CPU `[n]`.
 
     Raises ValueError if there is none.
     """
