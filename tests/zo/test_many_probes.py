@@ -46,6 +46,14 @@ def test_candidates_are_made_one_at_a_time():
     assert drawn == [("language", 0), ("language", 1), ("language", 2)]
 
 
+def test_units_share_the_draws_of_a_step(monkeypatch):
+    """Drawing a direction costs as much as evaluating it in the last block."""
+    drawn, draw = [], Directions.draw
+    monkeypatch.setattr(Directions, "draw", lambda self, branch, key, probe: drawn.append((branch, probe)) or draw(self, branch, key, probe))
+    step(Problem(two_branches(), smooth), row("naive", granularity="unit", **(MANY | {"probes": 40})))
+    assert sorted(drawn) == sorted(itertools.product(("language", "vision"), range(40)))
+
+
 @pytest.mark.parametrize(("numel", "useful"), [(600, 12), (36, 9)])  # 1.5 first-order steps: 37 and 9
 def test_auto_adds_the_probes_up_to_the_length_of_one_and_a_half_first_order_steps(numel, useful):
     problem = Problem({"language": FlatTensors({"language.1/up_weight": torch.randn(numel)})}, lambda x: x.square().sum())
