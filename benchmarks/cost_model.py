@@ -162,7 +162,7 @@ def step_cost(
         count = config.probes_of(b) * config.sides + (2 if config.acceptance == "best_of_three" else 0)  # of a branch, or of each unit
         for start in sorted(zeroth[b]) if config.granularity == "unit" else sorted(zeroth[b])[:1]:
             again = shape.forward_from(start)
-            moved = {layer for layer in zeroth[b] if layer >= start}
+            moved = {start} if config.granularity == "unit" else zeroth[b]
             beside = phases * again + count * shape.delta_from(moved) if b in delta_branches else 0
             perturbed += samples[b] * (count * again + beside) + count * logits
     return forward + backward + perturbed

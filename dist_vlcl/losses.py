@@ -153,43 +153,38 @@ class BatchLosses:
 
     def _evaluate(self, chunk: Mapping[int, Candidate]) -> dict[int, tuple[Tensor, Tensor]]:
         """Return of each candidate of a chunk the sum of its losses on this rank, in units of 2^-32, and whether it is unusable."""
-        offsets: dict[tuple[str, int], list[Tensor]] = {}  # by branch and first perturbed layer
-        rows: dict[int, dict[str, tuple[int, int]]] = {}  # of each candidate, per branch: first perturbed layer, row in its features
+        offsets: dict[tuple[str, int, int], list[Tensor]] = {}  # by branch, and where the offset begins and ends in its values
+        rows: dict[int, dict[str, tuple[tuple[str, int, int], int]]] = {}  # of each candidate, per branch: key and place in `offsets`
         for k, candidate in chunk.items():
             rows[k] = {}
             for branch, offset in candidate.items():
-                start = self._start(branch, offset)
-                together = offsets.setdefault((branch, start), [])
-                rows[k][branch] = start, len(together)
-                together.append(offset)
+                part = getattr(offset, "part", slice(0, len(offset)))
+                key = branch, part.start, part.stop
+                together = offsets.setdefault(key, [])
+                rows[k][branch] = key, len(together)
+                together.append(offset[part])
         result: dict[int, tuple[Tensor, Tensor]] = {}
         for part in self.micro_batches:
             base = {b: f[0].double() if self.delta_branches else f[0] for b, f in part.features.items()}
-            moved = {place: self._features(*place, stack, part) for place, stack in offsets.items()}
+            moved = {key: self._features(*key, stack, part) for key, stack in offsets.items()}
             for k, own in rows.items():
-                features = base | {branch: moved[branch, start][row] for branch, (start, row) in own.items()}
+                features = base | {branch: moved[key][row] for branch, (key, row) in own.items()}
                 total = self._loss_sum(features["vision"], features["language"], part)
                 is_usable = total < MAX_SUM  # False for NaN and infinity
                 found = (torch.where(is_usable, total, 0.0) * RESOLUTION).long(), ~is_usable
                 result[k] = (result[k][0] + found[0], result[k][1] | found[1]) if k in result else found
         return result
 
-    def _start(self, branch: str, offset: Tensor) -> int:
-        """Return the first layer that an offset moves, if its candidate can restart there."""
-        if len(self.starts[branch]) == 1:
-            return self.starts[branch][0]
-        first = int((offset != 0).int().argmax())  # 0 if the offset is zero everywhere
-        return next(unit.layer for unit, part in self.flats[branch].slices.items() if first < part.stop)
-
-    def _features(self, branch: str, start: int, offsets: list[Tensor], part: MicroBatch) -> Tensor:
-        """Return the features `[K, B, F]` of offsets, evaluated from block `start` on."""
-        flat, tower = self.flats[branch], self.towers.tower(branch)
+    def _features(self, branch: str, begin: int, end: int, offsets: list[Tensor], part: MicroBatch) -> Tensor:
+        """Return the features `[K, B, F]` of offsets of the values from `begin` to `end`. Earlier blocks and other units are as they are."""
+        flat, tower, own = self.flats[branch], self.towers.tower(branch), slice(begin, end)
         inputs = part.images if branch == "vision" else self.tokens
         dtype = torch.promote_types(flat.values_n.dtype, part.features[branch].dtype)
         is_delta, offsets_Kn = branch in self.delta_branches, torch.stack(offsets).to(dtype)
-        values: Any = Perturbed(flat.values_n[None], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n)
+        values: Any = Perturbed(flat.values_n[None, own], offsets_Kn) if is_delta else offsets_Kn.add_(flat.values_n[own])
+        start = max(layer for layer in self.starts[branch] if layer <= flat.units_in(own)[0].layer)
         hidden = part.cached_inputs[branch][start]
-        moved: Any = tower.run(hidden, inputs, start=start, stacked_params=flat.views(values), noise=part.noise)[0]
+        moved: Any = tower.run(hidden, inputs, start=start, stacked_params=flat.views(values, own), noise=part.noise)[0]
         if is_delta:
             return part.features[branch].double() + moved.change
         return moved.double() if self.delta_branches else moved

@@ -148,7 +148,7 @@ def test_a_unit_s_candidate_restarts_at_its_own_block_with_the_bits_of_a_restart
         report = step([images()], Key(9, 0), LR)
         found.append(([move.record() for move in report.moves], step.state_dict()))
     # The base of both towers, the probes of vision.2 and vision.3, then the best of three.
-    assert starts == [1, 1, 2, 3, 2, 3, 1, 1, 2, 2]
+    assert starts == [1, 1, 2, 3, 2, 3, 1, 1, 2, 2, 2, 2]
     assert found[0][0] == found[1][0]
     assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pandas as pd
 
+DECISIONS = ("ordinary", "stayed", "mirrored")
 MEASURES = {  # column -> the words on a page
     "cosine": "cosine of estimate and gradient",
     "descent": "expected descent",  # by zeroth order over the whole run, in units of the loss
-    **{name: f"{name} %" for name in ("ordinary", "stayed", "mirrored", "shortened")},  # of the steps that an acceptance rule decided
+    **{name: f"{name} %" for name in DECISIONS},  # of the steps that an acceptance rule decided
     "variance_vision": "log10 variance, vision",  # over coordinates of a zeroth-order unit's estimate, mean over units and steps
     "variance_language": "log10 variance, language",
     "roughness": "roughness of the loss",  # standard deviation of its change from step to step, within tasks
@@ -36,8 +37,8 @@ def measures_of(steps: pd.DataFrame, journal: Iterable[Mapping[str, Any]], units
     moves = pd.DataFrame([_move(line, move, zo) for line in journal for move in line["moves"] or ()])
     if moves.empty:
         return found
-    decided = moves[moves.is_decided & (moves.length > 0)]
-    found |= {name: 100 * float((decided.decision == name).mean()) for name in ("ordinary", "stayed", "mirrored", "shortened")}
+    decided = moves[moves.is_decided]
+    found |= {name: 100 * float((decided.decision == name).mean()) for name in DECISIONS}
     if zo.get("random_signs"):
         return found
     found["descent"] = float(moves.descent.sum(skipna=False))
@@ -59,11 +60,6 @@ def _move(line: Mapping[str, Any], move: Mapping[str, Any], zo: Mapping[str, Any
         product = sum(map(abs, slopes)) / len(slopes) * (1.0 if zo.get("directions") == "rademacher" else math.sqrt(2 / math.pi))
     else:
         product = math.nan
-    scale = zo.get("lr_scale", 1.0)
-    if scale == "auto":  # as ZerothOrder decides it
-        scale = count / math.sqrt(square) if square else 0.0
-    length = (line["lr"] or 0.0) * scale
-    share = -coefficient / length if length else 0.0
-    decision = "stayed" if abs(share) < 1e-9 else "shortened" if abs(share) < 1 - 1e-6 else "ordinary" if share > 0 else "mirrored"
-    worth = {"step": line["step"], "square": square, "descent": -coefficient * product, "length": length}
+    decision = DECISIONS[(coefficient >= 0) + (coefficient > 0)]
+    worth = {"step": line["step"], "square": square, "descent": -coefficient * product}
     return {**worth, "decision": decision, "is_decided": "losses" in move}

@@ -8,13 +8,13 @@ from typing import Any
 import pandas as pd
 
 from dist_vlcl.masking import masked
-from dist_vlcl.report.measures import MEASURES
+from dist_vlcl.report.measures import DECISIONS, MEASURES
 from dist_vlcl.report.records import CELL, TASKS, WITHOUT_ZEROTH
 
 UNKNOWN = "–"
 METRICS = {"last": "Last", "avg": "Avg"}
 CONTRIBUTION = {"recovered_last": "R Last", "recovered_avg": "R Avg"}  # with these of MEASURES:
-CONTRIBUTION |= {name: MEASURES[name] for name in ("cosine", "descent", "ordinary", "stayed", "mirrored", "shortened")}
+CONTRIBUTION |= {name: MEASURES[name] for name in ("cosine", "descent", *DECISIONS)}
 DATASETS = {"cifar100": "CIFAR-100", "tiny_imagenet": "Tiny-ImageNet", "imagenet_r": "ImageNet-R"}
 PAPER_TABLES = {  # number -> title, and which published cells it shows (Tables 3 and 4 repeat rows for comparison)
     1: ("Zeroth order in a whole branch", "layers in ('none', 'all') and variant in ('none', 'conservative')"),

@@ -112,7 +112,7 @@ class Move:
 
     def offsets(self, coefficient: float) -> dict[str, Tensor]:
         """Return the candidate that moves by `coefficient`. `apply` adds exactly these numbers."""
-        return {branch: d * coefficient for branch, d in self.directions.items()}
+        return {branch: restricted(d * coefficient, self.group.slices[branch]) for branch, d in self.directions.items()}
 
     def record(self) -> dict[str, Any]:
         """Return the move as a journal entry. With the step's key it is enough to repeat the move."""
