@@ -176,7 +176,7 @@ class BatchLosses:
         return result
 
     def _features(self, branch: str, begin: int, end: int, offsets: list[Tensor], part: MicroBatch) -> Tensor:
-        """Return the features `[K, B, F]` of offsets of the values from `begin` to `end`. Earlier blocks and other units are as they are."""
+        """Return the features `[K, B, F]` of offsets of the values from `begin` to `end`. All other values are as they are."""
         flat, tower, own = self.flats[branch], self.towers.tower(branch), slice(begin, end)
         inputs = part.images if branch == "vision" else self.tokens
         dtype = torch.promote_types(flat.values_n.dtype, part.features[branch].dtype)

@@ -49,7 +49,7 @@ def test_candidates_are_made_one_at_a_time():
 def test_units_share_the_draws_of_a_step(monkeypatch):
     """Drawing a direction costs as much as evaluating it in the last block."""
     drawn, draw = [], Directions.draw
-    monkeypatch.setattr(Directions, "draw", lambda self, branch, key, probe: drawn.append((branch, probe)) or draw(self, branch, key, probe))
+    monkeypatch.setattr(Directions, "draw", lambda own, branch, key, q: drawn.append((branch, q)) or draw(own, branch, key, q))
     step(Problem(two_branches(), smooth), row("naive", granularity="unit", **(MANY | {"probes": 40})))
     assert sorted(drawn) == sorted(itertools.product(("language", "vision"), range(40)))
 
