@@ -47,5 +47,5 @@ def restricted(offset_n: Tensor, part: slice) -> Tensor:
         return offset_n
     result = torch.zeros_like(offset_n)
     result[part] = offset_n[part]
-    result.part = part
+    result.part = part  # type: ignore[attr-defined]
     return result
