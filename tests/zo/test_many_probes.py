@@ -114,6 +114,14 @@ def test_random_signs_keep_every_size_and_follow_no_slope():
     assert changed == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(40 * 15))
 
 
+def test_random_signs_always_take_the_step():
+    problem = Problem(two_branches(), smooth)
+    config = row("naive", acceptance="best_of_three", random_signs=True, **MANY)
+    zeroth = ZerothOrder(problem.flats, config)
+    coefficients = [[move["coefficient"] for move in take(zeroth, problem, Key(7, k), lr=0.5)] for k in range(6)]
+    assert coefficients == [[-0.5, -0.5]] * 6 and len(problem.asked) == 6 * (1 + 12 + 3)
+
+
 def test_up_moves_only_the_up_projections_and_its_step_counts_these_parameters():
     units = {f"language.{layer}/{name}": torch.zeros(n) for layer in (1, 2) for name, n in {"up_weight": 30, "down_weight": 50}.items()}
     changed = {}
