@@ -28,7 +28,7 @@ from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.options import BRANCHES, declared, flatten, matches, option, validate
-from dist_vlcl.orders import OrderPlan
+from dist_vlcl.orders import ORDERS, OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.run.signals import print_error, report_status
@@ -218,7 +218,9 @@ def default_name(config: Config) -> str:
     data += "" if config.model.precision == "fp32" else f"-{config.model.precision}"
     named = layers + (str(plan.span) if plan.span else "") if isinstance(layers, str) else "list"
     how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]
-    orders = f"{how}-{plan.branch}-{named}"
+    orders = f"{how}-{plan.branch}-{named}" + (
+        "" if plan.rest == "first" else f"-rest-{plan.rest}" if plan.rest in ORDERS else "-rest-mixed"
+    )
     if plan.branch == "none":
         orders = "zero-shot" if plan.rest == "frozen" else "fo"
     data += "" if config.tasks.sets else f"-inc{config.tasks.increment}"

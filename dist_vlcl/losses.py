@@ -158,17 +158,18 @@ class BatchLosses:
         for k, candidate in chunk.items():
             rows[k] = {}
             for branch, offset in candidate.items():
-                part = getattr(offset, "part", slice(0, len(offset)))
-                key = branch, part.start, part.stop
-                together = offsets.setdefault(key, [])
+                own: Any = getattr(offset, "part", None)
+                if own not in self.flats[branch].slices.values():  # not one unit's: evaluate all
+                    own = slice(0, len(offset))
+                together = offsets.setdefault(key := (branch, own.start, own.stop), [])
                 rows[k][branch] = key, len(together)
-                together.append(offset[part])
+                together.append(offset[own])
         result: dict[int, tuple[Tensor, Tensor]] = {}
         for part in self.micro_batches:
             base = {b: f[0].double() if self.delta_branches else f[0] for b, f in part.features.items()}
             moved = {key: self._features(*key, stack, part) for key, stack in offsets.items()}
-            for k, own in rows.items():
-                features = base | {branch: moved[key][row] for branch, (key, row) in own.items()}
+            for k, places in rows.items():
+                features = base | {branch: moved[key][row] for branch, (key, row) in places.items()}
                 total = self._loss_sum(features["vision"], features["language"], part)
                 is_usable = total < MAX_SUM  # False for NaN and infinity
                 found = (torch.where(is_usable, total, 0.0) * RESOLUTION).long(), ~is_usable

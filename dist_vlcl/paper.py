@@ -121,7 +121,7 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
     """
     orders, adapter = config["orders"], config["adapter"]
     branch, order, rest = orders["branch"], orders["order"], orders["rest"]
-    if isinstance(rest, Mapping):  # two orders are neither of them
+    if isinstance(rest, Mapping):  # first in one branch and frozen in the other is neither; without zeroth order it is a frozen control
         rest = rest["vision"] if rest["vision"] == rest["language"] else "frozen" if order == "first" else "mixed"
     layers = orders["layers"] if isinstance(orders["layers"], str) else str(orders["layers"]).replace(" ", "")
     if layers in ("prefix", "suffix") and orders.get("span") not in (None, HALF):

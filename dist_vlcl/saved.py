@@ -42,7 +42,10 @@ TASK = {"step": int, "task": int, **MEANS, "per_task": (None, [NUMBER])} | dict.
 METRICS_FORM = {"kind": str, **STEP, **TASK}
 RUN_FORM = {  # what a report reads of config.yaml
     **{"seed": int, "data": {"name": str}, "tasks": {"increment": int}, "adapter": dict, "train": dict},
-    **{"orders": {"branch": str, "order": str, "rest": (str, dict)}, "zo": {"name": str, "transform": (None, str)}},
+    **{
+        "orders": {"branch": str, "order": str, "rest": (str, {"language": str, "vision": str})},
+        "zo": {"name": str, "transform": (None, str)},
+    },
 }
 MOVE = {"group": str, "projected_gradient": dict, "coefficient": float}
 JOURNAL_FORM = {"step": int, "task": (None, int), "seed": (None, int), "lr": NUMBER, "moves": (None, [MOVE])}

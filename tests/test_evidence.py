@@ -65,9 +65,8 @@ def test_the_page_s_part_is_the_same_from_the_csv_files_as_from_the_runs(rows, r
     text = evidence.section(read_back)
     assert text == evidence.section(rows[0].assign(is_complete=True, is_probe=False))
     assert "- Is language with the paper's defaults the same as frozen language? Yes so far (Δ Avg +0.05 points, 3 seeds, 95 %" in text
-    assert (
-        "| Is MoZO on hop_odd the same as sign steps with equal epsilons? | \\|Δ\\| \\< 0.5 | Avg | 0 | – | – | – | – | not run |" in text
-    )
+    question = "Is dual hop_odd with the paper's defaults the same as its frozen twin?"
+    assert f"| {question} | \\|Δ\\| \\< 0.5 | Avg | 0 | – | – | – | – | not run |" in text
     assert "| CIFAR-100 Inc20 | language all, naive | orders.rest=frozen | 0.30 |" in text
     assert "1 comparison, Δ Avg +0.05. Answers from several seeds: no (within ±0.5) 1." in text
     assert text.index("## The primary contrasts") < text.index("## All runs") < text.index("## Questions of the paper")
@@ -84,7 +83,8 @@ def test_r_is_shown_with_its_interval(read_back):
 
 @pytest.mark.filterwarnings("ignore:.*steps missing")  # these runs have results only
 def test_the_confirming_runs_are_those_that_the_contrasts_compare(tmp_path):
-    for options in confirm.commands(["contrasts"], "cifar100", [10]):
+    runs = confirm.commands(["many-probes", "defaults"], "cifar100", [10]) + confirm.commands(["hybrid", "frozen"], "tiny_imagenet", [10])
+    for options in runs:
         run = [option for option in options if not option.startswith("run.")]
         write_run(tmp_path, *run, f"run.name={options[-1].split('=')[1]}", last=0.5, avg=0.6, zero_shot=0.4)
     rows = evidence.collect(sorted(tmp_path.iterdir()))

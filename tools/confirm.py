@@ -1,8 +1,8 @@
 """Train the confirming runs of docs/reproduction.md, one after another: each run for each seed, with a class order of its own.
 
     python tools/confirm.py                                           the runs of the primary contrasts, CIFAR-100 Inc20, ten seeds
-    python tools/confirm.py tables --seeds 10                         Tables 1, 2 and 4 and Figure 4 on the same data, once
-    python tools/confirm.py hybrid frozen --data tiny_imagenet        some runs on other data
+    python tools/confirm.py hybrid frozen --data tiny_imagenet        those of the contrast on Tiny-ImageNet
+    python tools/confirm.py tables --seeds 10                         Tables 1, 2 and 4 and Figure 4 on CIFAR-100, once
     python tools/confirm.py --list                                    only print the commands
     python tools/evidence.py collect runs/confirm/cifar100-* --out docs/results/cifar100.csv
 
@@ -23,12 +23,14 @@ DATA = {  # warm-up: a fifth of the steps of a task, with the images that this e
     "cifar100": "data=cifar100 tasks.increment=20 train.warmup_steps=6",
     "tiny_imagenet": "data=tiny_imagenet tasks.increment=20 train.warmup_steps=5",
 }
-CONTRASTS = {  # every run that configs/contrasts.yaml compares
+MANY_PROBES = {  # with the defaults every run that configs/contrasts.yaml compares
     "language": "orders=language_late orders.rest=frozen zo=many_probes",
     "language-first": "orders=language_late orders.rest=frozen orders.order=first",
     "hybrid": "orders=language_late zo=many_probes",
     "frozen": "orders=language_late orders.order=frozen",
     "walk": "orders=language_late zo=many_probes zo.random_signs=true",
+}
+DEFAULTS = {
     "language-default": "orders=language_all zo=conservative",
     "language-frozen": "orders=language_all orders.order=frozen",
     "hop-default": "orders=dual_hop_odd zo=conservative",
@@ -47,14 +49,15 @@ TABLES = {
     "first": "orders=first",
     "first-lora": "orders=first adapter=lora",
 }
-GROUPS = {"contrasts": CONTRASTS, "tables": TABLES}
+GROUPS = {"many-probes": MANY_PROBES, "defaults": DEFAULTS, "tables": TABLES}
+RUNS = MANY_PROBES | DEFAULTS | TABLES
 
 
-def commands(names: list[str], data: str, seeds: list[int]) -> list[tuple[str, ...]]:
-    """Return the options of each run. names: groups and runs of GROUPS."""
+def commands(names: list[str], data: str, seeds: list[int] | None = None) -> list[tuple[str, ...]]:
+    """Return the options of each run. names: groups and runs of GROUPS. seeds: None for those of docs/reproduction.md."""
     runs: dict[str, str] = {}
     for name in names:
-        runs |= GROUPS.get(name) or {name: (CONTRASTS | TABLES)[name]}
+        runs |= GROUPS.get(name) or {name: RUNS[name]}
     return [
         (
             *DATA[data].split(),
@@ -64,8 +67,8 @@ def commands(names: list[str], data: str, seeds: list[int]) -> list[tuple[str, .
             "run.root=runs/confirm",
             f"run.name={data}-{name}-s{seed}",
         )
-        for seed in seeds
         for name, options in runs.items()
+        for seed in seeds or (range(20, 30) if name in MANY_PROBES else range(10, 20))
     ]
 
 
@@ -80,10 +83,11 @@ def seeds_of(text: str) -> list[int]:
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [*GROUPS, *CONTRASTS, *TABLES]
-    parser.add_argument("names", nargs="*", metavar="RUN", help="contrasts (default), tables, or single runs of these (see --list)")
+    known = [*GROUPS, *RUNS]
+    names = "many-probes and defaults (default), tables, or single runs of these (see --list)"
+    parser.add_argument("names", nargs="*", metavar="RUN", help=names)
     parser.add_argument("--data", choices=DATA, default="cifar100", help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=seeds_of, default=list(range(10, 20)), metavar="10-19", help="or 10,12 (default: 10-19)")
+    parser.add_argument("--seeds", type=seeds_of, metavar="10-19", help="or 10,12 (default: 20-29 for many-probes, 10-19 for others)")
     parser.add_argument("--list", action="store_true", help="print the command of every run, and train nothing")
     parser.add_argument("--processes", type=int, metavar="N", help="processes of each run (default: one per GPU of this machine, or one)")
     parser.add_argument("--launcher", metavar="COMMAND", help="instead of accelerate launch, such as 'torchrun --nproc_per_node 2'")
@@ -91,7 +95,7 @@ def main() -> int:
     if odd := [name for name in arguments.names if name not in known]:
         parser.error(f"{odd[0]}: choose from {', '.join(known)}")
     with errors_refused():
-        items = prepare(commands(arguments.names or ["contrasts"], arguments.data, arguments.seeds))
+        items = prepare(commands(arguments.names or ["many-probes", "defaults"], arguments.data, arguments.seeds))
     launcher = launcher_of(arguments)
     if arguments.list:
         print_commands(items, launcher)

@@ -91,7 +91,10 @@ class FlatTensors:
         return [id for id, place in self.slices.items() if part.start <= place.start < part.stop]
 
     def views(self, values: Tensor, part: slice | None = None) -> dict[UnitId, dict[str, Tensor]]:
-        """Return values `[..., n]` as tensors `[..., *shape]` by unit and name. They are views. part: what the values are of the whole."""
+        """Return values `[..., n]` as tensors `[..., *shape]` by unit and name. They are views.
+
+        part: the slice of the flat values that `values` has; None: all.
+        """
         own = {id: self.shapes[id] for id in (self.shapes if part is None else self.units_in(part))}
         parts = iter(values.split([shape.numel() for shapes in own.values() for shape in shapes.values()], -1))
         return {id: {name: next(parts).unflatten(-1, shape) for name, shape in shapes.items()} for id, shapes in own.items()}

@@ -154,7 +154,10 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_one(value: Any) -> str:
-    return f"{{{', '.join(f'{key}: {value[key]}' for key in sorted(value))}}}" if isinstance(value, Mapping) else str(value)
+    if not isinstance(value, Mapping):
+        return str(value)
+    equal = set(map(str, value.values()))
+    return equal.pop() if len(equal) == 1 else f"{{{', '.join(f'{key}: {value[key]}' for key in sorted(value))}}}"
 
 
 def _text(config: Mapping[str, Any], key: str) -> str:

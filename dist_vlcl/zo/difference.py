@@ -39,28 +39,33 @@ def up_projections(flat: Flat) -> Tensor:
 
 
 class StepDirections:
-    """The directions of one step, by (branch, probe). They are drawn when they are read; the last `kept` are kept."""
+    """The directions of one step, by (branch, probe). They are drawn when they are read; the last `cache_size` are kept."""
 
-    def __init__(self, draw: Callable[[str, int], Tensor], kept: int):
-        self._draw = functools.lru_cache(kept)(draw)
+    def __init__(self, draw: Callable[[str, int], Tensor], cache_size: int):
+        self._draw = functools.lru_cache(cache_size)(draw)
 
     def __getitem__(self, place: tuple[str, int]) -> Tensor:
         return self._draw(*place)
 
 
 class Directions:
-    """Random directions over flat values. They are drawn again from the key when needed, and never stored or sent."""
+    """Random directions over flat values. They are drawn again from the key when needed, and never sent.
 
-    def __init__(self, flats: Mapping[str, Flat], distribution: str, tensors: str = "all"):
+    probes: how many a step has. All of a step are kept if they fit in 128 MiB, because the estimate and every unit read the same ones.
+    """
+
+    def __init__(self, flats: Mapping[str, Flat], distribution: str, tensors: str = "all", probes: int = 1):
         self.distribution = distribution
+        largest = max((flat.values_n.numel() for flat in flats.values()), default=1)
+        self.cache_size = max(16, probes) if probes * largest <= 2**25 else 16
         self.fields = {b: NoiseField(flat.names(), flat.values_n.device) for b, flat in flats.items()}
-        self.largest = max((flat.values_n.numel() for flat in flats.values()), default=1)
-        self.on_cpu = {b: up_projections(flat) for b, flat in flats.items()} if tensors == "up" else {}
-        self.masks = {b: mask_n.to(flats[b].values_n.device) for b, mask_n in self.on_cpu.items()}
+        self.masks_on_cpu = {b: up_projections(flat) for b, flat in flats.items()} if tensors == "up" else {}
+        self.masks = {b: mask_n.to(flats[b].values_n.device) for b, mask_n in self.masks_on_cpu.items()}
 
-    def changed(self, group: Group) -> int:
+    def num_changed(self, group: Group) -> int:
         """Return how many parameters of a group the directions change."""
-        return sum(int(self.on_cpu[b][part].sum()) if self.on_cpu else part.stop - part.start for b, part in group.slices.items())
+        masks = self.masks_on_cpu
+        return sum(int(masks[b][part].sum()) if masks else part.stop - part.start for b, part in group.slices.items())
 
     def draw(self, branch: str, key: Key, probe: int) -> Tensor:
         """Return direction number `probe` of a branch `[n]`, fp32: standard normals, or signs +-1 ("rademacher"); zero where masked."""
@@ -70,8 +75,8 @@ class Directions:
         return direction_n * self.masks[branch] if self.masks else direction_n
 
     def of_step(self, key: Key) -> StepDirections:
-        """Return the directions of a step. It keeps what fits in 128 MiB, and at least 16: estimate and candidates read the same ones."""
-        return StepDirections(lambda branch, probe: self.draw(branch, key, probe), max(16, 2**25 // self.largest))
+        """Return the directions of a step."""
+        return StepDirections(lambda branch, probe: self.draw(branch, key, probe), self.cache_size)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def groups_of(flats: Mapping[str, Flat], granularity: str) -> list[Group]:
 
 
 def restricted(offset_n: Tensor, part: slice) -> Tensor:
-    """Return the offset with zeros outside `part`. It has an attribute `part`, so that who evaluates it can leave out the rest."""
+    """Return the offset with zeros outside `part`. Do not change it in place: its attribute `part` says what evaluation leaves out."""
     if part.stop - part.start == offset_n.numel():
         return offset_n
     result = torch.zeros_like(offset_n)

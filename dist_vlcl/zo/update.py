@@ -50,7 +50,8 @@ class ZerothOrderConfig:
     clip: float | None = option(10.0, "Largest absolute value of a projected gradient; null: no limit.", above=0)
     lr_scale: Any = option(
         1.0,
-        "Ratio of the zeroth-order to the first-order learning rate; auto: probes over the root mean square of the projected gradients.",
+        "Ratio of the zeroth-order to the first-order learning rate; auto: min(probes, 1.5 sqrt(n)) over the root mean square of the "
+        "projected gradients, where n parameters are perturbed.",
     )
     random_signs: bool = option(
         False,
@@ -146,7 +147,7 @@ class ZerothOrder:
         self.flats, self.config = flats, config
         self.groups = groups_of(flats, config.granularity)
         self.difference = config.make_estimator()
-        self.directions = Directions(flats, config.directions, config.tensors)
+        self.directions = Directions(flats, config.directions, config.tensors, sum(map(config.probes_of, BRANCHES)))
 
     def decide(self, evaluate: Evaluate, key: Key, lr: float) -> tuple[float, list[Move] | None]:
         """Return the base loss and one move per group, or None instead of the moves if a loss is not finite. Changes no value.
@@ -176,22 +177,22 @@ class ZerothOrder:
         """Return the coefficient of the ordinary step, without its minus sign.
 
         `auto` divides by the root mean square of the slopes and multiplies by their number q. Each probe then moves its direction by about
-        lr, and the q moves are added, not averaged. With n parameters and q much smaller than n, the mean of q estimates has n / q times
-        the square norm of the gradient. So the best step on a quadratic grows as q. The part of the step that lies along the gradient is
-        then q lr long. It is limited to 1.5 sqrt(n) lr: one and a half first-order steps that move every parameter by lr.
+        lr, and the q moves are added, not averaged. With n perturbed parameters and q much smaller than n, the mean of q estimates has
+        n / q times the square norm of the gradient. So the best step on a quadratic grows as q. The part of the step that lies along the
+        gradient is then q lr long. It is limited to 1.5 sqrt(n) lr: one and a half first-order steps that move every parameter by lr.
         """
         if self.config.lr_scale != "auto":
             return lr * self.config.lr_scale
         slopes = [slope for of_branch in move.projected_gradient.values() for slope in of_branch]
         size = math.sqrt(sum(slope * slope for slope in slopes) / len(slopes))
-        useful = min(max(map(len, move.projected_gradient.values())), 1.5 * math.sqrt(self.directions.changed(move.group)))
+        useful = min(max(map(len, move.projected_gradient.values())), 1.5 * math.sqrt(self.directions.num_changed(move.group)))
         return lr * useful / size if size > 0 else 0.0
 
     def apply(self, moves: Sequence[Move]) -> None:
         """Add each move to the values, in place."""
         for move in moves:
-            for branch, offset in move.offsets(move.coefficient).items():
-                self.flats[branch].values_n.add_(offset)
+            for branch, part in move.group.slices.items():
+                self.flats[branch].values_n[part].add_(move.directions[branch][part] * move.coefficient)
 
     def replay(self, records: Sequence[Mapping[str, Any]], key: Key) -> None:
         """Apply the recorded moves of one step again: the same bits, without evaluating a loss. A skipped step has no records.

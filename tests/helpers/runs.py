@@ -14,6 +14,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import fitted
 from dist_vlcl.model.statistics import STATISTICS
 from dist_vlcl.model.units import UnitId
+from dist_vlcl.options import BRANCHES
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.run.folder import RunFolder
 from dist_vlcl.run.log import RunLog
@@ -53,7 +54,7 @@ def write_run(
     sizes = [cfg.tasks.increment] * (cfg.tasks.num_tasks or num_classes // cfg.tasks.increment)
     cfg = replace(cfg, train=fitted(cfg.train, cfg.tasks.increment * train_images))
     steps = math.ceil(cfg.tasks.increment * train_images / cfg.train.batch_size) * cfg.train.epochs
-    learns = cfg.orders.rest == "first" or cfg.orders.order == "zeroth"
+    learns = "first" in map(cfg.orders.rest_of, BRANCHES) or cfg.orders.order == "zeroth"
     run, log = _open(cfg)
     accuracy = AccuracyMatrix(sizes)
     for task in range(num_tasks_done or len(sizes)):
@@ -110,7 +111,7 @@ def _journal(log: RunLog, cfg: Config, steps: int) -> None:
     decides = cfg.zo.acceptance != "always" and not cfg.zo.random_signs
     for k in range(steps):
         share = {0: 0.0, 1: 1.0}.get(k % 8, -1.0) if decides else -1.0
-        coefficient = share * 0.001 * cfg.zo.lr_scale
+        coefficient = share * 0.001 * (1.0 if cfg.zo.lr_scale == "auto" else cfg.zo.lr_scale)
         moves = [
             {"group": branch, "projected_gradient": {branch: [slopes[branch][k]]}, "coefficient": coefficient}
             | ({"losses": [1.0, 1.0, 1.0]} if decides else {})

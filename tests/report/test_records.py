@@ -53,6 +53,7 @@ def test_a_published_run_has_no_other_settings_than_the_paper(frame_of, id):
         (["model=small"], SMALL),
         (["model.pretrained=/somewhere/weights.safetensors"], "model.pretrained=weights.safetensors"),
         (["orders.rest=frozen"], "orders.rest=frozen"),
+        (["orders.rest={vision: frozen, language: frozen}"], "orders.rest=frozen"),
         (["orders.rest={vision: first, language: frozen}"], "orders.rest={language: frozen, vision: first}"),
         (["zo.probes={vision: 2, language: 8}"], "zo.probes={language: 8, vision: 2}"),
         (["orders=language_all", "zo.probes={language: 8, vision: 2}"], "zo.probes=8"),
