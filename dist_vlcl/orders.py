@@ -23,6 +23,7 @@ class Order(Enum):
 PLAN_BRANCHES = {"dual": BRANCHES, "vision": ("vision",), "language": ("language",), "none": ()}
 PLAN_LAYERS = ("all", "hop_odd", "hop_even", "prefix", "suffix")
 ORDERS = tuple(order.value for order in Order)
+BY_BRANCH = "first or frozen for each branch of a plan: {language: frozen, vision: first}"
 
 
 @dataclass
@@ -33,20 +34,15 @@ class OrderPlan:
     layers: Any = option("hop_odd", "Layers of the plan: all, hop_odd, hop_even, prefix, suffix, a list, or one of these for each branch.")
     span: int | None = option(None, "Number of layers of prefix and suffix; null: half of the tower.", min=1)
     order: str = option("zeroth", "Order of the chosen units; frozen is the control without training.", choices=ORDERS)
-    rest: Any = option(
-        "first", "Order of all other units: first, zeroth, frozen, or first or frozen per branch: {language: frozen, vision: first}."
-    )
+    rest: Any = option("first", f"Order of all other units: {', '.join(ORDERS)}, or {BY_BRANCH}.")
 
     def check(self) -> None:
         """Raise ValueError for unknown orders, for layers that have no known name and are no list, or of a branch that is not chosen."""
-        if isinstance(self.rest, Mapping):
-            are_allowed = all(order in ("first", "frozen") for order in self.rest.values())
-            is_known = are_allowed and set(self.rest) == set(BRANCHES) and self.branch != "none"
-        else:
-            is_known = self.rest in ORDERS
+        is_known = self.rest in ORDERS
+        if isinstance(self.rest, Mapping) and set(self.rest) == set(BRANCHES) and self.branch != "none":
+            is_known = all(order in ("first", "frozen") for order in self.rest.values())
         if not is_known:
-            one_each = "first or frozen for each branch of a plan: {language: frozen, vision: first}"
-            raise ValueError(f"orders.rest={self.rest!r}: choose from {', '.join(ORDERS)}, or {one_each}")
+            raise ValueError(f"orders.rest={self.rest!r}: choose from {', '.join(ORDERS)}, or {BY_BRANCH}")
         branches = PLAN_BRANCHES[self.branch]
         by_branch = self.layers if isinstance(self.layers, Mapping) else dict.fromkeys(BRANCHES, self.layers)
         if isinstance(self.layers, Mapping) and (unplanned := sorted(set(by_branch) - set(branches))):

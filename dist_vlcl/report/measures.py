@@ -60,6 +60,5 @@ def _move(line: Mapping[str, Any], move: Mapping[str, Any], zo: Mapping[str, Any
         product = sum(map(abs, slopes)) / len(slopes) * (1.0 if zo.get("directions") == "rademacher" else math.sqrt(2 / math.pi))
     else:
         product = math.nan
-    decision = DECISIONS[(coefficient >= 0) + (coefficient > 0)]
     worth = {"step": line["step"], "square": square, "descent": -coefficient * product}
-    return {**worth, "decision": decision, "is_decided": "losses" in move}
+    return {**worth, "decision": DECISIONS[(coefficient >= 0) + (coefficient > 0)], "is_decided": "losses" in move}

@@ -154,9 +154,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_one(value: Any) -> str:
-    if not isinstance(value, Mapping):
-        return str(value)
-    equal = set(map(str, value.values()))
+    equal = set(map(str, value.values() if isinstance(value, Mapping) else [value]))
     return equal.pop() if len(equal) == 1 else f"{{{', '.join(f'{key}: {value[key]}' for key in sorted(value))}}}"
 
 

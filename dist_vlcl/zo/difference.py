@@ -59,13 +59,12 @@ class Directions:
         largest = max((flat.values_n.numel() for flat in flats.values()), default=1)
         self.cache_size = max(16, probes) if probes * largest <= 2**25 else 16
         self.fields = {b: NoiseField(flat.names(), flat.values_n.device) for b, flat in flats.items()}
-        self.masks_on_cpu = {b: up_projections(flat) for b, flat in flats.items()} if tensors == "up" else {}
-        self.masks = {b: mask_n.to(flats[b].values_n.device) for b, mask_n in self.masks_on_cpu.items()}
+        self.cpu_masks = {b: up_projections(flat) for b, flat in flats.items()} if tensors == "up" else {}
+        self.masks = {b: mask_n.to(flats[b].values_n.device) for b, mask_n in self.cpu_masks.items()}
 
     def num_changed(self, group: Group) -> int:
         """Return how many parameters of a group the directions change."""
-        masks = self.masks_on_cpu
-        return sum(int(masks[b][part].sum()) if masks else part.stop - part.start for b, part in group.slices.items())
+        return sum(int(self.cpu_masks[b][part].sum()) if self.cpu_masks else part.stop - part.start for b, part in group.slices.items())
 
     def draw(self, branch: str, key: Key, probe: int) -> Tensor:
         """Return direction number `probe` of a branch `[n]`, fp32: standard normals, or signs +-1 ("rademacher"); zero where masked."""

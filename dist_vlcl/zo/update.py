@@ -49,9 +49,7 @@ class ZerothOrderConfig:
     )
     clip: float | None = option(10.0, "Largest absolute value of a projected gradient; null: no limit.", above=0)
     lr_scale: Any = option(
-        1.0,
-        "Ratio of the zeroth-order to the first-order learning rate; auto: min(probes, 1.5 sqrt(n)) over the root mean square of the "
-        "projected gradients, where n parameters are perturbed.",
+        1.0, "Ratio to the first-order learning rate; auto: from projected gradients and their number (concepts.md 2.8)."
     )
     random_signs: bool = option(
         False,

@@ -128,7 +128,7 @@ def test_up_moves_only_the_up_projections_and_its_step_counts_these_parameters()
     for tensors in ("all", "up"):
         problem = Problem({"language": FlatTensors(units)}, torch.sum)
         zeroth = ZerothOrder(problem.flats, row("naive", lr_scale="auto", tensors=tensors, granularity="unit", **MANY))
-        changed[tensors] = [zeroth.directions.changed(group) for group in zeroth.groups]
+        changed[tensors] = [zeroth.directions.num_changed(group) for group in zeroth.groups]
         take(zeroth, problem, KEY)
     assert changed == {"all": [80, 80], "up": [30, 30]}
     assert all(bool(t.any()) == ("up" in name) for name, t in problem.flats["language"].tensors().items())
