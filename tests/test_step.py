@@ -18,6 +18,7 @@ from dist_vlcl.model.tower import Tower
 from dist_vlcl.orders import PLAN_LAYERS, Order, OrderPlan, assign
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import build_step
+from dist_vlcl.zo.flat import restricted
 from dist_vlcl.zo.noise import Key, StepNoise
 from dist_vlcl.zo.update import ZerothOrderConfig
 from tests.helpers.naive_step import naive_step, normals
@@ -151,6 +152,16 @@ def test_a_unit_s_candidate_restarts_at_its_own_block_with_the_bits_of_a_restart
     assert starts == [1, 1, 2, 3, 2, 3, 1, 1, 2, 2, 2, 2]
     assert found[0][0] == found[1][0]
     assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
+
+
+@pytest.mark.parametrize("part", [slice(5, 50), slice(0, 0)], ids=str)
+def test_an_offset_whose_part_is_no_unit_is_evaluated_as_a_whole(part):
+    step = hybrid(OrderPlan("vision", [2, 3]), dataclasses.replace(STRATEGIES["conservative"], granularity="unit"))
+    losses = BatchLosses(step.towers, step.zeroth, step.tokens, step.world)
+    losses.add(step.towers, images(), Key(9, 0))
+    offset = restricted(torch.full_like(step.flats["vision"].values_n, 0.1), part)
+    base, with_part, without = losses([{}, {"vision": offset}, {"vision": offset.clone()}]).losses  # a clone has no `part`
+    assert with_part == without and (with_part == base) == (part.stop == 0)
 
 
 def test_a_candidate_that_changes_nothing_has_the_base_s_loss():
