@@ -40,6 +40,13 @@ def test_the_defaults_are_mozo_on_the_digits():
     assert config.run.name == "digits-inc2-moe-mozo-dual-hop_odd-seed0"
 
 
+def test_the_name_of_a_run_says_what_becomes_of_the_other_units():
+    late = ["orders=language_late", "zo=many_probes"]
+    assert configured(*late).run.name == "digits-inc2-moe-many_probes-language-suffix4-rest-mixed-seed0"
+    assert configured(*late, "orders.rest=frozen").run.name == "digits-inc2-moe-many_probes-language-suffix4-rest-frozen-seed0"
+    assert configured("orders=language_suffix", "orders.span=4").run.name == "digits-inc2-moe-mozo-language-suffix4-seed0"
+
+
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names])
 def test_every_file_of_a_group_composes_and_checks(group, name):
     config = configured(f"{group}={name}", *EXTRA.get((group, name), []))

@@ -121,6 +121,15 @@ def test_the_table_of_the_screen_is_that_of_its_csv_file():
         assert f"| {strategy}, {scale:g} | {' | '.join(f'{mean:.2f}' for mean in row)} |" in page
 
 
+def test_the_tables_of_the_choice_of_many_probes_are_those_of_their_csv_files():
+    screens, page = ROOT / "docs" / "results" / "screens", (evidence.DOCS / "results.md").read_text()
+    late = pd.read_csv(screens / "late_blocks.csv")
+    beside_vision = late[~late.language.str.contains("alone|zero-shot") & (late.step_along_gradient_in_lr != 400)]
+    means = pd.read_csv(screens / "all_blocks.csv").groupby(["dataset", "plan"])[["last", "avg"]].mean()
+    shown = [*beside_vision[["last", "avg"]].itertuples(index=False), *means.itertuples(index=False)]
+    assert [pair for pair in shown if f"{pair.last:.2f}, {pair.avg:.2f}" not in page] == []
+
+
 CONTRAST = {
     **{"name": "a", "question": "?", "metric": "last", "claim": "above", "where": {"dataset": "cifar100"}},
     **{"method": {"branch": "dual", "variant": "naive", "settings": ["zo.lr_scale=3.0"]}, "against": {"variant": "none"}},
