@@ -27,7 +27,7 @@ from dist_vlcl.masking import explained
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
-from dist_vlcl.options import BRANCHES, declared, flatten, matches, option, validate
+from dist_vlcl.options import BRANCHES, declared, flatten, matches, option, split_options, validate
 from dist_vlcl.orders import ORDERS, OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
@@ -55,8 +55,10 @@ class TaskConfig:
         if self.sets and (self.order != "natural" or self.base):
             options = f"tasks.order={self.order!r} and tasks.base={self.base} mean nothing; use data=sets"
             raise ValueError(f"tasks.sets={self.sets}: each set is one task, in the order of the list, so {options}")
-        if isinstance(self.order, str) and not re.fullmatch(r"natural|paper|seed:\d+", self.order):
-            raise ValueError(f"tasks.order={self.order!r}: choose from natural, paper, seed:N, or a list of class ids")
+        is_list = isinstance(self.order, (list, tuple)) and all(type(class_id) is int for class_id in self.order)
+        named = re.fullmatch(r"natural|paper|seed:(\d{1,10})", str(self.order))
+        if not is_list and not (named and int(named[1] or 0) < 2**32):
+            raise ValueError(f"tasks.order={self.order!r}: choose from natural, paper, seed:N (below 2^32), or a list of class ids")
 
 
 @dataclass
@@ -76,7 +78,7 @@ class TrainConfig:
 class EvalConfig:
     """How the model is evaluated."""
 
-    batch_size: int = option(512, "Test samples in a batch of each rank.", min=1)
+    batch_size: int = option(512, "Test samples in a batch, which the ranks divide.", min=1)
     train_transform: bool = option(False, "Evaluate with the random training transform, as the baseline does.")
     zero_shot: bool = option(True, "Also evaluate before the first task.")
     holdout: float = option(0.0, "Part of each class's training samples, held out and evaluated instead of test samples.", min=0, below=1)
@@ -185,7 +187,7 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: give the folder of a run")
-    content, given = read_config(path), dict(option.partition("=")[::2] for option in options)
+    content, given = read_config(path), dict(split_options(options))
     if isinstance(content.get("adapter"), dict):
         content["adapter"].pop("init", None)  # its tensors are in the run's checkpoints
     if odd := [key for key in given if not matches(key, (*MAY_CHANGE, *PATH_OPTIONS, *BUILT_IN))]:
@@ -194,21 +196,20 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
         advice = f"which only a command line may name. To trust them, add: {shlex.join(needed)}"
         raise ValueError(f"{path} names code, commands, addresses or files, {advice}")
     schema = OmegaConf.structured(Config)
-    try:
-        for key, value in given.items():
-            group, _, name = key.partition(".")
-            content[group][name] = value
-        saved = OmegaConf.create(content)
-        if not saved.adapter.get("kind"):
-            schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
-        return from_hydra(OmegaConf.merge(schema, saved))
-    except ConfigKeyError as error:
-        raise ValueError(f"{path}: this version has no option {error.full_key}; use the version that saved the run") from error
-    except (OmegaConfBaseException, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or of another version of dist_vlcl, which can read it ({reason})") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with explained(path):
+        try:
+            saved: Any = OmegaConf.create(content)
+            if not saved.adapter.get("kind"):
+                schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
+            saved = OmegaConf.merge(schema, saved)
+            for key, value in given.items():
+                with explained(f"{key}={value}", kinds=OmegaConfBaseException):
+                    OmegaConf.update(saved, key, None if value == "null" else value)
+            return from_hydra(saved)
+        except ConfigKeyError as error:
+            raise ValueError(f"this version has no option {error.full_key}; use the version that saved the run") from error
+        except (OmegaConfBaseException, AttributeError, TypeError) as error:
+            raise ValueError(f"damaged, or of another version of dist_vlcl, which can read it ({str(error).splitlines()[0]})") from error
 
 
 def default_name(config: Config) -> str:
@@ -216,11 +217,10 @@ def default_name(config: Config) -> str:
     plan, layers = config.orders, config.orders.layers
     data = config.data.name.replace("/", "-") + ("" if config.model.name == "small_clip" else f"-{config.model.name}")
     data += "" if config.model.precision == "fp32" else f"-{config.model.precision}"
-    named = layers + (str(plan.span) if plan.span else "") if isinstance(layers, str) else "list"
+    named = layers + (str(plan.span) if plan.span and layers.endswith("fix") else "") if isinstance(layers, str) else "list"
     how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]
-    orders = f"{how}-{plan.branch}-{named}" + (
-        "" if plan.rest == "first" else f"-rest-{plan.rest}" if plan.rest in ORDERS else "-rest-mixed"
-    )
+    rest = "" if plan.rest == "first" else f"-rest-{plan.rest if plan.rest in ORDERS else 'mixed'}"
+    orders = f"{how}-{plan.branch}-{named}{rest}"
     if plan.branch == "none":
         orders = "zero-shot" if plan.rest == "frozen" else "fo"
     data += "" if config.tasks.sets else f"-inc{config.tasks.increment}"
@@ -240,12 +240,12 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = "") -> None
     with errors_refused():
         refuse_flags(words)
         config = compose_config(words, flags.config_dir)
-    if flags.help:
-        from dist_vlcl.help import help_text
+        if flags.help:
+            from dist_vlcl.help import help_text
 
-        print(help_text(document, config) if World.announced().is_main else "", end="")
-    else:
-        work(config)
+            print(help_text(document, config) if World.announced().is_main else "", end="")
+        else:
+            work(config)
 
 
 def refuse_flags(words: Iterable[str]) -> None:

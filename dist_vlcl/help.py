@@ -9,7 +9,7 @@ from dist_vlcl.options import allowed_values, declared, flatten
 USAGE = """
 Options are NAME=VALUE, in any order; GROUP=NAME sets several at once. Quote values with { } [ ] or *. The values below are those that this
 command line would give. paper=ID repeats a published run of configs/paper_runs.yaml, such as paper=t2-moe-cifar10-dual-hop_odd.
---check validates the options and exits; --config-dir FOLDER adds your own groups.
+--config-dir FOLDER adds your own groups.
 """
 
 

@@ -182,7 +182,10 @@ def _read_adapters(path: Path, task: int | None = None) -> tuple[dict[str, Tenso
     match = checkpoint.NAME.fullmatch(path.name)
     saved = checkpoint.load(folder, int(match[1])) if match else _checkpoint_after(folder, task)
     state = TrainState.from_dict(saved.state)
-    return checkpoint.adapters_in(saved.tensors), tasks[: state.task + (state.epoch > 0 or state.batch > 0)]
+    learned = state.task + (state.epoch > 0 or state.batch > 0)
+    if task not in (None, learned):
+        raise ValueError(f"task={task}: {path} has the state of task {learned}; give the folder of the run, or leave out task")
+    return checkpoint.adapters_in(saved.tensors), tasks[:learned]
 
 
 def read_classes(folder: Path) -> list[list[str]]:

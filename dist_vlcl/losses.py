@@ -32,7 +32,9 @@ MIN_CHUNK = 8
 
 
 def min_samples(exact_bits: bool | None, share: int) -> int:
-    """Return up to how many samples a rank's part of a batch is padded (`cluster.exact_bits`). share: its samples of a full micro-batch.
+    """Return the fewest samples that a rank computes: a smaller part of a batch is padded with blanks (`cluster.exact_bits`).
+
+    share: its samples of a full micro-batch.
 
     Without exact bits it is 1, because DDP requires something to back-propagate on a rank without samples.
     """
@@ -92,7 +94,6 @@ class BatchLosses:
         layers = {branch: [unit.layer for unit in flat.slices] for branch, flat in self.flats.items()}  # from the lowest up
         self.starts = layers if zeroth.config.granularity == "unit" else {branch: found[:1] for branch, found in layers.items()}
         self.micro_batches: list[MicroBatch] = []
-        self.first_report: LossReport | None = None  # the ranks exchange count and stop with the first losses of a step only
 
     def add(
         self, model: Any, batch: Any, key: Key, least: int = MIN_SAMPLES, shares_text: bool = False
@@ -131,7 +132,6 @@ class BatchLosses:
         size = max(MIN_CHUNK, MAX_STACKED_NUMBERS // max((flat.values_n.numel() for flat in self.flats.values()), default=1))
         evaluated: dict[int, tuple[Tensor, Tensor]] = {}  # of each candidate of this rank: its sum, and whether it is unusable
         chunk: dict[int, Candidate] = {}
-        k = -1
         for k, (candidate, is_own) in enumerate(self._with_owner(candidates)):
             if is_own:
                 chunk[k] = candidate
@@ -197,19 +197,13 @@ class BatchLosses:
         return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum()
 
     def _report(self, sums_K: Tensor, is_faulty_K: Tensor) -> LossReport:
-        own = [] if self.first_report else [sum(part.num_real for part in self.micro_batches), int(self.stop)]
+        own = [sum(part.num_real for part in self.micro_batches), int(self.stop)]
         vector = torch.cat([sums_K, is_faulty_K.any()[None].long(), torch.tensor(own, dtype=torch.int64, device=sums_K.device)])
-        totals = self.world.sum_exact(vector, "losses").tolist()
-        sums, (faults, *shared) = totals[: len(sums_K)], totals[len(sums_K) :]
-        if self.first_report:
-            count, stop = self.first_report.count, self.first_report.stop
-        else:
-            count, stop = shared[0] // self.world.direction_groups, shared[1] > 0  # each group has the whole batch
+        *sums, faults, seen, stops = self.world.sum_exact(vector, "losses").tolist()
+        count = seen // self.world.direction_groups  # each group has the whole batch
         losses, faulty_ranks = [total / (RESOLUTION * max(count, 1)) for total in sums], []
         if faults:
             by_rank = self.world.gather_objects(is_faulty_K.tolist(), "the ranks whose loss is not finite")
             losses = [math.nan if any(faulty) else loss for loss, *faulty in zip(losses, *by_rank, strict=True)]
             faulty_ranks = [rank for rank, faulty in enumerate(by_rank) if any(faulty)]
-        report = LossReport(losses, count, stop, faulty_ranks)
-        self.first_report = self.first_report or report
-        return report
+        return LossReport(losses, count, stops > 0, faulty_ranks)

@@ -86,3 +86,11 @@ def _is_allowed(value: Any, metadata: Any) -> bool:
     limits = [(holds, metadata[bound]) for bound, (_, holds) in BOUNDS.items() if metadata.get(bound) is not None]
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return not limits or (is_number and all(holds(value, limit) for holds, limit in limits))
+
+
+def split_options(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Return the key and the value of every option; raise ValueError for a word that is none."""
+    for word in words:
+        if "=" not in word:
+            raise ValueError(f"{word!r} is not an option: give OPTION=VALUE, such as train.epochs=2")
+    return [(word.split("=", 1)[0], word.split("=", 1)[1]) for word in words]

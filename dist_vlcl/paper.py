@@ -34,8 +34,8 @@ DATASET_IDS = {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr
 HALF = 6  # blocks of prefix and suffix in the paper; its ids say prefix6 and suffix6
 PROBE_CLASSES = 125  # as in benchmarks.memory, with 64 images
 # The random walk of each strategy, and the strategy whose options a random walk has.
-WALKS = {"naive": "walk", "conservative": "walk", "sign": "signwalk", "mozo": "signwalk", "many_probes": "manywalk"}
-WALKING = {"walk": "naive", "signwalk": "sign", "manywalk": "many_probes"}
+WALK_OF = {"naive": "walk", "conservative": "walk", "sign": "signwalk", "mozo": "signwalk", "many_probes": "manywalk"}
+WALKED_BY = {"walk": "naive", "signwalk": "sign", "manywalk": "many_probes"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Cell:
 
     def control(self) -> "Cell | None":
         """Return the run in which the zeroth-order units are not trained; None for a run without such units and for memory probes."""
-        if self.variant not in WALKS or self.table == 5:
+        if self.variant not in WALK_OF or self.table == 5:
             return None
         return self.zero_shot() if (self.branch, self.layers) == ("dual", "all") else self._with("frozen")
 
@@ -72,7 +72,7 @@ class Cell:
         if self.table == 5:
             return []
         found = [control] if (control := self.control()) else []
-        found += [self._with(WALKS[self.variant])] if self.variant in WALKS else []
+        found += [self._with(WALK_OF[self.variant])] if self.variant in WALK_OF else []
         return [*found, *([self._with("sign")] if self.variant == "mozo" else []), self.zero_shot()]
 
     def _with(self, variant: str) -> "Cell":
@@ -105,8 +105,8 @@ class Cell:
         found += [f"orders.span={HALF}"] if self.layers in ("prefix", "suffix") else []
         if self.variant == "frozen":
             return [*found, "orders.order=frozen"]
-        if self.variant in WALKING:
-            return [*found, f"zo={WALKING[self.variant]}", "zo.random_signs=true"]
+        if self.variant in WALKED_BY:
+            return [*found, f"zo={WALKED_BY[self.variant]}", "zo.random_signs=true"]
         return [*found, f"zo={self.variant if _has_config('zo', self.variant) else 'naive'}"]
 
 
@@ -214,6 +214,8 @@ def expand_paper(arguments: list[str]) -> list[str]:
     """
     arguments = [BRACES.sub(r"\1'\2'", argument) for argument in arguments]
     tuned = [option for word in arguments if word.startswith("tuned=") for option in _expand_tuned(Path(word.removeprefix("tuned=")))]
+    if strategy := [word for word in arguments if word.startswith("zo=") and any(option.startswith("zo.name=") for option in tuned)]:
+        raise ValueError(f"{strategy[0]}: the file of tuned= has chosen the strategy; leave one of the two out")
     arguments = [*tuned, *(word for word in arguments if not word.startswith("tuned="))]
     ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
     if not ids:

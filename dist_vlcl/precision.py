@@ -2,6 +2,7 @@
 
 # K candidates
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from dist_vlcl.dist.world import World
 from dist_vlcl.losses import BatchLosses
 from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.zo.flat import restricted
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder
 
@@ -42,8 +44,8 @@ class SlopePrecision:
         """Raise ValueError if the rounding error is too large for this precision. All ranks call this before each step."""
         if self.is_checked:
             return
-        self.is_checked = True
         noise = self.slope_noise(tokens, batch, key)
+        self.is_checked = noise.keys() == self.flats.keys()  # a branch whose slopes were all 0 was not measured
         if all(value <= MAX_SLOPE_NOISE for value in noise.values()):  # False for NaN
             return
         found = ", ".join(f"{value:.2g} of a {branch} slope" for branch, value in noise.items())
@@ -70,15 +72,17 @@ class SlopePrecision:
     def slopes(
         self, towers: TwoTowers, tokens: Tensor, batch: Any, key: Key, directions: int, delta_branches: Collection[str]
     ) -> dict[str, Tensor]:
-        """Return one-sided projected gradients `[directions]`, float64, of every zeroth-order branch. All ranks call this.
+        """Return one-sided projected gradients, float64 `[at least directions]`, of every zeroth-order branch. All ranks call this.
 
+        Those of single units where the run estimates single units: their slopes are smaller, and their rounding errors are not.
         towers: the model, or a copy of it in another precision.
         """
         losses = BatchLosses(towers, self.zeroth, tokens, self.world, delta_branches)
         losses.add(towers, batch, key)
         result = {}
-        for branch in self.flats:
-            epsilon = self.zeroth.config.epsilon[branch]
-            pairs = [losses([{}, {branch: self.zeroth.directions.draw(branch, key, q) * epsilon}]).losses for q in range(directions)]
+        for branch, epsilon in ((branch, self.zeroth.config.epsilon[branch]) for branch in self.flats):
+            parts = [group.slices[branch] for group in self.zeroth.groups if branch in group.slices]
+            draws = [self.zeroth.directions.draw(branch, key, q) * epsilon for q in range(math.ceil(directions / len(parts)))]
+            pairs = [losses([{}, {branch: restricted(draw, part)}]).losses for draw in draws for part in parts]
             result[branch] = torch.tensor([(perturbed - base) / epsilon for base, perturbed in pairs], dtype=torch.float64)
         return result

@@ -40,13 +40,9 @@ TIMES = {"seconds": NUMBER, "data_seconds": NUMBER}
 STEP = {"step": int, "task": int, "loss": NUMBER, **TIMES, "peak_gib": NUMBER, "allocated_gib": NUMBER, "zo": (None, dict)}
 TASK = {"step": int, "task": int, **MEANS, "per_task": (None, [NUMBER])} | dict.fromkeys(("seen", "zero_shot", "transfer"), NUMBER)
 METRICS_FORM = {"kind": str, **STEP, **TASK}
-RUN_FORM = {  # what a report reads of config.yaml
-    **{"seed": int, "data": {"name": str}, "tasks": {"increment": int}, "adapter": dict, "train": dict},
-    **{
-        "orders": {"branch": str, "order": str, "rest": (str, {"language": str, "vision": str})},
-        "zo": {"name": str, "transform": (None, str)},
-    },
-}
+ORDERS = {"branch": str, "order": str, "rest": (str, {"language": str, "vision": str})}
+RUN_FORM = {"seed": int, "data": {"name": str}, "tasks": {"increment": int}, "adapter": dict, "train": dict, "orders": ORDERS}
+RUN_FORM |= {"zo": {"name": str, "transform": (None, str)}}  # RUN_FORM: what a report reads of config.yaml
 MOVE = {"group": str, "projected_gradient": dict, "coefficient": float}
 JOURNAL_FORM = {"step": int, "task": (None, int), "seed": (None, int), "lr": NUMBER, "moves": (None, [MOVE])}
 
@@ -132,12 +128,18 @@ def read_steps(path: Path, form: Any, last: int | None = None) -> list[dict[str,
     last: the last step that the run has taken; None if it is not known.
     """
     records = read_lines(path, form)
-    steps = [record["step"] for record in records if record.get("kind", "step") == "step"]
-    tasks = [record["task"] for record in records if record.get("kind") == "task"]
-    for name, found, whole in (("steps", steps, range(1, (last or max(steps, default=0)) + 1)), ("tasks", tasks, range(len(tasks)))):
-        if wrong := differing(found, whole):
-            warn(f"{path} is damaged: {name} {wrong}")
+    if wrong := misplaced(records, last):
+        warn(f"{path} is damaged: {wrong}")
     return records
+
+
+def misplaced(records: Sequence[Mapping[str, Any]], last: int | None = None, num_tasks: int | None = None) -> str:
+    """Return as text which steps and tasks are missing, doubled or in another order among the lines of a file; "" if none is."""
+    steps, tasks = ([r[kind] for r in records if r.get("kind", "step") == kind] for kind in ("step", "task"))
+    in_order = sorted(range(len(records)), key=lambda place: records[place]["step"])
+    num_steps, num_tasks = last or max(steps, default=0), len(tasks) if num_tasks is None else num_tasks
+    checks = {"steps": (steps, range(1, num_steps + 1)), "tasks": (tasks, range(num_tasks)), "lines": (in_order, range(len(records)))}
+    return "; ".join(f"{name} {wrong}" for name, (found, whole) in checks.items() if (wrong := differing(found, whole)))
 
 
 def differing(found: Sequence[int], expected: range) -> str:

@@ -27,7 +27,7 @@ from dist_vlcl.zo.update import Move, ZerothOrder, ZerothOrderConfig
 class StepReport:
     """The result of a step, the same on every rank."""
 
-    loss: float  # mean cross-entropy over the global batch, before the update
+    loss: float  # mean loss (model.loss) over the global batch, before the update
     moves: list[Move] = field(default_factory=list)  # of the zeroth-order units
     gradient_norm: float | None = None  # of all first-order units together
     skipped: str | None = None  # the reason, if nothing was updated
@@ -106,7 +106,7 @@ class HybridStep:
         FloatingPointError after `max_skips` skipped steps in a row.
         """
         self.world.collectives.where = f"step {key.step + 1}"
-        self.precision.check_once(self.tokens, batches[0], key)
+        self.precision.check_once(self.tokens, max(batches, key=lambda batch: len(batch.labels)), key)
         losses = BatchLosses(self.towers, self.zeroth, self.tokens, self.world, self.precision.delta_branches, stop)
         planned = sum(batch.count for batch in batches)
         self._forward_backward(batches, key, planned, losses)
@@ -159,8 +159,8 @@ class HybridStep:
         return report
 
     def _observe_gradients(self) -> None:
-        self.statistics = self.statistics or UnitStatistics(self.towers.units)
         with self.first.gathered_parameters():
+            self.statistics = self.statistics or UnitStatistics(self.towers.units)
             self.statistics.begin()
         gradients = dict(zip(self.first_names, self.first.gradients(), strict=True))
         for ids in filter(None, self.first_units.values()):

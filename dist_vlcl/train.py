@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 
-from dist_vlcl.config import FULL_ERROR, Config, errors_refused, hydra_main
+from dist_vlcl.config import FULL_ERROR, Config, hydra_main
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.agree import agree, digest
 from dist_vlcl.dist.world import World
@@ -94,6 +94,10 @@ def check_warmup(experiment: Experiment, step: HybridStep) -> None:
     Runs with `paper=ID` are exempt, because the paper's ImageNet-R tasks are that short. So are runs with `train.max_steps`.
     """
     train, shortest = experiment.cfg.train, min(map(experiment.num_steps, experiment.tasks))
+    if step.learns and experiment.cfg.model.loss == "cross_entropy" and max(len(task.classes) for task in experiment.tasks) == 1:
+        raise ValueError("tasks.increment=1: within a task of one class the loss is always 0, and nothing is learned; give at least 2")
+    if not shortest:
+        raise ValueError(f"eval.holdout={experiment.cfg.eval.holdout}: no image of a task is left to train on; give less")
     if step.learns and (train.warmup_steps or 0) >= shortest and not experiment.cfg.paper and train.max_steps is None:
         advice = f"give at most {shortest // 2}, or null for a tenth of a task, or more train.epochs"
         raise ValueError(f"train.warmup_steps={train.warmup_steps}: the shortest task has {shortest} steps; {advice}")
@@ -111,7 +115,6 @@ def check_same_start(experiment: Experiment, step: HybridStep) -> None:
     agree(experiment.world, {name: digest(of_name) for name, of_name in tensors.items()}, hint)
 
 
-@errors_refused()
 def check(cfg: Config) -> None:
     """Print that a configuration is valid, or exit with status 2: a package is missing, or plan or adapters do not fit the model."""
     require_extras(cfg)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 import yaml
@@ -44,6 +45,7 @@ def test_the_name_of_a_run_says_what_becomes_of_the_other_units():
     late = ["orders=language_late", "zo=many_probes"]
     assert configured(*late).run.name == "digits-inc2-moe-many_probes-language-suffix4-rest-mixed-seed0"
     assert configured(*late, "orders.rest=frozen").run.name == "digits-inc2-moe-many_probes-language-suffix4-rest-frozen-seed0"
+    assert configured("orders=language_all", "orders.span=4").run.name == "digits-inc2-moe-mozo-language-all-seed0"
     assert configured("orders=language_suffix", "orders.span=4").run.name == "digits-inc2-moe-mozo-language-suffix4-seed0"
 
 
@@ -178,6 +180,7 @@ BAD = {
     "zo.lr_scale=nan": "zo.lr_scale=nan",
     "zo.granularity=joint orders=vision_all": "zo.granularity=joint: moves both branches",
     "adapter.top_k=3": "adapter.top_k=3: choose from 1 to adapter.experts=2",
+    "adapter.scale=0": "adapter.scale=0.0: give a number of more than 0",
     "adapter.dropout=1": "adapter.dropout=1.0: give a number of at least 0 and less than 1",
     "adapter=lora adapter.rank=0": "adapter.rank=0: give a number of at least 1",
     "adapter=lora adapter.targets=[o]": "adapter.targets=['o']: choose from q, k, v",
@@ -208,8 +211,12 @@ BAD = {
     "data.name=a+b data.reader=folder": "run.name='a+b-inc2-moe-mozo-dual-hop_odd-seed0': use letters",
     "run.trackers=[comet]": "run.trackers=['comet']: choose from wandb, tensorboard, mlflow",
     "run.keep=0": "run.keep=0: give a number of at least 1",
-    "tasks.order=papr": "tasks.order='papr': choose from natural, paper, seed:N, or a list of class ids",
-    "tasks.order=seed:x": "tasks.order='seed:x': choose from natural, paper, seed:N, or a list of class ids",
+    "tasks.order=papr": "tasks.order='papr': choose from natural, paper, seed:N (below 2^32), or a list of class ids",
+    "tasks.order=seed:x": "tasks.order='seed:x': choose from natural, paper, seed:N (below 2^32), or a list of class ids",
+    "tasks.order=seed:4294967296": "tasks.order='seed:4294967296': choose from",
+    "tasks.order=5": "tasks.order=5: choose from",
+    "tasks.order=null": "tasks.order=None: choose from",
+    "tasks.order=[a,b]": "tasks.order=['a', 'b']: choose from",
     "first_order.lr=inf": "first_order.lr=inf: give a number of more than 0",
 }
 
@@ -254,7 +261,7 @@ def test_a_configuration_that_is_damaged_or_of_another_version_is_refused_in_one
     except (yaml.YAMLError, AttributeError):
         text = damage
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.yaml(: this version has no option zo\.update;| is damaged)") as refused:
+    with pytest.raises(ValueError, match=r"config\.yaml(: this version has no option zo\.update;|: damaged| is damaged)") as refused:
         load_config(tmp_path / "config.yaml")
     assert ("zo.update" in str(refused.value)) == ("update" in damage)
 
@@ -262,3 +269,19 @@ def test_a_configuration_that_is_damaged_or_of_another_version_is_refused_in_one
 def test_a_saved_configuration_is_read_as_it_was(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(configured().as_dict()))
     assert load_config(tmp_path / "config.yaml") == configured()
+
+
+def test_an_option_beside_a_saved_configuration_is_read_as_on_a_command_line(tmp_path):
+    path, address = tmp_path / "config.yaml", "data.url=https://host/shards"
+    path.write_text(yaml.safe_dump(configured(address).as_dict()))
+    assert load_config(path, [address]).data.url == "https://host/shards"
+    assert load_config(path, ["data.url=null", "data.num_workers=2"]) == configured("data.num_workers=2")
+    wrong = {
+        "data.root": "'data.root' is not an option: give OPTION=VALUE",
+        "cluster.timeout_s=abc": "cluster.timeout_s=abc: Value 'abc'",
+        "run.foo=1": "run.foo=1: Key 'foo' not in 'RunConfig'",
+    }
+    for option, words in wrong.items():
+        with pytest.raises(ValueError, match=re.escape(words)) as refused:
+            load_config(path, ["data.url=null", option])
+        assert "damaged" not in str(refused.value)

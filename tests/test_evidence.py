@@ -68,7 +68,7 @@ def test_the_page_s_part_is_the_same_from_the_csv_files_as_from_the_runs(rows, r
     question = "Is dual hop_odd with the paper's defaults the same as its frozen twin?"
     assert f"| {question} | \\|Δ\\| \\< 0.5 | Avg | 0 | – | – | – | – | not run |" in text
     assert "| CIFAR-100 Inc20 | language all, naive | orders.rest=frozen | 0.30 |" in text
-    assert "1 comparison, Δ Avg +0.05. Answers from several seeds: no (within ±0.5) 1." in text
+    assert "2 comparisons, Δ Avg +0.05 to +6.00. Answers from several seeds: yes (higher) 1, no (within ±0.5) 1." in text
     assert text.index("## The primary contrasts") < text.index("## All runs") < text.index("## Questions of the paper")
 
 
@@ -83,7 +83,9 @@ def test_r_is_shown_with_its_interval(read_back):
 
 @pytest.mark.filterwarnings("ignore:.*steps missing")  # these runs have results only
 def test_the_confirming_runs_are_those_that_the_contrasts_compare(tmp_path):
-    runs = confirm.commands(["many-probes", "defaults"], "cifar100", [10]) + confirm.commands(["hybrid", "frozen"], "tiny_imagenet", [10])
+    runs = confirm.commands(["many-probes", "defaults", "positive-control"], "cifar100", [10]) + confirm.commands(
+        ["hybrid", "frozen"], "tiny_imagenet", [10]
+    )
     for options in runs:
         run = [option for option in options if not option.startswith("run.")]
         write_run(tmp_path, *run, f"run.name={options[-1].split('=')[1]}", last=0.5, avg=0.6, zero_shot=0.4)

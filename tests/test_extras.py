@@ -8,7 +8,7 @@ from dist_vlcl.__main__ import main
 from dist_vlcl.config import compose_config
 from dist_vlcl.data.sets import digits
 from dist_vlcl.dist.zero import prepare_deepspeed
-from dist_vlcl.train import check, require_extras
+from dist_vlcl.train import require_extras
 
 
 def remove(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
@@ -32,8 +32,9 @@ def test_a_run_that_would_draw_or_record_says_so_before_it_starts(monkeypatch, c
     remove(monkeypatch, "matplotlib")
     with pytest.raises(ValueError, match=r"matplotlib is not installed: pip install 'dist-vlcl\[report\]', or give run.plots=false"):
         require_extras(compose_config([]))
+    monkeypatch.setattr("sys.argv", ["dist-vlcl", "train", "--check"])
     with pytest.raises(SystemExit) as stopped:
-        check(compose_config([]))
+        main()
     assert stopped.value.code == 2 and "matplotlib is not installed" in capsys.readouterr().err
     remove(monkeypatch, "pyarrow")
     with pytest.raises(ValueError, match=r"pyarrow is not installed: pip install 'dist-vlcl\[report\]', or give run.record_every_steps=0"):

@@ -178,6 +178,29 @@ def test_experts_cannot_be_merged(runs, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("other", ["README.md and notes.txt", "the run"])
+def test_an_export_replaces_no_other_files(runs, tmp_path, monkeypatch, capsys, other):
+    folder = tmp_path / "out"
+    if other == "the run":
+        shutil.copytree(runs["moe"], folder)
+    else:
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+        (folder / "README.md").write_text("mine")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as stopped:
+        run_command(export_command, monkeypatch, runs["moe"], "--out", folder)
+    assert stopped.value.code == 2 and "the folder has other files, such as" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_another_task_is_not_taken_for_the_one_asked_for(runs):
+    newest = max((runs["moe"] / "checkpoints").glob("*.safetensors"))
+    assert len(read_trained(newest, task=3).tasks) == 3
+    with pytest.raises(ValueError, match=r"task=1: .*safetensors has the state of task 3; give the folder of the run"):
+        read_trained(newest, task=1)
+
+
 def test_an_export_is_loaded_without_the_run(runs, digits, tmp_path, monkeypatch):
     run_command(export_command, monkeypatch, runs["moe"], "--out", tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "adapters.safetensors", "classes.json", "config.yaml"}

@@ -19,6 +19,7 @@ from dist_vlcl.masking import explained, masked, masked_command, masked_values
         "wandb_api_key=hush",
         "pwd=hush",
         "curl -H 'Authorization: Bearer hush' https://host/{}",
+        "Bearer huhuhuhuhuhuhuhuhu",
         "curl -H 'Authorization: token hush' https://host/{}",
         'curl -H "X-Api-Key: hush" https://host/{}',
         "curl --header 'PRIVATE-TOKEN: hush' https://host/{}",
@@ -50,6 +51,7 @@ def test_a_secret_is_hidden_and_the_rest_is_not(text):
         "compass=north bypass=1",
         "data.passes=2",
         "rank 0: it stopped",
+        "model.prompt='a basic photo of a {}.'",
     ],
 )
 def test_what_is_no_secret_stays(text):

@@ -166,6 +166,10 @@ def test_own_options_win_over_tuned_ones_which_win_over_the_cell_s_and_are_in_th
     assert config.zo.transform == "sign" and "acceptance_best_of_three" in config.run.name
     with pytest.raises(ValueError, match="could not read it"):
         expand_paper([f"tuned={tmp_path}/none.yaml"])
+    assert configured(f"tuned={file}", "zo=naive").zo.acceptance == "best_of_three"
+    file.write_text("zo: {name: naive, transform: identity, lr_scale: 0.1}\n")
+    with pytest.raises(ValueError, match="zo=sign: the file of tuned= has chosen the strategy; leave one of the two out"):
+        configured(f"tuned={file}", "zo=sign")
 
 
 def test_flattening_keeps_every_leaf_under_its_dotted_key():

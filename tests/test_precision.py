@@ -117,6 +117,26 @@ def test_the_gate_measures_what_it_says_and_once():
     assert step_of(OrderPlan("dual", "all"), ZerothOrderConfig()).precision.is_checked  # fp32 with two evaluations: a percent at most
 
 
+def test_a_gate_that_could_not_measure_looks_again():
+    step = step_of(OrderPlan("dual", "all"), ZerothOrderConfig(evaluation="whole"), precision="bf16")
+    step.begin(CLASSES[:1])  # the loss of a task of one class is always 0
+    step([batch_of(16, 1)], KEY, LR)
+    assert not step.precision.is_checked
+    step.begin(CLASSES)
+    with pytest.raises(ValueError, match="the rounding error is"):
+        step([batch_of(0, len(CLASSES)), batch_of(16, len(CLASSES))], KEY, LR)  # more micro-batches than samples
+
+
+def test_with_estimates_of_single_units_the_gate_measures_slopes_of_single_units():
+    plan, batch, epsilon = OrderPlan("vision", "all"), batch_of(16, len(CLASSES)), {"language": 1e-4, "vision": 1e-4}
+    found = {}
+    for granularity in ("branch", "unit"):
+        step = step_of(plan, ZerothOrderConfig(epsilon=epsilon, granularity=granularity), double=True)
+        found[granularity] = step.precision.slopes(step.towers, step.tokens, batch, KEY, 1, ())["vision"]
+    assert len(found["unit"]) == len(step.zeroth.groups) > 1 == len(found["branch"])
+    assert float(found["unit"].sum()) == pytest.approx(float(found["branch"]), rel=0.01)
+
+
 @pytest.mark.parametrize(("branch", "precision"), [("vision", "fp32"), ("language", "fp32"), ("language", "bf16")])
 def test_an_epsilon_too_small_for_two_evaluations_in_fp32_is_refused(branch, precision):
     zeroth = ZerothOrderConfig(epsilon={"language": 1e-6, "vision": 1e-6}, evaluation="whole")

@@ -40,6 +40,7 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
     assert status == 1 and f"failed: {first.name}" in said and "was started with another configuration" in said
     assert re.search(rf"{second.name} +done", said) and read_records(second)["step"]
     shutil.rmtree(first)
+    own = {key: yaml.safe_load((second / "config.yaml").read_text())[key] for key in ("first_order", "run")}
     written = (second / "metrics.jsonl").stat().st_mtime_ns
     status, said = swept(monkeypatch, capfd, *words, "--item", "1")
     assert status == 0 and "0 of 1 to train" in said and not first.exists()
@@ -47,6 +48,15 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
     assert status == 0 and "1 of 2 to train" in said
     assert re.search(rf"{first.name} +done", said) and re.search(rf"{second.name} +complete before", said)
     assert (second / "metrics.jsonl").stat().st_mtime_ns == written
+    # the result of other options is not taken for that of these, though the folder's name is the same
+    words = [*words, f"run.name={second.name}", f"first_order.lr={2 * own['first_order']['lr']}", "--item", "1"]
+    status, said = swept(monkeypatch, capfd, *words)
+    assert status == 2 and "first_order.lr: 0.001 -> 0.002; choose another folder" in said and "to train" not in said
+
+
+def test_a_number_of_processes_below_one_is_refused(monkeypatch, capfd):
+    status, said = swept(monkeypatch, capfd, "paper=t1-moe-cifar20-fo", "--processes", "-3", "--list")
+    assert status == 2 and "--processes -3: give at least 1" in said
 
 
 def test_missing_data_and_weights_are_named_once_and_before_the_first_run(tmp_path, monkeypatch, capfd):

@@ -1,13 +1,17 @@
 """Several data sets as the tasks of one run: trained one after the other, all evaluated after each, each among its own classes."""
 
+import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from dist_vlcl.commands import report
+from dist_vlcl.commands import report, verify
 from dist_vlcl.commands.evaluate import evaluate_run
+from dist_vlcl.commands.evaluate import report as report_of
+from dist_vlcl.commands.sweep import missing_inputs
 from dist_vlcl.config import compose_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.data.settings import DataConfig
@@ -94,6 +98,16 @@ def test_a_joint_index_has_the_shards_of_every_set(root, monkeypatch):
             there, _ = open_sets(DataConfig(name="x", reader="folder", url=url, allow_pipe=True), list(SIZES))
             there.verify()
             assert there.fingerprint == index.fingerprint
+
+
+def test_commands_open_every_set_and_tell_classes_of_one_name_apart(root, trained, capsys):
+    cfg = compose_config([*RUN, f"data.root={root}", *SETS])
+    verify.run(cfg)
+    assert "36 training and 63 test images, every shard as it was written" in capsys.readouterr().out
+    assert missing_inputs([cfg]) == []
+    printed = report_of(Namespace(run=trained[1], options=[f"data.root={root}"], data=None, json=True, classes=False), World.alone())
+    names = ["class 0 (1)", "class 1 (2)", "class 2 (3)", "class 0 (4)", "class 1 (5)", "class 0 (6)", "class 1 (7)", "class 2 (8)"]
+    assert list(json.loads(printed)["classes"]) == [*names, "class 3"]
 
 
 def test_a_set_without_shards_is_named_with_the_command_that_builds_it(root):

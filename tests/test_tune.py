@@ -200,14 +200,35 @@ def test_an_estimator_is_named_beside_the_file_which_may_not_name_code(tmp_path)
     assert compose_config(words.split()).zo.estimator == own.removeprefix("zo.estimator=")
 
 
-def test_the_best_has_the_highest_mean_then_the_lowest_loss_and_failed_ones_are_last():
+def test_the_best_has_the_highest_mean_then_the_lowest_loss_and_those_with_a_failed_run_are_last():
     nan = float("nan")
-    choices = ranked(trials(("1", 50, 1.0), ("2", 25, 0.5), ("2", 75, 0.5), ("3", nan, nan), ("4", 40, 0.1)))
-    assert list(choices["zo.lr_scale"]) == ["2", "1", "4", "3"]
+    found = {"1": (50, 50, 1.0), "2": (25, 75, 0.5), "3": (nan, nan, nan), "4": (90, nan, 0.1), "5": (40, 40, 0.1)}
+    choices = ranked(trials(*[(name, accuracy, loss) for name, (*both, loss) in found.items() for accuracy in both]))
     assert trial_table(choices, {"frozen": 30}).splitlines()[2:] == [
         "| 2 | 50.00 | 25.00 – 75.00 | 2 | 0.5000 |",
-        "| 1 | 50.00 |  | 1 | 1.0000 |",
-        "| 4 | 40.00 |  | 1 | 0.1000 |",
+        "| 1 | 50.00 | 50.00 – 50.00 | 2 | 1.0000 |",
+        "| 5 | 40.00 | 40.00 – 40.00 | 2 | 0.1000 |",
+        "| 4 | 90.00 |  | 1 | 0.1000 |",
         "| 3 | – |  | 0 | – |",
         "| frozen | 30.00 |  |  |  |",
     ]
+
+
+@pytest.mark.parametrize(("fresh", "words"), [((5.0, 6.0), "0.50 less"), ((7.0, 8.0), "1.50 more"), ((float("nan"), 8.0), "")])
+def test_the_gain_of_the_screen_is_over_the_seeds_of_both_and_the_fresh_runs_say_less_or_more(fresh, words):
+    """The control's run with seed 1, an easy one, has failed."""
+    accuracies = {
+        "0": (40.0, 46.0),
+        "1": (float("nan"), 90.0),
+        "2": (40.0, 46.0),
+        "3": (30.0, 30.0 + fresh[0]),
+        "4": (30.0, 30.0 + fresh[1]),
+    }
+
+    def train(choices, seeds):
+        of = [[accuracies[seed][choice != tune.CONTROL] for seed in seeds] for choice in choices]
+        return [pd.DataFrame({"seed": seeds, "accuracy": values, "zero_shot": 1.0, "loss": 1.0}) for values in of]
+
+    found = tune.search([{"zo.lr_scale": "1"}], train, ["0", "1", "2"], ["3", "4"])
+    assert found.screened == pytest.approx(6.0)
+    assert found.shrinkage == f"In the screen it gained +6.00 points, the best of 1 choices.{words and f' The fresh runs show {words}.'}"

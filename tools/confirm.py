@@ -2,6 +2,7 @@
 
     python tools/confirm.py                                           the runs of the primary contrasts, CIFAR-100 Inc20, ten seeds
     python tools/confirm.py hybrid frozen --data tiny_imagenet        those of the contrast on Tiny-ImageNet
+    python tools/confirm.py defaults --data tiny_imagenet             the paper's defaults and their controls, there
     python tools/confirm.py tables --seeds 10                         Tables 1, 2 and 4 and Figure 4 on CIFAR-100, once
     python tools/confirm.py --list                                    only print the commands
     python tools/evidence.py collect runs/confirm/cifar100-* --out docs/results/cifar100.csv
@@ -22,8 +23,9 @@ from dist_vlcl.config import errors_refused
 DATA = {  # warm-up: a fifth of the steps of a task, with the images that this evidence has
     "cifar100": "data=cifar100 tasks.increment=20 train.warmup_steps=6",
     "tiny_imagenet": "data=tiny_imagenet tasks.increment=20 train.warmup_steps=5",
+    "digits": "data=digits",
 }
-MANY_PROBES = {  # with the defaults every run that configs/contrasts.yaml compares
+MANY_PROBES = {  # with the defaults and the positive control: every run that configs/contrasts.yaml compares
     "language": "orders=language_late orders.rest=frozen zo=many_probes",
     "language-first": "orders=language_late orders.rest=frozen orders.order=first",
     "hybrid": "orders=language_late zo=many_probes",
@@ -37,6 +39,11 @@ DEFAULTS = {
     "hop-frozen": "orders=dual_hop_odd orders.order=frozen",
     "hop-mozo": "orders=dual_hop_odd zo=mozo",
     "hop-sign": "orders=dual_hop_odd zo=sign",
+    "dual-conservative": "orders=dual_all zo=conservative",
+    "vision-conservative": "orders=vision_all zo=conservative",
+    "vision-frozen": "orders=vision_all orders.order=frozen",
+}
+POSITIVE_CONTROL = {
     "ten-times": "orders=dual_all zo=conservative train.epochs=10",
     "ten-times-first": "orders=first train.epochs=10",
 }
@@ -49,8 +56,8 @@ TABLES = {
     "first": "orders=first",
     "first-lora": "orders=first adapter=lora",
 }
-GROUPS = {"many-probes": MANY_PROBES, "defaults": DEFAULTS, "tables": TABLES}
-RUNS = MANY_PROBES | DEFAULTS | TABLES
+GROUPS = {"many-probes": MANY_PROBES, "defaults": DEFAULTS, "positive-control": POSITIVE_CONTROL, "tables": TABLES}
+RUNS = {name: options for group in GROUPS.values() for name, options in group.items()}
 
 
 def commands(names: list[str], data: str, seeds: list[int] | None = None) -> list[tuple[str, ...]]:
@@ -84,7 +91,7 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*GROUPS, *RUNS]
-    names = "many-probes and defaults (default), tables, or single runs of these (see --list)"
+    names = f"groups: {', '.join(GROUPS)} (default: all but tables); or single runs of these (see --list)"
     parser.add_argument("names", nargs="*", metavar="RUN", help=names)
     parser.add_argument("--data", choices=DATA, default="cifar100", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=seeds_of, metavar="10-19", help="or 10,12 (default: 20-29 for many-probes, 10-19 for others)")
@@ -95,7 +102,7 @@ def main() -> int:
     if odd := [name for name in arguments.names if name not in known]:
         parser.error(f"{odd[0]}: choose from {', '.join(known)}")
     with errors_refused():
-        items = prepare(commands(arguments.names or ["many-probes", "defaults"], arguments.data, arguments.seeds))
+        items = prepare(commands(arguments.names or [name for name in GROUPS if name != "tables"], arguments.data, arguments.seeds))
     launcher = launcher_of(arguments)
     if arguments.list:
         print_commands(items, launcher)

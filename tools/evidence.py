@@ -24,7 +24,7 @@ from scipy import stats
 from dist_vlcl.paper import CONFIG_FOLDER, paper_runs
 from dist_vlcl.report import tables
 from dist_vlcl.report.figures import STYLE
-from dist_vlcl.report.page import CONTRIBUTION_TERMS
+from dist_vlcl.report.page import CONTRIBUTION_TERMS, TERMS
 from dist_vlcl.report.paper_figures import FOUR_PLANS, Picture, draw_seeds, draw_units, unit_statistics
 from dist_vlcl.report.records import CELL, CONTROLS, run_frame
 from dist_vlcl.report.statistics import (
@@ -51,6 +51,10 @@ CLAIMS_BEGIN = "## Questions of the paper\n"  # what follows is on the second pa
 LAYERS = "-layers.csv"
 BEGIN, END = "<!-- results: begin (tools/evidence.py writes this part) -->", "<!-- results: end -->"
 TEXTS = ["adapter", "other_settings", "method_settings", "shared_settings", "model_settings"]  # "" in a CSV is a text, and no gap
+ANSWERS = (
+    f"*{YES}*: p after Holm's correction is below 0.05. *{NO}*: the 95 % interval, which is not corrected, lies beyond the bound. "
+    f"Otherwise {NOT_DECIDED}. *so far*: with fewer seeds than were planned."
+)
 HIDDEN = ("path", "is_probe", "is_complete", "tasks_done")
 
 
@@ -120,6 +124,7 @@ def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | Non
     contrasts = contrasts_of(results, yaml.safe_load((CONFIG_FOLDER / "contrasts.yaml").read_text()))
     blocks = [
         "## The primary contrasts",
+        ANSWERS,
         "\n".join(map(sentence, contrasts[contrasts.seeds > 0].itertuples())) or "None was run yet.",
         contrast_table(contrasts),
     ]
@@ -128,7 +133,7 @@ def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | Non
         "Other settings than the paper's, in all runs:",
         "\n".join(f"- {tasks}: {text}" for tasks, text in shared.items()),
     ]
-    blocks.append(tables.result_table(ours))
+    blocks += [TERMS, tables.result_table(ours)]
     if contribution := tables.contribution_table(ours):
         blocks += ["## What did zeroth order contribute?", CONTRIBUTION_TERMS, contribution, "\n".join(ratio_sentences(results))]
     counted = comparisons[~comparisons.variant.isin(CONTROLS)]
@@ -256,10 +261,15 @@ def contrast_table(contrasts: pd.DataFrame) -> str:
     """Return one row per contrast."""
     rows = []
     for c in contrasts.itertuples():
-        tested = [tables.signed(c.mean), tables.interval(c.low, c.high), tables.number(c.p, ".3f"), tables.number(c.p_holm, ".3f")]
+        tested = [tables.signed(c.mean), tables.interval(c.low, c.high), *map(shown_p, (c.p, c.p_holm))]
         rows.append([c.question, c.condition, tables.METRICS[c.metric], c.seeds, *tested, c.answer])
     heads = ["question", "condition", "metric", "seeds", "Δ", "95 % interval", "p", "p, Holm", "answer"]
     return tables.markdown_table(heads, rows, num_left=3)
+
+
+def shown_p(p: float) -> str:
+    """Return a p-value as text."""
+    return "< 0.001" if p < 0.001 else tables.number(p, ".3f")
 
 
 def sentence(contrast) -> str:

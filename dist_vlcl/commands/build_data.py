@@ -5,12 +5,11 @@ Duration: one or two minutes for CIFAR-100 or Tiny-ImageNet on disk. Result: dat
 
 from rich.progress import track
 
-from dist_vlcl.config import Config, errors_refused, hydra_main
+from dist_vlcl.config import Config, hydra_main
 from dist_vlcl.data.shards import make_shards
 from dist_vlcl.masking import masked
 
 
-@errors_refused()
 def run(config: Config) -> None:
     """Write the shards with a progress bar. An error of the user is one line on stderr and exit status 2."""
     index = make_shards(config.data, lambda work: track(work, description=f"{config.data.name}: classes"))

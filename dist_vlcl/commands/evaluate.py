@@ -19,7 +19,7 @@ from dist_vlcl.config import load_config
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix, Counts
 from dist_vlcl.data.loader import Loader
-from dist_vlcl.data.names import prompt_names
+from dist_vlcl.data.names import distinct, prompt_names
 from dist_vlcl.data.shards import Index
 from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import ClusterConfig, World
@@ -34,7 +34,7 @@ from dist_vlcl.saved import digest_of, read_config
 def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> AccuracyMatrix:
     """Return the accuracy matrix of a run with its newest row measured again. All ranks call this. `options`: of this command line.
 
-    Raises FileNotFoundError without an intact checkpoint. Raises ValueError if the checkpoint lies within a task, is of version 0.1, or was
+    Raises FileNotFoundError without an intact checkpoint. Raises ValueError if the checkpoint lies within a task, or was
     saved with another configuration or other data.
     """
     experiment = Experiment.open(load_config(folder / "config.yaml", options), world)
@@ -74,7 +74,7 @@ def report(options: Namespace, world: World) -> str:
         counts = accuracy.rows[-1][: sum(accuracy.task_sizes[: len(accuracy.rows)])]
         names = [name for names in read_classes(options.run) for name in names] or list(map(str, range(len(counts))))
         values = {"Last": accuracy.last, "Avg": accuracy.average, "forgetting": accuracy.forgetting}
-    classes = {name: correct / max(1, total) for name, (correct, total) in zip(names, counts, strict=False)}
+    classes = {name: correct / max(1, total) for name, (correct, total) in zip(distinct(names), counts, strict=False)}
     if options.json:
         return json.dumps({**{key.lower(): value for key, value in values.items()}, "classes": classes}, ensure_ascii=False)
     lines = [f"{100 * value:6.2f}  {name}" for name, value in classes.items()] if options.classes else []

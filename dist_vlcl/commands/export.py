@@ -5,6 +5,7 @@ weights of CLIP are not in it. --to open_clip merges LoRA into CLIP's weights an
 be merged. Both folders have the layout of a repository on the Hugging Face Hub. --push uploads them; log in first: hf auth login.
 """
 
+import itertools
 import json
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -28,9 +29,20 @@ USAGE = {
 }
 
 
+FILES = {
+    "adapters": [ADAPTERS, CONFIG, CLASSES, "README.md"],
+    "open_clip": ["open_clip_model.safetensors", "open_clip_config.json", "README.md"],
+}
+
+
 def export(trained: Trained, out: Path, kind: str, name: str) -> None:
-    """Write the files of an export, `adapters` or `open_clip`, into a folder. Raises ValueError for adapters that cannot be merged."""
+    """Write the FILES of an export, `adapters` or `open_clip`, into a folder.
+
+    Raises FileExistsError for a folder with other files, and ValueError for adapters that cannot be merged.
+    """
     cfg = trained.cfg
+    if out.exists() and (others := {path.name for path in out.glob("[!.]*")} - {*itertools.chain(*FILES.values())}):
+        raise FileExistsError(f"--out {out}: the folder has other files, such as {min(others)}; choose a new or empty one")
     if kind == "open_clip":
         weights, config = merge_lora(cfg.model, cfg.adapter, trained.adapters, derive_seed(cfg.seed, "adapters"))
         out.mkdir(parents=True, exist_ok=True)
@@ -58,13 +70,13 @@ def card(trained: Trained, kind: str, name: str) -> str:
     )
 
 
-def push(folder: Path, name: str) -> str:
-    """Upload a folder to a repository of the Hugging Face Hub. A new repository is private. Return its address."""
+def push(folder: Path, name: str, files: list[str]) -> str:
+    """Upload files of a folder to a repository of the Hugging Face Hub. A new repository is private. Return its address."""
     from huggingface_hub import HfApi
 
     api = HfApi()
     api.create_repo(name, private=True, exist_ok=True)
-    return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by dist_vlcl"))
+    return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message="Upload by dist_vlcl"))
 
 
 def main() -> None:
@@ -81,9 +93,9 @@ def main() -> None:
         trained = read_trained(options.run, options.task, options.option)
         out = options.out or Path("exports") / trained.folder.resolve().name
         export(trained, out, options.to, options.push or out.name)
-        print(f"wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+        print(f"wrote {', '.join(FILES[options.to])} to {out}")
         if options.push:
-            print(f"uploaded: {push(out, options.push)}")
+            print(f"uploaded: {push(out, options.push, FILES[options.to])}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from dist_vlcl.config import errors_refused
+from dist_vlcl.data.names import distinct
 from dist_vlcl.inference import load
 
 
@@ -21,8 +22,8 @@ def main() -> None:
     options = parser.parse_args()
     with errors_refused():
         model = load(options.run, options.task, options=options.option)
-        names = options.classes.split(",") if options.classes else model.class_names
-        scores = model.classify(options.images, names)[1]
+        classes = options.classes.split(",") if options.classes else model.class_names
+        names, scores = distinct(classes), model.classify(options.images, classes)[1]
     for image, row in zip(options.images, scores, strict=True):
         best = row.topk(min(max(1, options.top), len(names)))
         pairs = [(names[place], score) for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)]

@@ -37,14 +37,16 @@ from rich.progress import track
 from rich.table import Table
 
 from dist_vlcl.config import Config, compose_config, errors_refused, search_path
-from dist_vlcl.data.shards import open_index
+from dist_vlcl.data.shards import open_sets
 from dist_vlcl.masking import explained, masked_command
 from dist_vlcl.model.clip import build_clip, unit_ids
+from dist_vlcl.options import matches, split_options
 from dist_vlcl.orders import assign
 from dist_vlcl.paper import catalogue, published, select
 from dist_vlcl.reading import or_warn
+from dist_vlcl.run.folder import as_saved, differences
 from dist_vlcl.run.signals import Preemption
-from dist_vlcl.saved import read_accuracy
+from dist_vlcl.saved import MAY_CHANGE, read_accuracy, read_config
 
 COMPLETE, DONE, FAILED, LEFT = "complete before", "done", "FAILED", "not run"
 
@@ -67,6 +69,14 @@ class Item:
         """Whether every task is done."""
         return self.accuracy.get("complete") is True
 
+    def check(self) -> None:
+        """Raise ValueError if the folder has a complete run with other options, whose result is not the one that is asked for."""
+        saved = self.folder / "config.yaml"
+        changes = differences(read_config(saved), as_saved(self.config.as_dict())) if self.is_complete and saved.exists() else {}
+        # null becomes a number when the run starts
+        if other := [f"{k}: {was_is}" for k, was_is in changes.items() if not (matches(k, MAY_CHANGE) or was_is.endswith(" -> None"))]:
+            raise ValueError(f"{self.folder} has a run with other options (was -> is): {', '.join(other)}; choose another folder for these")
+
 
 def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[str, ...]]:
     """Return the options of every run that a command line asks for, each run once. Raises ValueError for a wrong command line."""
@@ -85,14 +95,6 @@ def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[st
     return [(f"paper={id}", f"seed={seed}", *own) for id, seed in pairs]
 
 
-def split_options(words: Iterable[str]) -> list[tuple[str, str]]:
-    """Return the key and the value of every option; raise ValueError for a word that is none."""
-    for word in words:
-        if "=" not in word:
-            raise ValueError(f"{word!r} is not an option: give OPTION=VALUE, such as train.epochs=2")
-    return [(word.split("=", 1)[0], word.split("=", 1)[1]) for word in words]
-
-
 def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
     """Return the runs with their folders. Raises ValueError that names the run if an option is wrong or two runs share a folder."""
     items: dict[Path, Item] = {}
@@ -109,9 +111,12 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
     return list(items.values())
 
 
+@errors_refused()
 def launcher_of(arguments: Namespace) -> list[str]:
     """Return the command that starts a run, before its options: with the launcher given, or one process per GPU, or one."""
-    number = arguments.processes or max(1, torch.cuda.device_count())
+    number = max(1, torch.cuda.device_count()) if arguments.processes is None else arguments.processes
+    if number < 1:
+        raise ValueError(f"--processes {number}: give at least 1")
     if arguments.launcher:
         launcher = shlex.split(arguments.launcher)
     elif number == 1:
@@ -141,7 +146,7 @@ def _prepare_child() -> None:
 def missing_inputs(configs: Sequence[Config]) -> list[str]:
     """Open every data set and load every model of these runs once. Return one text for each that is missing."""
     found = []
-    works: dict[str, Callable[[], object]] = {repr(config.data): partial(open_index, config.data) for config in configs}
+    works: dict[str, Callable[[], object]] = {repr((c.data, c.tasks.sets)): partial(open_sets, c.data, c.tasks.sets) for c in configs}
     works |= {repr(config.model): partial(build_clip, config.model, config.adapter) for config in configs}
     for work in works.values():
         try:
@@ -159,6 +164,8 @@ def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) ->
     outcomes = {item: COMPLETE if item.is_complete else LEFT for item in items}
     missing = [item for item in items if outcomes[item] == LEFT]
     with errors_refused():
+        for item in items:
+            item.check()
         if len(missing) > 1 and (texts := missing_inputs([item.config for item in missing])):
             raise ValueError("\n".join(texts))
     console.print(f"{len(missing)} of {len(items)} to train, the others are complete", highlight=False)

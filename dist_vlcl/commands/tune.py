@@ -10,8 +10,9 @@ one value. In a plan with both branches, probes are those of the language branch
 
     zo=naive,conservative,sign    zo.lr_scale=0.3,1,3,10    zo.probes=1,16,64
 
-The best combination and the same units frozen are then run again with fresh seeds, which also hold out other images. The best of many
-looks better than it is. The fresh runs took no part in the choice, so their paired difference is unbiased, however many choices there were.
+The best combination and the same units frozen are then run again with fresh seeds, which also hold out another random part of the same
+images. The best of many looks better than it is. The fresh runs took no part in the choice, so the choice does not bias their paired
+difference, however many choices there were.
 
 The folder tuning/NAME/ gets the runs and tuned.yaml, which a run or a sweep takes as tuned=FILE. Its tuning.md and tuning.csv compare the
 combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
@@ -33,9 +34,10 @@ import pandas as pd
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from dist_vlcl.commands.sweep import LEFT, Item, add_launch_options, launcher_of, prepare, print_commands, run_all, split_options
+from dist_vlcl.commands.sweep import LEFT, Item, add_launch_options, launcher_of, prepare, print_commands, run_all
 from dist_vlcl.config import Config, compose_config, errors_refused, search_path
 from dist_vlcl.masking import masked_command
+from dist_vlcl.options import split_options
 from dist_vlcl.report.records import read_records
 from dist_vlcl.report.statistics import paired_test
 from dist_vlcl.report.tables import ranked, trial_table
@@ -121,7 +123,8 @@ class Search:
     def shrinkage(self) -> str:
         """How much of the winner's gain in the screen did not appear again."""
         count, lost = len(self.trials[list(self.best)].drop_duplicates()), self.screened - self.fresh["mean"]
-        return f"In the screen it gained {self.screened:+.2f} points, the best of {count} choices. The fresh runs show {lost:.2f} less."
+        again = "" if isnan(lost) else f" The fresh runs show {abs(lost):.2f} {'less' if lost >= 0 else 'more'}."
+        return f"In the screen it gained {self.screened:+.2f} points, the best of {count} choices.{again}"
 
 
 def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh: Sequence[str]) -> Search | None:
@@ -136,8 +139,8 @@ def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh:
     values = {"the same units frozen": control.accuracy, "zero-shot CLIP": control.zero_shot}
     references = {name: float(accuracies.mean()) for name, accuracies in values.items() if accuracies.notna().any()}
     again, frozen = (of_choice.set_index("seed").accuracy for of_choice in train([best, CONTROL], fresh))
-    gain = float(row.accuracy - control.accuracy.mean())
-    return Search(trials, references, best, gain, paired_test((again - frozen).to_numpy()))
+    gains = found[choices.index(best)].set_index("seed").accuracy - control.set_index("seed").accuracy
+    return Search(trials, references, best, float(gains.mean()), paired_test((again - frozen).to_numpy()))
 
 
 def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> str:

@@ -7,15 +7,14 @@ import sys
 
 from rich.progress import track
 
-from dist_vlcl.config import Config, errors_refused, hydra_main
-from dist_vlcl.data.shards import ShardError, open_index
+from dist_vlcl.config import Config, hydra_main
+from dist_vlcl.data.shards import ShardError, open_sets
 from dist_vlcl.masking import masked
 
 
-@errors_refused()
 def run(config: Config) -> None:
     """Verify with a progress bar. Damaged shards give exit status 1; an error of the user gives 2."""
-    index = open_index(config.data)
+    index = open_sets(config.data, config.tasks.sets)[0]
     try:
         index.verify(lambda shards: track(shards, description=f"{config.data.name}: shards"))
     except ShardError as error:

@@ -10,7 +10,7 @@ Counts = list[tuple[int, int]]  # per class: correct, total
 
 @dataclass
 class AccuracyMatrix:
-    """Correct and total per class. Row t: the classes seen after training on task t. Rows of earlier versions go on with the next task.
+    """Correct and total per class. Row t: the classes seen after training on task t, and perhaps more, which are ignored.
 
     task_sizes: the number of classes of each task, in order. R[t][j] below is the accuracy on the classes of task j in row t.
     """

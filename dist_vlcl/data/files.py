@@ -8,7 +8,7 @@ import shutil
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from dist_vlcl.masking import explained
 
 MAX_FILE_BYTES = 1 << 26  # of one file of a source: a small archive can unpack to any size
-SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test"}
+SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # of a WebDataset tar: key and suffix, from the first dot of the file's name
 END_BYTES = 1024  # a tar ends in two blocks of zeros
 
@@ -45,6 +45,12 @@ class Found(NamedTuple):
     @property
     def key(self) -> str:
         return re.sub(r"\.[^./]+$", "", self.short)
+
+
+def check_test_folders(folders: Iterable[str]) -> None:
+    """Raise ValueError for two folders of test images, such as val/ and test/."""
+    if len(tests := sorted({name for name in folders if SPLIT_FOLDERS.get(name.lower()) == "test"})) > 1:
+        raise ValueError(f"images below {tests[0]}/ and {tests[1]}/ would both be test images: remove one of them, or move it into train/")
 
 
 def suffix_of(path: str) -> str:
@@ -148,7 +154,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         lock.acquire()
     try:
         if target.exists():
-            raise FileExistsError(f"{target} exists already: remove it to build it again, or choose another data.root")
+            raise FileExistsError(f"{target} exists already: choose another data.name or data.root")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         yield aside

@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from rich.progress import track
 
 from dist_vlcl.data.download import read_bytes
-from dist_vlcl.data.files import MEMBER, SPLIT_FOLDERS, Found, ReadFile, open_source
+from dist_vlcl.data.files import MEMBER, SPLIT_FOLDERS, Found, ReadFile, check_test_folders, open_source
 from dist_vlcl.data.images import IMAGE_SUFFIXES, png
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.masking import explained, masked
@@ -40,6 +40,7 @@ def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     above = str(folder.parent if folder.name in SPLIT_FOLDERS else folder).replace(":/", "://")
     names = _names(data, data.class_names or f"{above}/classnames.txt")
     splits = {tar: SPLIT_FOLDERS.get(PurePosixPath(tar).parent.name) for tar in tars}
+    check_test_folders(PurePosixPath(tar).parent.name for tar in tars)
     has_split = len(set(splits.values())) > 1  # a set of test images only is divided by test_fraction
     return _labelled([image for tar in track(tars, "tars") for image in _samples(data, tar, splits[tar] if has_split else None)], names)
 
@@ -87,7 +88,7 @@ def hf(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     label_column = _column("label_column", data.label_column, features, datasets.ClassLabel)
     for name, split in splits.items():
         part = loaded[name].cast_column(image_column, datasets.Image(decode=False))
-        suffix = MAGIC.get((part[0][image_column]["bytes"] or b"")[:2], "png")
+        suffix = MAGIC.get(_bytes_of(part, 0, image_column)[:2], "png")
         for row, label in enumerate(part[label_column]):
             found.append(Found(split, str(label), f"{name}/{row:07d}.{suffix}", partial(_bytes_of, part, row, image_column)))
     names = _names(data, data.class_names) or getattr(features[label_column], "names", None)
@@ -102,8 +103,7 @@ def _column(option: str, given: str | None, features: Any, kind: type) -> str:
 
 
 def _bytes_of(part: Any, row: int, column: str) -> bytes:
-    content: bytes | None = part[row][column]["bytes"]
-    return content or b""  # the path beside it is not followed: it could name any file of this machine
+    return (part[row][column] or {}).get("bytes") or b""  # the path beside it is not followed: it could name any file of this machine
 
 
 def torchvision(data: DataConfig) -> tuple[list[Found], dict[str, str]]:

@@ -28,7 +28,7 @@ class Batch:
     images: Tensor  # uint8 [B, 3, S, S]
     labels: Tensor  # int64 [B], the place of the class among the classes asked for
     positions: Tensor  # int64 [B], the place of each sample in the global batch
-    count: int  # samples of the global batch
+    count: int  # samples of the global batch in its first micro-batch, 0 in the others, so that the sum is right
     index: int  # of the batch in the epoch
     samples: list[str]  # keys of the B samples
     waited_s: float = 0.0  # how long the trainer waited for the batch

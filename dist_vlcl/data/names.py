@@ -22,6 +22,11 @@ def prompt_names(class_names: Sequence[str], underscores: bool = False) -> list[
     return [name if underscores else name.replace("_", " ") for name in class_names]
 
 
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return the names, with their place behind those that come more than once: `cat (3)` is the third class."""
+    return [name if list(names).count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, 1)]
+
+
 def paper_order(reader: str) -> list[int] | None:
     """Return the published class order of a known data set, or None. ImageNet-R's is RAPF's (see above)."""
     path = FOLDER / "orders" / f"{reader}.txt"

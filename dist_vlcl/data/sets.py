@@ -13,7 +13,7 @@ from urllib.error import URLError
 
 from PIL import Image
 
-from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, open_source, suffix_of
+from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, check_test_folders, open_source, suffix_of
 from dist_vlcl.data.images import IMAGE_SUFFIXES, png
 from dist_vlcl.data.labelled import hf, torchvision, webdataset
 from dist_vlcl.data.names import known_classes
@@ -69,8 +69,10 @@ def read_raw(data: DataConfig) -> RawSet:
 # Readers
 
 
-def digits(_: DataConfig) -> tuple[list[Found], dict[str, str]]:
+def digits(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """scikit-learn's 1797 handwritten digits: 8x8 pixels, white on black, enlarged to 32x32."""
+    if data.source or data.class_names:
+        raise ValueError("data=digits has its own images and names: leave out data.source and data.class_names, or use data=folder")
     with explained("data=digits: scikit-learn is not installed", "pip install 'dist-vlcl[digits]'", ModuleNotFoundError):
         from sklearn.datasets import load_digits
     loaded = load_digits()
@@ -83,7 +85,7 @@ def digits(_: DataConfig) -> tuple[list[Found], dict[str, str]]:
 
 def cifar100(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """The official archive, downloaded or given, the folder that it unpacks to, or images below `<class>/`."""
-    downloads, classes = Path(data.root) / "downloads", known_classes("cifar100")
+    downloads, classes = Path(data.root) / "downloads", _known_classes(data)
     source = Path(data.source) if data.source else downloads if (downloads / CIFAR_FOLDER).is_dir() else _download(data)
     unpacked = source if source.name == CIFAR_FOLDER else source / CIFAR_FOLDER
     if (unpacked / "train").is_file():
@@ -99,9 +101,8 @@ def known_images(data: DataConfig, source: Path | None = None) -> tuple[list[Fou
     Tiny-ImageNet's labelled val split is the test split. ImageNet-R has no split: `split_file` gives it, or `test_fraction` of each class
     is drawn. ImageNet-R's class names and their order are RAPF's, an open choice: the paper does not state its own.
     """
-    source, classes = source or (Path(data.source) if data.source else _download(data)), known_classes(data.reader_name)
-    own_names = _read_class_names(data.class_names) if data.class_names else {}
-    return _find_images(source, classes), {name: own_names.get(name, text) for name, text in classes.items()}
+    classes = _known_classes(data)
+    return _find_images(source or (Path(data.source) if data.source else _download(data)), classes), classes
 
 
 def folder(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
@@ -146,7 +147,7 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
     """Read a list like RAPF's: a line `train`, lines `<class>/<image>`, a line `test`, more lines. Other images are not used."""
     listed: dict[str, str] = {}
     split = None
-    with explained(f"data.split_file={split_file!r}"):
+    with explained(f"data.split_file={split_file!r}", kinds=(OSError, ValueError)):
         text = Path(split_file).read_text(encoding="utf-8")
     for line in filter(None, map(str.strip, text.splitlines())):
         if line in ("train", "test"):
@@ -161,9 +162,19 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
     return {paths[name]: split for name, split in listed.items()}
 
 
+def _known_classes(data: DataConfig) -> dict[str, str]:
+    """Return raw folder -> class name, of a data set that has a list; `class_names` can change some of the names."""
+    classes, own_names = known_classes(data.reader_name), _read_class_names(data.class_names) if data.class_names else {}
+    if unknown := [name for name in own_names if name not in classes]:
+        raise ValueError(
+            f"data.class_names={data.class_names!r}: {data.reader_name} has no folder {unknown[0]!r}, but such as {min(classes)!r}"
+        )
+    return classes | own_names
+
+
 def _read_class_names(path: str) -> dict[str, str]:
     advice = f'data.class_names={path!r}: give a JSON list of {{"folder": ..., "name": ...}}, each folder once'
-    with explained(advice):
+    with explained(advice, kinds=(OSError, ValueError)):
         entries = parse_json(Path(path).read_bytes(), [{"folder": str, "name": str}])
         if repeated := [folder for folder, count in Counter(entry["folder"] for entry in entries).items() if count > 1]:
             raise ValueError(f"{repeated[0]!r} comes more than once")
@@ -191,7 +202,7 @@ def _parts(source: Path) -> list[tuple[str | None, Path]]:
 
 
 def _images_of(split: str | None, files: Mapping[str, ReadFile], known: Mapping[str, str] | None) -> Iterable[Found]:
-    annotated = _annotations(files)
+    annotated, splits = _annotations(files), set()
     for name in sorted(files):
         *parents, file = PurePosixPath(name).parts
         if file.startswith(".") or suffix_of(file) not in IMAGE_SUFFIXES or "__MACOSX" in parents:
@@ -201,8 +212,11 @@ def _images_of(split: str | None, files: Mapping[str, ReadFile], known: Mapping[
         if not places and name not in annotated:
             continue
         above = parents if name in annotated else parents[: places[-1]]  # not the class folder: CIFAR-100 has a class called train
-        own_split = next((SPLIT_FOLDERS[part] for part in above if part in SPLIT_FOLDERS), None)
-        yield Found(split or own_split, annotated.get(name) or parents[places[-1]], f"{split}:{name}" if split else name, files[name])
+        own = next((part for part in above if part.lower() in SPLIT_FOLDERS), "")
+        splits.add(own)
+        path = f"{split}:{name}" if split else name
+        yield Found(split or SPLIT_FOLDERS.get(own.lower()), annotated.get(name) or parents[places[-1]], path, files[name])
+    check_test_folders(splits)
 
 
 def _annotations(files: Mapping[str, ReadFile]) -> dict[str, str]:

@@ -247,6 +247,8 @@ def make_shards(data: DataConfig, track: Track = iter) -> Index:
     folder = Path(data.root) / data.name
     if (folder / "index.json").exists():
         raise FileExistsError(f"{folder} has shards already: remove it to build them again, or choose another data.root")
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists and holds no shards, perhaps your images: choose another data.name or data.root")
     raw = read_raw(data)
     if len(raw.class_names) < 2:
         raise ValueError(f"data.source={data.source!r}: all images are in one folder, {raw.class_names}; give one folder for each class")
@@ -322,11 +324,15 @@ def _write_class(folder: Path, data: DataConfig, of_class: tuple[str, int, Seque
 
 def unique_keys(samples: Sequence[Found]) -> Iterator[str]:
     """Yield each sample's key without what tar or webdataset cannot hold: dots, special characters, great length, repetition."""
-    seen: Counter[str] = Counter()
+    given: set[str] = set()
+    repetitions: Counter[str] = Counter()
     for sample in samples:
-        key = re.sub(r"[^A-Za-z0-9_/-]+", "_", sample.key)[-80:].strip("_/") or "sample"
-        seen[key] += 1
-        yield key if seen[key] == 1 else f"{key}--{seen[key]}"
+        unique = key = re.sub(r"[^A-Za-z0-9_/-]+", "_", sample.key)[-80:].strip("_/") or "sample"
+        while unique in given:
+            repetitions[key] += 1
+            unique = f"{key}--{repetitions[key] + 1}"
+        given.add(unique)
+        yield unique
 
 
 # Reading

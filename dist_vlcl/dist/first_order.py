@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import record_function
 
 from dist_vlcl.dist.world import World
 from dist_vlcl.options import option
@@ -52,18 +51,17 @@ class FirstOrder:
         self.under_way: list[dist.Work | torch.futures.Future[Tensor]] = []
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.wrapped: Any = model
-        self.optimizer: torch.optim.Optimizer | None = None
+        self.optimizer: Any = None  # AdamW, as accelerate or DeepSpeed has wrapped it
 
     def begin(self) -> None:
         """Start a task: make a new AdamW and wrap the model again. All ranks call this."""
         self.end()
         if not self.parameters:
             return
-        optimizer: Any = self._adamw()
+        self.optimizer = self._adamw()
         if self.world.accelerator is not None:
             with self.world.collectives("DDP's check of the parameters"):
-                self.wrapped, optimizer = self.world.accelerator.prepare(self.model, optimizer)
-        self.optimizer = optimizer
+                self.wrapped, self.optimizer = self.world.accelerator.prepare(self.model, self.optimizer)
         self.power_sgd = None  # gradients of another task have other errors
         if (self.overlap or self.config.compression != "none") and isinstance(self.wrapped, DistributedDataParallel):
             # The all-reduce has its own group. Collectives of one group run one after another, so DDP's own would wait for the gradients.
@@ -94,7 +92,6 @@ class FirstOrder:
             with self.world.collectives("all-reduce of gradients"):
                 loss.backward()
 
-    @record_function("first order: wait for gradients")
     def wait_for_gradients(self) -> None:
         """Wait until the gradients of all ranks are added. On a GPU the stream waits, not the process."""
         with self.world.collectives("all-reduce of gradients"):
@@ -117,7 +114,6 @@ class FirstOrder:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
-            self.zero_grad()
             return None
         if self.config.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, torch.tensor(norm))

@@ -31,9 +31,7 @@ class ClusterConfig:
     device: str = option("auto", "Where to compute; auto: on CUDA GPUs if there are any. Apple's MPS is not supported.", choices=DEVICES)
     timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0, max=10**6)
     direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
-    exact_bits: bool | None = option(
-        None, "Pad a rank to 8 samples, and let it compute all text: zeroth order has equal bits on any number of ranks; null: where free."
-    )
+    exact_bits: bool | None = option(None, "Give zeroth order equal bits on any number of ranks: pad to 8 samples; null: where free.")
     threads: int | None = option(1, "CPU threads of a rank (last bits depend on them); null: its share of the cores.", min=1, max=1024)
 
 
@@ -145,26 +143,20 @@ class World:
                 dist.broadcast(moved, src=0)
             tensor.copy_(moved)
 
-    def share(self, value: Any, what: str = "rank 0's value") -> Any:
-        """Return rank 0's value, a picklable object."""
-        box = [value]
-        if self.size > 1:
-            with self.collectives(f"broadcast of {what}"):
-                dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
-
     def on_main(self, work: Callable[[], Any], what: str) -> Any:
         """Return rank 0's result of `work`, a picklable object, on every rank. If it raises an error there, every rank raises it."""
-        outcome = None
+        outcome: list[Any] = [None]
         if self.is_main:
             try:
-                outcome = work()
+                outcome = [work()]
             except (OSError, ValueError, RuntimeError) as error:
-                outcome = error  # the other ranks wait for an answer
-        outcome = self.share(outcome, what)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+                outcome = [error]  # the other ranks wait for an answer
+        if self.size > 1:
+            with self.collectives(f"broadcast of {what}"):
+                dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
 
     def gather_objects(self, value: Any, what: str = "objects") -> list[Any]:
         """Return every rank's value, a small picklable object, in rank order."""
@@ -227,7 +219,8 @@ def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple[Any,
     from dist_vlcl.dist import zero
 
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    on_deepspeed = zero.is_requested()
+    # accelerate launch sets it, with a file such as launch/accelerate_zero2.yaml
+    on_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     backend = backend or ("gloo" if on_cpu else "nccl")
     if on_cpu:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))

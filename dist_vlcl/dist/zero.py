@@ -20,11 +20,6 @@ from dist_vlcl.dist.world import World
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def is_requested() -> bool:
-    """Return whether the launcher uses DeepSpeed: `accelerate launch` with a file such as launch/accelerate_zero2.yaml."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
 def prepare_deepspeed(on_cpu: bool, timeout_s: float) -> None:
     """Make DeepSpeed usable on this machine. Call it before making an Accelerator. Raises RuntimeError if DeepSpeed is not installed.
 
@@ -82,7 +77,7 @@ class DeepSpeedFirstOrder(FirstOrder):
             self._clear_moments()
 
     def _clear_moments(self) -> None:
-        cast(Any, self.optimizer).state.clear()
+        self.optimizer.state.clear()
 
     def _wrap(self) -> None:
         accelerator, model = self.world.accelerator, cast(Any, self.model)
@@ -146,15 +141,14 @@ class ZeroFirstOrder(DeepSpeedFirstOrder):
         return [torch.zeros(shape, device=self.world.device) if g is None else g for g, shape in zip(found, shapes, strict=True)]
 
     def update(self, lr: float) -> float | None:
-        zero: Any = self.optimizer
-        if zero is None:
+        if self.optimizer is None:
             return 0.0
-        for group in zero.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         with self.world.collectives("ZeRO's collectives in its step"):
             self.wrapped.step()
         self.has_gradients = False
-        if zero.overflow:
+        if self.optimizer.overflow:
             return None
         self.updates += 1
         return float(self.wrapped.get_global_grad_norm())
@@ -166,12 +160,11 @@ class ZeroFirstOrder(DeepSpeedFirstOrder):
         replaced for the time of this call.
         """
         if self.has_gradients:
-            zero: Any = self.optimizer
-            zero.optimizer.step = lambda *_, **__: None
+            self.optimizer.optimizer.step = lambda *_, **__: None
             try:
                 self.wrapped.step()
             finally:
-                del zero.optimizer.step  # this uncovers the method of the class
+                del self.optimizer.optimizer.step  # this uncovers the method of the class
             self.has_gradients = False
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Tensor]:

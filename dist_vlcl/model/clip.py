@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from dist_vlcl.masking import explained
 from dist_vlcl.model.activation import QuickGELU
+from dist_vlcl.model.graphs import Graphs
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.timm_tower import MLP_INPUT, TimmStemAndHead, WholeBlock
 from dist_vlcl.model.tower import AdaptedBlock, ImageStemAndHead, Tower
@@ -185,7 +186,7 @@ class TwoTowers(nn.Module):
     def record(self) -> None:
         """Replay CUDA graphs from now on. The model must be on a GPU and not sharded."""
         for tower in (self.vision, self.language):
-            tower.record()
+            tower.graphs = Graphs()
 
     def copy(self) -> "TwoTowers":
         """Return a copy of the model with its own tensors, without graphs."""
@@ -197,14 +198,12 @@ class TwoTowers(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """Return the factor of the cosine similarities, ()."""
-        language: Any = self.language.stem_and_head
-        return language.clip.logit_scale.exp()
+        return self.language.stem_and_head.clip.logit_scale.exp()
 
     def logits(self, image_BF: Tensor, text_CF: Tensor) -> Tensor:
         """Return the logits `[B, C]` of unit features. SigLIP's bias counts for the sigmoid loss only: it changes no softmax."""
         logits_BC = self.logit_scale * image_BF @ text_CF.T
-        language: Any = self.language.stem_and_head
-        bias = language.clip.logit_bias if self.config.loss == "sigmoid" else None
+        bias = self.language.stem_and_head.clip.logit_bias if self.config.loss == "sigmoid" else None
         return logits_BC if bias is None else logits_BC + bias
 
     def prompts(self, names: Sequence[str], multiple: int = 1) -> Tensor:

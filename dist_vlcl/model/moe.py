@@ -23,7 +23,7 @@ class MoEConfig:
     experts: int = option(2, "Number of experts of a block.", min=1, max=256)
     top_k: int = option(2, "Number of experts that act on a sample.", min=1)
     bottleneck: int = option(64, "Width of an expert's hidden layer.", min=1, max=8192)
-    scale: float = option(0.1, "Factor of the adapter's output.")
+    scale: float = option(0.1, "Factor of the adapter's output.", above=0)
     dropout: float = option(0.1, "Probability with which training drops a hidden activation.", min=0, below=1)
     router_noise: bool = option(True, "Add noise to the router's logits in training.")
     noise_at_eval: bool = option(False, "Reproduce the baseline's defect Q1: router noise at evaluation too (concepts.md 1.4).")

@@ -66,10 +66,7 @@ class Perturbed:
     __getitem__, __neg__ = _operator(Tensor.__getitem__), _operator(torch.neg)
     __add__ = __radd__ = _operator(torch.add)
     __mul__ = __rmul__ = _operator(torch.mul)
-    __matmul__, __truediv__ = _operator(torch.matmul), _operator(torch.div)
-
-    def __sub__(self, other: Any) -> "Perturbed":
-        return self + -other
+    __sub__, __matmul__, __truediv__ = _operator(torch.sub), _operator(torch.matmul), _operator(torch.div)
 
     def __rsub__(self, other: Any) -> "Perturbed":
         return -self + other
@@ -80,6 +77,8 @@ class Perturbed:
 
 def rearrange(function: Callable, *args: Any, **kwargs: Any) -> Any:
     """Rule for functions that only rearrange numbers: apply the function to base and to change."""
+    if function.__name__ in ("cat", "stack") and any(isinstance(x, Tensor) for x in tree_leaves((args, kwargs))):
+        return difference(function, *args, **kwargs)  # a tensor among pairs does not change
     dtype = _dtype((args, kwargs))
     base, change = (function(*tree_map(part, args), **tree_map(part, kwargs)) for part in (_base, _change))
     if isinstance(base, Tensor):

@@ -229,10 +229,6 @@ class Tower(nn.Module):
         outputs = results[0] if len(results) == 1 else [torch.cat(tensors, 1) for tensors in zip(*results, strict=True)]
         return _by_layer(outputs, cache_layers)
 
-    def record(self) -> None:
-        """Replay CUDA graphs from now on."""
-        self.graphs = Graphs()
-
     def _call(self, *arguments: Any) -> tuple[Any, ...]:
         """Return `forward(*arguments)`, by a CUDA graph if there is one."""
         if self.graphs is None:

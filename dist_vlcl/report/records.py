@@ -11,7 +11,7 @@ import pyarrow
 
 from dist_vlcl.config import compose_config
 from dist_vlcl.options import flatten, matches
-from dist_vlcl.paper import WALKING, Cell, cell_of
+from dist_vlcl.paper import WALKED_BY, Cell, cell_of
 from dist_vlcl.reading import fits
 from dist_vlcl.report.measures import MEASURES, measures_of
 from dist_vlcl.saved import JOURNAL_FORM, MAY_CHANGE, METRICS_FORM, RUN_FORM, read_accuracy, read_config, read_steps, read_unit_records
@@ -20,7 +20,7 @@ TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
 UNTRAINED = {"adapter": "", "branch": "none", "layers": "none", "variant": "zero_shot"}  # CLIP as it was downloaded
 WITHOUT_ZEROTH = ("none", "zero_shot", "frozen")  # variants in which no unit is moved by zeroth order
-CONTROLS = ("frozen", *WALKING)  # variants in which the units that a run is about learn nothing
+CONTROLS = ("frozen", *WALKED_BY)  # variants in which the units that a run is about learn nothing
 IMAGES_PER_CLASS = {"cifar100": (500, 100), "tiny_imagenet": (500, 50), "imagenet_r": (120, 30)}  # training, test; the last on average
 PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a part of the test images"
 
@@ -133,7 +133,7 @@ def _configuration_of(cell: Cell) -> dict[str, Any]:
 def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant: str) -> dict[str, str]:
     """Return the options, as key=value, in which a configuration differs from its cell's and that its method reads."""
     unread: tuple[str, ...] = ("zo.*",) if variant in WITHOUT_ZEROTH else ()
-    unread = ("zo.acceptance",) if variant in WALKING else unread  # random signs always take the step
+    unread = ("zo.acceptance",) if variant in WALKED_BY else unread  # random signs always take the step
     unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
     ours, cell = _flat(config), _flat(reference)
     # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to a user's adapter.
@@ -174,7 +174,7 @@ def _missing_images(config: Mapping[str, Any], accuracy: Mapping[str, Any]) -> d
     trained = accuracy.get("steps", 0) * train["batch_size"] / train["epochs"] / num_classes  # an upper bound; 0 without training
     tested = sum(total for _, total in rows[-1]) / num_classes
     pairs = ((PART_OF_TRAINING, trained, whole[0]), (PART_OF_TEST, tested, whole[1]))
-    return {text: text for text, count, expected in pairs if 0 < count < 0.9 * expected}
+    return {kind: f"{kind} ({count:.0f} a class)" for kind, count, expected in pairs if 0 < count < 0.9 * expected}
 
 
 def step_frame(folder: Path, last: int | None = None) -> pd.DataFrame:

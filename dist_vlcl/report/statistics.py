@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from dist_vlcl.paper import WALKS
+from dist_vlcl.paper import WALK_OF
 from dist_vlcl.report.measures import MEASURES
 from dist_vlcl.report.records import CELL, CONTROLS, TASKS, UNTRAINED, WITHOUT_ZEROTH
 from dist_vlcl.report.tables import DATASETS, METRICS, UNKNOWN, method_label
@@ -24,12 +24,14 @@ ORDER = {  # as the paper lists them
 }
 MARGIN = 1.0  # points: a method that is less than this behind has reached the other
 SAME = 0.5  # points: two methods that differ by less count as the same
+REST_FROZEN = "orders.rest=frozen"
 RECOVERED = "recovered_{}"  # column: R of Last or Avg
 YES, NO, NOT_DECIDED = "yes", "no", "not decided"
 RULE = (
     f"*{YES}*: the whole 95 % interval of the mean paired difference (Δ) lies on the question's side of its bound. *{NO}*: it lies on "
     f"the other side. *{NOT_DECIDED}*: it contains the bound. A question without a side has the answer *{NO}* if the whole interval lies "
-    f"within ±{SAME:g} point. {UNKNOWN}: no interval, because there is one seed or all differences are equal. "
+    f"within ±{SAME:g} point, and otherwise *{YES}* if it lies above or below 0. {UNKNOWN}: no interval, because there is "
+    "one seed or all differences are equal. "
     "The intervals are not corrected for their number: one in twenty misses the true difference."
 )
 
@@ -51,7 +53,7 @@ class Claim:
         """Return what the 95 % interval of the mean difference says, by RULE."""
         if np.isnan(low):
             return UNKNOWN
-        if self.bound is None and -SAME < low <= 0 <= high < SAME:
+        if self.bound is None and low > -SAME and high < SAME:
             return f"{NO} (within ±{SAME:g})"
         if self.bound is None:
             return f"{YES} (higher)" if low > 0 else f"{YES} (lower)" if high < 0 else NOT_DECIDED
@@ -121,7 +123,7 @@ def with_recovered(results: pd.DataFrame) -> pd.DataFrame:
     It is known where no other unit learns (orders.rest=frozen, or dual all) and the same seed has the other two runs in its group.
     """
     keys, metrics = [*GROUP, "seed"], list(METRICS)
-    is_alone = results.method_settings.astype(str).str.contains("orders.rest=frozen", regex=False)
+    is_alone = results.method_settings.astype(str).str.contains(REST_FROZEN, regex=False)
     is_whole = (results.branch == "dual") & (results.layers == "all")
     own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole)]
     if own.empty:
@@ -183,7 +185,7 @@ def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
             return (*found, *other, claim)
 
         without, units = _without_zo(settings), (adapter, branch, layers)
-        if variant != "frozen" and is_whole and branch == "dual":
+        if variant != "frozen" and ((is_whole and branch == "dual") or REST_FROZEN in settings):  # nothing else learns
             yield pair("differs_from_control", *UNTRAINED.values(), "")
         elif variant != "frozen":
             yield pair("differs_from_control", *units, "frozen", without)
@@ -194,7 +196,7 @@ def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
         if not learns:
             continue
         walk = "; ".join(text for text in settings.split("; ") if not text.startswith("zo.acceptance="))
-        yield pair("above_random_walk", *units, WALKS.get(variant, "signwalk"), walk)
+        yield pair("above_random_walk", *units, WALK_OF.get(variant, "signwalk"), walk)
         if variant == "mozo":
             yield pair("mozo_above_its_plan", *units, "conservative", settings)
             yield pair("mozo_varies_less", *units, "conservative", settings)
@@ -230,8 +232,9 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     """
     keys = [*CELL, "other_settings", "metric"]
     once = results.drop_duplicates([*CELL, "other_settings", "seed"])  # the untrained model stands in every group
-    ours = once.melt([*CELL, "other_settings"], list(METRICS), "metric").groupby(keys, sort=False).value
-    summary = ours.agg(mean="mean", std="std", seeds="count").reset_index()
+    ours = once.melt([*CELL, "other_settings", "seed"], list(METRICS), "metric").groupby(keys, sort=False)
+    of_value = {name: ("value", name) for name in ("mean", "std", "count")}
+    summary = ours.agg(**of_value, same_seeds=("seed", lambda s: str(sorted(s)))).rename(columns={"count": "seeds"}).reset_index()
     paper = published.melt([*CELL, "id", "table"], list(METRICS), "metric", "paper").rename(columns={"id": "paper_id"})
     first = paper[paper.variant == "none"].rename(columns={"paper": "paper_first"})[[*TASKS, "adapter", "metric", "paper_first"]]
     cells = summary.merge(paper, on=[*CELL, "metric"], how="outer").merge(first, on=[*TASKS, "adapter", "metric"], how="left")

@@ -86,10 +86,15 @@ def _by_metric(frame: pd.DataFrame, more: Sequence[str], heads: Sequence[str], t
 
 
 def result_table(ours: pd.DataFrame) -> str:
-    """Return our results, of each data set the best Last first and the best means marked ★, with paired differences to their controls."""
+    """Return our results, of each data set the best Last first, with paired differences to their controls.
+
+    ★ marks the best mean of those with the same seeds, if there are several.
+    """
     is_zeroth, is_whole = ~ours.variant.isin(WITHOUT_ZEROTH), (ours.branch == "dual") & (ours.layers == "all")
-    ours = ours.assign(control=is_whole.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
-    is_best = ours["mean"] == ours.groupby([*TASKS, "metric"])["mean"].transform("max")
+    is_alone = is_whole | ours.other_settings.str.contains("orders.rest=frozen", regex=False)
+    ours = ours.assign(control=is_alone.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
+    comparable = ours.groupby([*TASKS, "metric", "same_seeds"])["mean"]
+    is_best = (ours["mean"] == comparable.transform("max")) & (comparable.transform("size") > 1)
     ours = ours.assign(star=is_best.map({True: " ★", False: ""}))
     heads = ["{}", "Δ {}", "95 % interval"]
 
@@ -170,12 +175,13 @@ def ranked(trials: pd.DataFrame) -> pd.DataFrame:
     """Return one row per choice of options, the best first: accuracy (mean over seeds), lowest, highest, seeds, loss.
 
     `trials` has one row per choice and seed: the options as text, `accuracy` on held-out images in percent (NaN for a failed run) and
-    `loss`. Choices with equal accuracy are ordered by loss, because few held-out images often give equal accuracies. Failed ones come last.
+    `loss`. Choices with equal accuracy are ordered by loss, because few held-out images often give equal accuracies. Those with a failed
+    run come last: the other seeds may be the easy ones.
     """
     options = [column for column in trials if column not in ("accuracy", "loss")]
     by_choice = trials.groupby(options, sort=False)
     found = by_choice.accuracy.agg(accuracy="mean", lowest="min", highest="max", seeds="count").assign(loss=by_choice.loss.mean())
-    return found.sort_values(["accuracy", "loss"], ascending=[False, True], kind="stable").reset_index()
+    return found.sort_values(["seeds", "accuracy", "loss"], ascending=[False, False, True], kind="stable").reset_index()
 
 
 def trial_table(choices: pd.DataFrame, references: Mapping[str, float]) -> str:

@@ -102,10 +102,8 @@ def load(folder: Path | str, step: int, identity: Mapping[str, str] | None = Non
 
 
 def saved_steps(folder: Path | str) -> list[int]:
-    """Return the steps of the checkpoints in a run folder, intact or not, in ascending order. Raises ValueError for version 0.1."""
-    names = sorted(path.name for path in (Path(folder) / "checkpoints").glob("step-*"))
-    if any((Path(folder) / "checkpoints" / name / "manifest.json").exists() for name in names):
-        raise ValueError(f"{folder} has checkpoints of version 0.1, which this version cannot read: use version 0.1, or train again")
+    """Return the steps of the checkpoints in a run folder, intact or not, in ascending order."""
+    names = (path.name for path in (Path(folder) / "checkpoints").glob("step-*"))
     return sorted(int(match[1]) for match in map(NAME.fullmatch, names) if match)
 
 

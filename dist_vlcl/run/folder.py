@@ -21,7 +21,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import yaml
 
@@ -29,7 +29,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.masking import explained, masked_values
 from dist_vlcl.options import flatten, matches, option
 from dist_vlcl.reading import or_warn, read_json, seal, warn
-from dist_vlcl.run.checkpoint import load_newest, saved_steps
+from dist_vlcl.run.checkpoint import load_newest
 from dist_vlcl.run.environment import ELASTIC, describe_environment, is_restart
 from dist_vlcl.run.files import make_folder, replace_file
 from dist_vlcl.saved import ENVIRONMENT, MAY_CHANGE, digest_of, read_accuracy, read_config
@@ -84,9 +84,7 @@ class RunFolder:
     _lock: TextIO | None = field(default=None, repr=False)
 
     @classmethod
-    def open(
-        cls, settings: RunConfig, config: dict[str, Any], world: World, data: str | None = None, code: str | None = None
-    ) -> "RunFolder":
+    def open(cls, settings: RunConfig, config: dict[str, Any], world: World, data: str = "", code: str = "") -> "RunFolder":
         """Create or reopen the folder of a run. All ranks call this.
 
         `config`: the resolved configuration, nested. `data`: a digest of the data set, which must not change between starts.
@@ -95,13 +93,11 @@ class RunFolder:
         # The other ranks wait for rank 0 in a collective.
         wait_s = LOCK_WAIT_S if world.size == 1 else min(LOCK_WAIT_S, world.collectives.timeout_s / 2)
         lock: TextIO | None = None
-        # As the file gives it back: lists for tuples, texts for enums, without secrets.
-        as_saved = json.loads(json.dumps(masked_values(config), default=str))
 
         def prepare() -> dict[str, Any]:
             nonlocal lock
             with explained(f"run folder {settings.folder}", kinds=OSError, to=RunRefused):
-                lock, prepared = _prepare(settings, as_saved, {"data": data, "code_digest": code}, wait_s)
+                lock, prepared = _prepare(settings, as_saved(config), {"data": data, "code_digest": code}, wait_s)
             return prepared
 
         return cls(**world.on_main(prepare, "the run folder"), is_main=world.is_main, _lock=lock)
@@ -136,6 +132,11 @@ class RunFolder:
         if self._lock:
             self._lock.close()
             self._lock = None
+
+
+def as_saved(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration as config.yaml gives it back: lists for tuples, texts for enums, without secrets."""
+    return cast(dict[str, Any], json.loads(json.dumps(masked_values(config), default=str)))
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
@@ -192,7 +193,6 @@ def _lock(path: Path, wait_s: float = 0) -> TextIO:
 def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
     """Return one text per change that a resume accepts; raise RunRefused for any other change."""
     with explained("cannot continue", ADVICE, (OSError, ValueError), RunRefused):
-        saved_steps(path)  # raises for version 0.1
         changes = differences(read_config(path / "config.yaml"), config)
     if refused := [f"  {key}: {change}" for key, change in changes.items() if not matches(key, MAY_CHANGE)]:
         raise RunRefused("\n".join([f"{path} was started with another configuration (was -> is):", *refused, ADVICE]))

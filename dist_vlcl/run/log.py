@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -27,9 +27,8 @@ from dist_vlcl.run.files import JsonLines
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.trackers import Trackers
-from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM, differing
+from dist_vlcl.saved import JOURNAL_FORM, METRICS_FORM, misplaced
 
-T = TypeVar("T")
 METRICS, JOURNAL = "metrics.jsonl", "journal.jsonl"
 LOG_WIDTH = 160  # characters of a line in a log file
 LINE_EVERY_S = 10.0  # between two lines of progress in a log file
@@ -58,18 +57,9 @@ class RunLog:
         self._journal = JsonLines(self._folder / JOURNAL, JOURNAL_FORM, lambda record: is_before(record, state))
         self._tasks = [record for record in self._metrics.kept if record.get("kind") == "task"]
         self._trackers = Trackers(self._folder, settings, masked_values(config))
-        kept = self._metrics.kept
-        in_order = sorted(range(len(kept)), key=lambda place: kept[place]["step"])
-        expected = [
-            (METRICS, "lines", in_order, range(len(in_order))),
-            (METRICS, "run lines", [0 for record in kept if record["kind"] == "run"], range(1)),
-            (METRICS, "steps", [record["step"] for record in kept if record["kind"] == "step"], range(1, state.step + 1)),
-            (METRICS, "tasks", [record["task"] for record in self._tasks], range(state.task)),
-            (JOURNAL, "steps", [record["step"] for record in self._journal.kept], range(1, state.step + 1)),
-        ]
-        for name, kind, found, whole in expected if state.step or state.task else ():
-            if wrong := differing(found, whole):
-                self.say(f"warning: {self._folder / name} was damaged before the checkpoint of step {state.step}: {kind} {wrong}")
+        for name, kept, num_tasks in ((METRICS, self._metrics.kept, state.task), (JOURNAL, self._journal.kept, 0)):
+            if wrong := misplaced(kept, state.step, num_tasks):
+                self.say(f"warning: {self._folder / name} was damaged before the checkpoint of step {state.step}: {wrong}")
         if not self._metrics.kept:
             self._write("run", {"step": 0, "task": 0, "name": settings.name, "world_size": world.size})
 
@@ -123,7 +113,7 @@ class RunLog:
             with suppress(OSError):
                 self._console.print(table)
 
-    def progress(self, items: Iterable[T], total: int, completed: int = 0, description: str = "") -> Iterator[T]:
+    def progress(self, items: Iterable[Any], total: int, completed: int = 0, description: str = "") -> Iterator[Any]:
         """Iterate over the items that are left of `total`, and show the progress: a bar on a terminal, lines in a log file."""
         return self._shown(items, total, completed, description) if self._shows_progress else iter(items)
 
@@ -151,7 +141,7 @@ class RunLog:
         self._metrics.append(line)
         self._trackers.log(line)
 
-    def _shown(self, items: Iterable[T], total: int, completed: int, description: str) -> Iterator[T]:
+    def _shown(self, items: Iterable[Any], total: int, completed: int, description: str) -> Iterator[Any]:
         bar_and_counts = (BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
         columns = ("{task.description}", *bar_and_counts, "{task.fields[newest]}")
         is_live, shown = self._console.is_terminal, self._console.get_time()

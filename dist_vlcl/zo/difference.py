@@ -103,8 +103,7 @@ class FiniteDifference:
         remaining, limit = iter(losses), math.inf if self.clip is None else self.clip
         result: list[Slopes] = []
         for group in groups:
-            differences = [
-                next(remaining) - base if self.sides == 1 else (next(remaining) - next(remaining)) / 2 for _ in range(self.probes_of(group))
-            ]
+            sides = ([next(remaining) for _ in range(self.sides)] for _ in range(self.probes_of(group)))
+            differences = [(plus - (minus[0] if minus else base)) / self.sides for plus, *minus in sides]
             result.append({b: tuple(max(-limit, min(limit, d / self.epsilon[b])) for d in differences) for b in group.slices})
         return result

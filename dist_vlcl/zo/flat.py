@@ -42,7 +42,7 @@ def groups_of(flats: Mapping[str, Flat], granularity: str) -> list[Group]:
 
 
 def restricted(offset_n: Tensor, part: slice) -> Tensor:
-    """Return the offset with zeros outside `part`. Do not change it in place: its attribute `part` says what evaluation leaves out."""
+    """Return the offset with zeros outside `part`. Do not change it in place: evaluation reads only its attribute `part`."""
     if part.stop - part.start == offset_n.numel():
         return offset_n
     result = torch.zeros_like(offset_n)

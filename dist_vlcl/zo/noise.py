@@ -68,8 +68,7 @@ def philox4x32(counter: tuple[Tensor | int, ...], seed: int) -> Tensor:
     """Return the four 32-bit words of each counter, int32 `[..., 4]`. A counter is four int64 tensors or numbers that broadcast."""
     device = next(c.device for c in counter if isinstance(c, Tensor))
     c0, c1, c2, c3 = torch.broadcast_tensors(*[c if isinstance(c, Tensor) else torch.full((), c, device=device) for c in counter])
-    kernel = _kernel() if device.type == "cuda" else None
-    if kernel is not None:
+    if device.type == "cuda" and (kernel := _kernel()):
         return kernel((c0, c1, c2, c3), seed)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_vlcl.masking import explained
 from dist_vlcl.options import BRANCHES, option
 from dist_vlcl.zo.difference import DISTRIBUTIONS, TENSORS, Directions, Evaluate, FiniteDifference, Slopes, StepDirections
 from dist_vlcl.zo.flat import Flat, Group, groups_of, restricted
 from dist_vlcl.zo.noise import Key, derive_seed
 
-EVALUATIONS = ("auto", "whole", "delta")
+ACCEPTANCES, GRANULARITIES, EVALUATIONS = ("always", "best_of_three"), ("branch", "unit", "joint"), ("auto", "whole", "delta")
 # Losses are rounded to 2^-32. With a smaller epsilon the difference of two losses would be mostly that rounding.
 MIN_EPSILON = 1e-7
 
@@ -31,30 +32,17 @@ class ZerothOrderConfig:
     name: str = option("mozo", "Name of the strategy in tables and logs; it changes nothing else.")
     estimator: str = option("finite_difference", "The gradient estimator: finite_difference, or module:Class of your own class.")
     transform: str = option("sign", "Turn the estimate into a direction: take it as it is, or its sign.", choices=("identity", "sign"))
-    acceptance: str = option(
-        "always", "Always take the step, or take the best of: stay, step, mirrored step.", choices=("always", "best_of_three")
-    )
+    acceptance: str = option("always", "Always take the step, or the best of stay, step, mirrored step.", choices=ACCEPTANCES)
     epsilon: dict[str, float] = option({"language": 1e-3, "vision": 5e-4}, "Size of the perturbation, per branch.", min=MIN_EPSILON)
     sides: int = option(1, "1: compare with the base loss; 2: compare the two sides of the base.", choices=(1, 2))
     probes: Any = option(1, "Number of directions that are averaged in a step: one number, or {language: N, vision: N}.")
     directions: str = option("gaussian", "Distribution of the directions.", choices=DISTRIBUTIONS)
-    tensors: str = option(
-        "all", "What a direction changes in a unit: all, or only the up projections, which start at zero.", choices=TENSORS
-    )
-    granularity: str = option(
-        "branch", "What one loss difference moves: a branch, a unit, or both branches.", choices=("branch", "unit", "joint")
-    )
-    evaluation: str = option(
-        "auto", "Compute a candidate's whole features, or only their change; auto: the change where the tower is bf16.", choices=EVALUATIONS
-    )
+    tensors: str = option("all", "Tensors of a unit that a direction changes: all, or only the up projections.", choices=TENSORS)
+    granularity: str = option("branch", "What one loss difference moves: a branch, a unit, or both branches.", choices=GRANULARITIES)
+    evaluation: str = option("auto", "Compute a candidate's features, or their change; auto: the change in bf16.", choices=EVALUATIONS)
     clip: float | None = option(10.0, "Largest absolute value of a projected gradient; null: no limit.", above=0)
-    lr_scale: Any = option(
-        1.0, "Ratio to the first-order learning rate; auto: from projected gradients and their number (concepts.md 2.8)."
-    )
-    random_signs: bool = option(
-        False,
-        "A control: give every projected gradient a random sign, and always take the step. Steps keep their length, and learn nothing.",
-    )
+    lr_scale: Any = option(1.0, "Ratio to the first-order learning rate; auto: from the projected gradients (concepts.md 2.8).")
+    random_signs: bool = option(False, "A control that learns nothing: random signs of the projected gradients; the step is always taken.")
 
     def check(self) -> None:
         """Raise ValueError for a branch without epsilon or an estimator that Python cannot import."""
@@ -82,12 +70,9 @@ class ZerothOrderConfig:
         arguments = (self.epsilon, self.sides, self.probes, self.clip)
         if self.estimator == "finite_difference":
             return FiniteDifference(*arguments)
-        try:
+        advice, errors = "give finite_difference, or module:Class of a file", (ImportError, AttributeError, TypeError, ValueError)
+        with explained(f"zo.estimator={self.estimator!r}: {advice} that Python can import", kinds=errors):
             return pkgutil.resolve_name(self.estimator)(*arguments)
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"zo.estimator={self.estimator!r}: give finite_difference, or module:Class of a file that Python can import ({error})"
-            ) from error
 
 
 @dataclass(frozen=True)

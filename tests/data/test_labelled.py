@@ -5,10 +5,12 @@ import io
 import json
 import random
 import re
+import shutil
 import socket
 import sys
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +209,13 @@ def test_a_set_of_test_images_is_divided(tmp_path):
     assert counts(raw) == {("train", name): 3 for name in NAMES} | {("test", name): 1 for name in NAMES}
 
 
+def test_two_folders_of_test_tars_are_refused(tmp_path):
+    source = benchmark_set(tmp_path / "set")
+    shutil.copytree(source / "test", source / "val")
+    with pytest.raises(ValueError, match="images below test/ and val/ would both be test images"):
+        read_raw(options("webdataset", source))
+
+
 def test_class_names_can_be_given(tmp_path):
     source = benchmark_set(tmp_path / "set")
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
@@ -358,6 +367,18 @@ def test_a_path_in_a_table_opens_no_file(tmp_path, hf_cache):
     data = options("hf", hf_table(tmp_path / "t", columns), image_column="img", label_column="animal", root=str(tmp_path / "data"))
     with pytest.raises(ShardError, match=r"10 of 10 images cannot be opened:\n'train/\d+\.png': no image"):
         make_shards(data)
+
+
+@pytest.mark.parametrize("place", [0, 5])
+def test_a_row_without_an_image_is_named_or_left_out(tmp_path, hf_cache, place):
+    images = [{"bytes": image("t", k % 2, k), "path": None} for k in range(40)]
+    images[place] = None
+    columns = {"img": images, "animal": ["owl", "cat"] * 20}
+    data = options("hf", hf_table(tmp_path / "t", columns), image_column="img", label_column="animal", root=str(tmp_path / "data"))
+    with pytest.raises(ShardError, match=rf"1 of 40 images cannot be opened:\n'train/000000{place}\.png': no image"):
+        make_shards(data)
+    index = make_shards(replace(data, on_error="skip"))
+    assert index.count("train") + index.count("test") == 39
 
 
 def test_a_label_without_a_name_is_refused(tmp_path, hf_cache):

@@ -1,6 +1,6 @@
 import pytest
 
-from dist_vlcl.data.names import class_order, known_classes, paper_order
+from dist_vlcl.data.names import class_order, distinct, known_classes, paper_order
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,10 @@ def test_other_orders():
     assert class_order("natural", 3) == [0, 1, 2]
     assert class_order("paper", 3, [2, 0, 1]) == [2, 0, 1]
     assert class_order([1, 0], 2) == [1, 0]
+
+
+def test_names_that_come_more_than_once_get_their_place():
+    assert distinct(["cat", "dog", "cat", "owl"]) == ["cat (1)", "dog", "cat (3)", "owl"]
 
 
 @pytest.mark.parametrize(

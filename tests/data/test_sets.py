@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import zipfile
 from collections import Counter
@@ -259,6 +260,40 @@ def test_sources_that_cannot_work_are_refused(tmp_path, names, options, words):
     reader = "folder" if options["name"] == "mine" else None
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         read_raw(DataConfig(reader=reader, **options))
+
+
+@pytest.mark.parametrize("names", [["val", "test"], ["Valid", "Test"]])
+def test_two_folders_of_test_images_are_refused(tmp_path, names):
+    """The test images of a set with train/, val/ and test/ would silently be those of both."""
+    source = images_below(tmp_path, *[f"{split}/{name}/1.png" for split in ("Train", *names) for name in ("cat", "dog")])
+    config = DataConfig(name="mine", reader="folder", source=str(source))
+    with pytest.raises(ValueError, match=rf"images below {names[1]}/ and {names[0]}/ would both be test images"):
+        read_raw(config)
+    shutil.rmtree(source / names[1])
+    assert listed(read_raw(config)) == [(split, name, f"{name}/1") for split in ("test", "train") for name in ("cat", "dog")]
+
+
+def test_a_folder_of_images_is_not_taken_for_shards(tmp_path):
+    source = images_below(tmp_path / "data/mine", *[f"{name}/{number}.png" for name in ("cat", "dog") for number in range(5)])
+    with pytest.raises(FileExistsError, match="holds no shards, perhaps your images: choose another"):
+        make_shards(DataConfig(name="mine", reader="folder", source=str(source), root=str(tmp_path / "data")))
+    assert (source / "cat/0.png").exists()
+
+
+def test_names_are_given_for_every_kind_of_set_and_must_be_of_its_folders(tmp_path):
+    file = tmp_path / "names.json"
+    source = images_below(tmp_path / "s", *[f"{name}/{number}.png" for name in known_classes("cifar100") for number in range(2)])
+    config = DataConfig(name="cifar100", source=str(source), class_names=str(file))
+    file.write_text(json.dumps([{"folder": "apple", "name": "red apple"}]))
+    assert read_raw(config).class_names[:2] == ["red apple", "aquarium_fish"]
+    file.write_text(json.dumps([{"folder": "aple", "name": "red apple"}]))
+    with pytest.raises(ValueError, match=r"data\.class_names=.*: cifar100 has no folder 'aple'"):
+        read_raw(config)
+    with pytest.raises(ValueError, match="data=digits has its own images and names"):
+        read_raw(DataConfig(class_names=str(file)))
+    for option in ("class_names", "split_file"):
+        with pytest.raises(ValueError, match=rf"data\.{option}='nowhere\.json'.*No such file"):
+            read_raw(DataConfig(name="mine", reader="folder", source=str(source), **{option: "nowhere.json"}))
 
 
 def test_a_compressed_tar_is_refused(tmp_path):

@@ -40,6 +40,7 @@ from dist_vlcl.data.shards import (
     decode,
     read_bytes,
     read_shard,
+    unique_keys,
     write_shards,
 )
 from dist_vlcl.dist.world import World
@@ -154,7 +155,7 @@ def test_the_slower_of_two_writers_fails_and_the_first_ones_folder_stays(tmp_pat
                 time.sleep(0.01)
             assert "waiting for another process" in caplog.messages[0] and not slower.done()
             shutil.copytree(index.location, folder, dirs_exist_ok=True)
-        with pytest.raises(FileExistsError, match="tiny exists already: remove it"):
+        with pytest.raises(FileExistsError, match="tiny exists already: choose another"):
             slower.result()
     assert Index.load(str(tmp_path / "b/tiny")).fingerprint == index.fingerprint
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [".tiny.lock", "tiny"]
@@ -705,6 +706,11 @@ def test_keys_survive_dots_spaces_length_and_repetition(tmp_path):
     index = write_shards(raw, DataConfig(encoding="original", root=str(tmp_path)))
     samples = read_shard(index, index.shards["train"][0][0])
     assert [sample.key for sample in samples] == ["a_b/x_y_z", "a_b/x_y_z--2", "up", "sample", "l" * 80, "hidden"]
+
+
+def test_a_key_that_looks_like_a_repetition_is_given_once():
+    samples = [Found("train", "a", f"a/{name}", bytes) for name in ("x--2.png", "x.jpg", "x.png", "x.webp")]
+    assert list(unique_keys(samples)) == ["a/x--2", "a/x", "a/x--3", "a/x--4"]
 
 
 def test_the_verify_command_reports_damaged_shards_by_its_exit_status(tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ def call_collectives(world: World) -> dict:
         "sum": world.sum_exact(torch.tensor([world.rank + 1, 2**60 + world.rank, -7])).tolist(),
         "many": world.sum_exact(torch.arange(DIRECT_BYTES // 8) * 2**40 + world.rank)[-2:].tolist(),  # too many to send directly
         "broadcast": tensor.tolist(),
-        "share": world.share({"from": world.rank}),
+        "main's": world.on_main(lambda: {"from": world.rank}, "a value"),
         "objects": world.gather_objects(world.rank * 10),
         "main": world.is_main,
     }
@@ -28,13 +28,13 @@ def test_collectives_give_every_rank_the_same_and_sums_are_exact():
         assert result["sum"] == [6, 3 * 2**60 + 3, -21]
         assert result["many"] == [3 * (DIRECT_BYTES // 8 - k) * 2**40 + 3 for k in (2, 1)]
         assert result["broadcast"] == [0.0, 0.0, 0.0]
-        assert result["share"] == {"from": 0}
+        assert result["main's"] == {"from": 0}
         assert result["objects"] == [0, 10, 20]
     assert [r["main"] for r in results] == [True, False, False]
 
 
 def test_one_rank_is_not_a_special_case():
-    alone = {"sum": [1, 2**60, -7], "broadcast": [0.0, 0.0, 0.0], "share": {"from": 0}, "objects": [0], "main": True}
+    alone = {"sum": [1, 2**60, -7], "broadcast": [0.0, 0.0, 0.0], "main's": {"from": 0}, "objects": [0], "main": True}
     alone["many"] = [(DIRECT_BYTES // 8 - k) * 2**40 for k in (2, 1)]
     assert call_collectives(World.alone()) == alone
 

@@ -220,6 +220,22 @@ def test_a_zero_stage_learns_what_data_parallelism_learns(tmp_path, engine, ddp)
     assert ranks[0]["dual_all"]["digests"]["straight"] == ddp[0]["dual_all"]["digests"]["straight"]
 
 
+def observed(world: World) -> torch.Tensor:
+    """Return the statistics of a step whose adapters are large enough that ZeRO-3 divides them."""
+    towers = tiny_clip(adapter=MoEConfig(bottleneck=512, dropout=0.0, router_noise=False))
+    plan, config = assign(towers.units, PLANS["first"]), FirstOrderConfig(lr=1e-2)
+    step = HybridStep(towers, plan, STRATEGIES["mozo"], lambda model: first_order(world, config, model), world)
+    step.begin(NAMES)
+    parts = part_of(world, 0, 10)
+    parts[0].count = 10
+    return step(parts, Key(1000, 0), lr=1e-2, observe=True).unit_statistics
+
+
+def test_the_unit_records_of_divided_parameters_are_those_of_whole_ones():
+    whole, divided = run_ranks(observed, 2), run_ranks(observed, 2, environment=environment_of("zero3"))
+    torch.testing.assert_close(divided[0], whole[0], rtol=1e-3, atol=1e-6)
+
+
 def test_experts_that_differ_from_rank_to_rank_learn_what_they_learn_on_one():
     """With top_k < experts a rank leaves some out; a wrapper that takes them for unused makes wrong gradients without a word."""
     one, other = acting(0), acting(1)

@@ -101,7 +101,7 @@ def test_sets_of_one_block_are_not_replayed_for_another_s():
 
     with torch.no_grad():
         expected = {layer: tower.run(tower.embed(images), images, stacked_params=of(layer))[0] for layer in (1, 2)}
-        tower.record()
+        tower.graphs = Graphs()
         for layer in (1, 1, 2, 2, 1, 2):
             assert torch.equal(tower.run(tower.embed(images), images, stacked_params=of(layer))[0], expected[layer])
     assert not torch.equal(expected[1], expected[2]) and StandIn.recorded > 1
@@ -252,7 +252,7 @@ def test_a_recording_keeps_off_the_weights_own_nodes_which_belong_to_another_str
     assert held and {node.variable for node in held} == weights
     inputs, reached, run = pictures(8) if branch == "vision" else towers.prompts(["one", "two"]), [], tower.forward
     monkeypatch.setattr(tower, "forward", lambda *a: (out := run(*a), reached.append(nodes_of(out[0])))[0])
-    tower.record()
+    tower.graphs = Graphs()
     features, _ = tower.run(tower.embed(inputs), inputs)
     grad_output = torch.linspace(0.5, 1.5, features.numel()).view_as(features)
     expected = dict(zip(weights, torch.autograd.grad(features, list(weights), grad_output, allow_unused=True), strict=True))

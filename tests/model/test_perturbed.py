@@ -61,6 +61,15 @@ def test_a_function_s_change_is_the_difference_of_two_evaluations_whatever_the_s
     assert result.shape == after.shape and float(result.change.abs().max()) > 0
 
 
+@pytest.mark.parametrize("function", [torch.cat, torch.stack])
+def test_a_tensor_beside_a_pair_does_not_change(function):
+    x, tensor = perturbed(1, B, L, D), draw(1, B, L, D, seed=9)
+    result = function([tensor, x], -1)
+    before, after = function([tensor, x.base], -1), function([tensor, x.moved], -1)
+    assert torch.equal(result.base, before)
+    torch.testing.assert_close(result.change, after - before, rtol=0, atol=1e-12)
+
+
 def test_in_bf16_the_rounding_of_a_product_is_relative_to_the_change_and_in_two_evaluations_to_the_value():
     weight = draw(64, 64, seed=1)
     x = Perturbed(draw(1, 4, 64), draw(1, 4, 64, seed=2) * 1e-4)

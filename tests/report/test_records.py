@@ -42,7 +42,7 @@ def test_a_published_run_has_no_other_settings_than_the_paper(frame_of, id):
     [run] = frame_of([f"paper={id}"], images=0).itertuples()
     cell = cell_of(compose_config([f"paper={id}"]).as_dict())
     assert attrgetter(*CELL)(run) == attrgetter(*CELL)(cell)
-    assert run.other_settings.replace("only a part of the test images", "") == ""
+    assert run.other_settings.replace("only a part of the test images (50 a class)", "") == ""
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_other_settings_are_those_that_change_the_result_of_the_method(frame_of,
 
 
 def test_a_part_of_the_images_is_another_setting(frame_of):
-    assert list(frame_of([HOP], per_class=50).other_settings) == ["only a part of the test images"]
-    assert list(frame_of([HOP], images=25000).shared_settings) == ["only a part of the training images"]
+    assert list(frame_of([HOP], per_class=50).other_settings) == ["only a part of the test images (50 a class)"]
+    assert list(frame_of([HOP], images=25000).shared_settings) == ["only a part of the training images (250 a class)"]
 
 
 def test_data_that_the_paper_does_not_use_are_compared_with_our_defaults(frame_of):

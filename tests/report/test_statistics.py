@@ -64,8 +64,9 @@ def test_a_difference_bears_on_at_most_one_claim(method, other, claim):
         ("hop_reaches_first_order", -0.9, -0.1, "yes"),  # behind by less than a point
         ("hop_reaches_first_order", -1.1, 0.5, "not decided"),
         ("hop_reaches_first_order", -3.0, -1.1, "no"),
-        ("differs_from_control", 0.1, 0.2, "yes (higher)"),
-        ("differs_from_control", -0.2, -0.1, "yes (lower)"),
+        ("differs_from_control", 0.1, 0.6, "yes (higher)"),
+        ("differs_from_control", -0.9, -0.6, "yes (lower)"),
+        ("differs_from_control", 0.1, 0.2, "no (within ±0.5)"),
         ("differs_from_control", -0.1, 0.1, "no (within ±0.5)"),
         ("differs_from_control", -0.6, 0.1, "not decided"),
         ("mozo_above_its_plan", float("nan"), float("nan"), "–"),

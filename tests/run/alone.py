@@ -12,6 +12,7 @@ class Follower(World):
         super().__init__(rank=1, size=2)
         self.shared = shared
 
-    def share(self, value: Any, what: str = "") -> Any:
-        assert value is None
+    def on_main(self, work: Any, what: str) -> Any:
+        if isinstance(self.shared, Exception):
+            raise self.shared
         return self.shared

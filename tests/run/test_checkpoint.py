@@ -147,14 +147,6 @@ def test_a_checkpoint_under_the_name_of_another_step_is_not_used(tmp_path):
         assert load_newest(tmp_path) is None
 
 
-def test_a_folder_of_version_1_is_refused_in_one_sentence(tmp_path):
-    old = tmp_path / "checkpoints/step-00000004/manifest.json"
-    old.parent.mkdir(parents=True)
-    old.write_text("{}")
-    with pytest.raises(ValueError, match=r"has checkpoints of version 0\.1, which this version cannot read"):
-        load_newest(tmp_path)
-
-
 def test_with_every_checkpoint_damaged_there_is_none_and_a_warning(tmp_path):
     truncate(save(tmp_path, 1, tensors(1), {}))
     with pytest.warns(RuntimeWarning, match="no intact checkpoint is left"):

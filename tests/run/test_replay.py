@@ -126,9 +126,7 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
         rebuilt = rebuild(folder, 6)  # from the middle of a task into the next
     assert different_tensors(rebuilt, checkpoint.load(folder, 6)) == []
     tensors.write_bytes(whole)
-    with pytest.raises(
-        ValueError, match=r"step 2 is before step 3, where the replay starts; .* has checkpoints of steps \[3, 5, 6, 9, 10\]"
-    ):
+    with pytest.raises(ValueError, match=r"no intact checkpoint before step 2; it has checkpoints of steps \[3, 5, 6, 9, 10\]"):
         rebuild(folder, stop=2)
     damage(folder, step=7)
     with pytest.warns(
