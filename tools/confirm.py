@@ -25,11 +25,12 @@ DATA = {  # warm-up: a fifth of the steps of a task, with the images that this e
     "tiny_imagenet": "data=tiny_imagenet tasks.increment=20 train.warmup_steps=5",
     "digits": "data=digits",
 }
-MANY_PROBES = {  # with the defaults and the positive control: every run that configs/contrasts.yaml compares
+MANY_PROBES = {  # with the defaults and the positive control: every run that configs/contrasts.yaml compares, and first order
     "language": "orders=language_late orders.rest=frozen zo=many_probes",
     "language-first": "orders=language_late orders.rest=frozen orders.order=first",
     "hybrid": "orders=language_late zo=many_probes",
     "frozen": "orders=language_late orders.order=frozen",
+    "hybrid-first": "orders=language_late orders.order=first",
     "walk": "orders=language_late zo=many_probes zo.random_signs=true",
 }
 DEFAULTS = {

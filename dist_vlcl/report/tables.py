@@ -53,7 +53,7 @@ def method_label(adapter: str, branch: str, layers: str, variant: str) -> str:
     shown = {"walk": "random walk", "signwalk": "random walk of signs", "manywalk": "random walk of many_probes"}
     name = fixed.get(variant) or f"{branch} {layers}, {shown.get(variant, variant)}"
     if layers.startswith("all but "):
-        name = f"{layers.removeprefix('all but ')}, first order alone"
+        name = f"{layers.removeprefix('all but ')}, first order"
     return name if adapter in ("moe", "") else f"{name} ({adapter})"
 
 
