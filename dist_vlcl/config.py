@@ -55,9 +55,8 @@ class TaskConfig:
         if self.sets and (self.order != "natural" or self.base):
             options = f"tasks.order={self.order!r} and tasks.base={self.base} mean nothing; use data=sets"
             raise ValueError(f"tasks.sets={self.sets}: each set is one task, in the order of the list, so {options}")
-        is_list = isinstance(self.order, (list, tuple)) and all(type(class_id) is int for class_id in self.order)
         named = re.fullmatch(r"natural|paper|seed:(\d{1,10})", str(self.order))
-        if not is_list and not (named and int(named[1] or 0) < 2**32):
+        if not (named and int(named[1] or 0) < 2**32) and not (isinstance(self.order, list) and all(type(c) is int for c in self.order)):
             raise ValueError(f"tasks.order={self.order!r}: choose from natural, paper, seed:N (below 2^32), or a list of class ids")
 
 
@@ -203,8 +202,10 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
                 schema.adapter = OmegaConf.structured(LoRAConfig if "rank" in saved.adapter else MoEConfig)
             saved = OmegaConf.merge(schema, saved)
             for key, value in given.items():
-                with explained(f"{key}={value}", kinds=OmegaConfBaseException):
-                    OmegaConf.update(saved, key, None if value == "null" else value)
+                try:
+                    OmegaConf.update(saved, key, OmegaConf.create(value) if value.startswith("[") else None if value == "null" else value)
+                except OmegaConfBaseException as error:
+                    raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from error
             return from_hydra(saved)
         except ConfigKeyError as error:
             raise ValueError(f"this version has no option {error.full_key}; use the version that saved the run") from error

@@ -127,7 +127,7 @@ class BatchLosses:
         """Return the mean loss of each candidate over the global batch. All ranks call this with the same candidates.
 
         Candidates are evaluated a chunk at a time. One all-reduce of int64 `[K + 3]`: the sums, then the number of ranks with unusable
-        losses, of samples, and of ranks asked to stop. The last two are sent once per batch.
+        losses, of samples, and of ranks asked to stop.
         """
         size = max(MIN_CHUNK, MAX_STACKED_NUMBERS // max((flat.values_n.numel() for flat in self.flats.values()), default=1))
         evaluated: dict[int, tuple[Tensor, Tensor]] = {}  # of each candidate of this rank: its sum, and whether it is unusable

@@ -22,7 +22,7 @@ PATTERNS = (
     (re.compile(rf"(['\"][\w-]*{NAME}[\w-]*['\"] *: *){VALUE}", re.IGNORECASE), rf"\1{HIDDEN}"),  # JSON
     (re.compile(rf"((?:[\w-]*-{NAME}|Authorization): +)[^'\"\n]+", re.IGNORECASE), rf"\1{HIDDEN}"),  # headers, such as X-Api-Key
     (re.compile(r"://[^\s'\"]*@"), f"://{HIDDEN}@"),  # user:password@host; a password may contain / and @
-    (re.compile(r"\b(Bearer|Basic) +[\w.~+/=-]{16,}", re.IGNORECASE), rf"\1 {HIDDEN}"),  # not "a basic photo"
+    (re.compile(r"\b((?i:Bearer)) +[^\s'\"]+|\b((?i:Basic)) +(?=\S*[A-Z0-9])[A-Za-z0-9+/]{8,}={0,2}"), rf"\1\2 {HIDDEN}"),
     (re.compile(r"((?:-H|--header)[ =]*['\"]?[\w-]+: *)[^'\"\n]+"), rf"\1{HIDDEN}"),  # options of curl and wget
     (re.compile(r"(\s-u|\s--user|\s--proxy-user)[ =]*[^\s'\":]+:[^\s'\"]+"), rf"\1 {HIDDEN}"),
     (re.compile(rf"(\s--\S*{NAME})[ =]+{VALUE}", re.IGNORECASE), rf"\1 {HIDDEN}"),

@@ -210,7 +210,7 @@ def expand_paper(arguments: list[str]) -> list[str]:
 
     An address with braces is put into quotes, because Hydra would take it for a dictionary.
     The user's own overrides come after those of a cell and of a file, and win; the run's name shows them. Raises ValueError for an unknown
-    id or a file that cannot be read.
+    id, a file that cannot be read, or zo=NAME beside a file that has chosen a strategy.
     """
     arguments = [BRACES.sub(r"\1'\2'", argument) for argument in arguments]
     tuned = [option for word in arguments if word.startswith("tuned=") for option in _expand_tuned(Path(word.removeprefix("tuned=")))]

@@ -96,10 +96,8 @@ def check_warmup(experiment: Experiment, step: HybridStep) -> None:
     train, shortest = experiment.cfg.train, min(map(experiment.num_steps, experiment.tasks))
     if step.learns and experiment.cfg.model.loss == "cross_entropy" and max(len(task.classes) for task in experiment.tasks) == 1:
         raise ValueError("tasks.increment=1: within a task of one class the loss is always 0, and nothing is learned; give at least 2")
-    if not shortest:
-        raise ValueError(f"eval.holdout={experiment.cfg.eval.holdout}: no image of a task is left to train on; give less")
     if step.learns and (train.warmup_steps or 0) >= shortest and not experiment.cfg.paper and train.max_steps is None:
-        advice = f"give at most {shortest // 2}, or null for a tenth of a task, or more train.epochs"
+        advice = f"give at most {shortest // 2}, or null for a tenth of a task, or more train.epochs, or less eval.holdout"
         raise ValueError(f"train.warmup_steps={train.warmup_steps}: the shortest task has {shortest} steps; {advice}")
 
 

@@ -281,7 +281,8 @@ def test_an_option_beside_a_saved_configuration_is_read_as_on_a_command_line(tmp
         "cluster.timeout_s=abc": "cluster.timeout_s=abc: Value 'abc'",
         "run.foo=1": "run.foo=1: Key 'foo' not in 'RunConfig'",
     }
+    assert load_config(path, ["data.url=null", "run.trackers=[]"]).run.trackers == []
     for option, words in wrong.items():
         with pytest.raises(ValueError, match=re.escape(words)) as refused:
             load_config(path, ["data.url=null", option])
-        assert "damaged" not in str(refused.value)
+        assert "damaged" not in str(refused.value) and "object_type" not in str(refused.value)

@@ -19,7 +19,8 @@ from dist_vlcl.masking import explained, masked, masked_command, masked_values
         "wandb_api_key=hush",
         "pwd=hush",
         "curl -H 'Authorization: Bearer hush' https://host/{}",
-        "Bearer huhuhuhuhuhuhuhuhu",
+        "Bearer hush",
+        "basic aHVodWhV",
         "curl -H 'Authorization: token hush' https://host/{}",
         'curl -H "X-Api-Key: hush" https://host/{}',
         "curl --header 'PRIVATE-TOKEN: hush' https://host/{}",
@@ -52,6 +53,7 @@ def test_a_secret_is_hidden_and_the_rest_is_not(text):
         "data.passes=2",
         "rank 0: it stopped",
         "model.prompt='a basic photo of a {}.'",
+        "model.prompt='a Basic photorealistic, computer-generated image of a {}.'",
     ],
 )
 def test_what_is_no_secret_stays(text):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ import yaml
 from dist_vlcl.commands import sweep
 from dist_vlcl.report.records import read_records
 from tests.helpers.ranks import warm_python
+from tests.helpers.runs import write_run
 
 SHORT = ["data=digits", "model=small", "tasks.increment=2", "tasks.order=natural", "tasks.num_tasks=1", "train.max_steps=1"]
 QUIET = ["train.batch_size=16", "eval.zero_shot=false", "run.trackers=[]", "run.progress=false", "cluster.threads=1"]
@@ -52,6 +54,28 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
     words = [*words, f"run.name={second.name}", f"first_order.lr={2 * own['first_order']['lr']}", "--item", "1"]
     status, said = swept(monkeypatch, capfd, *words)
     assert status == 2 and "first_order.lr: 0.001 -> 0.002; choose another folder" in said and "to train" not in said
+    status, said = swept(monkeypatch, capfd, *[word for word in words if "max_steps" not in word and "first_order.lr" not in word])
+    assert status == 2 and "train.max_steps: 1 -> None; choose another folder" in said
+
+
+@pytest.mark.parametrize(
+    ("was", "asked", "is_other"),
+    [
+        (["train.batch_size=16", "train.epochs=3"], ["train.batch_size=null", "train.epochs=null"], False),  # fitted at the start
+        (["tasks.num_tasks=1"], [], True),
+        (["orders.order=frozen", "zo.probes=1"], ["orders.order=frozen", "zo.probes=16"], False),  # which frozen units do not read
+        (["zo.probes=1"], ["zo.probes=16"], True),
+        (["run.keep=1"], ["run.keep=2"], False),
+    ],
+    ids=str,
+)
+def test_the_result_of_other_options_is_not_taken_for_that_of_these(tmp_path, was, asked, is_other):
+    own = [f"run.root={tmp_path}", "run.name=same"]
+    folder = write_run(tmp_path, *own, *was, last=0.5, avg=0.5)
+    [item] = sweep.prepare([(*own, *asked)])
+    assert item.is_complete and item.folder == folder
+    with pytest.raises(ValueError, match="has a run with other options") if is_other else nullcontext():
+        item.check()
 
 
 def test_a_number_of_processes_below_one_is_refused(monkeypatch, capfd):

@@ -4,11 +4,9 @@ import shutil
 from argparse import ArgumentParser
 from pathlib import Path
 
-from dist_vlcl.config import errors_refused
 from dist_vlcl.paper import CONFIG_FOLDER
 
 
-@errors_refused()
 def main() -> None:
     """Run the command line. A file that exists is not replaced: it may hold the settings of a site."""
     parser = ArgumentParser(prog="dist-vlcl launch-files", description=__doc__)

@@ -71,10 +71,11 @@ class Item:
 
     def check(self) -> None:
         """Raise ValueError if the folder has a complete run with other options, whose result is not the one that is asked for."""
-        saved = self.folder / "config.yaml"
+        orders, saved = self.config.orders, self.folder / "config.yaml"
+        unread = () if "zeroth" in (orders.order, orders.rest) else ("zo.*",)
         changes = differences(read_config(saved), as_saved(self.config.as_dict())) if self.is_complete and saved.exists() else {}
-        # null becomes a number when the run starts
-        if other := [f"{k}: {was_is}" for k, was_is in changes.items() if not (matches(k, MAY_CHANGE) or was_is.endswith(" -> None"))]:
+        fitted = {key for key in ("train.batch_size", "train.epochs") if changes.get(key, "").endswith(" -> None")}
+        if other := [f"{k}: {was_is}" for k, was_is in changes.items() if k not in fitted and not matches(k, (*MAY_CHANGE, *unread))]:
             raise ValueError(f"{self.folder} has a run with other options (was -> is): {', '.join(other)}; choose another folder for these")
 
 

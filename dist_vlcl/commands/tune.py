@@ -124,7 +124,7 @@ class Search:
         """How much of the winner's gain in the screen did not appear again."""
         count, lost = len(self.trials[list(self.best)].drop_duplicates()), self.screened - self.fresh["mean"]
         again = "" if isnan(lost) else f" The fresh runs show {abs(lost):.2f} {'less' if lost >= 0 else 'more'}."
-        return f"In the screen it gained {self.screened:+.2f} points, the best of {count} choices.{again}"
+        return "" if isnan(self.screened) else f"In the screen it gained {self.screened:+.2f} points, the best of {count} choices.{again}"
 
 
 def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh: Sequence[str]) -> Search | None:

@@ -16,6 +16,7 @@ from typing import IO, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
+from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.masking import explained
 
 MAX_FILE_BYTES = 1 << 26  # of one file of a source: a small archive can unpack to any size
@@ -47,9 +48,9 @@ class Found(NamedTuple):
         return re.sub(r"\.[^./]+$", "", self.short)
 
 
-def check_test_folders(folders: Iterable[str]) -> None:
-    """Raise ValueError for two folders of test images, such as val/ and test/."""
-    if len(tests := sorted({name for name in folders if SPLIT_FOLDERS.get(name.lower()) == "test"})) > 1:
+def check_test_folders(data: DataConfig, folders: Iterable[str]) -> None:
+    """Raise ValueError for two folders of test images, such as val/ and test/, unless data.split_file says what to test."""
+    if not data.split_file and len(tests := sorted({name for name in folders if SPLIT_FOLDERS.get(name.lower()) == "test"})) > 1:
         raise ValueError(f"images below {tests[0]}/ and {tests[1]}/ would both be test images: remove one of them, or move it into train/")
 
 

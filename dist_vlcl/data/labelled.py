@@ -37,10 +37,10 @@ def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
         advice = "give a folder with .tar files, or their paths or http(s) addresses, such as 'https://host/{train/{0..9},test/{0..1}}.tar'"
         raise ValueError(f"data.source={masked(source)!r}: reader=webdataset found no tars there; {advice}")
     folder = PurePosixPath(tars[0]).parent
-    above = str(folder.parent if folder.name in SPLIT_FOLDERS else folder).replace(":/", "://")
+    above = str(folder.parent if folder.name.lower() in SPLIT_FOLDERS else folder).replace(":/", "://")
     names = _names(data, data.class_names or f"{above}/classnames.txt")
-    splits = {tar: SPLIT_FOLDERS.get(PurePosixPath(tar).parent.name) for tar in tars}
-    check_test_folders(PurePosixPath(tar).parent.name for tar in tars)
+    splits = {tar: SPLIT_FOLDERS.get(PurePosixPath(tar).parent.name.lower()) for tar in tars}
+    check_test_folders(data, (PurePosixPath(tar).parent.name for tar in tars))
     has_split = len(set(splits.values())) > 1  # a set of test images only is divided by test_fraction
     return _labelled([image for tar in track(tars, "tars") for image in _samples(data, tar, splits[tar] if has_split else None)], names)
 

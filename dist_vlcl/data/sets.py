@@ -4,7 +4,7 @@ import hashlib
 import pickle
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -102,14 +102,14 @@ def known_images(data: DataConfig, source: Path | None = None) -> tuple[list[Fou
     is drawn. ImageNet-R's class names and their order are RAPF's, an open choice: the paper does not state its own.
     """
     classes = _known_classes(data)
-    return _find_images(source or (Path(data.source) if data.source else _download(data)), classes), classes
+    return _find_images(data, source or (Path(data.source) if data.source else _download(data)), classes), classes
 
 
 def folder(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """Any images below `<class>/`. Names come from `class_names` or classnames.json, otherwise from the folders."""
     if data.source is None:
         raise ValueError("data.source=None: reader=folder needs the folder, .tar or .zip of the images")
-    found, beside = _find_images(Path(data.source)), Path(data.source) / "classnames.json"
+    found, beside = _find_images(data, Path(data.source)), Path(data.source) / "classnames.json"
     if data.class_names or beside.is_file():
         return found, _read_class_names(data.class_names or str(beside))
     return found, {name: name for name in sorted({image.folder for image in found})}
@@ -184,8 +184,8 @@ def _read_class_names(path: str) -> dict[str, str]:
 # Find images in sources
 
 
-def _find_images(source: Path, known: Mapping[str, str] | None = None) -> list[Found]:
-    found = [image for split, path in _parts(source) for image in _images_of(split, open_source(path), known)]
+def _find_images(data: DataConfig, source: Path, known: Mapping[str, str] | None = None) -> list[Found]:
+    found = [image for split, path in _parts(source) for image in _images_of(data, split, open_source(path), known)]
     if not found:
         raise ValueError(f"data.source={str(source)!r}: no images below <class>/<image> ({', '.join(IMAGE_SUFFIXES)})")
     return found
@@ -201,7 +201,7 @@ def _parts(source: Path) -> list[tuple[str | None, Path]]:
     return [(None, source)]
 
 
-def _images_of(split: str | None, files: Mapping[str, ReadFile], known: Mapping[str, str] | None) -> Iterable[Found]:
+def _images_of(data: DataConfig, split: str | None, files: Mapping[str, ReadFile], known: Mapping[str, str] | None) -> Iterator[Found]:
     annotated, splits = _annotations(files), set()
     for name in sorted(files):
         *parents, file = PurePosixPath(name).parts
@@ -216,7 +216,7 @@ def _images_of(split: str | None, files: Mapping[str, ReadFile], known: Mapping[
         splits.add(own)
         path = f"{split}:{name}" if split else name
         yield Found(split or SPLIT_FOLDERS.get(own.lower()), annotated.get(name) or parents[places[-1]], path, files[name])
-    check_test_folders(splits)
+    check_test_folders(data, () if split else splits)
 
 
 def _annotations(files: Mapping[str, ReadFile]) -> dict[str, str]:

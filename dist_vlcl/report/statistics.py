@@ -232,9 +232,8 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     """
     keys = [*CELL, "other_settings", "metric"]
     once = results.drop_duplicates([*CELL, "other_settings", "seed"])  # the untrained model stands in every group
-    ours = once.melt([*CELL, "other_settings", "seed"], list(METRICS), "metric").groupby(keys, sort=False)
-    of_value = {name: ("value", name) for name in ("mean", "std", "count")}
-    summary = ours.agg(**of_value, same_seeds=("seed", lambda s: str(sorted(s)))).rename(columns={"count": "seeds"}).reset_index()
+    ours = once.melt([*CELL, "other_settings", "seed"], list(METRICS), "metric").groupby(keys, sort=False, as_index=False)
+    summary = ours.agg(mean=("value", "mean"), std=("value", "std"), seeds=("value", "count"), same_seeds=("seed", lambda s: str(list(s))))
     paper = published.melt([*CELL, "id", "table"], list(METRICS), "metric", "paper").rename(columns={"id": "paper_id"})
     first = paper[paper.variant == "none"].rename(columns={"paper": "paper_first"})[[*TASKS, "adapter", "metric", "paper_first"]]
     cells = summary.merge(paper, on=[*CELL, "metric"], how="outer").merge(first, on=[*TASKS, "adapter", "metric"], how="left")

@@ -209,6 +209,13 @@ def test_a_set_of_test_images_is_divided(tmp_path):
     assert counts(raw) == {("train", name): 3 for name in NAMES} | {("test", name): 1 for name in NAMES}
 
 
+def test_folders_of_tars_may_have_capitals(tmp_path):
+    source = benchmark_set(tmp_path / "set")
+    for split in ("train", "test"):
+        (source / split).rename(source / split.capitalize())
+    assert counts(read_raw(options("webdataset", source))) == WHOLE
+
+
 def test_two_folders_of_test_tars_are_refused(tmp_path):
     source = benchmark_set(tmp_path / "set")
     shutil.copytree(source / "test", source / "val")

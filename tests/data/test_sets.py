@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import zipfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -269,6 +270,9 @@ def test_two_folders_of_test_images_are_refused(tmp_path, names):
     config = DataConfig(name="mine", reader="folder", source=str(source))
     with pytest.raises(ValueError, match=rf"images below {names[1]}/ and {names[0]}/ would both be test images"):
         read_raw(config)
+    (tmp_path / "list.txt").write_text("train\ncat/1.png\ntest\ndog/1.png\n")
+    with pytest.raises(ValueError, match="1 classes have no train images"):  # the list decides, and here leaves a class without images
+        read_raw(replace(config, split_file=str(tmp_path / "list.txt")))
     shutil.rmtree(source / names[1])
     assert listed(read_raw(config)) == [(split, name, f"{name}/1") for split in ("test", "train") for name in ("cat", "dog")]
 

@@ -6,6 +6,7 @@ import torch
 from dist_vlcl.dist.agree import DisagreementError, agree, digest
 from dist_vlcl.dist.world import DIRECT_BYTES, ClusterConfig, World
 from dist_vlcl.options import validate
+from dist_vlcl.run.folder import RunRefused
 from tests.helpers.ranks import run_ranks
 
 
@@ -31,6 +32,22 @@ def test_collectives_give_every_rank_the_same_and_sums_are_exact():
         assert result["main's"] == {"from": 0}
         assert result["objects"] == [0, 10, 20]
     assert [r["main"] for r in results] == [True, False, False]
+
+
+def fail_on_main(world: World) -> tuple[str, list[int]]:
+    ran: list[int] = []
+
+    def work() -> None:
+        ran.append(world.rank)
+        raise RunRefused("rank 0 has no folder")
+
+    with pytest.raises(RunRefused) as refused:
+        world.on_main(work, "the folder")
+    return str(refused.value), ran
+
+
+def test_work_of_rank_0_is_done_there_alone_and_its_error_is_raised_on_every_rank():
+    assert run_ranks(fail_on_main, 2) == [("rank 0 has no folder", [0]), ("rank 0 has no folder", [])]
 
 
 def test_one_rank_is_not_a_special_case():
