@@ -123,8 +123,11 @@ def test_a_gate_that_could_not_measure_looks_again(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(step.precision, "slopes", None)  # it does not even try
         step([batch_of(16, 1)], KEY, LR)
-    assert not step.precision.is_checked
     step.begin(CLASSES)
+    with monkeypatch.context() as patched:
+        patched.setattr(step.precision, "slopes", lambda *_: {branch: torch.zeros(16) for branch in step.flats})
+        step.precision.check_once(step.tokens, batch_of(16, len(CLASSES)), KEY)
+    assert not step.precision.is_checked
     with pytest.raises(ValueError, match="the rounding error is"):
         step([batch_of(0, len(CLASSES)), batch_of(16, len(CLASSES))], KEY, LR)  # more micro-batches than samples
 
