@@ -204,7 +204,7 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
             for key, value in given.items():
                 try:
                     OmegaConf.update(saved, key, OmegaConf.create(value) if value.startswith("[") else None if value == "null" else value)
-                except OmegaConfBaseException as error:
+                except Exception as error:  # of OmegaConf, or of YAML for a broken list
                     raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from error
             return from_hydra(saved)
         except ConfigKeyError as error:

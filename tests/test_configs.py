@@ -278,6 +278,7 @@ def test_an_option_beside_a_saved_configuration_is_read_as_on_a_command_line(tmp
     assert load_config(path, ["data.url=null", "data.num_workers=2"]) == configured("data.num_workers=2")
     wrong = {
         "data.root": "'data.root' is not an option: give OPTION=VALUE",
+        "run.trackers=[": "run.trackers=[: ",
         "cluster.timeout_s=abc": "cluster.timeout_s=abc: Value 'abc'",
         "run.foo=1": "run.foo=1: Key 'foo' not in 'RunConfig'",
     }

@@ -178,18 +178,23 @@ def test_experts_cannot_be_merged(runs, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("other", ["notes.txt", "README.md", "the run"])
+@pytest.mark.parametrize("other", ["notes.txt", "README.md", "the run", "an export and notes.txt"])
 def test_an_export_replaces_no_other_files(runs, tmp_path, monkeypatch, capsys, other):
     folder = tmp_path / "out"
     if other == "the run":
         shutil.copytree(runs["moe"], folder)
+    elif other.startswith("an export"):
+        run_command(export_command, monkeypatch, runs["moe"], "--out", folder)
+        (folder / "notes.txt").write_text("mine")
     else:
         folder.mkdir()
         (folder / other).write_text("mine")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stopped:
         run_command(export_command, monkeypatch, runs["moe"], "--out", folder)
-    assert stopped.value.code == 2 and "the folder has other files, such as" in capsys.readouterr().err
+    assert stopped.value.code == 2
+    named = "README.md" if other == "README.md" else "accuracy.json" if other == "the run" else "notes.txt"
+    assert f"the folder has other files, such as {named};" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 

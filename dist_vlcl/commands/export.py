@@ -42,8 +42,8 @@ def export(trained: Trained, out: Path, kind: str, name: str) -> None:
     """
     cfg = trained.cfg
     found = {path.name for path in out.glob("[!.]*")}
-    if found - {*itertools.chain(*FILES.values())} or (found and not found & {ADAPTERS, FILES["open_clip"][0]}):
-        raise FileExistsError(f"--out {out}: the folder has other files, such as {min(found)}; choose a new or empty one")
+    if others := found - {*itertools.chain(*FILES.values())} if found & {ADAPTERS, FILES["open_clip"][0]} else found:
+        raise FileExistsError(f"--out {out}: the folder has other files, such as {min(others)}; choose a new or empty one")
     if kind == "open_clip":
         weights, config = merge_lora(cfg.model, cfg.adapter, trained.adapters, derive_seed(cfg.seed, "adapters"))
         out.mkdir(parents=True, exist_ok=True)

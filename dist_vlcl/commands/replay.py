@@ -38,7 +38,7 @@ def rebuild(folder: Path, stop: int | None = None, device: str = "cpu", options:
         raise ValueError(f"{folder}/checkpoints has no checkpoint of this version to start from")
     end = max((record["step"] for record in read_journal(folder, steps[0])), default=steps[0]) if stop is None else stop
     identity = {"config": digest_of(read_config(folder / "config.yaml"))}
-    if (saved := checkpoint.load_newest(folder, identity, before=end + (end == steps[0]))) is None:
+    if (saved := checkpoint.load_newest(folder, identity, before=end + (end == steps[0]))) is None:  # of no steps: from the first one
         raise ValueError(f"{folder} has no intact checkpoint before step {end}; it has checkpoints of steps {steps}")
     start = saved.step
     records = [record for record in read_journal(folder, start) if stop is None or record["step"] <= stop]
