@@ -97,6 +97,20 @@ def test_the_confirming_runs_are_those_that_the_contrasts_compare(tmp_path):
     assert set(ratios.index) == {"cifar100-language-s10", "cifar100-ten-times-s10"}
 
 
+def test_added_runs_keep_the_rows_whose_folders_are_gone_and_count_in_r(rows, tmp_path):
+    expected, out = rows[0].set_index("run").sort_index(), tmp_path / "runs.csv"
+    folders = {path.name: path for path in rows[1].iterdir()}
+    alone = set(expected.index[expected.recovered_last.notna()])  # their R needs first order, whose rows are already in the file
+    evidence.write_csv([path for name, path in folders.items() if name not in alone], out)
+    assert len(pd.read_csv(out)) == 9
+    evidence.write_csv([folders[name] for name in alone], out, adds=True)
+    for _ in range(2):
+        found = evidence.read(tmp_path).set_index("run").sort_index()
+        assert found.recovered_last.equals(expected.recovered_last) and found["last"].equals(expected["last"])
+        pd.read_csv(out).assign(last=0).to_csv(out, index=False)
+        evidence.write_csv(list(folders.values()), out, adds=True)  # a run that is collected again replaces its row
+
+
 def test_only_the_part_between_the_markers_is_written(read_back, tmp_path):
     page = f"before\n{evidence.BEGIN}\nold\n{evidence.END}\nafter\n"
     written = evidence.with_section(page, "new")

@@ -43,6 +43,10 @@ DEFAULTS = {
     "dual-conservative": "orders=dual_all zo=conservative",
     "vision-conservative": "orders=vision_all zo=conservative",
     "vision-frozen": "orders=vision_all orders.order=frozen",
+    "language-walk": "orders=language_all zo=naive zo.random_signs=true",
+    "hop-walk": "orders=dual_hop_odd zo=naive zo.random_signs=true",
+    "dual-walk": "orders=dual_all zo=naive zo.random_signs=true",
+    "vision-walk": "orders=vision_all zo=naive zo.random_signs=true",
 }
 POSITIVE_CONTROL = {
     "ten-times": "orders=dual_all zo=conservative train.epochs=10",

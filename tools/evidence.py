@@ -1,6 +1,6 @@
 """The data behind docs/results.md and docs/claims.md, and the pages' tables and figures from these data alone.
 
-    python tools/evidence.py collect runs/* --out docs/results/cifar100.csv     one row per complete run
+    python tools/evidence.py collect runs/* --out docs/results/cifar100.csv     one row per complete run; --add keeps the file's other rows
     python tools/evidence.py tables docs/results                                write the pages' parts between their two marker lines
 
 The pages then show exactly what the CSV files hold; a test compares them. Runs with zo.granularity=unit also have their statistics by layer
@@ -58,13 +58,19 @@ ANSWERS = (
 HIDDEN = ("path", "is_probe", "is_complete", "tasks_done")
 
 
-def collect(runs: list[Path]) -> pd.DataFrame:
-    """Return one row per complete run: what was run, Last, Avg, R, and what its zeroth-order steps measured."""
+def collect(runs: list[Path], earlier: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Return one row per complete run: what was run, Last, Avg, R, and what its zeroth-order steps measured.
+
+    earlier: rows of runs whose folders need not exist any more. Those of a run that is collected anew are replaced.
+    """
     found, unreadable = run_frame(runs)
     for name, reason in unreadable.items():
         print(f"left out: {name} ({reason})")
     if found.empty:
         raise SystemExit("none of these is a run folder")
+    if earlier is not None and len(earlier):
+        kept = earlier[~earlier.run.isin(found.run)].drop(columns=[RECOVERED.format(metric) for metric in tables.METRICS])
+        found = pd.concat([kept, found], ignore_index=True)
     complete = complete_of(found)
     results = results_of(complete)
     by_run = results[results.variant != "zero_shot"].set_index(
@@ -77,7 +83,11 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 def read(folder: Path) -> pd.DataFrame:
     """Return the runs of every CSV file of a folder; an empty frame without one."""
-    paths = [path for path in sorted(folder.glob("*.csv")) if not path.name.endswith(LAYERS)]
+    return read_files([path for path in sorted(folder.glob("*.csv")) if not path.name.endswith(LAYERS)])
+
+
+def read_files(paths: list[Path]) -> pd.DataFrame:
+    """Return the runs of these CSV files; an empty frame without one."""
     parts = [pd.read_csv(path, keep_default_na=False, na_values={}) for path in paths]
     if not parts:
         return pd.DataFrame()
@@ -295,6 +305,21 @@ def parts_of(text: str) -> dict[str, str]:
     return dict(zip(PAGES, (results.strip(), claims.strip()), strict=True))
 
 
+def write_csv(runs: list[Path], out: Path, adds: bool = False) -> None:
+    """Write the rows of these runs to a CSV file, and those by layer beside it. adds: keep the rows of other runs."""
+    by_layer = out.with_name(out.stem + LAYERS)
+    rows = collect(runs, read_files([out]) if adds and out.exists() else None)
+    layers = layers_of(runs, rows)
+    if adds and by_layer.exists():
+        kept = pd.read_csv(by_layer)
+        layers = pd.concat([kept[~kept.run.isin({run.name for run in runs})], layers], ignore_index=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(out, index=False)
+    print(f"{len(rows)} runs in {out}")
+    if len(layers):
+        layers.to_csv(by_layer, index=False, float_format="%.4g")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -302,17 +327,13 @@ def main() -> None:
     collecting = commands.add_parser("collect", help="write a CSV file from run folders")
     collecting.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     collecting.add_argument("--out", type=Path, required=True, metavar="FILE")
+    collecting.add_argument("--add", action="store_true", help="keep the rows of FILE whose runs are not among these")
     writing = commands.add_parser("tables", help="write the page's tables and figures from the CSV files of a folder")
     writing.add_argument("folder", type=Path)
     writing.add_argument("--docs", type=Path, default=DOCS, help="the folder of the pages (default: docs)")
     arguments = parser.parse_args()
     if arguments.command == "collect":
-        rows = collect(arguments.runs)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        rows.to_csv(arguments.out, index=False)
-        print(f"{len(rows)} runs in {arguments.out}")
-        if len(layers := layers_of(arguments.runs, rows)):
-            layers.to_csv(arguments.out.with_name(arguments.out.stem + LAYERS), index=False, float_format="%.4g")
+        write_csv(arguments.runs, arguments.out, arguments.add)
         return
     runs = read(arguments.folder)
     if runs.empty:
