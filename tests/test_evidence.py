@@ -132,13 +132,13 @@ def test_the_page_shows_what_the_shipped_csv_files_hold():
 
 def test_the_table_of_the_screen_is_that_of_its_csv_file():
     means = pd.read_csv(ROOT / "docs" / "results" / "screens" / "language.csv").groupby(["zo", "zo.lr_scale", "zo.probes"]).accuracy.mean()
-    page = (evidence.DOCS / "results.md").read_text().replace("**", "")
+    page = (evidence.DOCS / "settings.md").read_text().replace("**", "")
     for (strategy, scale), row in means.groupby(level=[0, 1]):
         assert f"| {strategy}, {scale:g} | {' | '.join(f'{mean:.2f}' for mean in row)} |" in page
 
 
 def test_the_tables_of_the_choice_of_many_probes_are_those_of_their_csv_files():
-    screens, page = ROOT / "docs" / "results" / "screens", (evidence.DOCS / "results.md").read_text()
+    screens, page = ROOT / "docs" / "results" / "screens", (evidence.DOCS / "settings.md").read_text()
     late = pd.read_csv(screens / "late_blocks.csv")
     beside_vision = late[~late.language.str.contains("alone|zero-shot") & (late.step_along_gradient_in_lr != 400)]
     means = pd.read_csv(screens / "all_blocks.csv").groupby(["dataset", "plan"])[["last", "avg"]].mean()

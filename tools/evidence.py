@@ -78,7 +78,7 @@ def collect(runs: list[Path], earlier: pd.DataFrame | None = None) -> pd.DataFra
     )  # the untrained model's rows have the name of the run that measured it
     ratios = by_run.reindex(columns=[RECOVERED.format(metric) for metric in tables.METRICS])
     numbers = complete.drop(columns=list(HIDDEN)).join(ratios, on="run")
-    return numbers.round(4)
+    return numbers.round(4).astype({"steps": "Int64"})  # runs that are not complete have no number of steps
 
 
 def read(folder: Path) -> pd.DataFrame:
