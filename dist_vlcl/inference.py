@@ -17,6 +17,7 @@ from safetensors.torch import load as tensors_from_bytes
 from torch import Tensor
 
 from dist_vlcl.config import Config, load_config
+from dist_vlcl.data.images import upright
 from dist_vlcl.data.shards import decode
 from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import World
@@ -105,7 +106,7 @@ class TrainedCLIP:
         if isinstance(image, str | Path):
             image = decode(Path(image).read_bytes(), str(image))
         elif isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))
+            image = upright(image.copy())
         elif isinstance(image, Tensor):
             image = image.movedim(0, -1).cpu().numpy()
         if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

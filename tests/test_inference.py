@@ -94,6 +94,19 @@ def test_every_kind_of_image_gives_the_same_features(runs, digits, tmp_path):
         model.encode_image([image.astype(float)])
 
 
+def test_a_pillow_image_is_read_as_its_file_is(runs, tmp_path):
+    """Pillow's own conversion saturates 16-bit grey, and keeps an image lying on its side."""
+    model, deep = dist_vlcl.load(runs["lora"]), np.random.default_rng(0).integers(0, 65536, (30, 40), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    Image.fromarray((deep >> 8).astype(np.uint8)).save(tmp_path / "lying.jpg", exif=lying)
+    for path in (tmp_path / "deep.png", tmp_path / "lying.jpg"):
+        with Image.open(path) as image:
+            assert torch.equal(model.encode_image(image), model.encode_image(path))
+            assert image.size == (40, 30)  # the caller's image is left as it is
+
+
 def test_names_need_not_have_been_learned(runs, digits):
     model = dist_vlcl.load(runs["moe"])
     labels, scores = model.classify(digits[0][:3], ["cat", "dog"])

@@ -100,6 +100,14 @@ def test_a_joint_index_has_the_shards_of_every_set(root, monkeypatch):
             assert there.fingerprint == index.fingerprint
 
 
+def test_a_set_s_name_of_a_foreign_run_gives_the_shell_no_command(root, tmp_path):
+    data = DataConfig(name="x", reader="folder", url=f"pipe:cat {root}/{{}} </dev/null", allow_pipe=True)
+    for name in (f"$(touch {tmp_path}/x)", "a b", "a;b"):
+        with pytest.raises(ValueError, match="with a `pipe:`, a shell reads this name"):
+            open_sets(data, [name, "owl"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_commands_open_every_set_and_tell_classes_of_one_name_apart(root, trained, capsys):
     cfg = compose_config([*RUN, f"data.root={root}", *SETS])
     verify.run(cfg)

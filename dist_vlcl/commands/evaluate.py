@@ -53,8 +53,10 @@ def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> Acc
 
 def evaluate_elsewhere(folder: Path, location: str, world: World, options: Sequence[str] = ()) -> tuple[list[str], Counts, Counts]:
     """Return the class names of other shards, and the counts of correct answers before and after training. All ranks call this."""
-    trained, index = read_trained(folder, options=options), Index.load(location)
-    cfg, names = trained.cfg, prompt_names(index.class_names)
+    trained = read_trained(folder, options=options)
+    cfg = trained.cfg
+    index = Index.load(location, cfg.data.allow_pipe, cfg.data.timeout_s)
+    names = prompt_names(index.class_names, cfg.data.underscore_names)
     towers, loader = build_towers(cfg, world), Loader(index, cfg.data, world.device)
     transform = EvalTransform(towers.image_size, *towers.resizing)
     test = loader.test(range(len(names)), batch_size=cfg.eval.batch_size, rank=world.rank, size=world.size, transform=transform)

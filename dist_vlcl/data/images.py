@@ -47,6 +47,11 @@ def _decode(data: bytes) -> np.ndarray:
     if image.format == "PNG":
         image.verify()  # the checksums of all parts; after it the file must be opened again
         image = _open(data)
+    return upright(image)
+
+
+def upright(image: Image.Image) -> np.ndarray:
+    """A Pillow image -> upright RGB pixels, uint8 [H, W, 3]."""
     image.load()
     with suppress(Exception):  # damaged EXIF does not make the pixels unreadable
         ImageOps.exif_transpose(image, in_place=True)

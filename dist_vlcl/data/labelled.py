@@ -4,6 +4,9 @@ They give each image the number of its class. A reader returns the images with t
 """
 
 import inspect
+import math
+import os
+import resource
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -36,11 +39,13 @@ def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     if not source or not tars or urlparse(source).scheme not in ("", "http", "https"):
         advice = "give a folder with .tar files, or their paths or http(s) addresses, such as 'https://host/{train/{0..9},test/{0..1}}.tar'"
         raise ValueError(f"data.source={masked(source)!r}: reader=webdataset found no tars there; {advice}")
-    folder = PurePosixPath(tars[0]).parent
+    folder = PurePosixPath(os.path.commonpath([str(PurePosixPath(tar).parent) for tar in tars]))
     above = str(folder.parent if folder.name.lower() in SPLIT_FOLDERS else folder).replace(":/", "://")
     names = _names(data, data.class_names or f"{above}/classnames.txt")
-    splits = {tar: SPLIT_FOLDERS.get(PurePosixPath(tar).parent.name.lower()) for tar in tars}
-    check_test_folders(data, (PurePosixPath(tar).parent.name for tar in tars))
+    below = {tar: PurePosixPath(tar).parent.relative_to(folder).parts for tar in tars}
+    splits = {tar: next(filter(None, (SPLIT_FOLDERS.get(part.lower()) for part in parts)), None) for tar, parts in below.items()}
+    check_test_folders(data, (part for parts in below.values() for part in parts))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # every tar stays open
     has_split = len(set(splits.values())) > 1  # a set of test images only is divided by test_fraction
     return _labelled([image for tar in track(tars, "tars") for image in _samples(data, tar, splits[tar] if has_split else None)], names)
 
@@ -55,7 +60,7 @@ def _samples(data: DataConfig, tar: str, split: str | None) -> Iterator[Found]:
         if "cls" not in names or len(images) != 1:
             needed = f".cls and one of {', '.join(IMAGE_SUFFIXES)}"
             raise ValueError(f"{masked(tar)}: the sample {key!r} has {', '.join(names.values())}; it needs {needed}")
-        yield Found(split, files[names["cls"]]().decode(errors="replace").strip(), f"{masked(tar)}/{images[0]}", files[images[0]])
+        yield Found(split, files[names["cls"]]().decode(errors="replace").strip(), f"{tar}/{images[0]}", files[images[0]])
 
 
 def _downloaded(data: DataConfig, tar: str) -> dict[str, ReadFile]:
@@ -78,7 +83,7 @@ def hf(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
             loaded = datasets.load_dataset(str(Path(source).resolve(strict=True)) if data.source else source, data.subset)
         except Exception as error:  # the library's own text only says that something failed
             raise error.__cause__ or error from None
-    test = data.test_split or next((name for name in ("test", "valid", "validation") if name in loaded), None)
+    test = data.test_split or next((name for name in ("test", "valid", "validation") if name in loaded and name != data.train_split), None)
     splits = {data.train_split: "train", test: "test"} if test else {data.train_split: None}
     rows = ", ".join(f"{name} ({len(part)} rows)" for name, part in loaded.items())
     if absent := [name for name in splits if name not in loaded or not len(loaded[name])]:
@@ -90,9 +95,14 @@ def hf(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
         part = loaded[name].cast_column(image_column, datasets.Image(decode=False))
         suffix = MAGIC.get(_bytes_of(part, 0, image_column)[:2], "png")
         for row, label in enumerate(part[label_column]):
+            if label is None:
+                raise ValueError(f"data=hf: row {row} of split {name!r} has no {label_column}")
             found.append(Found(split, str(label), f"{name}/{row:07d}.{suffix}", partial(_bytes_of, part, row, image_column)))
     names = _names(data, data.class_names) or getattr(features[label_column], "names", None)
-    return _labelled(found, names) if names else (found, {label: label for label in sorted({image.folder for image in found})})
+    if names:
+        return _labelled(found, names)
+    labels = sorted({image.folder for image in found}, key=lambda text: (int(text) if text.isdecimal() else math.inf, text))
+    return found, {label: label for label in labels}
 
 
 def _column(option: str, given: str | None, features: Any, kind: type) -> str:
@@ -136,7 +146,7 @@ def _png_of(images: Any, number: int) -> bytes:
 def _names(data: DataConfig, address: str | None) -> list[str]:
     """Return the class names of a text file, one a line; [] if no file is given."""
     with explained(address, "data.class_names=FILE has one name a line, in the order of the numbers", (OSError, ValueError)):
-        text = read_bytes(address, limit=MAX_NAMES_BYTES, timeout_s=data.timeout_s).decode() if address else ""
+        text = read_bytes(address, limit=MAX_NAMES_BYTES, timeout_s=data.timeout_s).decode("utf-8-sig") if address else ""
         names = [line.strip() for line in text.strip().splitlines()]
         if "" in names:
             raise ValueError(f"line {names.index('') + 1} is empty")

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 from urllib.error import URLError
 
+from filelock import FileLock
 from PIL import Image
 
 from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, check_test_folders, open_source, suffix_of
@@ -30,6 +31,7 @@ ARCHIVES = {  # address and MD5
     "tiny_imagenet": ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"),
     "imagenet_r": ("https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar", "a61312130a589d0ca1a8fca1f2bd3337"),
 }
+OTHER_IMAGES = ("gif", "bmp", "tif", "tiff", "jfif", "jpe", "jp2", "heic", "heif", "avif", "ppm", "pgm")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -148,7 +150,7 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
     listed: dict[str, str] = {}
     split = None
     with explained(f"data.split_file={split_file!r}", kinds=(OSError, ValueError)):
-        text = Path(split_file).read_text(encoding="utf-8")
+        text = Path(split_file).read_text(encoding="utf-8-sig")
     for line in filter(None, map(str.strip, text.splitlines())):
         if line in ("train", "test"):
             split = line
@@ -156,7 +158,9 @@ def _listed_splits(found: list[Found], split_file: str) -> dict[str, str]:
             raise ValueError(f"data.split_file={split_file!r}: the first line must be `train` or `test`, not {line!r}")
         elif listed.setdefault(line, split) != split:
             raise ValueError(f"data.split_file={split_file!r}: lists {line!r} for training and for testing")
-    paths = {image.short: image.path for image in found}
+    counts, paths = Counter(image.short for image in found), {image.short: image.path for image in found}
+    if many := [name for name in listed if counts[name] > 1]:
+        raise ValueError(f"data.split_file={split_file!r}: {many[0]!r} stands for {counts[many[0]]} images; give each another name")
     if missing := [name for name in listed if name not in paths]:
         raise ValueError(f"data.split_file={split_file!r}: {len(missing)} of its images are not in the source, such as {missing[0]}")
     return {paths[name]: split for name, split in listed.items()}
@@ -205,7 +209,13 @@ def _images_of(data: DataConfig, split: str | None, files: Mapping[str, ReadFile
     annotated, splits = _annotations(files), set()
     for name in sorted(files):
         *parents, file = PurePosixPath(name).parts
-        if file.startswith(".") or suffix_of(file) not in IMAGE_SUFFIXES or "__MACOSX" in parents:
+        if any(part.startswith(".") or part == "__MACOSX" for part in (*parents, file)):
+            continue
+        if known is None and file == "classnames.json" and not data.class_names and not Path(data.source or "", file).is_file():
+            raise ValueError(f"{name!r} is not read from there: give it as data.class_names=FILE, or put it into the folder data.source")
+        if suffix_of(file) in OTHER_IMAGES and data.on_error == "stop":
+            raise ValueError(f"{name!r} is not PNG, JPEG or WebP: convert it, or set data.on_error=skip to leave out files like this")
+        if suffix_of(file) not in IMAGE_SUFFIXES:
             continue
         # the class is the innermost folder, or the innermost one with a known name
         places = [place for place, part in enumerate(parents) if known is None or part in known]
@@ -241,7 +251,8 @@ def _download(data: DataConfig) -> Path:
 
     (url, md5), downloads = ARCHIVES[data.reader_name], Path(data.root) / "downloads"
     advice = "get the official archive, perhaps on another machine, and add data.source=PATH"
-    with explained(f"{url}: could not download it", advice, (RuntimeError, URLError)):
+    downloads.mkdir(parents=True, exist_ok=True)
+    with FileLock(downloads / ".lock"), explained(f"{url}: could not download it", advice, (RuntimeError, URLError)):
         download_url(url, downloads, md5=md5)
     return downloads / PurePosixPath(url).name
 

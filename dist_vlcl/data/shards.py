@@ -218,6 +218,8 @@ def open_sets(data: DataConfig, names: Sequence[str]) -> tuple[Index, list[int]]
     shards: dict[str, tuple[tuple[Shard, ...], ...]] = dict.fromkeys(SPLITS, ())
     sizes = []
     for name in names:
+        if (data.url or "").startswith("pipe:") and not re.fullmatch(r"[\w./-]+", name):
+            raise ValueError(f"tasks.sets={name!r}: with a `pipe:`, a shell reads this name; give letters, digits, `_`, `-` and dots")
         url = data.url and _address(data.url, f"{name}/{{}}" if "{}" in data.url else name)
         index = open_index(replace(data, name=name, url=url, reader=None if name in KNOWN else "folder"))
         for split, by_class in index.shards.items():

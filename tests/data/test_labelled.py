@@ -5,6 +5,7 @@ import io
 import json
 import random
 import re
+import resource
 import shutil
 import socket
 import sys
@@ -216,6 +217,35 @@ def test_folders_of_tars_may_have_capitals(tmp_path):
     assert counts(read_raw(options("webdataset", source))) == WHOLE
 
 
+def test_tars_may_lie_deeper_than_their_split(tmp_path):
+    """Else the test images would be trained on."""
+    source = benchmark_set(tmp_path / "set")
+    for split in ("train", "test"):
+        for number in range(2):
+            (source / split / f"part{number}").mkdir()
+            (source / split / f"{number}.tar").rename(source / split / f"part{number}" / "0.tar")
+    assert counts(read_raw(options("webdataset", source))) == WHOLE
+    (source / "classnames.txt").write_text((source / "classnames.txt").read_text(), encoding="utf-8-sig")
+    assert read_raw(options("webdataset", source)).class_names == NAMES  # the byte order mark is no part of the first name
+
+
+def test_a_path_that_looks_like_a_password_keeps_tars_apart(tmp_path):
+    """Messages mask what follows `key=`; with masked names train/0.tar and test/0.tar would be one."""
+    assert counts(read_raw(options("webdataset", benchmark_set(tmp_path / "key=v1")))) == WHOLE
+
+
+def test_more_tars_than_files_that_may_be_open(tmp_path):
+    source = benchmark_set(tmp_path / "set")
+    for number in range(2, 70):
+        shutil.copy(source / "train" / "0.tar", source / "train" / f"{number}.tar")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, limits[1]))
+    try:
+        assert len(read_raw(options("webdataset", source)).samples) > 70
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_two_folders_of_test_tars_are_refused(tmp_path):
     source = benchmark_set(tmp_path / "set")
     shutil.copytree(source / "test", source / "val")
@@ -324,6 +354,16 @@ def test_plain_columns_are_taken_by_name(tmp_path, hf_cache):
     raw = read_raw(options("hf", hf_table(tmp_path / "t", columns), image_column="img", label_column="animal"))
     assert raw.class_names == ["cat", "owl"]
     assert counts(raw) == {("train", "cat"): 4, ("train", "owl"): 4, ("test", "cat"): 1, ("test", "owl"): 1}
+
+
+def test_numbers_without_names_are_classes_in_their_order(tmp_path, hf_cache):
+    columns = {"img": [{"bytes": image("t", k, k), "path": None} for k in range(48)], "y": [k % 12 for k in range(48)]}
+    choice = {"image_column": "img", "label_column": "y"}
+    raw = read_raw(options("hf", hf_table(tmp_path / "t", columns, "test"), train_split="test", **choice))
+    assert raw.class_names == [str(number) for number in range(12)] and len(raw.samples) == 48  # the only split is divided
+    columns["y"][5] = None
+    with pytest.raises(ValueError, match="row 5 of split 'train' has no y"):
+        read_raw(options("hf", hf_table(tmp_path / "u", columns), **choice))
 
 
 def test_what_is_not_known_about_a_table_is_asked_for(tmp_path, hf_cache):

@@ -100,7 +100,7 @@ def test_train_and_val_folders_and_a_zip_of_them_are_the_same_set(tmp_path):
 def test_a_split_list_decides(tmp_path):
     source = images_below(tmp_path / "s", *[f"cat/{number}.png" for number in range(4)])
     split = tmp_path / "split.txt"
-    split.write_text("train\ncat/3.png\ntest\ncat/0.png\ncat/1.png\n")
+    split.write_text("train\ncat/3.png\ntest\ncat/0.png\ncat/1.png\n", encoding="utf-8-sig")  # with the mark of Windows' editors
     raw = read_raw(DataConfig(name="mine", reader="folder", source=str(source), split_file=str(split)))
     assert listed(raw) == [("test", "cat", "cat/0"), ("test", "cat", "cat/1"), ("train", "cat", "cat/3")]
     split.write_text("train\ncat/9.png\n")
@@ -254,6 +254,8 @@ def test_build_writes_once_and_a_run_opens_it(tmp_path, capsys):
         (["cat/1.png", "train/cat/2.png"], {}, "some images are below train/"),
         (["apple/1.png"], {"name": "cifar100"}, r"99 of 100 classes have no images \['aquarium_fish'"),
         (["cat/1.png"], {"source": None}, "reader=folder needs"),
+        (["cat/1.png", "dog/1.GIF"], {}, r"'dog/1.GIF' is not PNG, JPEG or WebP: convert it, or set data\.on_error=skip"),
+        (["pets/cat/1.png", "pets/classnames.json"], {}, r"'pets/classnames.json' is not read from there: give it as data\.class_names"),
     ],
 )
 def test_sources_that_cannot_work_are_refused(tmp_path, names, options, words):
@@ -271,10 +273,26 @@ def test_two_folders_of_test_images_are_refused(tmp_path, names):
     with pytest.raises(ValueError, match=rf"images below {names[1]}/ and {names[0]}/ would both be test images"):
         read_raw(config)
     (tmp_path / "list.txt").write_text("train\ncat/1.png\ntest\ndog/1.png\n")
+    with pytest.raises(ValueError, match=r"'cat/1\.png' stands for 3 images"):  # which of them would be a matter of chance
+        read_raw(replace(config, split_file=str(tmp_path / "list.txt")))
+    images_below(tmp_path, "Train/cat/2.png", "Train/dog/2.png")
+    (tmp_path / "list.txt").write_text("train\ncat/2.png\ntest\ndog/2.png\n")
     with pytest.raises(ValueError, match="1 classes have no train images"):  # the list decides, and here leaves a class without images
         read_raw(replace(config, split_file=str(tmp_path / "list.txt")))
     shutil.rmtree(source / names[1])
-    assert listed(read_raw(config)) == [(split, name, f"{name}/1") for split in ("test", "train") for name in ("cat", "dog")]
+    assert listed(read_raw(config))[:3] == [("test", "cat", "cat/1"), ("test", "dog", "dog/1"), ("train", "cat", "cat/1")]
+
+
+def test_hidden_folders_hold_no_images(tmp_path):
+    """Jupyter makes such folders by itself; as a class it would change the number of every class after it."""
+    names = [f"{name}/{number}.png" for name in ("rose", "tulip") for number in range(2)]
+    source = images_below(tmp_path, *names, "rose/.ipynb_checkpoints/1-checkpoint.png", ".trash/lily/1.png", ".trash/a.gif")
+    assert read_raw(DataConfig(name="mine", reader="folder", source=str(source))).class_names == ["rose", "tulip"]
+
+
+def test_images_of_other_formats_are_left_out_if_it_may_be(tmp_path):
+    source = images_below(tmp_path, *[f"{name}/{number}.png" for name in ("cat", "dog") for number in range(2)], "cat/2.bmp")
+    assert len(read_raw(DataConfig(name="mine", reader="folder", source=str(source), on_error="skip")).samples) == 4
 
 
 def test_a_folder_of_images_is_not_taken_for_shards(tmp_path):
