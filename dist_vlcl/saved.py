@@ -32,7 +32,7 @@ MAX_CONFIG_BYTES = 1 << 20
 UNITS = {"step": "int64", "task": "int32", "branch": "string", "layer": "int32", "order": "string", "gradient_variance": "float"}
 
 NUMBER = (None, float)
-ENVIRONMENT = [{"run": (None, str), "data": (None, str), "code_digest": (None, str)}]
+ENVIRONMENT = [{"run": (None, str), "data": (None, str), "weights": (None, str), "code_digest": (None, str)}]
 COUNTS = [[[int]]]  # correct and total by class and row
 MEANS = {"last": NUMBER, "avg": NUMBER, "forgetting": NUMBER}
 ACCURACY = {"complete": bool, **MEANS, "rows": (None, COUNTS), "zero_shot": (None, dict), "steps": (None, int), "seconds": NUMBER}

@@ -237,6 +237,7 @@ class Session:
         per_epoch = steps_per_epoch(self.cfg, self.experiment.index, self.tasks[state.task])
         state.epoch, state.batch = divmod(state.epoch * per_epoch + state.batch + len(records), per_epoch)
         state.step += len(records)
+        state.seconds += sum(record["seconds"] for record in records)
         return records
 
 
@@ -245,9 +246,9 @@ def journalled_steps(folder: Path, state: TrainState) -> list[dict[str, Any]]:
 
     A power cut may leave more of one file than of the other.
     """
-    measured = {record["step"] for record in read_lines(folder / METRICS, METRICS_FORM) if record["kind"] == "step"}
+    measured = {r["step"]: r.get("seconds") or 0.0 for r in read_lines(folder / METRICS, METRICS_FORM) if r["kind"] == "step"}
     records = itertools.takewhile(lambda record: record["step"] in measured, read_journal(folder, state.step))
-    return [record for record in records if record["task"] == state.task]  # between two tasks there is an evaluation
+    return [{**r, "seconds": measured[r["step"]]} for r in records if r["task"] == state.task]  # between two tasks there is an evaluation
 
 
 def sizes_by_unit(step: HybridStep, moves: list[Move]) -> list[float | None]:

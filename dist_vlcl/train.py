@@ -39,8 +39,9 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
             experiment.towers.units.check(initial_adapters)
         step = build_step(experiment)
         check_warmup(experiment, step)
-        check_same_start(experiment, step)
-        folder = RunFolder.open(cfg.run, experiment.cfg.as_dict(), world, experiment.index.fingerprint, experiment.code)
+        weights = check_same_start(experiment, step)
+        digests = {"data": experiment.index.fingerprint, "weights": weights, "code_digest": experiment.code}
+        folder = RunFolder.open(cfg.run, experiment.cfg.as_dict(), world, **digests)
         if folder.is_complete:
             if world.is_main:
                 print(folder.message)
@@ -101,8 +102,11 @@ def check_warmup(experiment: Experiment, step: HybridStep) -> None:
         raise ValueError(f"train.warmup_steps={train.warmup_steps}: the shortest task has {shortest} steps; {advice}")
 
 
-def check_same_start(experiment: Experiment, step: HybridStep) -> None:
-    """Raise DisagreementError unless all ranks start from the same weights and draw the same directions. All ranks call this."""
+def check_same_start(experiment: Experiment, step: HybridStep) -> str:
+    """Return a digest of the frozen weights, "" for none. All ranks call this.
+
+    Raises DisagreementError unless all ranks start from the same weights and draw the same directions.
+    """
     towers = experiment.towers
     tensors = {
         "the frozen weights": {name: t for name, t in towers.state_dict().items() if ".adapter." not in name},
@@ -110,7 +114,9 @@ def check_same_start(experiment: Experiment, step: HybridStep) -> None:
         "the first direction": {branch: step.zeroth.directions.draw(branch, Key(0, 0), 0) for branch in step.flats},
     }
     hint = "If only the first direction differs, the ranks have different CPUs: use zo.directions=rademacher, which needs no rounding."
-    agree(experiment.world, {name: digest(of_name) for name, of_name in tensors.items()}, hint)
+    digests = {name: digest(of_name) for name, of_name in tensors.items()}
+    agree(experiment.world, digests, hint)
+    return "" if experiment.world.engine.startswith("zero3") else digests["the frozen weights"]  # each rank has a part of them
 
 
 def check(cfg: Config) -> None:

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 
 import pytest
 import yaml
+from rich.console import Console
 
 from dist_vlcl.commands import sweep
 from dist_vlcl.report.records import read_records
@@ -56,6 +57,16 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
     assert status == 2 and "first_order.lr: 0.001 -> 0.002; choose another folder" in said and "to train" not in said
     status, said = swept(monkeypatch, capfd, *[word for word in words if "max_steps" not in word and "first_order.lr" not in word])
     assert status == 2 and "train.max_steps: 1 -> None; choose another folder" in said
+
+
+def test_a_run_that_fails_at_once_is_not_taken_for_one_that_a_signal_stopped_before(tmp_path, monkeypatch):
+    """Its folder has the marker of an earlier stop; the sweep would leave out all runs after it."""
+    monkeypatch.chdir(tmp_path)
+    items = sweep.prepare(sweep.command_lines(["paper=t1-moe-cifar20-fo,t1-moe-cifar20-dual", *SHORT, *QUIET]))
+    items[0].folder.mkdir(parents=True)
+    (items[0].folder / "REQUEUE").touch()
+    outcomes = sweep.run_all(items, [sys.executable, "-c", "raise SystemExit(2)"], Console(quiet=True))
+    assert list(outcomes.values()) == ["FAILED (exit status 2)"] * 2
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) ->
     with Preemption() as stop:
         for number, item in enumerate(missing, 1):
             console.print(f"\n[{number}/{len(missing)}] {item.folder}", highlight=False, markup=False)
+            (item.folder / "REQUEUE").unlink(missing_ok=True)  # of an earlier start
             status = train([*launcher, *item.options], stop)
             if item.is_complete:
                 outcomes[item] = DONE

@@ -51,6 +51,8 @@ def engine_name(accelerator: Any) -> str:
     for precision in ("fp16", "bf16"):
         if config.get(precision, {}).get("enabled") is True:
             raise RuntimeError(f"the DeepSpeed configuration enables {precision}: zeroth order needs fp32; use a file of launch/deepspeed/")
+    if (steps := config.get("gradient_accumulation_steps", 1)) not in (1, "auto"):
+        raise RuntimeError(f"the DeepSpeed configuration has gradient_accumulation_steps={steps}: give 1, and train.micro_batches={steps}")
     zero = config.get("zero_optimization", {})
     offloads = any(zero.get(what, {}).get("device", "none") != "none" for what in ("offload_optimizer", "offload_param"))
     return f"zero{zero.get('stage', 0)}{'_offload' if offloads else ''}"

@@ -76,7 +76,7 @@ def load_newest(folder: Path | str, identity: Mapping[str, str] | None = None, b
         try:
             found = load(folder, step, identity)
             break
-        except (BrokenCheckpoint, OSError) as error:
+        except (BrokenCheckpoint, FileNotFoundError) as error:  # gone: a run that goes on deletes its older ones
             skipped.append(str(error))
     if skipped:
         outcome = f"using {found.path.name} instead" if found else "no intact checkpoint is left"
@@ -120,6 +120,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return tensors and metadata of a sealed file. Raises BrokenCheckpoint, also for a link, a pipe or a device."""
     if path.is_symlink() or not path.is_file():
         raise BrokenCheckpoint(f"{path} is not a regular file")
+    open(path, "rb").close()  # raises the reason; safetensors calls every file that it cannot open missing
     with explained(f"{path} cannot be read", kinds=DAMAGE, to=BrokenCheckpoint), safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary

@@ -38,6 +38,7 @@ LOCK_WAIT_S = 300  # after a restart by a scheduler: ranks on a node that it has
 WAITING = ".waiting"  # a file that asks the process that holds the folder to save and stop
 TRACKERS = ("wandb", "tensorboard", "mlflow")
 ADVICE = "choose another run.name, or move this folder away to start anew"
+STARTED = {"data": "on other data", "weights": "with other weights of the model"}  # what must be the same in every start
 
 
 @dataclass
@@ -84,11 +85,11 @@ class RunFolder:
     _lock: TextIO | None = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, settings: RunConfig, config: dict[str, Any], world: World, data: str = "", code: str = "") -> "RunFolder":
+    def open(cls, settings: RunConfig, config: dict[str, Any], world: World, **digests: str) -> "RunFolder":
         """Create or reopen the folder of a run. All ranks call this.
 
-        `config`: the resolved configuration, nested. `data`: a digest of the data set, which must not change between starts.
-        `code`: a digest of the code; a change is reported. Raises RunRefused on all ranks if the folder cannot be used.
+        `config`: the resolved configuration, nested. `digests`: of `data` and frozen `weights`, which must not change between starts, and
+        `code_digest`, whose change is reported. Raises RunRefused on all ranks if the folder cannot be used.
         """
         # The other ranks wait for rank 0 in a collective.
         wait_s = LOCK_WAIT_S if world.size == 1 else min(LOCK_WAIT_S, world.collectives.timeout_s / 2)
@@ -97,7 +98,7 @@ class RunFolder:
         def prepare() -> dict[str, Any]:
             nonlocal lock
             with explained(f"run folder {settings.folder}", kinds=OSError, to=RunRefused):
-                lock, prepared = _prepare(settings, as_saved(config), {"data": data, "code_digest": code}, wait_s)
+                lock, prepared = _prepare(settings, as_saved(config), digests, wait_s)
             return prepared
 
         return cls(**world.on_main(prepare, "the run folder"), is_main=world.is_main, _lock=lock)
@@ -146,7 +147,7 @@ def differences(was: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     return {key: f"{before} -> {after}" for key, (before, after) in pairs.items() if before != after}
 
 
-def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str | None], wait_s: float) -> tuple[TextIO, dict[str, Any]]:
+def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str], wait_s: float) -> tuple[TextIO, dict[str, Any]]:
     path = settings.folder
     make_folder(path)
     lock = _lock(path, wait_s if is_restart() else 0)
@@ -156,7 +157,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str |
     notes = [] if is_new else [*_check_configuration(path, config), *_check_facts(path, facts, starts)]
     run = _id_of(path, starts) or uuid.uuid4().hex
     replace_file(path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    identity = {"run": run, "config": digest_of(config)} | ({"data": facts["data"]} if facts["data"] else {})
+    identity = {"run": run, "config": digest_of(config)} | ({"data": facts["data"]} if facts.get("data") else {})
     start = seal({"run": run, **describe_environment(), **facts})
     replace_file(path / "env.json", json.dumps([*starts, start], indent=1) + "\n")
     for name in ("REQUEUE", WAITING):
@@ -206,11 +207,11 @@ def _id_of(path: Path, starts: list[dict[str, Any]]) -> str | None:
     return next((start["run"] for start in reversed(known) if start.get("run")), None)
 
 
-def _check_facts(path: Path, facts: dict[str, str | None], starts: list[dict[str, Any]]) -> list[str]:
-    """Return a text if the code has changed since the last start; raise RunRefused if the data set has."""
+def _check_facts(path: Path, facts: dict[str, str], starts: list[dict[str, Any]]) -> list[str]:
+    """Return a text if the code has changed since the last start; raise RunRefused if what is in STARTED has."""
     last: dict[str, Any] = [{}, *starts][-1]
     changed = [name for name, value in facts.items() if last.get(name) and value and last[name] != value]
-    if "data" in changed:
-        digests = f"digest was {last['data'][:16]}, is {str(facts['data'])[:16]}"
-        raise RunRefused(f"{path} was started on other data ({digests}), as if the shards had been built again; {ADVICE}")
+    for name, cause in STARTED.items():
+        if name in changed:
+            raise RunRefused(f"{path} was started {cause} (digest was {last[name][:16]}, is {facts[name][:16]}); {ADVICE}")
     return [f"the code has changed since the last start ({last[name]} -> {facts[name]})" for name in changed]

@@ -89,8 +89,10 @@ def _drop_after(folder: Path, step: int) -> None:
     import pyarrow.compute
 
     for path in sorted(folder.iterdir(), reverse=True):  # newest first, so that an interruption leaves no gap
-        match = NAME.fullmatch(path.name)
-        if match is None or int(match[1]) > step:
+        match = NAME.fullmatch(path.name.removesuffix(".tmp"))
+        if match is None:  # not ours
+            continue
+        if path.suffix == ".tmp" or int(match[1]) > step:
             path.unlink()
             continue
         try:

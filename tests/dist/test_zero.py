@@ -7,6 +7,7 @@ import importlib.util
 import json
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -16,7 +17,7 @@ from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.dist.agree import digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig, World
-from dist_vlcl.dist.zero import first_order
+from dist_vlcl.dist.zero import engine_name, first_order
 from dist_vlcl.losses import BatchLosses
 from dist_vlcl.model import tower
 from dist_vlcl.model.clip import TwoTowers
@@ -254,6 +255,18 @@ def test_a_configuration_in_half_precision_is_refused(tmp_path):
     (tmp_path / "bf16.json").write_text(json.dumps({**config, "bf16": {"enabled": True}}))
     with pytest.raises(RuntimeError, match=r"enables bf16|mixed_precision"):
         run_ranks(bf16, 2, environment={**environment_of("zero1"), "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "bf16.json")})
+
+
+@pytest.mark.parametrize("steps", [4, 1, "auto"])
+def test_a_configuration_whose_engine_would_divide_gradients_is_refused(steps):
+    """DeepSpeed divides each loss by its own number of accumulated steps, which the trainer does not take."""
+    plugin = SimpleNamespace(deepspeed_config={"gradient_accumulation_steps": steps, "zero_optimization": {"stage": 2}})
+    accelerator = SimpleNamespace(deepspeed_plugin=plugin)
+    if steps == 4:
+        with pytest.raises(RuntimeError, match=r"gradient_accumulation_steps=4: give 1, and train\.micro_batches=4"):
+            engine_name(accelerator)
+    else:
+        assert engine_name(accelerator) == "zero2"
 
 
 def features_of_unequal_shares(world: World) -> tuple[int, int]:

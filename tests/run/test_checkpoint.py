@@ -193,6 +193,21 @@ def test_a_checkpoint_is_a_plain_safetensors_file(tmp_path):
     assert torch.equal(loaded["zo"], tensors(1)["zo"])
 
 
+def test_a_checkpoint_that_cannot_be_opened_now_is_not_called_damaged(tmp_path):
+    """safetensors calls every file that it cannot open missing. A run that took it for damage would start anew and delete it."""
+    save(tmp_path, 1, tensors(1.0), {})
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
+    next(tmp_path.rglob("*.safetensors")).chmod(0)
+    me = os.geteuid()
+    os.seteuid(me or 65534)  # root may read everything
+    try:
+        with pytest.raises(PermissionError):
+            load_newest(tmp_path)
+    finally:
+        os.seteuid(me)
+
+
 def test_a_checkpoint_that_this_process_has_no_memory_for_is_not_called_damaged(tmp_path, monkeypatch):
     save(tmp_path, 1, tensors(1.0), {})
 

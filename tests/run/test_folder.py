@@ -77,9 +77,17 @@ def test_differences_name_keys_that_came_and_went():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "d": []}}) == {"a.c": "2 -> (absent)", "a.d": "(absent) -> []"}
 
 
+def test_other_weights_of_the_model_are_refused(tmp_path):
+    """A file of weights can be written anew under its name; the adapters would go on over another CLIP."""
+    for weights in ("one", "one", "", "one"):  # "": not measured, as under ZeRO-3 and before this version
+        RunFolder.open(settings(tmp_path), CONFIG, World.alone(), weights=weights).close()
+    with pytest.raises(RunRefused, match=r"was started with other weights of the model \(digest was one, is two\)"):
+        RunFolder.open(settings(tmp_path), CONFIG, World.alone(), weights="two")
+
+
 def test_other_code_goes_on_and_says_so(tmp_path):
     codes = ["one, torch 2", "one, torch 2", "two, torch 2"]
-    messages = [RunFolder.open(settings(tmp_path), CONFIG, World.alone(), code=code).message for code in codes]
+    messages = [RunFolder.open(settings(tmp_path), CONFIG, World.alone(), code_digest=code).message for code in codes]
     said = "; the code has changed since the last start (one, torch 2 -> two, torch 2)"
     assert [message.endswith(said) for message in messages] == [False, False, True]
     starts = json.loads((tmp_path / "runs/a/env.json").read_text())

@@ -61,6 +61,14 @@ def test_an_interrupted_write_is_not_read_and_goes_with_the_next_start(tmp_path)
     assert sorted(p.name for p in (tmp_path / "units").iterdir()) == ["step-00000001.parquet", "step-00000004.parquet"]
 
 
+def test_files_of_the_user_stay(tmp_path):
+    go_on(tmp_path, 1, 3)
+    (tmp_path / "units" / "notes.md").write_text("mine")
+    (tmp_path / "units" / ".ipynb_checkpoints").mkdir()  # Jupyter makes it by itself
+    go_on(tmp_path, 1, 3)
+    assert (tmp_path / "units" / "notes.md").read_text() == "mine" and read_units(tmp_path).num_rows == 9
+
+
 @pytest.mark.parametrize(("every", "steps"), [(2, [1, 3, 5]), (4, [1, 5]), (0, [])])
 def test_every_n_steps(tmp_path, every, steps):
     go_on(tmp_path, 1, 6, every=every)
