@@ -235,6 +235,9 @@ def test_the_journal_s_steps_of_another_kind_of_device_are_taken_again(tmp_path,
     assert "1 steps after the checkpoint were restored from the journal" in said
     assert equal(whole, moved)
     assert records(whole, "journal.jsonl") == records(moved, "journal.jsonl")
+    lines = [json.loads(line) for line in (folder_of(moved) / "metrics.jsonl").read_text().splitlines()]
+    seconds = json.loads((folder_of(moved) / "accuracy.json").read_text())["seconds"]
+    assert seconds == pytest.approx(sum(line["seconds"] for line in lines if line["kind"] == "step"), abs=0.01)  # of all starts
 
 
 SECRETS = {"WANDB_API_KEY": "hush-1" + "0" * 34, "HF_TOKEN": "hush-2", "AWS_SECRET_ACCESS_KEY": "hush-3"}
