@@ -24,6 +24,7 @@ def main() -> Any:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv[:2] = [f"dist-vlcl {name}"]
+        sys.path.append("")  # code of the user in the working directory, as with python -m
         try:
             return importlib.import_module(f"dist_vlcl.{COMMANDS[name][0]}").main()
         except ModuleNotFoundError as error:

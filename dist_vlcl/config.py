@@ -23,7 +23,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from dist_vlcl.data.settings import DataConfig, check_name
 from dist_vlcl.dist.first_order import FirstOrderConfig
 from dist_vlcl.dist.world import ClusterConfig, World
-from dist_vlcl.masking import explained
+from dist_vlcl.masking import explained, masked_values
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
@@ -161,6 +161,9 @@ def from_hydra(options: Any) -> Config:
     if config.tasks.sets:
         config.data = replace(config.data, name="-".join(config.tasks.sets).replace("/", "-"), reader="folder")
     validate(config)
+    values, saved = flatten(config.as_dict()), flatten(masked_values(config.as_dict()))
+    if hidden := [key for key in values if saved[key] != values[key] and not matches(key, (*MAY_CHANGE, *PATH_OPTIONS))]:
+        raise ValueError(f"{hidden[0]}: its name or text looks like a secret, and config.yaml would hold *** in its place; choose another")
     if config.run.name == "auto":
         config.run.name = default_name(config)
         config.run.check()
@@ -223,7 +226,7 @@ def default_name(config: Config) -> str:
     rest = "" if plan.rest == "first" else f"-rest-{plan.rest if plan.rest in ORDERS else 'mixed'}"
     orders = f"{how}-{plan.branch}-{named}{rest}"
     if plan.branch == "none":
-        orders = "zero-shot" if plan.rest == "frozen" else "fo"
+        orders = {"frozen": "zero-shot", "zeroth": f"{config.zo.name}-dual-all"}.get(str(plan.rest), "fo")
     data += "" if config.tasks.sets else f"-inc{config.tasks.increment}"
     adapter = f"{config.adapter.label}{'-warm' if getattr(config.adapter, 'init', None) else ''}"
     return f"{data}-{adapter}-{orders}-seed{config.seed}"

@@ -25,7 +25,7 @@ from dist_vlcl.experiment import build_towers
 from dist_vlcl.masking import explained
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.options import flatten
-from dist_vlcl.reading import read_file, read_json
+from dist_vlcl.reading import read_file, read_json, warn
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.saved import digest_of, read_config
@@ -106,7 +106,7 @@ class TrainedCLIP:
         if isinstance(image, str | Path):
             image = decode(Path(image).read_bytes(), str(image))
         elif isinstance(image, Image.Image):
-            image = upright(image.copy())
+            image = upright(image)
         elif isinstance(image, Tensor):
             image = image.movedim(0, -1).cpu().numpy()
         if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -200,9 +200,15 @@ def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:
         if (saved := checkpoint.load_newest(folder, {"config": digest_of(read_config(folder / CONFIG))})) is None:
             raise FileNotFoundError(f"{folder} has neither {ADAPTERS} nor an intact checkpoint; train first")
         return saved
-    found = (checkpoint.load(folder, step) for step in checkpoint.saved_steps(folder))
-    states = ((TrainState.from_dict(saved.state), saved) for saved in found)
-    ends = {state.task: saved for state, saved in states if not state.epoch and not state.batch}
+    ends: dict[int, checkpoint.Checkpoint] = {}
+    for step in checkpoint.saved_steps(folder):
+        try:
+            saved = checkpoint.load(folder, step)
+        except checkpoint.BrokenCheckpoint as error:
+            warn(f"left out: {error}")
+        else:
+            state = TrainState.from_dict(saved.state)
+            ends |= {state.task: saved} if not state.epoch and not state.batch else {}
     if task not in ends:
         raise ValueError(f"task={task}: {folder} has checkpoints after task {', '.join(map(str, ends)) or 'none'}; run.keep=N keeps more")
     return ends[task]

@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_vlcl.dist.world import World
 from dist_vlcl.losses import BatchLosses
 from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.reading import warn
 from dist_vlcl.zo.flat import restricted
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder
@@ -53,7 +54,10 @@ class SlopePrecision:
         better = ["zo.evaluation=delta"] * (len(self.delta_branches) < len(self.flats))
         better += ["model.precision=fp32"] * (precision != "fp32")
         advice = f"At most {MAX_SLOPE_NOISE} is allowed. Use {' or '.join([*better, 'a larger zo.epsilon'])}"
-        raise ValueError(f"model.precision={precision} with zo.evaluation={evaluation}: the rounding error is {found}. {advice}")
+        text = f"model.precision={precision} with zo.evaluation={evaluation}: the rounding error is {found}. {advice}"
+        if key.step == 0:
+            raise ValueError(text)
+        warn(f"{text}. The run goes on, since a resume may not change these options")
 
     def slope_noise(self, tokens: Tensor, batch: Any, key: Key, directions: int = 16) -> dict[str, float]:
         """Return the rounding error of the projected gradients per branch: root mean squares over directions, error over slope.

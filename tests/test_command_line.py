@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,15 @@ def test_the_command_line_starts_the_module_s_own_main(name, monkeypatch):
     monkeypatch.setattr("sys.argv", ["dist-vlcl", name, "some", "words"])
     main()
     assert started == [[f"dist-vlcl {name}", "some", "words"]]
+
+
+def test_the_user_s_code_in_the_working_folder_is_found_by_both_commands(tmp_path):
+    """`dist-vlcl` starts with the folder of the script on the path, and `python -m` with the working folder."""
+    (tmp_path / "my_options.py").write_text("raise ImportError('read from the working folder')")
+    for command in ([sys.executable, "-m", "dist_vlcl.train"], [Path(sys.executable).with_name("dist-vlcl"), "train"]):
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run([*command, "zo.estimator=my_options:X"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert "read from the working folder" in done.stderr
 
 
 def test_an_unknown_command_is_refused_and_all_are_listed(monkeypatch, capsys):

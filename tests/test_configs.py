@@ -149,6 +149,7 @@ def test_a_published_run_that_there_is_not_is_refused_with_the_nearest():
         (["orders=zero_shot"], "digits-inc2-moe-zero-shot-seed0"),
         (["orders=vision_all", "zo=naive", "orders.order=frozen"], "digits-inc2-moe-frozen-vision-all-seed0"),
         (["orders.layers=[1,2]"], "digits-inc2-moe-mozo-dual-list-seed0"),
+        (["orders=first", "orders.rest=zeroth"], "digits-inc2-moe-mozo-dual-all-seed0"),
     ],
     ids=str,
 )
@@ -226,6 +227,12 @@ def test_an_impossible_option_is_refused_by_name_before_anything_is_built(overri
     with pytest.raises(ValueError) as caught:
         assign(UNITS, configured(*overrides.split()).orders)  # what needs the model's depth is refused when it is known
     assert BAD[overrides] in str(caught.value)
+
+
+def test_a_result_s_option_that_config_yaml_could_not_hold_is_refused():
+    """With *** in its place, `evaluate` and `load` would use another prompt than the training did."""
+    with pytest.raises(ValueError, match=r"model\.prompt: its name or text looks like a secret, and config\.yaml would hold \*\*\*"):
+        configured("model.prompt='a basic Photograph of a {}.'")
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,26 @@ def test_an_earlier_task_is_loaded_by_its_number(runs):
         read_trained(runs["moe"], task=1)
 
 
+def test_a_damaged_checkpoint_of_another_task_does_not_matter(runs, tmp_path):
+    run = shutil.copytree(runs["moe"], tmp_path / "run")
+    newest = max((run / "checkpoints").glob("*.safetensors"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.warns(RuntimeWarning, match=f"left out: .*{newest.name}"):
+        earlier = read_trained(run, task=2)
+    assert all(torch.equal(tensor, earlier.adapters[name]) for name, tensor in read_trained(runs["moe"], task=2).adapters.items())
+
+
+def test_names_of_others_do_not_command_the_terminal(runs, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(runs["moe"], tmp_path / "run")
+    classes = json.loads((run / "classes.json").read_text())
+    (run / "classes.json").write_text(json.dumps([[f"{name}\x1b[2J" for name in names] for names in classes]))
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "image.png")
+    run_command(predict_command, monkeypatch, run, tmp_path / "image.png")
+    run_command(evaluate_command, monkeypatch, run, f"data.root={runs['moe'].parent}/data", "--classes")
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and said.count("\\x1b[2J") == 9
+
+
 def run_command(command, monkeypatch, *words: object) -> None:
     monkeypatch.setattr(sys, "argv", ["dist-vlcl", *map(str, words)])
     command.main()

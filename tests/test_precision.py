@@ -107,6 +107,14 @@ def test_two_evaluations_in_bf16_are_refused_with_what_was_measured_and_what_to_
     assert all(torch.equal(t, before[name]) for name, t in step.towers.units.state_dict().items())
 
 
+def test_a_resumed_run_goes_on_where_its_first_start_would_be_refused():
+    """Slopes shrink while units learn. A run that nothing stopped is measured once, and a resume may not change what is advised."""
+    step = step_of(OrderPlan("vision", "all"), ZerothOrderConfig(evaluation="whole"), precision="bf16")
+    with pytest.warns(RuntimeWarning, match="the rounding error is .* The run goes on, since a resume may not change these options"):
+        step([batch_of(16, len(CLASSES))], dataclasses.replace(KEY, step=5), LR)
+    assert step.precision.is_checked
+
+
 def test_the_gate_measures_what_it_says_and_once():
     step = step_of(OrderPlan("dual", "all"), ZerothOrderConfig(), precision="bf16")
     noise = step.precision.slope_noise(step.tokens, batch_of(16, len(CLASSES)), KEY)

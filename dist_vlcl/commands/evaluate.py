@@ -25,6 +25,7 @@ from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.experiment import Experiment, build_towers
 from dist_vlcl.inference import WEIGHTS, read_classes, read_trained
+from dist_vlcl.masking import masked
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.signals import print_error
 from dist_vlcl.run.state import TrainState
@@ -79,7 +80,7 @@ def report(options: Namespace, world: World) -> str:
     classes = {name: correct / max(1, total) for name, (correct, total) in zip(distinct(names), counts, strict=False)}
     if options.json:
         return json.dumps({**{key.lower(): value for key, value in values.items()}, "classes": classes}, ensure_ascii=False)
-    lines = [f"{100 * value:6.2f}  {name}" for name, value in classes.items()] if options.classes else []
+    lines = [masked(f"{100 * value:6.2f}  {name}") for name, value in classes.items()] if options.classes else []
     return "\n".join([*lines, "  ".join(f"{key} {100 * value:.2f}" for key, value in values.items())])
 
 

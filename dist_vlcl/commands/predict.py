@@ -7,6 +7,7 @@ from pathlib import Path
 from dist_vlcl.config import errors_refused
 from dist_vlcl.data.names import distinct
 from dist_vlcl.inference import load
+from dist_vlcl.masking import masked
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
         best = row.topk(min(max(1, options.top), len(names)))
         pairs = [(names[place], score) for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
         text = ", ".join(f"{name} {100 * score:.1f} %" for name, score in pairs)
-        print(json.dumps({"image": str(image), "classes": dict(pairs)}) if options.json else f"{image}: {text}")
+        print(json.dumps({"image": str(image), "classes": dict(pairs)}) if options.json else masked(f"{image}: {text}"))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def upright(image: Image.Image) -> np.ndarray:
     """A Pillow image -> upright RGB pixels, uint8 [H, W, 3]."""
     image.load()
     with suppress(Exception):  # damaged EXIF does not make the pixels unreadable
-        ImageOps.exif_transpose(image, in_place=True)
+        image = ImageOps.exif_transpose(image)  # a copy: the caller's image stays as it is
     if image.mode.startswith("I"):  # 16-bit grey: the high byte, as Pillow takes it of 16-bit colours
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.asarray(image.convert("RGB"))

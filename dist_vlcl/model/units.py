@@ -32,6 +32,8 @@ class Unit:
     def __init__(self, id: UnitId, adapter: nn.Module):
         self.id, self.adapter = id, adapter
         self.names = tuple(name for name, _ in adapter.named_parameters())
+        if inner := [name for name in self.names if "." in name]:
+            raise ValueError(f"{type(adapter).__name__}.{inner[0]}: make it a parameter of the adapter itself, not of a module in it")
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, without the K axis."""

@@ -102,6 +102,11 @@ def test_a_state_that_does_not_fit_is_refused_with_nothing_changed(damage, words
         assert torch.equal(tensor, before[name])
 
 
+def test_an_adapter_made_of_modules_is_refused():
+    with pytest.raises(ValueError, match=r"Linear\.0\.weight|Sequential\.0\.weight: make it a parameter of the adapter itself"):
+        Unit(UnitId("vision", 1), nn.Sequential(nn.Linear(2, 2)))
+
+
 def test_units_sort_themselves():
     make = lambda branch, layer: Unit(UnitId(branch, layer), nn.Linear(1, 1))  # noqa: E731
     units = Units([make("vision", 10), make("vision", 2), make("language", 1)])
