@@ -5,6 +5,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,7 +26,7 @@ from dist_vlcl.experiment import build_towers
 from dist_vlcl.masking import explained
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.options import flatten
-from dist_vlcl.reading import read_file, read_json, warn
+from dist_vlcl.reading import or_warn, read_file, read_json
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.saved import digest_of, read_config
@@ -200,15 +201,9 @@ def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:
         if (saved := checkpoint.load_newest(folder, {"config": digest_of(read_config(folder / CONFIG))})) is None:
             raise FileNotFoundError(f"{folder} has neither {ADAPTERS} nor an intact checkpoint; train first")
         return saved
-    ends: dict[int, checkpoint.Checkpoint] = {}
-    for step in checkpoint.saved_steps(folder):
-        try:
-            saved = checkpoint.load(folder, step)
-        except checkpoint.BrokenCheckpoint as error:
-            warn(f"left out: {error}")
-        else:
-            state = TrainState.from_dict(saved.state)
-            ends |= {state.task: saved} if not state.epoch and not state.batch else {}
+    found = (or_warn(partial(checkpoint.load, folder, step), None) for step in checkpoint.saved_steps(folder))
+    states = ((TrainState.from_dict(saved.state), saved) for saved in filter(None, found))
+    ends = {state.task: saved for state, saved in states if not state.epoch and not state.batch}
     if task not in ends:
         raise ValueError(f"task={task}: {folder} has checkpoints after task {', '.join(map(str, ends)) or 'none'}; run.keep=N keeps more")
     return ends[task]

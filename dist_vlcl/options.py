@@ -8,12 +8,8 @@ from fnmatch import fnmatch
 from typing import Any, get_type_hints
 
 BRANCHES = ("language", "vision")  # of CLIP, and of every option that is given per branch
-BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "min": ("at least", operator.ge),
-    "above": ("more than", operator.gt),
-    "max": ("at most", operator.le),
-    "below": ("less than", operator.lt),
-}
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {"min": ("at least", operator.ge), "above": ("more than", operator.gt)}
+BOUNDS |= {"max": ("at most", operator.le), "below": ("less than", operator.lt)}
 
 
 def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, **bounds: float) -> Any:

@@ -1,4 +1,4 @@
-"""The paper's catalogue of runs, their controls and some runs beyond it, by id. `paper=ID` and `tuned=FILE` are translated here.
+"""The paper's catalogue of runs, their controls and some runs beyond it, by id. `paper=ID` is translated here.
 
 `t2-moe-cifar10-dual-hop_odd`      A published cell: one line of configs/paper_runs.yaml.
 `t5-moe-dual`                      A memory probe of Table 5: five steps.
@@ -12,7 +12,7 @@
 import difflib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -21,9 +21,8 @@ from typing import Any
 
 import yaml
 
-from dist_vlcl.masking import explained
-from dist_vlcl.options import flatten, matches
-from dist_vlcl.saved import MAY_CHANGE, read_config, untrusted_options
+from dist_vlcl.options import matches
+from dist_vlcl.saved import MAY_CHANGE
 
 # Beside the package in a checkout, inside of it in a wheel.
 CONFIG_FOLDER = next(p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs") if (p / "config.yaml").exists())
@@ -124,7 +123,7 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
     if isinstance(rest, Mapping):  # first in one branch and frozen in the other is neither; without zeroth order it is a frozen control
         rest = rest["vision"] if rest["vision"] == rest["language"] else "frozen" if order == "first" else "mixed"
     layers = orders["layers"] if isinstance(orders["layers"], str) else str(orders["layers"]).replace(" ", "")
-    if layers in ("prefix", "suffix") and orders.get("span") not in (None, HALF):
+    if re.search("prefix|suffix", layers) and orders.get("span") not in (None, HALF):
         layers += str(orders["span"])
     kind = "lora" if "rank" in adapter else "moe" if "experts" in adapter else "other"
     kind = adapter.get("kind", "").replace(":", ".") or kind  # a user's adapter may have options of any name
@@ -139,7 +138,8 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
             return replace(cell, branch="dual", layers="all")
         return replace(cell, branch="none", layers="none", variant="none") if order == "first" else replace(cell.zero_shot(), id="")
     if order == "first" or rest == "zeroth":  # the plan names the other units than those that the run is about
-        cell, order = replace(cell, branch="dual", layers=f"all but {branch} {layers}"), rest
+        beside = " (first order)" if (order, rest) == ("first", "zeroth") else ""  # otherwise they are frozen
+        cell, order = replace(cell, branch="dual", layers=f"all but {branch} {layers}{beside}"), rest
     return replace(cell, variant="frozen") if order == "frozen" else cell
 
 
@@ -206,17 +206,12 @@ def _no_such_run(name: str, known: Iterable[str]) -> str:
 
 
 def expand_paper(arguments: list[str]) -> list[str]:
-    """Return command-line overrides with `tuned=FILE` and `paper=ID` replaced by the overrides that they stand for.
+    """Return command-line overrides with `paper=ID` replaced by the overrides that it stands for.
 
-    An address with braces is put into quotes, because Hydra would take it for a dictionary.
-    The user's own overrides come after those of a cell and of a file, and win; the run's name shows them. Raises ValueError for an unknown
-    id, a file that cannot be read, or zo=NAME beside a file that has chosen a strategy.
+    An address with braces is put into quotes, because Hydra would take it for a dictionary. The user's own overrides come after those of
+    a cell, and win; the run's name shows them. Raises ValueError for an unknown id.
     """
     arguments = [BRACES.sub(r"\1'\2'", argument) for argument in arguments]
-    tuned = [option for word in arguments if word.startswith("tuned=") for option in _expand_tuned(Path(word.removeprefix("tuned=")))]
-    if strategy := [word for word in arguments if word.startswith("zo=") and any(option.startswith("zo.name=") for option in tuned)]:
-        raise ValueError(f"{strategy[0]}: the file of tuned= has chosen the strategy; leave one of the two out")
-    arguments = [*tuned, *(word for word in arguments if not word.startswith("tuned="))]
     ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
     if not ids:
         return arguments
@@ -240,14 +235,3 @@ def run_name(id: str, own: list[str]) -> str:
     slug = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", option.split(".", 1)[-1]) for option in options)[:60]
     digest = hashlib.blake2s("\n".join(options).encode(), digest_size=3).hexdigest()
     return f"{id}-seed{seed}-{slug}-{digest}"
-
-
-def _expand_tuned(path: Path) -> Iterator[str]:
-    """Yield the options in a file that tune has written."""
-    with explained(f"tuned={str(path)!r}: could not read it", "give a tuned.yaml that dist-vlcl tune has written", (OSError, ValueError)):
-        content = read_config(path)
-        if outside := untrusted_options(content):
-            raise ValueError(f"it names code, commands, addresses or files; give these yourself: {' '.join(outside)}")
-        if odd := [key for key in flatten(content) if not re.fullmatch(r"zo(\.\w+)+", key)]:  # Hydra's own options can run code
-            raise ValueError(f"it sets {odd[0]!r}, and only zo.NAME is allowed")
-    yield from (f"{key}={'null' if value is None else value}" for key, value in flatten(content).items())

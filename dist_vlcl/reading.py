@@ -69,10 +69,10 @@ def read_json(path: Path, form: Any, default: Any) -> Any:
 
 
 def or_warn(read: Callable[[], Any], default: Any) -> Any:
-    """Return what `read` returns; after an OSError or ValueError warn, and return the default."""
+    """Return what `read` returns; if that cannot be read, warn, and return the default."""
     try:
         return read()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         warn(f"{error}; going on without it")
         return default
 

@@ -191,8 +191,15 @@ def test_equal_differences_have_the_p_of_a_sign_test():
 
 
 def test_a_contrast_takes_the_settings_that_it_names_and_no_others():
-    for settings, seeds in (("zo.lr_scale=3.0", 4), ("", 0), ("zo.lr_scale=3.0; zo.sides=2", 0), ("adapter.scale=1.0; zo.lr_scale=3.0", 4)):
+    for settings, seeds in (("zo.lr_scale=3.0", 4), ("", 0), ("zo.lr_scale=3.0; zo.sides=2", 0), ("adapter.scale=1.0; zo.lr_scale=3.0", 0)):
         assert evidence.contrasts_of(two_methods([1.0, 2.0, 3.0, 4.0], settings), {"contrasts": [CONTRAST]}).seeds[0] == seeds
+
+
+def test_a_contrast_is_between_runs_that_differ_in_order_and_strategy_only():
+    both = two_methods([1.0, 2.0, 3.0, 4.0], "adapter.scale=1.0; zo.lr_scale=3.0")
+    both.loc[both.variant == "none", ["method_settings", "other_settings"]] = "adapter.scale=1.0"
+    contrasts = evidence.contrasts_of(pd.concat([both, two_methods([9.0])]), {"contrasts": [CONTRAST]})  # and another pair of one seed
+    assert (contrasts.seeds[0], contrasts["mean"][0]) == (4, pytest.approx(2.5))
 
 
 def test_holm_s_correction_is_that_of_the_textbook_and_counts_contrasts_without_runs():

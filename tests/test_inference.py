@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_of_another_task_does_not_matter(runs, tmp_path):
     run = shutil.copytree(runs["moe"], tmp_path / "run")
     newest = max((run / "checkpoints").glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-1])
-    with pytest.warns(RuntimeWarning, match=f"left out: .*{newest.name}"):
+    with pytest.warns(RuntimeWarning, match=f"{newest.name}.*going on without it"):
         earlier = read_trained(run, task=2)
     assert all(torch.equal(tensor, earlier.adapters[name]) for name, tensor in read_trained(runs["moe"], task=2).adapters.items())
 

@@ -4,7 +4,7 @@ from operator import attrgetter
 
 import pytest
 
-from dist_vlcl.config import Config, compose_config, expand_paper
+from dist_vlcl.config import Config, compose_config
 from dist_vlcl.options import flatten
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.paper import catalogue, cell_of, groups, paper_runs, run_name, select
@@ -117,6 +117,13 @@ def test_a_run_realises_what_its_options_say_whatever_its_id(options, expected):
         (["orders=vision_all", "orders.order=first", "orders.rest=frozen"], "dual", "all but vision all", "frozen"),
         (["orders=dual_hop_odd", "orders.order=frozen", "orders.rest=zeroth"], "dual", "all but dual hop_odd", "conservative"),
         (["orders=dual_hop_odd", "orders.rest=frozen"], "dual", "hop_odd", "conservative"),
+        (["orders=dual_hop_odd", "orders.order=first", "orders.rest=zeroth"], "dual", "all but dual hop_odd (first order)", "conservative"),
+        (
+            ["orders.layers={language: suffix, vision: suffix}", "orders.span=3"],
+            "dual",
+            "{'language':'suffix','vision':'suffix'}3",
+            "conservative",
+        ),
         (["orders=dual_all", "orders.order=frozen"], "none", "none", "zero_shot"),
         (["orders=language_late"], "language", "suffix4", "conservative"),
         (["orders=language_late", "orders.order=frozen"], "language", "suffix4", "frozen"),
@@ -156,20 +163,11 @@ def test_names_distinguish_runs_and_do_not_depend_on_the_order_of_options():
     assert run_name(id, ["a.b=[1,2]"]) != run_name(id, ["a.b=1_2"])
 
 
-@pytest.mark.parametrize("file_is_first", [True, False])
-def test_own_options_win_over_tuned_ones_which_win_over_the_cell_s_and_are_in_the_name(tmp_path, file_is_first):
-    file = tmp_path / "tuned.yaml"
-    file.write_text("# a comment\nzo: {lr_scale: 0.1, epsilon: {vision: 0.0002}, acceptance: best_of_three}\n")
-    words = ["paper=t3-moe-cifar10-mozo-hop_odd", f"tuned={file}", "zo.lr_scale=0.5"]
-    config = configured(*(words if file_is_first else reversed(words)))
-    assert (config.zo.lr_scale, config.zo.epsilon["vision"], config.zo.acceptance) == (0.5, 2e-4, "best_of_three")
+def test_own_options_win_over_the_cell_s_and_are_in_the_name():
+    words = ["paper=t3-moe-cifar10-mozo-hop_odd", "zo.lr_scale=0.5", "zo.acceptance=best_of_three"]
+    config = configured(*words)
+    assert configured(*reversed(words)).zo == config.zo and (config.zo.lr_scale, config.zo.acceptance) == (0.5, "best_of_three")
     assert config.zo.transform == "sign" and "acceptance_best_of_three" in config.run.name
-    with pytest.raises(ValueError, match="could not read it"):
-        expand_paper([f"tuned={tmp_path}/none.yaml"])
-    assert configured(f"tuned={file}", "zo=naive").zo.acceptance == "best_of_three"
-    file.write_text("zo: {name: naive, transform: identity, lr_scale: 0.1}\n")
-    with pytest.raises(ValueError, match="zo=sign: the file of tuned= has chosen the strategy; leave one of the two out"):
-        configured(f"tuned={file}", "zo=sign")
 
 
 def test_flattening_keeps_every_leaf_under_its_dotted_key():

@@ -129,11 +129,5 @@ def test_a_file_of_tensors_alone_is_checked_by_names_and_shapes(root, tmp_path):
         train(config(root, "bad", init=tmp_path / "bad.safetensors"), World.alone())
 
 
-def test_a_file_of_tuned_options_may_not_name_adapters(tmp_path):
-    (tmp_path / "tuned.yaml").write_text("adapter: {init: /elsewhere}\n")
-    with pytest.raises(ValueError, match=r"give these yourself: adapter\.init=/elsewhere"):
-        compose_config([f"tuned={tmp_path}/tuned.yaml"])
-
-
 def test_a_warm_run_has_another_name():
     assert compose_config(["run.name=auto", "adapter.init=runs/first"]).run.name == "digits-inc2-moe-warm-mozo-dual-hop_odd-seed0"

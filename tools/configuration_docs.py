@@ -25,8 +25,8 @@ Give options on the command line as `NAME=VALUE`, in any order. A group is a fil
 
 Later words win over earlier ones, and options win over groups. `null` means "not set". \
 Quote values with brackets: `'orders.layers=[1,3,5]'`.
-`paper=ID` sets the options of one published run ([reproduction.md](reproduction.md)), \
-`tuned=FILE` those that a tuning chose. Your own options win over both.
+`paper=ID` sets the options of one published run ([reproduction.md](reproduction.md)). \
+Your own options win over them.
 """
 
 GROUPS_NOTE = """\

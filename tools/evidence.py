@@ -70,8 +70,11 @@ def collect(runs: list[Path], earlier: pd.DataFrame | None = None) -> pd.DataFra
         raise SystemExit("none of these is a run folder")
     if earlier is not None and len(earlier):
         kept = earlier[~earlier.run.isin(found.run)].drop(columns=[RECOVERED.format(metric) for metric in tables.METRICS])
-        found = pd.concat([kept, found], ignore_index=True)
+        found = pd.concat([found, kept], ignore_index=True)
     complete = complete_of(found)
+    for name in found.run[found.is_complete & ~found.is_probe & ~found.index.isin(complete.index)]:
+        print(f"left out: {name} (repeats the settings and the seed of another run)")
+    complete = complete.sort_values("run", ignore_index=True)
     results = results_of(complete)
     by_run = results[results.variant != "zero_shot"].set_index(
         "run"
@@ -91,7 +94,7 @@ def read_files(paths: list[Path]) -> pd.DataFrame:
     parts = [pd.read_csv(path, keep_default_na=False, na_values={}) for path in paths]
     if not parts:
         return pd.DataFrame()
-    runs = pd.concat(parts, ignore_index=True).drop_duplicates("run")
+    runs = pd.concat(parts, ignore_index=True)
     known = {"run", "dataset", "branch", "layers", "variant", *TEXTS}
     for column in runs.columns.difference(list(known)):
         runs[column] = pd.to_numeric(runs[column], errors="coerce")
@@ -214,11 +217,17 @@ def paired(results: pd.DataFrame, contrast: Mapping[str, Any]) -> tuple[np.ndarr
     """Return a contrast's differences by seed, from the group with the most seeds, and the settings of that group."""
     method, other = (chosen(results, {**contrast["where"], **contrast[side]}) for side in ("method", "against"))
     both = method.merge(other, on=[*GROUP, "seed"], suffixes=("", "_2"))
+    ours, theirs = (column.map(_without_zo_and_orders) for column in (both.method_settings, both.method_settings_2))
+    both = both.assign(fixed=ours + "; " + both.shared_settings)[(ours == theirs) | (both.variant_2 == "zero_shot")]
     if both.empty:
         return np.array([]), ""
-    of_group = both[both.shared_settings == both.shared_settings.mode()[0]].drop_duplicates("seed")
+    of_group = both[both.fixed == min(both.fixed.mode(), key=len)]
     metric = contrast["metric"]
     return (of_group[metric] - of_group[f"{metric}_2"]).to_numpy(), of_group.other_settings.iloc[0]
+
+
+def _without_zo_and_orders(settings: str) -> str:
+    return "; ".join(text for text in settings.split("; ") if not text.startswith(("zo.", "orders.")))
 
 
 def chosen(results: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:

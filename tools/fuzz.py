@@ -67,7 +67,6 @@ CANARY = "canary-5f1e9c"  # the value of an environment variable that hostile fi
 LEAKS = (CANARY.encode(), b"root:x:", b"\x1b[", b"\x1b]")
 MEMORY, ADDRESSES = 1 << 30, 6 << 30  # bytes above the start: allowed; refused by the system
 NAMES = {  # files that a command line names, and what a message may name in their place
-    "tuned.yaml": ("zo.",),
     "split.txt": ("split_file",),
     "names.json": ("class_names",),
 }
@@ -147,10 +146,6 @@ def build(*options: str) -> Callable[[Config], Parts]:
     return run
 
 
-def tuned(_: Config) -> Parts:
-    return {"zo": str(compose_config(["tuned=tuned.yaml"]).zo)}
-
-
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
@@ -181,7 +176,6 @@ COMMANDS: dict[str, Callable[[Config], Parts]] = {
     "build and skip": build("data.source=source/pictures", "data.on_error=skip"),
     "build a tar": build("data.source=source/pictures.tar"),
     "build a zip": build("data.source=source/pictures.zip"),
-    "tuned": tuned,
 }
 STRICT = {"resume": ("tensors", "accuracy"), "report": ("other",)}  # what no damage of one file may change, warned or not
 
@@ -258,7 +252,6 @@ TARGETS = (
     Target("export/config.yaml", ("predict",), YAML, anything),
     Target("export/classes.json", ("predict",), SEALED, anything),
     Target("export/adapters.safetensors", ("predict",), BYTES),
-    Target("tuned.yaml", ("tuned",), YAML, anything),
     Target("image.png", ("predict",), (*BYTES, png_header_mutated)),
     Target("data/tiny/index.json", ("evaluate", "evaluate --data", "verify", "resume"), (mutate.json_text_mutated, *TEXT)),
     Target("data/tiny/index.json", ("evaluate", "evaluate --data", "verify"), (index_without_digest,)),
@@ -335,7 +328,7 @@ def start(command: str, cfg: Config, folder: Path, seconds: float) -> int:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except (OSError, ValueError, RuntimeError) as error:
-        if command.startswith(("build", "tuned")):  # their command line turns these into one line
+        if command.startswith("build"):  # their command line turns these into one line
             print(f"error: {error}", file=sys.stderr)
             code = 2
         else:
@@ -434,7 +427,6 @@ def write_base(cfg: Config) -> Parts:
 
     write_sources()
     Path("image.png").write_bytes(png(16, "image"))
-    Path("tuned.yaml").write_text("zo:\n  name: conservative\n  lr_scale: 3.0\n  probes: 2\n")
     write_shards(raw_set(4, 12, 4, 16), DataConfig("tiny", "folder", samples_per_shard=6, encoding="original"))
     for name, seed in (("done", 0), ("other", 1)):
         train.run_and_report(named(name, seed))

@@ -55,8 +55,7 @@ def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> Acc
 def evaluate_elsewhere(folder: Path, location: str, world: World, options: Sequence[str] = ()) -> tuple[list[str], Counts, Counts]:
     """Return the class names of other shards, and the counts of correct answers before and after training. All ranks call this."""
     trained = read_trained(folder, options=options)
-    cfg = trained.cfg
-    index = Index.load(location, cfg.data.allow_pipe, cfg.data.timeout_s)
+    cfg, index = trained.cfg, Index.load(location, trained.cfg.data.allow_pipe, trained.cfg.data.timeout_s)
     names = prompt_names(index.class_names, cfg.data.underscore_names)
     towers, loader = build_towers(cfg, world), Loader(index, cfg.data, world.device)
     transform = EvalTransform(towers.image_size, *towers.resizing)

@@ -2,7 +2,6 @@
 
     python -m dist_vlcl.commands.tune data=cifar100 orders=language_all
     python -m dist_vlcl.commands.tune data=cifar100 orders=vision_all orders.rest=frozen seed=0,1 zo=naive zo.lr_scale=3,10,30
-    accelerate launch -m dist_vlcl.train data=cifar100 orders=language_all tuned=tuning/NAME/tuned.yaml
 
 Every combination of the options with several values is trained on the first task and evaluated on held-out images of its training set.
 Test images are never read. A combination counts with its mean over the seeds (0, 1 and 2). These options are searched unless you give them
@@ -14,8 +13,8 @@ The best combination and the same units frozen are then run again with fresh see
 images. The best of many looks better than it is. The fresh runs took no part in the choice, so the choice does not bias their paired
 difference, however many choices there were.
 
-The folder tuning/NAME/ gets the runs and tuned.yaml, which a run or a sweep takes as tuned=FILE. Its tuning.md and tuning.csv compare the
-combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
+The folder tuning/NAME/ gets the runs. Its tuning.md has the command that trains with the best combination. tuning.md and tuning.csv compare
+the combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
 """
 
 import itertools
@@ -24,14 +23,13 @@ import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import isnan, nan
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pandas as pd
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from dist_vlcl.commands.sweep import LEFT, Item, add_launch_options, launcher_of, prepare, print_commands, run_all
@@ -42,13 +40,10 @@ from dist_vlcl.report.records import read_records
 from dist_vlcl.report.statistics import paired_test
 from dist_vlcl.report.tables import ranked, trial_table
 from dist_vlcl.run.files import replace_file
-from dist_vlcl.zo.update import ZerothOrderConfig
 
 SEEDS, FRESH = ["0", "1", "2"], 5
 SEARCHED = {"zo": ["naive", "conservative", "sign"], "zo.lr_scale": ["0.3", "1", "3", "10"], "zo.probes": ["1", "16", "64"]}
 CONTROL = {"orders.order": "frozen"}
-STRATEGY = ("name", "transform", "acceptance", "epsilon")  # what every configs/zo/NAME.yaml sets
-LEFT_OUT = {"random_signs", "estimator"}  # of tuned.yaml: the first makes a run a control, the second is code, which a file must not name
 Choice = dict[str, str]  # option -> value
 Train = Callable[[Sequence[Choice], Sequence[str]], list[pd.DataFrame]]  # choices, seeds -> of each choice: seed, accuracy (%), loss
 
@@ -66,6 +61,8 @@ def grid(cfg: Config, several: dict[str, list[str]], fixed: Sequence[str]) -> li
     if cfg.orders.branch == "none" or cfg.orders.order != "zeroth":
         given = f"orders.branch={cfg.orders.branch}, orders.order={cfg.orders.order}"
         raise ValueError(f"{given}: no unit learns by zeroth order, so there is nothing to tune; choose a plan such as orders=dual_hop_odd")
+    if other := [key for key in several if key != "zo" and not key.startswith("zo.")]:  # the control would not have it
+        raise ValueError(f"{other[0]}: only options of zo can have several values; search others by separate calls")
     searched = dict(SEARCHED)
     if cfg.orders.branch == "dual":  # a probe of the vision branch costs a pass over the images
         searched["zo.probes"] = [f"{{language: {count}, vision: 1}}" for count in SEARCHED["zo.probes"]]
@@ -144,23 +141,14 @@ def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh:
 
 
 def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> str:
-    """Write the tables and the best choice with the other `zo` options; return what the user should read."""
+    """Write the tables and the command that trains with the best choice; return what the user should read."""
     table = trial_table(ranked(found.trials), found.references)
-    note = "Accuracy in % on held-out training images of the first task; test images were not read. The first row is in tuned.yaml."
+    note = "Accuracy in % on held-out training images of the first task; test images were not read."
+    best = f"python -m dist_vlcl.train {masked_command([*fixed, *(f'{key}={value}' for key, value in found.best.items())])}"
     head = f"# {folder.name}\n\n    {command}\n\n**{found.answer}** {found.shrinkage}"
-    replace_file(folder / "tuning.md", f"{head}\n\n{table}\n{note}\n")
+    replace_file(folder / "tuning.md", f"{head}\n\n{table}\n{note} Train with the first row:\n\n    {best}\n")
     found.trials.to_csv(folder / "tuning.csv", index=False)
-    options = [option for option in (*fixed, *(f"{key}={value}" for key, value in found.best.items())) if option.startswith(("zo=", "zo."))]
-    named, resolved = dict(split_options(options)), compose_config([*fixed, *options]).as_dict()["zo"]
-    usual = asdict(ZerothOrderConfig())
-    of_strategy = [key for key in resolved if key in STRATEGY or resolved[key] != usual[key]] if "zo" in named else []
-    chosen = [key.split(".")[1] for key in named if key != "zo"]
-    kept = {key: resolved[key] for key in resolved if key in {*of_strategy, *chosen} - LEFT_OUT}
-    if isinstance(kept.get("probes"), dict):  # as one value: it replaces a number
-        kept["probes"] = f"{{{', '.join(f'{branch}: {count}' for branch, count in kept['probes'].items())}}}"
-    replace_file(folder / "tuned.yaml", f"# {command}\n# {found.answer}\n" + OmegaConf.to_yaml(OmegaConf.create({"zo": kept})))
-    own = [f" zo.estimator={resolved['estimator']}"] if resolved["estimator"] != usual["estimator"] else []
-    return "\n".join([f"\n{table}", found.answer, found.shrinkage, "".join([f"Train with tuned={folder}/tuned.yaml", *own])])
+    return "\n".join([f"\n{table}", found.answer, found.shrinkage, f"Train with: {best}"])
 
 
 def main() -> None:

@@ -64,17 +64,10 @@ class AccuracyMatrix:
     def summary(self) -> dict:
         """Return the metrics after the newest task, as fractions, and the counts of its row."""
         after = len(self.rows) - 1
-        seen = sum(self.task_sizes[: after + 1])
-        return {
-            "per_task": [self.task_accuracy(after, j) for j in range(after + 1)],
-            "seen": self.seen(after),
-            "last": self.last,
-            "avg": self.average,
-            "forgetting": self.forgetting,
-            "backward_transfer": self.backward_transfer,
-            "correct": [c for c, _ in self.rows[after][:seen]],
-            "total": [n for _, n in self.rows[after][:seen]],
-        }
+        correct, total = zip(*self.rows[after][: sum(self.task_sizes[: after + 1])], strict=True)
+        by_task = {"per_task": [self.task_accuracy(after, j) for j in range(after + 1)], "seen": self.seen(after)}
+        means = {"last": self.last, "avg": self.average, "forgetting": self.forgetting, "backward_transfer": self.backward_transfer}
+        return {**by_task, **means, "correct": list(correct), "total": list(total)}
 
     def _own(self, after: int, task: int) -> float:
         return self.task_accuracy(after, task) or 0.0

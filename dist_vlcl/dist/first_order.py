@@ -40,12 +40,11 @@ class FirstOrder:
     """The model as wrapped for training. Without first-order parameters it is not wrapped, because DDP refuses such a model.
 
     The all-reduce of gradients runs while zeroth order evaluates its candidates, which use the values from before the update. The backward
-    pass starts it, and `wait_for_gradients` ends it. With `overlap=False` the backward pass ends it too, as in plain DDP. The results are
-    bit-identical; tests compare the two.
+    pass starts it, and `wait_for_gradients` ends it. The results are bit-identical to plain DDP's; a test compares the two.
     """
 
-    def __init__(self, world: World, config: FirstOrderConfig, model: nn.Module, overlap: bool = True):
-        self.world, self.config, self.model, self.overlap = world, config, model, overlap
+    def __init__(self, world: World, config: FirstOrderConfig, model: nn.Module):
+        self.world, self.config, self.model = world, config, model
         self.group: Any = None  # of the gradients' all-reduce
         self.power_sgd: PowerSGDState | None = None
         self.under_way: list[dist.Work | torch.futures.Future[Tensor]] = []
@@ -63,7 +62,7 @@ class FirstOrder:
             with self.world.collectives("DDP's check of the parameters"):
                 self.wrapped, self.optimizer = self.world.accelerator.prepare(self.model, self.optimizer)
         self.power_sgd = None  # gradients of another task have other errors
-        if (self.overlap or self.config.compression != "none") and isinstance(self.wrapped, DistributedDataParallel):
+        if isinstance(self.wrapped, DistributedDataParallel):
             # The all-reduce has its own group. Collectives of one group run one after another, so DDP's own would wait for the gradients.
             self.group = self.group or dist.new_group(timeout=timedelta(seconds=self.world.collectives.timeout_s))
             self.wrapped.register_comm_hook(self, _start_all_reduce)
@@ -163,8 +162,6 @@ def _start_all_reduce(first: FirstOrder, bucket: dist.GradBucket) -> torch.futur
         first.under_way.append(powerSGD_hook(first.power_sgd, _Matrices(bucket)))  # type: ignore[arg-type]
     else:
         first.under_way.append(dist.all_reduce(average.mul_(1 / first.world.size), group=first.group, async_op=True))
-    if not first.overlap:
-        first.wait_for_gradients()
     done: torch.futures.Future[Tensor] = torch.futures.Future(devices=[average.device] if average.is_cuda else None)
     done.set_result(average)
     return done

@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from dist_vlcl.masking import explained
 from dist_vlcl.model.activation import QuickGELU
@@ -356,21 +355,12 @@ def needs_transformers(name: str) -> bool:
     return bool(open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name"))
 
 
-class _WithoutInit(TorchFunctionMode):
-    """A context in which methods that change a tensor do nothing: the initialisation of weights takes most of the time of a model."""
-
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = function.__name__
-        is_in_place = name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor)
-        return args[0] if is_in_place else function(*args, **(kwargs or {}))
-
-
 @functools.cache
 def _timm_blocks(name: str) -> tuple[str, int, set[str]]:
     """Return the class of a model of timm, and the number and the classes of its blocks. It is built without memory."""
     import timm
 
-    with torch.device("meta"), _WithoutInit():
+    with torch.device("meta"):
         trunk = timm.create_model(name)
     blocks = getattr(trunk, "blocks", ())
     return type(trunk).__name__, len(blocks), {type(block).__name__ for block in blocks}
@@ -417,15 +407,8 @@ def _replace_activations(clip: nn.Module) -> None:
 
 
 # A model that works for those that do not, by the beginning of the name
-NEAR = {
-    "MobileCLIP2": "MobileCLIP2-B",
-    "MobileCLIP": "MobileCLIP-B",
-    "coca": "coca_ViT-B-32",
-    "roberta": "ViT-B-32",
-    "nllb": "ViT-B-16-SigLIP-i18n-256",
-    "mt5": "ViT-B-16-SigLIP-i18n-256",
-    "xlm": "ViT-B-16-SigLIP-i18n-256",
-}
+NEAR = {"MobileCLIP2": "MobileCLIP2-B", "MobileCLIP": "MobileCLIP-B", "coca": "coca_ViT-B-32", "roberta": "ViT-B-32"}
+NEAR |= dict.fromkeys(("nllb", "mt5", "xlm"), "ViT-B-16-SigLIP-i18n-256")
 
 
 def _without_blocks(name: str, branch: str, kind: str) -> ValueError:

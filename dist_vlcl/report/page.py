@@ -51,6 +51,7 @@ class Report:
         self.data |= {picture.name: picture.data for picture in self.pictures}
         repeated = runs[runs.is_complete & ~runs.is_probe & ~runs.path.isin(complete.path)].run
         self.left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
+        self.left_out |= dict.fromkeys(runs[runs.is_complete & runs.is_probe].run, "ended by train.max_steps: only its memory is shown")
         self.left_out |= {row.run: f"not complete, tasks done: {row.tasks_done}" for row in runs[~runs.is_complete].itertuples()}
         ours = cells[cells.seeds > 0]
         blocks = [*_results(ours), *_figures("Each run", of_runs), *_claims(comparisons), *_figures("Figures", figures)]

@@ -1,5 +1,6 @@
 """Read run folders, complete or not: as records, and as tidy data frames with one row per run, per step or per unit."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from math import nan
@@ -27,7 +28,7 @@ PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a p
 # Options that do not change a result or its meaning, and those that are the cell itself.
 NOT_COMPARED = (
     *(*MAY_CHANGE, "seed", "paper", "eval.zero_shot", "data.source", "data.reader", "data.samples_per_shard", "train.micro_batches"),
-    *("orders.branch", "orders.layers", "orders.order", "orders.span", "zo.name"),
+    *("orders.branch", "orders.layers", "orders.order", "orders.span", "zo.name", "adapter.kind"),
 )
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")
 OF_TRAINING = ("train.*", "first_order.*", "model.loss", PART_OF_TRAINING)
@@ -134,11 +135,13 @@ def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant:
     """Return the options, as key=value, in which a configuration differs from its cell's and that its method reads."""
     unread: tuple[str, ...] = ("zo.*",) if variant in WITHOUT_ZEROTH else ()
     unread = ("zo.acceptance",) if variant in WALKED_BY else unread  # random signs always take the step
+    unread = (*unread, "zo.epsilon.*") if variant == "signwalk" else unread
     unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
     ours, cell = _flat(config), _flat(reference)
-    # An option that only one of the two has belongs to another version, such as zo.update of 0.1, or to a user's adapter.
-    keys = [key for key in ours if key in cell and not matches(key, (*NOT_COMPARED, *unread))]
-    return {key: f"{key}={_text(ours, key)}" for key in sorted(keys) if _text(ours, key) != _text(cell, key)}
+    own = {key for key in ours if config["adapter"].get("kind") and key.startswith("adapter.")}  # of a user's adapter: the cell has none
+    # An option that only one of the two has belongs to another version, such as zo.update of 0.1.
+    keys = [key for key in ours if key in {*cell, *own} and not matches(key, (*NOT_COMPARED, *unread))]
+    return {key: f"{key}={_text(ours, key)}" for key in sorted(keys) if key in own or _text(ours, key) != _text(cell, key)}
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +165,9 @@ def _text(config: Mapping[str, Any], key: str) -> str:
     value = config[key]
     if key == "tasks.order" and value == f"seed:{config['seed']}":
         return "seed:N"  # a class order per seed counts as one setting
-    return Path(value).name if isinstance(value, str) and "/" in value else str(value)
+    if isinstance(value, str) and "/" in value:  # the path is the user's own, and its name alone is not unique
+        return f"{Path(value).name} ({hashlib.blake2s(value.encode(), digest_size=3).hexdigest()})"
+    return str(value)
 
 
 def _missing_images(config: Mapping[str, Any], accuracy: Mapping[str, Any]) -> dict[str, str]:
@@ -174,7 +179,8 @@ def _missing_images(config: Mapping[str, Any], accuracy: Mapping[str, Any]) -> d
     trained = accuracy.get("steps", 0) * train["batch_size"] / train["epochs"] / num_classes  # an upper bound; 0 without training
     tested = sum(total for _, total in rows[-1]) / num_classes
     pairs = ((PART_OF_TRAINING, trained, whole[0]), (PART_OF_TEST, tested, whole[1]))
-    return {kind: f"{kind} ({count:.0f} a class)" for kind, count, expected in pairs if 0 < count < 0.9 * expected}
+    most = {PART_OF_TRAINING: "at most ", PART_OF_TEST: ""}
+    return {kind: f"{kind} ({most[kind]}{count:.0f} a class)" for kind, count, expected in pairs if 0 < count < 0.9 * expected}
 
 
 def step_frame(folder: Path, last: int | None = None) -> pd.DataFrame:

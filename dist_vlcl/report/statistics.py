@@ -24,7 +24,7 @@ ORDER = {  # as the paper lists them
 }
 MARGIN = 1.0  # points: a method that is less than this behind has reached the other
 SAME = 0.5  # points: two methods that differ by less count as the same
-REST_FROZEN = "orders.rest=frozen"
+REST_FROZEN, WARM = "orders.rest=frozen", "adapter.init="
 RECOVERED = "recovered_{}"  # column: R of Last or Avg
 YES, NO, NOT_DECIDED = "yes", "no", "not decided"
 RULE = (
@@ -125,7 +125,8 @@ def with_recovered(results: pd.DataFrame) -> pd.DataFrame:
     keys, metrics = [*GROUP, "seed"], list(METRICS)
     is_alone = results.method_settings.astype(str).str.contains(REST_FROZEN, regex=False)
     is_whole = (results.branch == "dual") & (results.layers == "all")
-    own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole)]
+    is_warm = results.method_settings.astype(str).str.contains(WARM, regex=False)  # a warm start has the gain of an earlier run
+    own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole) & ~is_warm]
     if own.empty:
         return results.assign(**{RECOVERED.format(metric): np.nan for metric in metrics})
     partner = own[[*GROUP, *METHOD, "seed"]].copy()
@@ -186,7 +187,8 @@ def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
 
         without, units = _without_zo(settings), (adapter, branch, layers)
         if variant != "frozen" and ((is_whole and branch == "dual") or REST_FROZEN in settings):  # nothing else learns
-            yield pair("differs_from_control", *UNTRAINED.values(), "")
+            if WARM not in settings:
+                yield pair("differs_from_control", *UNTRAINED.values(), "")
         elif variant != "frozen":
             yield pair("differs_from_control", *units, "frozen", without)
         claim = "hop_reaches_first_order" if is_hop else "dual_behind_first_order" if is_whole and branch == "dual" and learns else ""

@@ -52,7 +52,7 @@ def method_label(adapter: str, branch: str, layers: str, variant: str) -> str:
     fixed = {"none": "first order", "zero_shot": "zero-shot CLIP"}
     shown = {"walk": "random walk", "signwalk": "random walk of signs", "manywalk": "random walk of many_probes"}
     name = fixed.get(variant) or f"{branch} {layers}, {shown.get(variant, variant)}"
-    if layers.startswith("all but "):
+    if layers.startswith("all but ") and variant == "frozen":
         name = f"{layers.removeprefix('all but ')}, first order"
     return name if adapter in ("moe", "") else f"{name} ({adapter})"
 
@@ -154,10 +154,10 @@ def memory_of(runs: pd.DataFrame, published_gb: Mapping[str, Mapping[str, float]
     paper = pd.DataFrame(rows, columns=["adapter", "setting", "paper_gb"])
     is_whole = (runs.layers == "all") & (runs.variant == "conservative")
     ours = runs[runs.is_complete & runs.peak_gib.notna() & (is_whole | (runs.variant == "none"))]
-    by_setting = ours.assign(setting=ours.branch.replace("none", "fo")).groupby(["adapter", "setting", "other_settings"])
+    by_setting = ours.assign(setting=ours.branch.replace("none", "fo")).groupby(["adapter", "setting", *TASKS, "other_settings"])
     peaks = by_setting.agg(peak_gib=("peak_gib", "max"), allocated_gib=("allocated_gib", "max"), runs=("run", "nunique"))
     ours = paper.merge(peaks.reset_index(), on=["adapter", "setting"], how="left")
-    return ours.fillna({"other_settings": "", "runs": 0}).astype({"runs": int})
+    return ours.fillna({"dataset": "", "increment": 0, "other_settings": "", "runs": 0}).astype({"increment": int, "runs": int})
 
 
 def memory_table(memory: pd.DataFrame) -> str:
@@ -166,9 +166,10 @@ def memory_table(memory: pd.DataFrame) -> str:
     for row in memory.itertuples():
         setting = "first order" if row.setting == "fo" else f"{row.setting} all"
         sizes = [row.paper_gb, row.allocated_gib, row.peak_gib, row.peak_gib / row.paper_gb]
-        rows.append([row.adapter, setting, row.other_settings, *map(number, sizes)])
-    heads = ["adapter", "setting", "other settings", "paper (GB)", "allocated (GiB)", "reserved (GiB)", "reserved / paper"]
-    return markdown_table(heads, rows, num_left=3)
+        data = tasks_label(row.dataset, row.increment) if row.runs else ""
+        rows.append([row.adapter, setting, data, row.other_settings, *map(number, sizes)])
+    heads = ["adapter", "setting", "data", "other settings", "paper (GB)", "allocated (GiB)", "reserved (GiB)", "reserved / paper"]
+    return markdown_table(heads, rows, num_left=4)
 
 
 def ranked(trials: pd.DataFrame) -> pd.DataFrame:

@@ -100,12 +100,9 @@ class Move:
 
     def record(self) -> dict[str, Any]:
         """Return the move as a journal entry. With the step's key it is enough to repeat the move."""
-        return {
-            "group": self.group.name,
-            "projected_gradient": {b: list(s) for b, s in self.projected_gradient.items()},
-            "coefficient": self.coefficient,
-            **({} if self.losses is None else {"losses": list(self.losses)}),
-        }
+        slopes = {branch: list(of_branch) for branch, of_branch in self.projected_gradient.items()}
+        losses = {} if self.losses is None else {"losses": list(self.losses)}
+        return {"group": self.group.name, "projected_gradient": slopes, "coefficient": self.coefficient, **losses}
 
 
 def gradient(slopes: Sequence[float], directions: Iterable[Tensor]) -> Tensor:

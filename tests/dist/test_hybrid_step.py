@@ -1,11 +1,14 @@
 """Claims about the distributed step: ranks agree bit for bit, and the number of ranks does not change what is learned."""
 
 import itertools
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import Collectives
 from dist_vlcl.dist.agree import DisagreementError, agree, digest
@@ -322,16 +325,27 @@ def test_zeroth_order_moves_reach_the_model_that_is_wrapped(size):
     assert all(all(outcomes) for outcomes in run_ranks(moved_and_tied, size))
 
 
+class PlainDDP(FirstOrder):
+    """Gradients arrive with the end of the backward pass: by DDP itself or, compressed, by waiting for them."""
+
+    def begin(self):
+        takes_hooks = self.config.compression != "none"
+        with nullcontext() if takes_hooks else mock.patch.object(DistributedDataParallel, "register_comm_hook"):
+            super().begin()
+
+    def backward(self, loss):
+        super().backward(loss)
+        self.wait_for_gradients()
+
+
 def overlapped_or_not(world: World) -> list[tuple[str, list[int]]]:
     """Digests after four steps of every plan, and how many collectives were under way when the probes began."""
     outcomes = []
-    for overlap, micro_batches in itertools.product((True, False), (1, 2)):
+    for kind, micro_batches in itertools.product((FirstOrder, PlainDDP), (1, 2)):
         towers, under_way = tiny_clip(), []
         plan = OrderPlan("dual", "hop_odd")
         config = FirstOrderConfig(lr=1e-2, max_grad_norm=0.5)
-        step = HybridStep(
-            towers, assign(towers.units, plan), STRATEGIES["conservative"], lambda m, o=overlap, c=config: FirstOrder(world, c, m, o), world
-        )
+        step = HybridStep(towers, assign(towers.units, plan), STRATEGIES["conservative"], lambda m, k=kind, c=config: k(world, c, m), world)
         step.begin(NAMES)
         decide = step.zeroth.decide
         step.zeroth.decide = lambda *a, s=step, u=under_way, d=decide: (u.append(len(s.first.under_way)), d(*a))[1]
@@ -358,10 +372,10 @@ def test_gradients_travel_while_the_probes_are_evaluated_and_no_bit_depends_on_i
 def compressed(world: World) -> dict[str, tuple[list[torch.Tensor], torch.Tensor, str]]:
     """Gradients of steps on one batch, what PowerSGD has left out after six, and the bits of the end. In step 7 one is infinite."""
     outcomes = {}
-    for name, overlap in (("none", True), ("bf16", True), ("powersgd", True), ("powersgd", False)):
+    for name, kind in (("none", FirstOrder), ("bf16", FirstOrder), ("powersgd", FirstOrder), ("powersgd", PlainDDP)):
         towers = tiny_clip(adapter=MoEConfig(bottleneck=16))
         config = FirstOrderConfig(compression=name)
-        first_of = lambda model, config=config, overlap=overlap: FirstOrder(world, config, model, overlap)  # noqa: E731
+        first_of = lambda model, config=config, kind=kind: kind(world, config, model)  # noqa: E731
         step = HybridStep(towers, assign(towers.units, OrderPlan("dual", "hop_odd")), STRATEGIES["mozo"], first_of, world)
         step.begin(NAMES)
         gradients, errors = [], []
@@ -380,7 +394,7 @@ def compressed(world: World) -> dict[str, tuple[list[torch.Tensor], torch.Tensor
             assert (report.skipped is None) == (k != 6)
             if hook:
                 hook.remove()
-        outcomes[f"{name} {overlap}"] = gradients, errors[5], digest(step.state_dict())
+        outcomes[f"{name} {kind is FirstOrder}"] = gradients, errors[5], digest(step.state_dict())
     return outcomes
 
 

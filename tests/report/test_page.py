@@ -228,7 +228,8 @@ def test_memory_is_the_most_that_a_step_of_a_probe_has_held(tmp_path, monkeypatc
     report_of(monkeypatch, folder, "--out", tmp_path / "out")
     memory = data(tmp_path / "out", "memory").query("adapter == 'moe' and setting == 'dual'").iloc[0]
     assert (memory.paper_gb, memory.peak_gib, memory.runs) == (2.17, 1.25, 1)
-    assert "| moe | dual all |  | 2.17 | 1.00 | 1.25 | 0.58 |" in page(tmp_path / "out")
+    assert "| moe | dual all | Tiny-ImageNet Inc125 |  | 2.17 | 1.00 | 1.25 | 0.58 |" in page(tmp_path / "out")
+    assert "t5-moe-dual-seed0 (ended by train.max_steps: only its memory is shown)" in page(tmp_path / "out")
     assert not list((tmp_path / "out" / "images").iterdir()) and data(tmp_path / "out", "runs").empty
 
 

@@ -51,7 +51,8 @@ def test_a_published_run_has_no_other_settings_than_the_paper(frame_of, id):
         (["seed=3", "run.name=other", "data.root=elsewhere", "cluster.num_processes=4", "train.micro_batches=2"], ""),
         (["train.epochs=2", "zo.lr_scale=3.0"], "train.epochs=2; zo.lr_scale=3.0"),
         (["model=small"], SMALL),
-        (["model.pretrained=/somewhere/weights.safetensors"], "model.pretrained=weights.safetensors"),
+        (["model.pretrained=/somewhere/weights.safetensors"], "model.pretrained=weights.safetensors (5b03b3)"),
+        (["zo=mozo", "zo.random_signs=true"], ""),  # random signs do not read epsilon
         (["orders.rest=frozen"], "orders.rest=frozen"),
         (["orders.rest={vision: frozen, language: frozen}"], "orders.rest=frozen"),
         (["orders.rest={vision: first, language: frozen}"], "orders.rest={language: frozen, vision: first}"),
@@ -70,7 +71,7 @@ def test_other_settings_are_those_that_change_the_result_of_the_method(frame_of,
 
 def test_a_part_of_the_images_is_another_setting(frame_of):
     assert list(frame_of([HOP], per_class=50).other_settings) == ["only a part of the test images (50 a class)"]
-    assert list(frame_of([HOP], images=25000).shared_settings) == ["only a part of the training images (250 a class)"]
+    assert list(frame_of([HOP], images=25000).shared_settings) == ["only a part of the training images (at most 250 a class)"]
 
 
 def test_data_that_the_paper_does_not_use_are_compared_with_our_defaults(frame_of):
@@ -101,6 +102,26 @@ def test_runs_are_compared_only_where_all_but_the_method_s_settings_are_equal(fr
 def test_of_runs_with_equal_settings_and_seed_the_first_counts(frame_of):
     runs = frame_of([HOP, "run.name=a"], [HOP, "run.name=b"], [HOP, "seed=1"])
     assert list(complete_of(runs).run) == [runs.run[0], runs.run[2]]
+
+
+def test_other_weights_of_one_name_are_other_settings(frame_of):
+    paths = [f"model.pretrained=/checkpoints/epoch_{epoch}/model.pt" for epoch in (1, 2)]
+    assert len(complete_of(frame_of([HOP, paths[0]], [HOP, paths[1]]))) == 2
+
+
+def test_options_of_a_user_s_own_adapter_are_settings(tmp_path):
+    """They are called anything, and the paper's cell has none of them."""
+    folders = []
+    for rank in (8, 64):
+        folders.append(write_run(tmp_path, HOP, f"run.name=rank{rank}", last=0.5, avg=0.5))
+        config = compose_config([HOP]).as_dict()
+        (folders[-1] / "config.yaml").write_text(json.dumps({**config, "adapter": {"kind": "own:Adapter", "bottleneck": 64, "rank": rank}}))
+        accuracy = json.loads((folders[-1] / "accuracy.json").read_text())
+        left = {key: accuracy[key] for key in accuracy if key not in ("config", "crc")}
+        (folders[-1] / "accuracy.json").write_text(json.dumps(left))
+    runs = run_frame(folders)[0]
+    assert list(runs.method_settings) == ["adapter.bottleneck=64; adapter.rank=8", "adapter.bottleneck=64; adapter.rank=64"]
+    assert len(complete_of(runs)) == 2
 
 
 def test_a_probe_of_memory_is_no_result_and_has_the_settings_of_its_cell(frame_of):

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from dist_vlcl.report.records import CELL
-from dist_vlcl.report.statistics import CLAIMS, compare, paired_test
+from dist_vlcl.report.statistics import CLAIMS, compare, paired_test, with_recovered
 
 MEASURED = ["variance_vision", "variance_language", "roughness"]
 
@@ -100,6 +100,16 @@ def test_methods_are_compared_where_their_settings_are_equal_and_first_order_doe
     assert dict(zip(gain.method_settings, gain["mean"], strict=True)) == pytest.approx({NOTE: 1.0})
     to_first = last[last.against == "first order"]
     assert dict(zip(to_first.method_settings, to_first["mean"], strict=True)) == pytest.approx({NOTE: 3.0, "zo.lr_scale=3.0": 4.0})
+
+
+def test_a_warm_start_is_not_compared_with_a_model_that_has_learned_nothing():
+    """The gain of the run that adapter.init names would be credited to zeroth order."""
+    warm = "adapter.init=adapters.safetensors (123456)"
+    frame = results(ZERO_SHOT, ("none", "none", "none", warm), ("dual", "all", "naive", warm))
+    assert not compare(frame, NO_PAPER).claim.eq("differs_from_control").any()
+    assert with_recovered(frame).recovered_last.isna().all()
+    cold = results(ZERO_SHOT, FO, ("dual", "all", "naive", ""))
+    assert compare(cold, NO_PAPER).claim.eq("differs_from_control").any() and with_recovered(cold).recovered_last.notna().any()
 
 
 def test_groups_are_never_compared_with_each_other():

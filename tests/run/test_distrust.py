@@ -23,7 +23,6 @@ from dist_vlcl.dist.agree import DisagreementError
 from dist_vlcl.dist.collectives import Collectives
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.model.clip import TwoTowers
-from dist_vlcl.paper import expand_paper
 from dist_vlcl.reading import seal, to_line
 from dist_vlcl.report.records import read_records, read_units, run_frame
 from dist_vlcl.run import checkpoint
@@ -137,21 +136,6 @@ def test_a_configuration_of_another_kind_is_refused_in_one_sentence(tmp_path, te
     (run / "config.yaml").write_text(text)
     with pytest.raises(RunRefused, match=r"config\.yaml is damaged"):
         open_run(tmp_path)
-
-
-HYDRA = {"+hydra.callbacks.mine": {"_target_": "antigravity.Class"}}  # hydra would import this and call it
-
-
-OF_HYDRA = (HYDRA, {"--config-dir": "/elsewhere"}, {"zo": "../elsewhere"}, {"hydra": {"searchpath": ["elsewhere"]}})
-
-
-@pytest.mark.parametrize(
-    "content", [{"zo": {"estimator": "os:abort"}}, {"data": {"url": "pipe:x"}}, {"zo": {"lr_scale": "${oc.env:HOME}"}}, *OF_HYDRA]
-)
-def test_a_file_of_tuned_options_is_data_too(tmp_path, content):
-    (tmp_path / "tuned.yaml").write_text(yaml.safe_dump(content))
-    with pytest.raises(ValueError, match=r"names code, commands|interpolation|only zo\.NAME"):
-        expand_paper([f"tuned={tmp_path}/tuned.yaml"])
 
 
 def test_weights_that_lie_in_the_working_directory_under_the_name_of_a_tag_are_not_opened(tmp_path, monkeypatch):
