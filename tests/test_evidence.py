@@ -94,7 +94,7 @@ def test_the_confirming_runs_are_those_that_the_contrasts_compare(tmp_path):
     contrasts = evidence.contrasts_of(results, yaml.safe_load((CONFIG_FOLDER / "contrasts.yaml").read_text()))
     assert dict(zip(contrasts.name, contrasts.seeds, strict=True)) == dict.fromkeys(contrasts.name, 1)
     ratios = rows.set_index("run").recovered_avg.dropna()
-    assert set(ratios.index) == {"cifar100-language-s10", "cifar100-ten-times-s10"}
+    assert set(ratios.index) == {f"cifar100-{name}-s10" for name in ("language", "dual-conservative", "dual-walk", "ten-times")}
 
 
 def test_added_runs_keep_the_rows_whose_folders_are_gone_and_count_in_r(rows, tmp_path):

@@ -34,6 +34,7 @@ MANY_PROBES = {  # with the defaults and the positive control: every run that co
     "walk": "orders=language_late zo=many_probes zo.random_signs=true",
 }
 DEFAULTS = {
+    "first": "orders=first",
     "language-default": "orders=language_all zo=conservative",
     "language-frozen": "orders=language_all orders.order=frozen",
     "hop-default": "orders=dual_hop_odd zo=conservative",
@@ -57,8 +58,8 @@ TABLES = {
     **{f"{branch}-{zo}": f"orders={branch}_all zo={zo}" for branch in BRANCHES for zo in ("conservative", "naive", "sign")},
     **{f"{branch}-lora": f"orders={branch}_all zo=conservative adapter=lora" for branch in BRANCHES},
     **{f"{branch}-{layers}": f"orders={branch}_{layers} zo=conservative" for branch in BRANCHES for layers in LAYERS},
+    "first": DEFAULTS["first"],
     **{f"language-{layers}-unit": f"orders=language_{layers} zo=conservative zo.granularity=unit" for layers in LAYERS},
-    "first": "orders=first",
     "first-lora": "orders=first adapter=lora",
 }
 GROUPS = {"many-probes": MANY_PROBES, "defaults": DEFAULTS, "positive-control": POSITIVE_CONTROL, "tables": TABLES}

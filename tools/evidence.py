@@ -254,8 +254,8 @@ def ratio_sentences(results: pd.DataFrame) -> list[str]:
         numbers = []
         for metric, column in columns.items():
             test = paired_test(part[column].to_numpy())
-            interval = f" (95 % interval {test['low']:.2f} to {test['high']:.2f})" if test["low"] == test["low"] else ""
-            numbers.append(f"{tables.METRICS[metric]} {test['mean']:.2f}{interval}")
+            mean, low, high = (tables.number(test[name]) for name in ("mean", "low", "high"))
+            numbers.append(f"{tables.METRICS[metric]} {mean}{'' if low == tables.UNKNOWN else f' (95 % interval {low} to {high})'}")
         found.append(f"- R of {name}: {', '.join(numbers)}, {len(part)} {'seed' if len(part) == 1 else 'seeds'}.")
     return found
 
