@@ -38,4 +38,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest runs
+	rm -rf .venv .venv-oldest

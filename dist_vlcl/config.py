@@ -87,7 +87,7 @@ class EvalConfig:
 class Config:
     """Every setting of a run."""
 
-    seed: int = option(0, "Seed of adapters, batches, directions and noise.", min=0)
+    seed: int = option(0, "Seed of adapters, batches, directions and noise.", min=0, max=2**63 - 1)
     paper: str | None = option(None, "Id of the run in configs/paper_runs.yaml that this one repeats.")
     data: DataConfig = field(default_factory=DataConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)
@@ -131,7 +131,7 @@ def compose_config(overrides: Iterable[str], folder: str | None = None) -> Confi
     """
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            options = compose("config", [*search_path(folder), *expand_paper(list(overrides))])
+            options = compose("config", [*search_path(folder), *map(quoted, expand_paper(list(overrides)))])
     except HydraException as error:
         raise ValueError(format_error(error)) from error
     return from_hydra(options)
@@ -139,7 +139,20 @@ def compose_config(overrides: Iterable[str], folder: str | None = None) -> Confi
 
 def search_path(folder: str | None) -> list[str]:
     """Return --config-dir FOLDER as an option, for a command line of several runs. Raises FileNotFoundError if there is no such folder."""
-    return [f"hydra.searchpath=[file://{Path(folder).resolve(strict=True)}]"] if folder else []
+    return [f"hydra.searchpath=[{in_quotes(f'file://{Path(folder).resolve(strict=True)}')}]"] if folder else []
+
+
+def quoted(word: str) -> str:
+    """Return an option whose value is a text in quotes: Hydra would change 2026_11_30 to 20261130, and refuse /home/jörg and {1..9}."""
+    key, _, value = word.partition("=")
+    field = (declared(Config) | declared(MoEConfig, "adapter.")).get(key.lstrip("+"))
+    is_text = field is not None and field.type in (str, str | None) and value not in ("", "null") and value[0] not in "'\"$"
+    return f"{key}={in_quotes(os.path.expanduser(value))}" if is_text else word
+
+
+def in_quotes(text: str) -> str:
+    """Return a text in Hydra's quotes, in which a backslash before a quote is doubled."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text) + "'"
 
 
 def from_hydra(options: Any) -> Config:

@@ -17,13 +17,15 @@ from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix, Counts, SetsMatrix
 from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
-from dist_vlcl.data.shards import Index, decode, open_sets
+from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.data.shards import OF_THE_BUILD, Index, decode, open_sets
 from dist_vlcl.data.tasks import SampleId, Task, TaskStream, generator, held_out
 from dist_vlcl.data.transforms import EvalTransform, TrainTransform
 from dist_vlcl.dist.agree import agree, digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers, build_clip, unit_ids
 from dist_vlcl.orders import assign
+from dist_vlcl.reading import warn
 from dist_vlcl.run.environment import code_digest, package_versions
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.schedule import warmup_cosine
@@ -171,6 +173,9 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
     """Return the index of the shards, which rank 0 builds if it can, and the tasks. All ranks call this and raise rank 0's error."""
     world.on_main(lambda: bool(open_sets(cfg.data, cfg.tasks.sets)), "the data set as rank 0 finds it")
     index, sizes = open_sets(cfg.data, cfg.tasks.sets)
+    given = [name for name in OF_THE_BUILD if getattr(cfg.data, name) != getattr(DataConfig, name)]
+    if world.is_main and (unread := [name for name in given if name != "split_seed" or not cfg.eval.holdout]):
+        warn(f"data.{unread[0]} counts when shards are written; {index.location} keeps what it was written with: dist-vlcl data")
     order = class_order(cfg.tasks.order, len(index.class_names), paper_order(index.reader))
     names = prompt_names(index.class_names, cfg.data.underscore_names)
     return index, TaskStream(names, sizes or cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)

@@ -5,7 +5,6 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -97,9 +96,9 @@ class TrainedCLIP:
 
     def _batch(self, images: Any) -> Tensor:
         """Return images as the vision tower takes them: values from 0 to 255, `[B, 3, S, S]`."""
-        if isinstance(images, Tensor) and images.is_floating_point():
+        if all(isinstance(image, Tensor) and image.is_floating_point() for image in images):
             stem: Any = self.towers.vision.stem_and_head
-            return (images.to(self.device) * stem.std + stem.mean) * 255
+            return (torch.stack([*images]).to(self.device) * stem.std + stem.mean) * 255
         return torch.stack([self._pixels(image) for image in images]).to(self.device)
 
     def _pixels(self, image: Any) -> Tensor:
@@ -201,7 +200,7 @@ def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:
         if (saved := checkpoint.load_newest(folder, {"config": digest_of(read_config(folder / CONFIG))})) is None:
             raise FileNotFoundError(f"{folder} has neither {ADAPTERS} nor an intact checkpoint; train first")
         return saved
-    found = (or_warn(partial(checkpoint.load, folder, step), None) for step in checkpoint.saved_steps(folder))
+    found = (or_warn(lambda: checkpoint.load(folder, step), None) for step in checkpoint.saved_steps(folder))  # noqa: B023, called at once
     states = ((TrainState.from_dict(saved.state), saved) for saved in filter(None, found))
     ends = {state.task: saved for state, saved in states if not state.epoch and not state.batch}
     if task not in ends:

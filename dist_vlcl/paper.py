@@ -26,7 +26,6 @@ from dist_vlcl.saved import MAY_CHANGE
 
 # Beside the package in a checkout, inside of it in a wheel.
 CONFIG_FOLDER = next(p for p in (Path(__file__).parents[1] / "configs", Path(__file__).parent / "configs") if (p / "config.yaml").exists())
-BRACES = re.compile(r"^(data\.(?:source|url)=)([^'\"]*\{[^'\"]*)$")  # an option whose address has braces
 # Options that do not change a run's result are not part of its name.
 NOT_NAMED = (*MAY_CHANGE, "data.source", "data.allow_pipe")
 DATASET_IDS = {"cifar100": "cifar", "tiny_imagenet": "tiny", "imagenet_r": "imgr"}  # as the ids abbreviate them
@@ -138,7 +137,7 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
             return replace(cell, branch="dual", layers="all")
         return replace(cell, branch="none", layers="none", variant="none") if order == "first" else replace(cell.zero_shot(), id="")
     if order == "first" or rest == "zeroth":  # the plan names the other units than those that the run is about
-        beside = " (first order)" if (order, rest) == ("first", "zeroth") else ""  # otherwise they are frozen
+        beside = " (first order)" if order == "first" and rest == "zeroth" else ""  # otherwise the others are frozen, or learn alone
         cell, order = replace(cell, branch="dual", layers=f"all but {branch} {layers}{beside}"), rest
     return replace(cell, variant="frozen") if order == "frozen" else cell
 
@@ -208,10 +207,8 @@ def _no_such_run(name: str, known: Iterable[str]) -> str:
 def expand_paper(arguments: list[str]) -> list[str]:
     """Return command-line overrides with `paper=ID` replaced by the overrides that it stands for.
 
-    An address with braces is put into quotes, because Hydra would take it for a dictionary. The user's own overrides come after those of
-    a cell, and win; the run's name shows them. Raises ValueError for an unknown id.
+    The user's own overrides come after those of a cell, and win; the run's name shows them. Raises ValueError for an unknown id.
     """
-    arguments = [BRACES.sub(r"\1'\2'", argument) for argument in arguments]
     ids = [a.removeprefix("paper=") for a in arguments if a.startswith("paper=")]
     if not ids:
         return arguments

@@ -83,6 +83,19 @@ def test_the_user_s_code_in_the_working_folder_is_found_by_both_commands(tmp_pat
         assert "read from the working folder" in done.stderr
 
 
+@pytest.mark.parametrize("text", ["2026_11_30", "1e3", "1.50", "größe", "a,b", "pics (1)", "{0..9}.tar", "it's", "c:\\", "x\\'"])
+def test_a_text_is_taken_as_it_is_written(text):
+    """Hydra alone reads 2026_11_30 as the number 20261130, and refuses a letter that is not of ASCII."""
+    assert compose_config([f"data.source={text}"]).data.source == text
+
+
+def test_a_folder_of_configurations_may_have_any_name(tmp_path):
+    folder = tmp_path / "größe, (1)"
+    (folder / "zo").mkdir(parents=True)
+    (folder / "zo" / "mine.yaml").write_text("name: mine\nepsilon: {language: 1.0e-3, vision: 1.0e-3}\n")
+    assert compose_config(["zo=mine"], str(folder)).zo.name == "mine"
+
+
 def test_an_unknown_command_is_refused_and_all_are_listed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["dist-vlcl", "trian"])
     with pytest.raises(SystemExit) as stopped:

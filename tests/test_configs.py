@@ -209,7 +209,7 @@ BAD = {
     "data.test_fraction=1": "data.test_fraction=1.0",
     "data=folder": "data.name",
     "run.name=a/b": "run.name='a/b': use letters",
-    "data.name=a+b data.reader=folder": "run.name='a+b-inc2-moe-mozo-dual-hop_odd-seed0': use letters",
+    "data.name=a+b data.reader=folder": "data.name='a+b': give a plain folder name of letters",
     "run.trackers=[comet]": "run.trackers=['comet']: choose from wandb, tensorboard, mlflow",
     "run.keep=0": "run.keep=0: give a number of at least 1",
     "tasks.order=papr": "tasks.order='papr': choose from natural, paper, seed:N (below 2^32), or a list of class ids",

@@ -88,7 +88,8 @@ def test_every_kind_of_image_gives_the_same_features(runs, digits, tmp_path):
         assert torch.equal(model.encode_image(other), expected)
     ready = model.preprocess(Image.fromarray(image))
     assert ready.shape == (3, 16, 16) and ready.dtype == torch.float32
-    assert torch.allclose(model.encode_image(ready[None]), expected, atol=1e-6)
+    for floats in (ready[None], [ready], ready):
+        assert torch.allclose(model.encode_image(floats), expected, atol=1e-6)
     assert torch.allclose(model.encode_image([image, image]).norm(dim=1), torch.ones(2))
     with pytest.raises(ValueError, match="give a path, a Pillow image"):
         model.encode_image([image.astype(float)])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dist_vlcl.config import Config, TrainConfig, compose_config, load_config
+from dist_vlcl.data.shards import open_index
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import Experiment, fitted
 from dist_vlcl.report.records import read_units
@@ -148,6 +149,14 @@ def test_first_order_beats_the_shipped_clip_s_zero_shot_on_the_digits(tmp_path):
     )
     (task,) = [r for r in records(configured(tmp_path, "run.name=learns")) if r["kind"] == "task"]
     assert accuracy.seen(0) > task["zero_shot"] + 0.1
+
+
+def test_what_has_no_effect_is_said(tmp_path, capsys):
+    open_index(configured(tmp_path).data)
+    own = ["tasks.base=9", "train.max_steps=1", "run.record_every_steps=0", "eval.zero_shot=false"]
+    with pytest.warns(RuntimeWarning, match=r"data\.split_seed counts when shards are written"):
+        train(configured(tmp_path, *TINY, *own, "data.split_seed=7"), World.alone())
+    assert "warning: task 2 has one class, so its loss is 0 and it is not learned" in capsys.readouterr().out
 
 
 def test_another_configuration_does_not_take_over_a_run(tmp_path):

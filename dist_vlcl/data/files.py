@@ -20,7 +20,7 @@ from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.masking import explained
 
 MAX_FILE_BYTES = 1 << 26  # of one file of a source: a small archive can unpack to any size
-SPLIT_FOLDERS = {"train": "train", "test": "test", "val": "test", "valid": "test", "validation": "test"}
+SPLIT_FOLDERS = {"train": "train", "training": "train"} | dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test")
 MEMBER = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # of a WebDataset tar: key and suffix, from the first dot of the file's name
 END_BYTES = 1024  # a tar ends in two blocks of zeros
 

@@ -99,10 +99,8 @@ def hf(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
                 raise ValueError(f"data=hf: row {row} of split {name!r} has no {label_column}")
             found.append(Found(split, str(label), f"{name}/{row:07d}.{suffix}", partial(_bytes_of, part, row, image_column)))
     names = _names(data, data.class_names) or getattr(features[label_column], "names", None)
-    if names:
-        return _labelled(found, names)
     labels = sorted({image.folder for image in found}, key=lambda text: (int(text) if text.isdecimal() else math.inf, text))
-    return found, {label: label for label in labels}
+    return _labelled(found, names) if names else (found, {label: label for label in labels})
 
 
 def _column(option: str, given: str | None, features: Any, kind: type) -> str:

@@ -1,5 +1,6 @@
 """The options of the `data` group: what to read, from where, and how."""
 
+import re
 from dataclasses import dataclass
 
 from dist_vlcl.data.download import check_scheme
@@ -11,9 +12,12 @@ SMALL_IMAGES = ("digits", "cifar100", "tiny_imagenet")  # 3 to 12 kB an image as
 
 
 def check_name(option: str, name: str) -> None:
-    """Raise ValueError for the name of a data set that cannot be a folder, or a folder of a folder as for ORG/NAME."""
-    if name.count("/") > 1 or {"", ".", ".."} & set(name.split("/")):
-        raise ValueError(f"{option}={name!r}: give a plain folder name, or ORG/NAME")
+    """Raise ValueError for the name of a data set that cannot be a folder, or a folder of a folder as for ORG/NAME.
+
+    The name is a part of addresses and of the shell's command of a `pipe:`, also if a saved run names it.
+    """
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or {".", ".."} & set(name.split("/")):
+        raise ValueError(f"{option}={name!r}: give a plain folder name of letters, digits, '.', '_' and '-', or ORG/NAME")
 
 
 @dataclass

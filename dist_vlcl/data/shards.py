@@ -45,6 +45,7 @@ MAX_SHARD_BYTES = 1 << 32
 MIN_SAMPLE_BYTES = 4 * 512  # in a tar: header and content of the label and of the image
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # in a name: what terminals obey and what UTF-8 cannot hold
 MAX_THREADS = 8
+OF_THE_BUILD = ("test_fraction", "split_seed", "split_file", "class_names")  # options that count when shards are written
 MAX_NAMED = 20  # bad images in a message
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # wraps a list of pieces of work, to show progress
@@ -197,13 +198,16 @@ def open_index(data: DataConfig) -> Index:
     Raises FileNotFoundError with the command that builds the shards of another data set.
     """
     if data.url:
-        return Index.load(data.url, data.allow_pipe, data.timeout_s)
+        index = Index.load(data.url, data.allow_pipe, data.timeout_s)
+        if index.reader != data.reader_name and {index.reader, data.reader_name} <= {*KNOWN}:
+            raise ValueError(f"data.url={masked(data.url)!r}: these are the shards of {index.reader}, not of {data.reader_name}")
+        return index
     folder = Path(data.root) / data.name
     if not (folder / "index.json").exists():
         if data.reader_name != "digits":
             raise FileNotFoundError(f"{folder}/index.json is missing; build the shards first:\n  {build_command(data)}")
         with suppress(FileExistsError):  # another process has built them
-            make_shards(data)
+            make_shards(replace(data, **{name: getattr(DataConfig, name) for name in OF_THE_BUILD}))  # the same for all later runs
     return Index.load(str(folder))
 
 
@@ -218,8 +222,6 @@ def open_sets(data: DataConfig, names: Sequence[str]) -> tuple[Index, list[int]]
     shards: dict[str, tuple[tuple[Shard, ...], ...]] = dict.fromkeys(SPLITS, ())
     sizes = []
     for name in names:
-        if (data.url or "").startswith("pipe:") and not re.fullmatch(r"[\w./-]+", name):
-            raise ValueError(f"tasks.sets={name!r}: with a `pipe:`, a shell reads this name; give letters, digits, `_`, `-` and dots")
         url = data.url and _address(data.url, f"{name}/{{}}" if "{}" in data.url else name)
         index = open_index(replace(data, name=name, url=url, reader=None if name in KNOWN else "folder"))
         for split, by_class in index.shards.items():

@@ -261,12 +261,10 @@ def check_joined(accelerator: Any, announced: int, backend: str, on_deepspeed: b
     size, kind = accelerator.num_processes, accelerator.distributed_type.value
     compiler = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     group = dist.get_backend() if announced > 1 and dist.is_initialized() else backend
-    facts = [
-        (size == announced, f"{size} processes, but the launcher announced {announced}"),
-        (kind in kinds, f"processes of kind {kind}, but they must be of kind {' or '.join(kinds)}"),
-        (compiler == "no", f"dynamo backend {compiler}, but it must be no"),
-        (backend in group, f"process group {group}, but it must be {backend}"),
-    ]
-    if wrong := [text for is_right, text in facts if not is_right]:
+    wrong = [f"{size} processes, but the launcher announced {announced}"] * (size != announced)
+    wrong += [f"processes of kind {kind}, but they must be of kind {' or '.join(kinds)}"] * (kind not in kinds)
+    wrong += [f"dynamo backend {compiler}, but it must be no"] * (compiler != "no")
+    wrong += [f"process group {group}, but it must be {backend}"] * (backend not in group)
+    if wrong:
         advice = "accelerate launch --multi_gpu --dynamo_backend no, torchrun, or a file of launch/, and unset other ACCELERATE_* settings"
         raise RuntimeError(f"accelerate sees {'; '.join(wrong)}: start with {advice}")

@@ -22,7 +22,7 @@ class LoRAConfig:
     rank: int = option(10, "Rank of each adapter.", min=1, max=1024)
     targets: list[str] = option(["k", "v"], "Attention projections with an adapter, or [mlp] alone: beside the MLP.", choices=TARGETS)
     scale: float = option(1.0, "Factor of the adapter's output.", above=0)
-    alpha: float | None = option(None, "If given, the scale is alpha / rank.")
+    alpha: float | None = option(None, "If given, the scale is alpha / rank.", above=0)
     init: str | None = option(None, INIT)
 
     @property

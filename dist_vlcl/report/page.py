@@ -71,8 +71,8 @@ class Report:
             written[f"images/{path.name}"] = path.read_bytes()
         for name, frame in self.data.items():
             frame.to_csv(out / "data" / f"{name}.csv", index=False)
-        (out / "report.md").write_text(self.page)
-        (out / "report.html").write_text(to_html(self.page, written))
+        (out / "report.md").write_text(self.page, encoding="utf-8")
+        (out / "report.html").write_text(to_html(self.page, written), encoding="utf-8")
 
 
 def _results(ours: pd.DataFrame) -> Iterator[str]:

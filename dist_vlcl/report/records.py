@@ -179,8 +179,11 @@ def _missing_images(config: Mapping[str, Any], accuracy: Mapping[str, Any]) -> d
     trained = accuracy.get("steps", 0) * train["batch_size"] / train["epochs"] / num_classes  # an upper bound; 0 without training
     tested = sum(total for _, total in rows[-1]) / num_classes
     pairs = ((PART_OF_TRAINING, trained, whole[0]), (PART_OF_TEST, tested, whole[1]))
-    most = {PART_OF_TRAINING: "at most ", PART_OF_TEST: ""}
-    return {kind: f"{kind} ({most[kind]}{count:.0f} a class)" for kind, count, expected in pairs if 0 < count < 0.9 * expected}
+    return {
+        kind: f"{kind} ({'at most ' * (kind == PART_OF_TRAINING)}{count:.0f} a class)"
+        for kind, count, expected in pairs
+        if 0 < count < 0.9 * expected
+    }
 
 
 def step_frame(folder: Path, last: int | None = None) -> pd.DataFrame:

@@ -125,8 +125,8 @@ def with_recovered(results: pd.DataFrame) -> pd.DataFrame:
     keys, metrics = [*GROUP, "seed"], list(METRICS)
     is_alone = results.method_settings.astype(str).str.contains(REST_FROZEN, regex=False)
     is_whole = (results.branch == "dual") & (results.layers == "all")
-    is_warm = results.method_settings.astype(str).str.contains(WARM, regex=False)  # a warm start has the gain of an earlier run
-    own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole) & ~is_warm]
+    is_cold = ~results.method_settings.astype(str).str.contains(WARM, regex=False)  # a warm start has the gain of an earlier run
+    own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole) & is_cold]
     if own.empty:
         return results.assign(**{RECOVERED.format(metric): np.nan for metric in metrics})
     partner = own[[*GROUP, *METHOD, "seed"]].copy()
@@ -240,8 +240,7 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     first = paper[paper.variant == "none"].rename(columns={"paper": "paper_first"})[[*TASKS, "adapter", "metric", "paper_first"]]
     cells = summary.merge(paper, on=[*CELL, "metric"], how="outer").merge(first, on=[*TASKS, "adapter", "metric"], how="left")
     worth = once.groupby(keys[:-1])[[*map(RECOVERED.format, METRICS), *MEASURES]].mean().reset_index()
-    cells = cells.merge(worth, on=keys[:-1], how="left")
-    cells = cells.fillna({"other_settings": "", "paper_id": "", "seeds": 0})
+    cells = cells.merge(worth, on=keys[:-1], how="left").fillna({"other_settings": "", "paper_id": "", "seeds": 0})
     gain = {"mean": "gain", "low": "gain_low", "high": "gain_high", "seeds": "gain_seeds"}
     control = comparisons[comparisons.claim == "differs_from_control"].rename(columns=gain)
     to_first = comparisons[comparisons.against.str.startswith("first order")].rename(columns={"mean": "to_first"})

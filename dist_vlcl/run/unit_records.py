@@ -65,16 +65,11 @@ class UnitRecords:
         branches, layers, orders, numels = zip(*self.units, strict=True)
         statistics = torch.stack(self._statistics).flatten(0, 1).cpu().numpy()  # [S * U, F]
         repeats, count = len(self.units), len(steps)
-        columns = {
-            "step": np.repeat(steps, repeats).astype(np.int64),
-            "task": np.repeat(tasks, repeats).astype(np.int32),
-            "branch": list(branches) * count,
-            "layer": np.tile(np.array(layers, dtype=np.int32), count),
-            "order": list(orders) * count,
-            "numel": np.tile(np.array(numels, dtype=np.int32), count),
-            "projected_gradient": pyarrow.array(self._sizes, "float"),
-        }
-        return pyarrow.table(columns | {name: statistics[:, k] for k, name in enumerate(STATISTICS)})
+        per_step = {"step": np.repeat(steps, repeats).astype(np.int64), "task": np.repeat(tasks, repeats).astype(np.int32)}
+        per_unit = {"branch": list(branches) * count, "layer": np.tile(np.array(layers, dtype=np.int32), count)}
+        per_unit |= {"order": list(orders) * count, "numel": np.tile(np.array(numels, dtype=np.int32), count)}
+        values = {"projected_gradient": pyarrow.array(self._sizes, "float")}
+        return pyarrow.table({**per_step, **per_unit, **values, **{name: statistics[:, k] for k, name in enumerate(STATISTICS)}})
 
 
 def _write(path: Path, table: Any) -> None:

@@ -265,7 +265,7 @@ def test_sources_that_cannot_work_are_refused(tmp_path, names, options, words):
         read_raw(DataConfig(reader=reader, **options))
 
 
-@pytest.mark.parametrize("names", [["val", "test"], ["Valid", "Test"]])
+@pytest.mark.parametrize("names", [["val", "test"], ["Valid", "Test"], ["testing", "test"]])
 def test_two_folders_of_test_images_are_refused(tmp_path, names):
     """The test images of a set with train/, val/ and test/ would silently be those of both."""
     source = images_below(tmp_path, *[f"{split}/{name}/1.png" for split in ("Train", *names) for name in ("cat", "dog")])
@@ -281,6 +281,19 @@ def test_two_folders_of_test_images_are_refused(tmp_path, names):
         read_raw(replace(config, split_file=str(tmp_path / "list.txt")))
     shutil.rmtree(source / names[1])
     assert listed(read_raw(config))[:3] == [("test", "cat", "cat/1"), ("test", "dog", "dog/1"), ("train", "cat", "cat/1")]
+
+
+def test_shards_of_another_known_set_are_refused(tmp_path):
+    """A sweep over data sets with one data.url would train on one set under all their names."""
+    index = open_index(DataConfig(root=str(tmp_path)))
+    with pytest.raises(ValueError, match="these are the shards of digits, not of cifar100"):
+        open_index(DataConfig(name="cifar100", url=index.location))
+    assert open_index(DataConfig(name="mine", reader="folder", url=index.location)).fingerprint == index.fingerprint
+
+
+def test_digits_are_divided_alike_whatever_the_first_run_asks_for(tmp_path):
+    first, usual = (open_index(DataConfig(root=str(tmp_path / name), test_fraction=part)) for name, part in (("a", 0.5), ("b", 0.2)))
+    assert first.fingerprint == usual.fingerprint
 
 
 def test_hidden_folders_hold_no_images(tmp_path):
@@ -333,7 +346,10 @@ def test_a_compressed_tar_is_refused(tmp_path):
         ({"encoding": "raw"}, r"data\.encoding='raw': choose from auto, original, pixels"),
         ({"test_fraction": 1.0}, r"data\.test_fraction=1\.0: give a number of more than 0 and less than 1"),
         ({"samples_per_shard": 0}, r"data\.samples_per_shard=0: give a number of at least 1"),
-        ({"name": "a/b/c", "reader": "folder"}, r"data\.name='a/b/c': give a plain folder name, or ORG/NAME"),
+        (
+            {"name": "a/b/c", "reader": "folder"},
+            r"data\.name='a/b/c': give a plain folder name of letters, digits, '\.', '_' and '-', or ORG/NAME",
+        ),
         ({"name": "../b", "reader": "hf"}, r"data\.name='\.\./b': give a plain folder name"),
         ({"name": "", "reader": "folder"}, r"data\.name='': give a plain folder name"),
         ({"num_workers": -1}, r"data\.num_workers=-1: give a number of at least 0 and at most 256, or null"),

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,7 +54,7 @@ def report(runs, tmp_path_factory) -> Path:
 
 
 def page(report: Path) -> str:
-    return (report / "report.md").read_text()
+    return (report / "report.md").read_text(encoding="utf-8")
 
 
 def data(report: Path, name: str) -> pd.DataFrame:
@@ -231,6 +233,14 @@ def test_memory_is_the_most_that_a_step_of_a_probe_has_held(tmp_path, monkeypatc
     assert "| moe | dual all | Tiny-ImageNet Inc125 |  | 2.17 | 1.00 | 1.25 | 0.58 |" in page(tmp_path / "out")
     assert "t5-moe-dual-seed0 (ended by train.max_steps: only its memory is shown)" in page(tmp_path / "out")
     assert not list((tmp_path / "out" / "images").iterdir()) and data(tmp_path / "out", "runs").empty
+
+
+def test_a_report_is_written_where_the_locale_knows_ascii_only(tmp_path):
+    run = write_run(tmp_path / "runs", "data=digits", last=0.9, avg=0.9)
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-m", "dist_vlcl.commands.report", run, "--out", tmp_path / "out"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert "±" in page(tmp_path / "out") and (tmp_path / "out" / "report.html").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(("argument", "words"), [("nowhere", "no such folder"), (".", "none of these is a run folder")])
