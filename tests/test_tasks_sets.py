@@ -106,7 +106,7 @@ def test_a_set_s_name_of_a_foreign_run_gives_the_shell_of_a_pipe_no_command(name
     saved = compose_config(SETS).as_dict()
     saved["tasks"]["sets"] = [name, "owl"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
-    with pytest.raises(ValueError, match=r"tasks\.sets=.*: give a plain folder name of letters"):
+    with pytest.raises(ValueError, match="give a plain folder name of letters"):
         load_config(tmp_path / "config.yaml", ["data.url=pipe:cat x/{}", "data.allow_pipe=true"])
 
 

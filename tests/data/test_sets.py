@@ -348,7 +348,7 @@ def test_a_compressed_tar_is_refused(tmp_path):
         ({"samples_per_shard": 0}, r"data\.samples_per_shard=0: give a number of at least 1"),
         (
             {"name": "a/b/c", "reader": "folder"},
-            r"data\.name='a/b/c': give a plain folder name of letters, digits, '\.', '_' and '-', or ORG/NAME",
+            r"data\.name='a/b/c': give a plain folder name of letters, .* or ORG/NAME",
         ),
         ({"name": "../b", "reader": "hf"}, r"data\.name='\.\./b': give a plain folder name"),
         ({"name": "", "reader": "folder"}, r"data\.name='': give a plain folder name"),
