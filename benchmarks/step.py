@@ -8,7 +8,7 @@
     python -m benchmarks.step --count model.name=PE-Core-B-16                 what blocks of timm cost more than open_clip's own
     python -m benchmarks.step cluster.device=cuda model.precision=bf16        a GPU, our step in bf16
 
-With cluster.exact_bits=true a rank with fewer than 8 images computes 8. The naive step is left out for models and strategies that it does
+With cluster.exact_bits=true a rank with fewer than 16 images computes 16. The naive step is left out for models and strategies that it does
 not know, with the reason below the table. For blocks of timm, `executed / model` says what it costs that they are called whole
 (docs/models.md).
 """

@@ -87,7 +87,7 @@ class EvalConfig:
 class Config:
     """Every setting of a run."""
 
-    seed: int = option(0, "Seed of adapters, batches, directions and noise.", min=0, max=2**63 - 1)
+    seed: int = option(0, "Seed of adapters, batches, directions and noise.", min=0, max=10**18)
     paper: str | None = option(None, "Id of the run in configs/paper_runs.yaml that this one repeats.")
     data: DataConfig = field(default_factory=DataConfig)
     tasks: TaskConfig = field(default_factory=TaskConfig)

@@ -24,8 +24,8 @@ MAX_SUM = 2.0**21  # of a micro-batch: below it, float64 holds every multiple of
 
 
 # Matrix products with fewer rows use other CPU kernels, whose results differ in the last bits. A sample's loss would then depend on how
-# many samples its rank has.
-MIN_SAMPLES = 8
+# many samples its rank has. Most CPUs need 4 or 5 rows, Intel's 5th generation of Xeon 16 (docs/LOG.md).
+MIN_SAMPLES = 16
 # Candidates are evaluated in chunks of at most this many parameters (128 MiB in fp32), and at least MIN_CHUNK candidates.
 MAX_STACKED_NUMBERS = 2**25
 MIN_CHUNK = 8

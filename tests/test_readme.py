@@ -180,7 +180,7 @@ def test_citation_names_the_paper():
     assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2506.12409"}]
 
 
-@pytest.mark.parametrize("name", ["evaluate", "predict", "export", "tune"])
+@pytest.mark.parametrize("name", ["tune"])
 def test_commands_also_work_as_modules_of_the_package(name):
     short, command = (importlib.import_module(f"dist_vlcl.{module}") for module in (name, f"commands.{name}"))
     assert short.main is command.main

@@ -280,9 +280,9 @@ def test_candidates_in_many_chunks_have_the_bits_of_candidates_in_one(monkeypatc
     assert (parts.loss, [move.record() for move in parts.moves]) == (whole.loss, [move.record() for move in whole.moves])
 
 
-@pytest.mark.parametrize(("exact_bits", "share", "computed"), [(None, 7, 3), (None, 8, 8), (True, 3, 8), (False, 64, 3)])
-def test_a_rank_with_three_samples_computes_eight_only_for_the_sake_of_equal_bits(exact_bits, share, computed):
-    """`share`: what the rank has of a full batch. Only the last batch of an epoch is padded if that is eight or more."""
+@pytest.mark.parametrize(("exact_bits", "share", "computed"), [(None, 15, 3), (None, 16, 16), (True, 3, 16), (False, 64, 3)])
+def test_a_rank_with_three_samples_computes_sixteen_only_for_the_sake_of_equal_bits(exact_bits, share, computed):
+    """`share`: what the rank has of a full batch. Only the last batch of an epoch is padded if that is sixteen or more."""
     step, seen = hybrid(OrderPlan("dual", "all")), []
     step.min_samples = min_samples(exact_bits, share)
     step.towers.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]["vision"])))
@@ -290,9 +290,9 @@ def test_a_rank_with_three_samples_computes_eight_only_for_the_sake_of_equal_bit
     assert set(seen) == {computed} and report.count == 3
 
 
-@pytest.mark.parametrize(("options", "least"), [(["train.batch_size=7"], 1), (["train.batch_size=15", "train.micro_batches=2"], 1)])
+@pytest.mark.parametrize(("options", "least"), [(["train.batch_size=15"], 1), (["train.batch_size=31", "train.micro_batches=2"], 1)])
 def test_the_trainer_pads_by_its_share_of_a_full_batch_unless_exact_bits_says_otherwise(options, least):
-    for more, expected in (([], least), (["cluster.exact_bits=true"], 8), (["train.batch_size=16"], 8)):
+    for more, expected in (([], least), (["cluster.exact_bits=true"], 16), (["train.batch_size=32"], 16)):
         cfg = compose_config([option for option in options if option.split("=")[0] not in str(more)] + more)
         step = build_step(SimpleNamespace(cfg=cfg, world=World.alone(), towers=tiny_clip()))
         assert step.min_samples == expected

@@ -192,4 +192,4 @@ def test_a_folder_of_own_configurations_reaches_every_run(tmp_path, monkeypatch,
     (tmp_path / "zo/mine.yaml").write_text("name: mine\n")
     monkeypatch.setattr(sys, "argv", ["sweep", "--config-dir", str(tmp_path), "paper=table3", "zo=mine", "--list"])
     sweep.main()
-    assert {f"hydra.searchpath=[file://{tmp_path}]" in line for line in capfd.readouterr().out.splitlines()} == {True}
+    assert {f"file://{tmp_path}" in line for line in capfd.readouterr().out.splitlines()} == {True}

@@ -31,7 +31,15 @@ from dist_vlcl.run import checkpoint
 ROOT = Path(__file__).parents[1]
 KINDS = ("join", "leave", "kill", "power", "rank", "agent", "cut")
 TIMEOUT_S = 6  # of a collective
-OPTIONS = ["orders=dual_all", "zo=mozo", "tasks.num_tasks=1", "train.batch_size=24", "train.warmup_steps=10", "eval.zero_shot=false"]
+OPTIONS = [
+    "orders=dual_all",
+    "zo=mozo",
+    "tasks.num_tasks=1",
+    "train.batch_size=24",
+    "cluster.exact_bits=true",
+    "train.warmup_steps=10",
+    "eval.zero_shot=false",
+]
 OPTIONS += ["run.trackers=[]", "run.progress=false", "run.plots=false", "run.record_every_steps=0", "cluster.threads=1"]
 OPTIONS += [f"cluster.timeout_s={TIMEOUT_S}", "cluster.device=cpu", "run.save_every_steps=100"]
 

@@ -46,7 +46,15 @@ from tests.helpers.shards import raw_set
 ROOT = Path(__file__).parents[1]
 GRACE_S, HANG_S, TIMEOUT_S = 10, 240, 40
 NOT_COMPARED = ("time", "seconds", "data_seconds", "images_per_second", "crc", "name", "world_size")
-COMMON = ["data=folder", "data.name=tiny", "tasks.num_tasks=2", "train.epochs=2", "train.batch_size=32", "train.warmup_steps=2"]
+COMMON = [
+    "data=folder",
+    "data.name=tiny",
+    "tasks.num_tasks=2",
+    "train.epochs=2",
+    "train.batch_size=32",
+    "cluster.exact_bits=true",
+    "train.warmup_steps=2",
+]
 COMMON += ["eval.zero_shot=false", "run.trackers=[]", "run.record_every_steps=0", "run.progress=false", "run.plots=false"]
 COMMON += ["model.pretrained=random", f"cluster.timeout_s={TIMEOUT_S}", "data.timeout_s=20"]
 ZERO2 = {

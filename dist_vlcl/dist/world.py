@@ -31,7 +31,7 @@ class ClusterConfig:
     device: str = option("auto", "Where to compute; auto: on CUDA GPUs if there are any. Apple's MPS is not supported.", choices=DEVICES)
     timeout_s: float = option(600.0, "Seconds after which a collective without an answer fails.", above=0, max=10**6)
     direction_groups: int = option(1, "Groups of ranks that share the zeroth-order candidates; each group has the whole batch.", min=1)
-    exact_bits: bool | None = option(None, "Give zeroth order equal bits on any number of ranks: pad to 8 samples; null: where free.")
+    exact_bits: bool | None = option(None, "Give zeroth order equal bits on any number of ranks: pad to 16 samples; null: where free.")
     threads: int | None = option(1, "CPU threads of a rank (last bits depend on them); null: its share of the cores.", min=1, max=1024)
 
 

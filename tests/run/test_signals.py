@@ -86,7 +86,7 @@ def test_a_launcher_ends_its_traceback_with_the_error_of_a_rank(rank, tmp_path, 
     monkeypatch.setattr("sys.argv", ["train", "seed=-1"])
     with pytest.raises(SystemExit):
         hydra_main(print)
-    assert capsys.readouterr().err == ("" if rank else "error: seed=-1: give a number of at least 0\n")
+    assert capsys.readouterr().err == ("" if rank else "error: seed=-1: give a number of at least 0 and at most 1e+18\n")
     failure = ProcessFailure(local_rank=rank, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
     said = str(ChildFailedError("dist_vlcl.train", {rank: failure}))
     assert "traceback : error: seed=-1: give a number of at least 0" in said
