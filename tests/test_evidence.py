@@ -107,8 +107,9 @@ def test_added_runs_keep_the_rows_whose_folders_are_gone_and_count_in_r(rows, tm
     for _ in range(2):
         found = evidence.read(tmp_path).set_index("run").sort_index()
         assert found.recovered_last.equals(expected.recovered_last) and found["last"].equals(expected["last"])
-        pd.read_csv(out).assign(last=0).to_csv(out, index=False)
-        evidence.write_csv(list(folders.values()), out, adds=True)  # a run that is collected again replaces its row
+        rows_of_before = pd.read_csv(out).assign(last=0)
+        rows_of_before.assign(run="old-" + rows_of_before.run).to_csv(out, index=False)
+        evidence.write_csv(list(folders.values()), out, adds=True)  # a run that is collected again replaces its row, whatever its name was
 
 
 def test_only_the_part_between_the_markers_is_written(read_back, tmp_path):
