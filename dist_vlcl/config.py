@@ -146,7 +146,7 @@ def quoted(word: str) -> str:
     """Return an option whose value is a text in quotes: Hydra would change 2026_11_30 to 20261130, and refuse /home/jörg and {1..9}."""
     key, _, value = word.partition("=")
     field = (declared(Config) | declared(MoEConfig, "adapter.")).get(key.lstrip("+"))
-    is_text = field is not None and field.type in (str, str | None) and value not in ("", "null") and value[0] not in "'\"$"
+    is_text = field is not None and field.type in (str, str | None) and value.lower() not in ("", "null") and value[0] not in "'\"$"
     return f"{key}={in_quotes(os.path.expanduser(value))}" if is_text else word
 
 
@@ -174,9 +174,6 @@ def from_hydra(options: Any) -> Config:
     if config.tasks.sets:
         config.data = replace(config.data, name="-".join(config.tasks.sets).replace("/", "-"), reader="folder")
     validate(config)
-    values, saved = flatten(config.as_dict()), flatten(masked_values(config.as_dict()))
-    if hidden := [key for key in values if saved[key] != values[key] and not matches(key, (*MAY_CHANGE, *PATH_OPTIONS))]:
-        raise ValueError(f"{hidden[0]}: its name or text looks like a secret, and config.yaml would hold *** in its place; choose another")
     if config.run.name == "auto":
         config.run.name = default_name(config)
         config.run.check()
@@ -245,6 +242,15 @@ def default_name(config: Config) -> str:
     return f"{data}-{adapter}-{orders}-seed{config.seed}"
 
 
+def check_saved(config: Config) -> None:
+    """Raise ValueError for an option that decides the result, and that config.yaml would hold as *** because it looks like a secret."""
+    values, saved = flatten(config.as_dict()), flatten(masked_values(config.as_dict()))
+    if hidden := [key for key in values if saved[key] != values[key] and not matches(key, (*MAY_CHANGE, *PATH_OPTIONS))]:
+        raise ValueError(
+            f"{hidden[0]}: config.yaml would hold ***, as this looks like a secret, or a variable such as TOKEN has this value"
+        )
+
+
 def hydra_main(work: Callable[[Config], Any], document: str | None = "") -> None:
     """Call `work` with the configuration of the command line. A user's error becomes one line on rank 0 and exit status 2.
 
@@ -262,6 +268,7 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = "") -> None
 
             print(help_text(document, config) if World.announced().is_main else "", end="")
         else:
+            check_saved(config)
             work(config)
 
 

@@ -82,8 +82,7 @@ class Session:
         """Print what is going to run: which units learn by which order, on which data."""
         cfg, world, index, orders = self.cfg, self.world, self.experiment.index, self.step.orders
         numel = {order: sum(unit.numel for id, unit in self.step.towers.units.items() if orders[id] is order) for order in Order}
-        alone = [task.index + 1 for task in self.tasks if len(task.classes) == 1]
-        if alone and self.step.learns and cfg.model.loss == "cross_entropy":
+        if (alone := [t.index + 1 for t in self.tasks if len(t.classes) == 1]) and self.step.learns and cfg.model.loss != "sigmoid":
             self.log.say(f"warning: task {alone[0]} has one class, so its loss is 0 and it is not learned; choose another tasks.increment")
         groups = f" in {world.data_size} parts, {world.direction_groups} direction groups" if world.direction_groups > 1 else ""
         self.log.say("orders: 1 first (back-propagation), 0 zeroth (loss differences), - frozen")

@@ -16,7 +16,7 @@ Train on machines that come and go: start the same command on every machine, at 
   --id NAME          name of this start in the store; a store that outlives the run needs a new one for each start (default: dist_vlcl)
   --host NAME        name or address of this machine that the others can reach (default: its host name)
   --wait S           seconds to wait for more machines when MIN are there (default 10)
-  --restarts N       times that this machine starts its ranks again, after an error or when a machine leaves or dies (default 10000)
+  --restarts N       times that this machine starts its ranks again, after an error or when a machine leaves or dies (default 1000)
   --processes N      ranks on this machine (default: one per GPU, or 1)
   --module NAME      Python module to run (default: dist_vlcl.train)
   --dry-run          print the command and do not run it; secrets in it are not hidden
@@ -29,7 +29,7 @@ Set cluster.timeout_s=60 or less: a machine that is lost without a word is notic
 TEXT
 }
 
-nodes="" store="" rendezvous=c10d id=dist_vlcl host="" wait=10 restarts=10000 processes="" module=dist_vlcl.train dry_run=no serve=no
+nodes="" store="" rendezvous=c10d id=dist_vlcl host="" wait=10 restarts=1000 processes="" module=dist_vlcl.train dry_run=no serve=no
 while (($#)); do
     case $1 in
         --help | -h) usage; exit 0 ;;

@@ -9,7 +9,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from dist_vlcl.config import CONFIG_FOLDER, Config, default_name, expand_paper, from_hydra, load_config
+from dist_vlcl.config import CONFIG_FOLDER, Config, check_saved, default_name, expand_paper, from_hydra, load_config
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.model.units import UnitId
@@ -231,8 +231,9 @@ def test_an_impossible_option_is_refused_by_name_before_anything_is_built(overri
 
 def test_a_result_s_option_that_config_yaml_could_not_hold_is_refused():
     """With *** in its place, `evaluate` and `load` would use another prompt than the training did."""
-    with pytest.raises(ValueError, match=r"model\.prompt: its name or text looks like a secret, and config\.yaml would hold \*\*\*"):
-        configured("model.prompt='a basic Photograph of a {}.'")
+    with pytest.raises(ValueError, match=r"model\.prompt: config\.yaml would hold \*\*\*, as this looks like a secret"):
+        check_saved(configured("model.prompt='a basic Photograph of a {}.'"))
+    check_saved(configured("data.root=/data/token=hush"))  # a resume may give another one
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The shipped results: the page shows what the CSV files hold, and both come from run folders."""
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,9 @@ def test_added_runs_keep_the_rows_whose_folders_are_gone_and_count_in_r(rows, tm
     evidence.write_csv([path for name, path in folders.items() if name not in alone], out)
     assert len(pd.read_csv(out)) == 9
     evidence.write_csv([folders[name] for name in alone], out, adds=True)
+    (tmp_path / "again" / next(iter(folders))).mkdir(parents=True)  # a run of that name is under way elsewhere
+    shutil.copy(folders[next(iter(folders))] / "config.yaml", tmp_path / "again" / next(iter(folders)))
+    evidence.write_csv([tmp_path / "again" / next(iter(folders))], out, adds=True)
     for _ in range(2):
         found = evidence.read(tmp_path).set_index("run").sort_index()
         assert found.recovered_last.equals(expected.recovered_last) and found["last"].equals(expected["last"])

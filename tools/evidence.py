@@ -69,7 +69,9 @@ def collect(runs: list[Path], earlier: pd.DataFrame | None = None) -> pd.DataFra
     if found.empty:
         raise SystemExit("none of these is a run folder")
     if earlier is not None and len(earlier):
-        kept = earlier[~earlier.run.isin(found.run)].drop(columns=[RECOVERED.format(metric) for metric in tables.METRICS])
+        kept = earlier[~earlier.run.isin(found.run[found.is_complete & ~found.is_probe])].drop(
+            columns=[RECOVERED.format(metric) for metric in tables.METRICS]
+        )
         found = pd.concat([found, kept], ignore_index=True)
     complete = complete_of(found)
     for name in found.run[found.is_complete & ~found.is_probe & ~found.index.isin(complete.index)]:
@@ -321,7 +323,7 @@ def write_csv(runs: list[Path], out: Path, adds: bool = False) -> None:
     layers = layers_of(runs, rows)
     if adds and by_layer.exists():
         kept = pd.read_csv(by_layer)
-        layers = pd.concat([kept[~kept.run.isin({run.name for run in runs})], layers], ignore_index=True)
+        layers = pd.concat([kept[kept.run.isin(rows.run) & ~kept.run.isin(layers.get("run", ()))], layers], ignore_index=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out, index=False)
     print(f"{len(rows)} runs in {out}")

@@ -51,7 +51,7 @@ Train = Callable[[Sequence[Choice], Sequence[str]], list[pd.DataFrame]]  # choic
 def read_options(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
     """Return the options that all runs share, the options with several values, and the seeds."""
     pairs = split_options(words)
-    several = {key: value.split(",") for key, value in pairs if "," in value and not value.startswith(("[", "{"))}
+    several = {key: value.split(",") for key, value in pairs if "," in value and not value.startswith(("[", "{", "'", '"'))}
     seeds = several.pop("seed", None) or ([dict(pairs)["seed"]] if "seed" in dict(pairs) else SEEDS)
     return [f"{key}={value}" for key, value in pairs if key not in several and key != "seed"], several, seeds
 

@@ -40,10 +40,10 @@ def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
         advice = "give a folder with .tar files, or their paths or http(s) addresses, such as 'https://host/{train/{0..9},test/{0..1}}.tar'"
         raise ValueError(f"data.source={masked(source)!r}: reader=webdataset found no tars there; {advice}")
     folder = PurePosixPath(os.path.commonpath([str(PurePosixPath(tar).parent) for tar in tars]))
-    above = str(folder.parent if folder.name.lower() in SPLIT_FOLDERS else folder).replace(":/", "://")
-    names = _names(data, data.class_names or f"{above}/classnames.txt")
     below = {tar: PurePosixPath(tar).parent.relative_to(folder).parts for tar in tars}
     splits = {tar: next(filter(None, (SPLIT_FOLDERS.get(part.lower()) for part in parts)), None) for tar, parts in below.items()}
+    is_split = folder.name.lower() in SPLIT_FOLDERS and not any(splits.values())  # the tars of train/ alone, and not of a set called test
+    names = _names(data, data.class_names or f"{folder.parent if is_split else folder}/classnames.txt".replace(":/", "://"))
     check_test_folders(data, (part for parts in below.values() for part in parts))
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # every tar stays open
     has_split = len(set(splits.values())) > 1  # a set of test images only is divided by test_fraction

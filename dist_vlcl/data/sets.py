@@ -251,7 +251,6 @@ def _download(data: DataConfig) -> Path:
 
     (url, md5), downloads = ARCHIVES[data.reader_name], Path(data.root) / "downloads"
     advice = "get the official archive, perhaps on another machine, and add data.source=PATH"
-    downloads.mkdir(parents=True, exist_ok=True)
     with FileLock(downloads / ".lock"), explained(f"{url}: could not download it", advice, (RuntimeError, URLError)):
         download_url(url, downloads, md5=md5)
     return downloads / PurePosixPath(url).name

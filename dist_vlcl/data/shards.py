@@ -46,7 +46,6 @@ MIN_SAMPLE_BYTES = 4 * 512  # in a tar: header and content of the label and of t
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # in a name: what terminals obey and what UTF-8 cannot hold
 MAX_THREADS = 8
 OF_THE_BUILD = ("test_fraction", "split_seed", "split_file", "class_names")  # options that count when shards are written
-MAX_NAMED = 20  # bad images in a message
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # wraps a list of pieces of work, to show progress
 
@@ -275,7 +274,7 @@ def write_shards(raw: RawSet, data: DataConfig, track: Track = iter) -> Index:
     with new_folder(target) as folder:
         written = list(_in_threads(partial(_write_class, folder, data), work, track))
         if bad := [problem for _, problems in written for problem in problems]:
-            message = f"{len(bad)} of {len(raw.samples)} images cannot be opened:\n" + "\n".join(bad[:MAX_NAMED])
+            message = f"{len(bad)} of {len(raw.samples)} images cannot be opened:\n" + "\n".join(bad[:20])
             if data.on_error == "stop":
                 raise ShardError(f"{message}\nReplace or remove them, or set data.on_error=skip to leave them out")
             log.warning("left out: %s", message)

@@ -125,8 +125,8 @@ def with_recovered(results: pd.DataFrame) -> pd.DataFrame:
     keys, metrics = [*GROUP, "seed"], list(METRICS)
     is_alone = results.method_settings.astype(str).str.contains(REST_FROZEN, regex=False)
     is_whole = (results.branch == "dual") & (results.layers == "all")
-    is_cold = ~results.method_settings.astype(str).str.contains(WARM, regex=False)  # a warm start has the gain of an earlier run
-    own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole) & is_cold]
+    # a warm start has the gain of an earlier run
+    own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole) & ~results.method_settings.astype(str).str.contains(WARM)]
     if own.empty:
         return results.assign(**{RECOVERED.format(metric): np.nan for metric in metrics})
     partner = own[[*GROUP, *METHOD, "seed"]].copy()

@@ -225,6 +225,8 @@ def test_tars_may_lie_deeper_than_their_split(tmp_path):
             (source / split / f"part{number}").mkdir()
             (source / split / f"{number}.tar").rename(source / split / f"part{number}" / "0.tar")
     assert counts(read_raw(options("webdataset", source))) == WHOLE
+    assert counts(read_raw(options("webdataset", source.rename(tmp_path / "test")))) == WHOLE  # the set's own folder may be called so
+    source = (tmp_path / "test").rename(source)
     (source / "classnames.txt").write_text((source / "classnames.txt").read_text(), encoding="utf-8-sig")
     assert read_raw(options("webdataset", source)).class_names == NAMES  # the byte order mark is no part of the first name
 
