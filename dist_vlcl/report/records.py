@@ -165,9 +165,8 @@ def _text(config: Mapping[str, Any], key: str) -> str:
     value = config[key]
     if key == "tasks.order" and value == f"seed:{config['seed']}":
         return "seed:N"  # a class order per seed counts as one setting
-    if matches(key, ("adapter.init", "model.name", "model.pretrained", "data.*")) and "/" in str(
-        value
-    ):  # the path is the user's own, and its name alone is not unique
+    # a path is the user's own, and its name alone is not unique
+    if matches(key, ("adapter.init", "model.name", "model.pretrained", "data.*")) and "/" in str(value):
         return f"{Path(value).name} ({hashlib.blake2s(str(Path(value)).encode(), digest_size=3).hexdigest()})"
     return str(value)
 
