@@ -372,7 +372,7 @@ def compare_ranks(sizes: Sizes, results: Results, world: Any, orders: str, preci
     from dist_vlcl.dist.agree import digest
     from dist_vlcl.dist.world import World
 
-    images = min(64, sizes.images * 2)
+    images = 72  # 18 in each micro-batch of a rank: fewer than 17 have other last bits with the tiny model on some CPUs
     options = (f"orders={orders}", f"model.precision={precision}", "zo=conservative")
     found = {}
     for graphs in (False, True):
