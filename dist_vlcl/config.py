@@ -247,7 +247,7 @@ def check_saved(config: Config) -> None:
     values, saved = flatten(config.as_dict()), flatten(masked_values(config.as_dict()))
     if hidden := [key for key in values if saved[key] != values[key] and not matches(key, (*MAY_CHANGE, *PATH_OPTIONS))]:
         raise ValueError(
-            f"{hidden[0]}: config.yaml would hold ***, as this looks like a secret, or a variable such as TOKEN has this value"
+            f"{hidden[0]}: its value looks like a secret, or a variable such as TOKEN has it; config.yaml would hold ***; change it"
         )
 
 

@@ -175,7 +175,7 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
     index, sizes = open_sets(cfg.data, cfg.tasks.sets)
     given = [name for name in OF_THE_BUILD if getattr(cfg.data, name) != getattr(DataConfig, name)]
     if world.is_main and (unread := [name for name in given if name != "split_seed" or not cfg.eval.holdout]):
-        warn(f"data.{unread[0]} counts when shards are written; {index.location} keeps what it was written with: dist-vlcl data")
+        warn(f"data.{unread[0]} has no effect here: it counts when shards are written, by dist-vlcl data. These are in {index.location}")
     order = class_order(cfg.tasks.order, len(index.class_names), paper_order(index.reader))
     names = prompt_names(index.class_names, cfg.data.underscore_names)
     return index, TaskStream(names, sizes or cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)

@@ -37,12 +37,17 @@ class SlopePrecision:
         self.delta_branches = {"auto": narrow, "whole": [], "delta": list(self.flats)}[zeroth.config.evaluation]
         self.is_fine = any(zeroth.config.epsilon[branch] < FINE_EPSILON for branch in self.flats)
         self.is_checked = not self.flats or (towers.config.precision == "fp32" and not self.is_fine)
+        self.is_new = False  # whether this run has taken its first step here
         if is_sharded and not self.is_checked:
             advice = f"use zero2, or model.precision=fp32 with every zo.epsilon at least {FINE_EPSILON:g}"
             raise ValueError(f"the rounding error of slopes cannot be measured under ZeRO-3, which divides the model; {advice}")
 
     def check_once(self, tokens: Tensor, batch: Any, key: Key) -> None:
-        """Raise ValueError if the rounding error is too large for this precision. All ranks call this before each step."""
+        """Raise ValueError if the rounding error is too large for this precision. All ranks call this before each step.
+
+        A resumed run is only warned: it may not change the options that would help, and its first start has passed.
+        """
+        self.is_new |= key.step == 0
         if self.is_checked or (len(tokens) == 1 and self.towers.config.loss == "cross_entropy"):  # the loss of one class is always 0
             return
         noise = self.slope_noise(tokens, batch, key)
@@ -55,9 +60,9 @@ class SlopePrecision:
         better += ["model.precision=fp32"] * (precision != "fp32")
         advice = f"At most {MAX_SLOPE_NOISE} is allowed. Use {' or '.join([*better, 'a larger zo.epsilon'])}"
         text = f"model.precision={precision} with zo.evaluation={evaluation}: the rounding error is {found}. {advice}"
-        if key.step == 0:
+        if self.is_new:
             raise ValueError(text)
-        warn(f"{text}. The run goes on, since a resume may not change these options")
+        warn(f"{text}. The run goes on, because a resume may not change these options")
 
     def slope_noise(self, tokens: Tensor, batch: Any, key: Key, directions: int = 16) -> dict[str, float]:
         """Return the rounding error of the projected gradients per branch: root mean squares over directions, error over slope.

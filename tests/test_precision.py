@@ -110,9 +110,18 @@ def test_two_evaluations_in_bf16_are_refused_with_what_was_measured_and_what_to_
 def test_a_resumed_run_goes_on_where_its_first_start_would_be_refused():
     """Slopes shrink while units learn. A run that nothing stopped is measured once, and a resume may not change what is advised."""
     step = step_of(OrderPlan("vision", "all"), ZerothOrderConfig(evaluation="whole"), precision="bf16")
-    with pytest.warns(RuntimeWarning, match="the rounding error is .* The run goes on, since a resume may not change these options"):
+    with pytest.warns(RuntimeWarning, match="the rounding error is .* The run goes on, because a resume may not change these options"):
         step([batch_of(16, len(CLASSES))], dataclasses.replace(KEY, step=5), LR)
     assert step.precision.is_checked
+
+
+def test_a_new_run_whose_first_step_could_not_be_measured_is_refused_later():
+    step = step_of(OrderPlan("vision", "all"), ZerothOrderConfig(evaluation="whole"), precision="bf16")
+    step.begin(CLASSES[:1])  # the loss of a task of one class is always 0
+    step([batch_of(16, 1)], KEY, LR)
+    step.begin(CLASSES)
+    with pytest.raises(ValueError, match="the rounding error is"):
+        step([batch_of(16, len(CLASSES))], dataclasses.replace(KEY, step=5), LR)
 
 
 def test_the_gate_measures_what_it_says_and_once():

@@ -154,7 +154,7 @@ def test_first_order_beats_the_shipped_clip_s_zero_shot_on_the_digits(tmp_path):
 def test_what_has_no_effect_is_said(tmp_path, capsys):
     open_index(configured(tmp_path).data)
     own = ["tasks.base=9", "train.max_steps=1", "run.record_every_steps=0", "eval.zero_shot=false"]
-    with pytest.warns(RuntimeWarning, match=r"data\.split_seed counts when shards are written"):
+    with pytest.warns(RuntimeWarning, match=r"data\.split_seed has no effect here: it counts when shards are written"):
         train(configured(tmp_path, *TINY, *own, "data.split_seed=7"), World.alone())
     assert "warning: task 2 has one class, so its loss is 0 and it is not learned" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 
+from dist_vlcl.config import errors_refused
 from dist_vlcl.masking import masked
 from dist_vlcl.paper import paper_runs, published
 from dist_vlcl.report.figures import STYLE
@@ -18,6 +19,7 @@ from dist_vlcl.report.page import Report
 from dist_vlcl.report.records import run_frame
 
 
+@errors_refused()
 def main() -> None:
     """Run the command line."""
     parser = ArgumentParser(prog="dist-vlcl report", description=__doc__, formatter_class=RawDescriptionHelpFormatter)

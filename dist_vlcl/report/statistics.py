@@ -187,8 +187,7 @@ def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
 
         without, units = _without_zo(settings), (adapter, branch, layers)
         if variant != "frozen" and ((is_whole and branch == "dual") or REST_FROZEN in settings):  # nothing else learns
-            if WARM not in settings:
-                yield pair("differs_from_control", *UNTRAINED.values(), "")
+            yield from [pair("differs_from_control", *UNTRAINED.values(), "")] * (WARM not in settings)
         elif variant != "frozen":
             yield pair("differs_from_control", *units, "frozen", without)
         claim = "hop_reaches_first_order" if is_hop else "dual_behind_first_order" if is_whole and branch == "dual" and learns else ""

@@ -243,6 +243,14 @@ def test_a_report_is_written_where_the_locale_knows_ascii_only(tmp_path):
     assert "±" in page(tmp_path / "out") and (tmp_path / "out" / "report.html").stat().st_size > 1000
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    run = write_run(tmp_path / "runs", "data=digits", last=0.9, avg=0.9)
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(SystemExit) as ended:
+        report_of(monkeypatch, run, "--out", tmp_path / "out")
+    assert ended.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
 @pytest.mark.parametrize(("argument", "words"), [("nowhere", "no such folder"), (".", "none of these is a run folder")])
 def test_a_wrong_folder_is_refused_in_one_line(tmp_path, monkeypatch, capsys, argument, words):
     with pytest.raises(SystemExit) as exit:
