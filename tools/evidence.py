@@ -156,7 +156,9 @@ def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | Non
     blocks += ["## Questions of the paper", RULE]
     for name, found in asked.items():
         if len(found):
-            blocks += [f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})", summary(found), tables.comparison_table(found)]
+            in_results = name == "differs_from_control"  # the table of all runs has these differences
+            table = "Each difference is in [results.md](results.md#all-runs)." if in_results else tables.comparison_table(found)
+            blocks += [f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})", summary(found), table]
     blocks.append(f"Questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}")
     claims = blocks[blocks.index(CLAIMS_BEGIN.rstrip()) :]
     del blocks[-len(claims) :]
