@@ -144,7 +144,9 @@ def draw_figure(number: int, runs: pd.DataFrame) -> Picture | None:
         return None
     absent = [method for method in methods if method not in set(drawn.data.method)]
     without = f" Without a run or its records: {'; '.join(absent)}." if absent else ""
-    return replace(drawn, caption=f"{drawn.caption} From {drawn.data.run.nunique()} runs.{without}")
+    shown = runs[runs.run.isin(drawn.data.run) & (runs.method_settings != "")].drop_duplicates("method")
+    settings = "".join(f" {row.method}: {row.method_settings}." for row in shown.itertuples())
+    return replace(drawn, caption=f"{drawn.caption} From {drawn.data.run.nunique()} runs.{settings}{without}")
 
 
 def draw_seeds(results: pd.DataFrame) -> Picture | None:
