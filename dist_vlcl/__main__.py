@@ -26,10 +26,11 @@ def main() -> Any:
         sys.argv[:2] = [f"dist-vlcl {name}"]
         sys.path.append("")  # code of the user in the working directory, as with python -m
         try:
-            return importlib.import_module(f"dist_vlcl.{COMMANDS[name][0]}").main()
+            command = importlib.import_module(f"dist_vlcl.{COMMANDS[name][0]}")
         except ModuleNotFoundError as error:
             print(f"error: dist-vlcl {name}: {error.name} is not installed: pip install 'dist-vlcl[report]'", file=sys.stderr)
             sys.exit(2)
+        return command.main()
     if name not in ("--help", "-h"):
         print(f"error: {name}: no such command; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)

@@ -245,10 +245,8 @@ def default_name(config: Config) -> str:
 def check_saved(config: Config) -> None:
     """Raise ValueError for an option that decides the result, and that config.yaml would hold as *** because it looks like a secret."""
     values, saved = flatten(config.as_dict()), flatten(masked_values(config.as_dict()))
-    if hidden := [key for key in values if saved[key] != values[key] and not matches(key, (*MAY_CHANGE, *PATH_OPTIONS))]:
-        raise ValueError(
-            f"{hidden[0]}: its value looks like a secret, or a variable such as TOKEN has it; config.yaml would hold ***; change it"
-        )
+    if hidden := next((key for key in values if saved[key] != values[key] and not matches(key, (*MAY_CHANGE, *PATH_OPTIONS))), None):
+        raise ValueError(f"{hidden}: its value looks like a secret, or a variable like TOKEN has it; config.yaml would hold ***; change it")
 
 
 def hydra_main(work: Callable[[Config], Any], document: str | None = "") -> None:

@@ -46,10 +46,7 @@ class PlannedStep:
     def micro_batches(self, parts: int) -> list[Batch]:
         """Cut this rank's part into micro-batches, the same number on every rank. The first one carries the count of all."""
         batch, cuts = self.batch, [len(self.batch.labels) * k // parts for k in range(parts + 1)]
-        return [
-            Batch(batch.images[a:b], batch.labels[a:b], batch.positions[a:b], batch.count if k == 0 else 0, batch.index, batch.samples[a:b])
-            for k, (a, b) in enumerate(itertools.pairwise(cuts))
-        ]
+        return [replace(batch.cut(a, b), count=0 if k else batch.count) for k, (a, b) in enumerate(itertools.pairwise(cuts))]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from dist_vlcl.zo.noise import Key, StepNoise
 from dist_vlcl.zo.update import ZerothOrder
 
 # Losses are rounded to 2^-32 and added as integers. The sum is then exact: it does not depend on how samples are grouped into ranks.
-RESOLUTION = 2.0**32
+LOSS_SCALE = 2.0**32
 MAX_SUM = 2.0**21  # of a micro-batch: below it, float64 holds every multiple of 2^-32 exactly
 
 
@@ -172,7 +172,7 @@ class BatchLosses:
                 features = base | {branch: moved[key][row] for branch, (key, row) in places.items()}
                 total = self._loss_sum(features["vision"], features["language"], part)
                 is_usable = total < MAX_SUM  # False for NaN and infinity
-                found = (torch.where(is_usable, total, 0.0) * RESOLUTION).long(), ~is_usable
+                found = (torch.where(is_usable, total, 0.0) * LOSS_SCALE).long(), ~is_usable
                 result[k] = (result[k][0] + found[0], result[k][1] | found[1]) if k in result else found
         return result
 
@@ -194,14 +194,14 @@ class BatchLosses:
         """Return the sum of the samples' losses, each rounded to 2^-32, float64 ()."""
         logits_BC = self.towers.logits(image_BF, text_CF).double()
         losses_B = sample_losses(logits_BC, part.labels, self.towers.config.loss)[: part.num_real]
-        return (torch.round(losses_B * RESOLUTION) / RESOLUTION).sum()
+        return (torch.round(losses_B * LOSS_SCALE) / LOSS_SCALE).sum()
 
     def _report(self, sums_K: Tensor, is_faulty_K: Tensor) -> LossReport:
         own = [sum(part.num_real for part in self.micro_batches), int(self.stop)]
         vector = torch.cat([sums_K, is_faulty_K.any()[None].long(), torch.tensor(own, dtype=torch.int64, device=sums_K.device)])
         *sums, faults, seen, stops = self.world.sum_exact(vector, "losses").tolist()
         count = seen // self.world.direction_groups  # each group has the whole batch
-        losses, faulty_ranks = [total / (RESOLUTION * max(count, 1)) for total in sums], []
+        losses, faulty_ranks = [total / (LOSS_SCALE * max(count, 1)) for total in sums], []
         if faults:
             by_rank = self.world.gather_objects(is_faulty_K.tolist(), "the ranks whose loss is not finite")
             losses = [math.nan if any(faulty) else loss for loss, *faulty in zip(losses, *by_rank, strict=True)]

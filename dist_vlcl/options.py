@@ -84,7 +84,7 @@ def _is_allowed(value: Any, metadata: Any) -> bool:
     return not limits or (is_number and all(holds(value, limit) for holds, limit in limits))
 
 
-def split_options(words: Iterable[str]) -> list[tuple[str, str]]:
+def split_options(words: Sequence[str]) -> list[tuple[str, str]]:
     """Return the key and the value of every option; raise ValueError for a word that is none."""
     for word in words:
         if "=" not in word:

@@ -160,11 +160,8 @@ def catalogue() -> dict[str, Cell]:
     runs = list(paper_runs().values())
     with_lora = [_beyond(cell, cell.id.replace("t2-moe-", "x2-lora-"), adapter="lora") for cell in runs if cell.table == 2]
     # The paper does not name the data set of its memory table. Tiny-ImageNet has the batch and enough classes for our memory benchmark.
-    probes = [
-        _beyond(paper_runs()[f"t1-{adapter}-tiny20-{setting}"], f"t5-{adapter}-{setting}", table=5, increment=PROBE_CLASSES)
-        for adapter, settings in published()["table5_memory_gb"].items()
-        for setting in settings
-    ]
+    probed = [(adapter, setting) for adapter, settings in published()["table5_memory_gb"].items() for setting in settings]
+    probes = [_beyond(paper_runs()[f"t1-{a}-tiny20-{s}"], f"t5-{a}-{s}", table=5, increment=PROBE_CLASSES) for a, s in probed]
     controls = [control for cell in (*runs, *with_lora) for control in cell.controls()]
     return {cell.id: cell for cell in (*runs, *with_lora, *probes, *controls)}
 

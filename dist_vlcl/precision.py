@@ -4,7 +4,6 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ class SlopePrecision:
         It is measured on the first samples of a batch, against the same weights in float32, or in float64 for a fine epsilon. All ranks
         call this.
         """
-        few = replace(batch, **{name: getattr(batch, name)[:NOISE_SAMPLES] for name in ("images", "labels", "positions")})
+        few = batch.cut(0, NOISE_SAMPLES)
         found = self.slopes(self.towers, tokens, few, key, directions, self.delta_branches)
         exact = self.towers.copy()
         exact.to(torch.float64 if self.is_fine else torch.float32)

@@ -80,13 +80,11 @@ def require_extras(cfg: Config) -> None:
 
 def build_step(experiment: Experiment) -> HybridStep:
     """Return the step, which gives every unit its order. All ranks call this."""
-    cfg, world = experiment.cfg, experiment.world
-    orders = assign(experiment.towers.units, cfg.orders)
+    cfg, world, towers = experiment.cfg, experiment.world, experiment.towers
+    orders = assign(towers.units, cfg.orders)
     assert cfg.train.batch_size is not None  # fitted
     least = min_samples(cfg.cluster.exact_bits, cfg.train.batch_size // (world.data_size * cfg.train.micro_batches))
-    return HybridStep(
-        experiment.towers, orders, cfg.zo, lambda model: first_order(world, cfg.first_order, model), world, cfg.train.max_skips, least
-    )
+    return HybridStep(towers, orders, cfg.zo, lambda model: first_order(world, cfg.first_order, model), world, cfg.train.max_skips, least)
 
 
 def check_warmup(experiment: Experiment, step: HybridStep) -> None:

@@ -1,5 +1,6 @@
 """Without an extra, whatever needs it says what to install. A module that is None in sys.modules counts as not installed."""
 
+import importlib
 import sys
 
 import pytest
@@ -26,6 +27,14 @@ def test_report_says_what_to_install(module, monkeypatch, capsys):
         main()
     expected = f"error: dist-vlcl report: {module} is not installed: pip install 'dist-vlcl[report]'\n"
     assert stopped.value.code == 2 and capsys.readouterr().err == expected
+
+
+def test_a_missing_module_of_the_users_own_code_is_not_taken_for_one_of_the_report(monkeypatch):
+    command = importlib.import_module("dist_vlcl.commands.report")
+    monkeypatch.setattr(command, "main", lambda: importlib.import_module("module_of_my_adapter"))
+    monkeypatch.setattr("sys.argv", ["dist-vlcl", "report", "runs/x"])
+    with pytest.raises(ModuleNotFoundError, match="module_of_my_adapter"):
+        main()
 
 
 def test_a_run_that_would_draw_or_record_says_so_before_it_starts(monkeypatch, capsys):

@@ -75,6 +75,7 @@ def test_a_run_that_fails_at_once_is_not_taken_for_one_that_a_signal_stopped_bef
         (["train.batch_size=16", "train.epochs=3"], ["train.batch_size=null", "train.epochs=null"], False),  # fitted at the start
         (["tasks.num_tasks=1"], [], True),
         (["orders.order=frozen", "zo.probes=1"], ["orders.order=frozen", "zo.probes=16"], False),  # which frozen units do not read
+        (["orders=first", "zo.probes=1"], ["orders=first", "zo.probes=16"], False),
         (["zo.probes=1"], ["zo.probes=16"], True),
         (["run.keep=1"], ["run.keep=2"], False),
     ],

@@ -23,15 +23,11 @@ from dist_vlcl.zo.noise import derive_seed
 
 PUBLISHED = ("seed", "paper", "tasks", "model", "adapter", "orders", "zo", "first_order", "train")  # the others may name local paths
 CARD = Path(__file__).with_name("model_card.md")
+MERGED, MERGED_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"  # as open_clip and the Hub call them
+FILES = {"adapters": [ADAPTERS, CONFIG, CLASSES, "README.md"], "open_clip": [MERGED, MERGED_CONFIG, "README.md"]}
 USAGE = {
     "adapters": 'import dist_vlcl\n\nmodel = dist_vlcl.load("{name}")\nlabels, scores = model.classify(["image.jpg"])',
     "open_clip": 'import open_clip\n\nmodel, preprocess = open_clip.create_model_from_pretrained("hf-hub:{name}")  # or "local-dir:FOLDER"',
-}
-
-
-FILES = {
-    "adapters": [ADAPTERS, CONFIG, CLASSES, "README.md"],
-    "open_clip": ["open_clip_model.safetensors", "open_clip_config.json", "README.md"],
 }
 
 
@@ -42,13 +38,13 @@ def export(trained: Trained, out: Path, kind: str, name: str) -> None:
     """
     cfg = trained.cfg
     found = {path.name for path in out.glob("[!.]*")}
-    if others := found - {*itertools.chain(*FILES.values())} if found & {ADAPTERS, FILES["open_clip"][0]} else found:
+    if others := found - {*itertools.chain(*FILES.values())} if found & {ADAPTERS, MERGED} else found:
         raise FileExistsError(f"--out {out}: the folder has other files, such as {min(others)}; choose a new or empty one")
     if kind == "open_clip":
         weights, config = merge_lora(cfg.model, cfg.adapter, trained.adapters, derive_seed(cfg.seed, "adapters"))
         out.mkdir(parents=True, exist_ok=True)
-        save_file({key: t.contiguous() for key, t in weights.items()}, out / "open_clip_model.safetensors", {"format": "pt"})
-        replace_file(out / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+        save_file({key: t.contiguous() for key, t in weights.items()}, out / MERGED, {"format": "pt"})
+        replace_file(out / MERGED_CONFIG, json.dumps(config, indent=2) + "\n")
     else:
         out.mkdir(parents=True, exist_ok=True)
         replace_file(out / ADAPTERS, sealed_tensors(trained.adapters, {"format": "pt"}))

@@ -41,6 +41,10 @@ class Batch:
         """Return the batch in pinned memory. The DataLoader's pinning thread calls this."""
         return self._map(Tensor.pin_memory)
 
+    def cut(self, start: int, stop: int) -> "Batch":
+        """Return the samples from `start` to `stop`."""
+        return replace(self._map(lambda tensor: tensor[start:stop]), samples=self.samples[start:stop])
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(self, images=function(self.images), labels=function(self.labels), positions=function(self.positions))
 

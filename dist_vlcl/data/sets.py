@@ -6,7 +6,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, cast
 from urllib.error import URLError
@@ -56,11 +56,8 @@ def read_raw(data: DataConfig) -> RawSet:
         raise ValueError(f"{given}: {problem}; {len(unknown)} folders are not classes {unknown[:5]}")
     class_ids = {name: class_id for class_id, name in enumerate(classes)}
     split_of = _splits(found, data)
-    samples = [
-        image._replace(split=split_of[image.path], class_id=class_ids[image.folder])
-        for image in sorted(found, key=lambda image: (image.short, image.path))
-        if image.path in split_of
-    ]
+    used = sorted((image for image in found if image.path in split_of), key=lambda image: (image.short, image.path))
+    samples = [image._replace(split=split_of[image.path], class_id=class_ids[image.folder]) for image in used]
     for split in ("train", "test"):
         present = {sample.class_id for sample in samples if sample.split == split}
         if empty := [name for class_id, name in enumerate(classes.values()) if class_id not in present]:
@@ -78,10 +75,8 @@ def digits(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     with explained("data=digits: scikit-learn is not installed", "pip install 'dist-vlcl[digits]'", ModuleNotFoundError):
         from sklearn.datasets import load_digits
     loaded = load_digits()
-    found = [
-        Found(None, DIGITS[label], f"{DIGITS[label]}/{number:04d}.png", partial(_digit_png, image))
-        for number, (image, label) in enumerate(zip(loaded.images, loaded.target, strict=True))
-    ]
+    named = enumerate(zip(loaded.images, (DIGITS[label] for label in loaded.target), strict=True))
+    found = [Found(None, name, f"{name}/{number:04d}.png", partial(_digit_png, image)) for number, (image, name) in named]
     return found, {name: f"handwritten digit {name}" for name in DIGITS}
 
 
@@ -170,9 +165,7 @@ def _known_classes(data: DataConfig) -> dict[str, str]:
     """Return raw folder -> class name, of a data set that has a list; `class_names` can change some of the names."""
     classes, own_names = known_classes(data.reader_name), _read_class_names(data.class_names) if data.class_names else {}
     if unknown := [name for name in own_names if name not in classes]:
-        raise ValueError(
-            f"data.class_names={data.class_names!r}: {data.reader_name} has no folder {unknown[0]!r}, but such as {min(classes)!r}"
-        )
+        raise ValueError(f"data.class_names={data.class_names!r}: {data.reader_name} has no folder {unknown[0]!r}; one is {min(classes)!r}")
     return classes | own_names
 
 
@@ -197,11 +190,10 @@ def _find_images(data: DataConfig, source: Path, known: Mapping[str, str] | None
 
 def _parts(source: Path) -> list[tuple[str | None, Path]]:
     """Return sources and their splits: train.tar beside test.tar, or one source that may hold both."""
-    for test in ("test", "val"):
-        for suffix in (".tar", ".zip"):
-            train_file, test_file = source / f"train{suffix}", source / f"{test}{suffix}"
-            if train_file.is_file() and test_file.is_file():
-                return [("train", train_file), ("test", test_file)]
+    for test, suffix in product(("test", "val"), (".tar", ".zip")):
+        train_file, test_file = source / f"train{suffix}", source / f"{test}{suffix}"
+        if train_file.is_file() and test_file.is_file():
+            return [("train", train_file), ("test", test_file)]
     return [(None, source)]
 
 

@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -281,8 +280,8 @@ def write_shards(raw: RawSet, data: DataConfig, track: Track = iter) -> Index:
         for (split, class_id, samples), (shards, _) in zip(work, written, strict=True):
             if samples and not shards:
                 raise ShardError(f"class {raw.class_names[class_id]!r} has no {split} image that can be opened")
-        found = iter([shards for shards, _ in written])
-        index = replace(index, shards={split: tuple(islice(found, len(raw.class_names))) for split in SPLITS})
+        found, count = [shards for shards, _ in written], len(names)
+        index = replace(index, shards={split: tuple(found[k * count : (k + 1) * count]) for k, split in enumerate(SPLITS)})
         index.save(folder)
     return index
 

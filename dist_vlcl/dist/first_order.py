@@ -18,6 +18,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.options import option
 
 COMPRESSIONS = ("none", "bf16", "powersgd")
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, as torch and DeepSpeed call them
 RANK = 2  # of PowerSGD's products
 
 
@@ -144,11 +145,8 @@ class FirstOrder:
         if self.optimizer is None or not state:
             return
         own = self.optimizer.state_dict()
-        own["state"] = {
-            k: {key: state[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
-            for k, name in enumerate(names)
-            if f"{name}/step" in state
-        }
+        saved = {k: name for k, name in enumerate(names) if f"{name}/step" in state}
+        own["state"] = {k: {key: state[f"{name}/{key}"].clone() for key in ("step", *MOMENTS)} for k, name in saved.items()}
         self.optimizer.load_state_dict(own)
 
 

@@ -14,10 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
+from dist_vlcl.dist.first_order import MOMENTS, FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def prepare_deepspeed(on_cpu: bool, timeout_s: float) -> None:

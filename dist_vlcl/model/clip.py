@@ -64,9 +64,7 @@ class VisionStemAndHead(ImageStemAndHead):
 
     def __init__(self, visual: Any):
         super().__init__(visual)
-        convolution = visual.conv1
-        if _is_patch_projection(convolution, visual.preprocess_cfg["size"]):
-            visual.conv1 = PatchProjection(convolution)
+        visual.conv1 = PatchProjection(visual.conv1)
         self.tokens = len(visual.positional_embedding)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -102,14 +100,6 @@ class PatchProjection(nn.Module):
         grid = images.unflatten(3, (columns, self.side)).unflatten(2, (rows, self.side))  # [B, 3, rows, side, columns, side]
         patches = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
         return F.linear(patches, self.weight.flatten(1)).mT.unflatten(2, (rows, columns))
-
-
-def _is_patch_projection(convolution: nn.Conv2d, size: Any) -> bool:
-    """Return whether `PatchProjection` can replace a convolution over images of this size: its windows are squares that tile the image."""
-    sides = size if isinstance(size, tuple | list) else (size, size)
-    step = convolution.stride[0]
-    is_square = convolution.kernel_size == convolution.stride == (step, step) and all(side % step == 0 for side in sides)
-    return is_square and convolution.bias is None and convolution.groups == 1 and convolution.padding == (0, 0)
 
 
 class TextStemAndHead(nn.Module):
@@ -217,20 +207,15 @@ class TwoTowers(nn.Module):
         longest = min(int(self.language.stem_and_head.reads(tokens).max()) + 1, tokens.shape[1])
         return tokens[:, : -(-longest // multiple) * multiple]
 
-    def forward(
-        self, inputs: dict[str, Tensor], noise: Any = None, cache_layers: Mapping[str, Sequence[int]] | None = None
-    ) -> dict[str, tuple]:
+    def forward(self, inputs: dict[str, Tensor], noise: Any = None, cache_layers: Mapping[str, Sequence[int]] = {}) -> dict[str, tuple]:
         """Return (unit features `[1, B, F]`, cached inputs of the blocks `cache_layers[branch]` by layer) per branch.
 
         This is the base evaluation of a step.
 
         inputs: uint8 images `[B, 3, S, S]` under `vision`, tokens `[C, L]` under `language`.
         """
-        layers = cache_layers or {}
-        return {
-            branch: self.tower(branch).run(self.tower(branch).embed(x), x, noise=noise, cache_layers=layers.get(branch, ()))
-            for branch, x in inputs.items()
-        }
+        runs = ((branch, self.tower(branch), x) for branch, x in inputs.items())
+        return {branch: tower.run(tower.embed(x), x, noise=noise, cache_layers=cache_layers.get(branch, ())) for branch, tower, x in runs}
 
     @torch.no_grad()
     def features(self, branch: str, inputs: Tensor, noise: Any = None) -> Tensor:
@@ -260,10 +245,8 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
         blocks, transformer.resblocks = transformer.resblocks, nn.ModuleList()  # so that each parameter has one name
         if odd := {type(block).__name__ for block in blocks} - {"ResidualAttentionBlock"}:
             raise _without_blocks(model.name, branch, f"open_clip's {odd.pop()}")
-        return [
-            AdaptedBlock(block, adapter.make(block.attn.embed_dim, generator), UnitId(branch, layer), causal)
-            for layer, block in enumerate(blocks, start=1)
-        ]
+        new = [adapter.make(block.attn.embed_dim, generator) for block in blocks]
+        return [AdaptedBlock(*pair, UnitId(branch, layer), causal) for layer, pair in enumerate(zip(blocks, new, strict=True), start=1)]
 
     _replace_activations(clip)
     visual, precision = clip.visual, PRECISIONS[model.precision]

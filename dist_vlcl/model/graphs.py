@@ -78,11 +78,9 @@ class Graphs:
             Graphs.has_failed = True
             for recorded in self.graphs.values():
                 recorded.clear()
-            warnings.warn(
-                f"could not record the model as a CUDA graph ({error.__context__ or error}). Training is slower, with the same results. "
-                "An adapter must not read values back from the GPU. A smaller batch saves memory. model.graphs=false avoids this warning",
-                stacklevel=2,
-            )
+            why = f"could not record the model as a CUDA graph ({error.__context__ or error}). Training is slower, with the same results."
+            advice = "An adapter must not read values from the GPU. A smaller batch saves memory. model.graphs=false avoids this warning"
+            warnings.warn(f"{why} {advice}", stacklevel=2)
         if Graphs.has_failed:
             torch.cuda.empty_cache()  # here, because the error held the tensors of the recording
         while len(graphs) > MAX_GRAPHS[bool(learning)]:

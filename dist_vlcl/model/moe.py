@@ -68,12 +68,13 @@ class MoEAdapter(nn.Module):
         noise: standard normals `[B, E]` for the router, or None. dropout_mask: `[B, L, k*r]` for the chosen experts, or None.
         """
         gates_KBk, chosen = self.gates(u[:, :, 0], stacked_params, noise)
-        down, down_bias, up, up_bias = (_of(chosen, stacked_params[name]) for name in ("down_weight", "down_bias", "up_weight", "up_bias"))
+        down, down_bias, up, up_bias = (
+            _of_experts(chosen, stacked_params[name]) for name in ("down_weight", "down_bias", "up_weight", "up_bias")
+        )
         hidden = F.relu(linear(u, down.flatten(-3, -2), down_bias.flatten(-2)))
         scale = self.config.scale
         weight_KBk = gates_KBk * (scale / (1 - self.config.dropout) if dropout_mask is not None else scale)
-        hidden = hidden.unflatten(-1, (self.config.top_k, -1)) * weight_KBk[:, :, None, :, None]
-        hidden = hidden.flatten(-2)
+        hidden = (hidden.unflatten(-1, (self.config.top_k, -1)) * weight_KBk[:, :, None, :, None]).flatten(-2)
         if dropout_mask is not None:
             hidden = hidden * dropout_mask
         gates_KBk = gates_KBk * scale
@@ -113,7 +114,7 @@ def choices(logits: Tensor, k: int) -> Tensor:
     return (best[..., None] == torch.arange(logits.shape[-1], device=best.device)).to(logits.dtype)
 
 
-def _of(chosen: Tensor | None, values: Tensor) -> Tensor:
+def _of_experts(chosen: Tensor | None, values: Tensor) -> Tensor:
     """Return the values `[K, B, k, ...]` of the chosen experts, from the values `[K, E, ...]` of all. None: return all values."""
     if chosen is None:
         return values
@@ -130,6 +131,4 @@ def linear(x_KBLD: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if weight.shape[0] == 1:
         return F.linear(x_KBLD, weight[0], None if bias is None else bias[0])
     y = torch.matmul(x_KBLD.flatten(1, 2), weight.transpose(1, 2))
-    if bias is not None:
-        y = y + bias[:, None]
-    return y.unflatten(1, x_KBLD.shape[1:3])
+    return (y if bias is None else y + bias[:, None]).unflatten(1, x_KBLD.shape[1:3])

@@ -89,10 +89,7 @@ class WholeBlock(AdaptedBlock):
         def add(targets: str, _: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
             inputs_KBLD = inputs[0].unflatten(0, (copies, -1))
             parts = output.unflatten(0, (copies, -1)).chunk(len(targets), -1)
-            moved = [
-                part + self.adapter.delta(inputs_KBLD, stacked_params, target) if f"{target}_up" in stacked_params else part
-                for part, target in zip(parts, targets, strict=True)
-            ]
+            moved = [self._adapted(part, inputs_KBLD, stacked_params, target) for part, target in zip(parts, targets, strict=True)]
             return torch.cat(moved, -1).flatten(0, 1)
 
         attention = self.block.attn

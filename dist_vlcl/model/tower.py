@@ -16,6 +16,7 @@ from dist_vlcl.model.perturbed import difference, perturbable
 from dist_vlcl.model.units import Unit, UnitId
 
 StackedParams = Mapping[UnitId, dict[str, Tensor]]
+Draws = list[tuple[Tensor | None, Tensor | None]]  # (router noise, dropout mask) of some blocks
 Hidden = Tensor | tuple[Tensor, ...]  # the input of a block `[K, B, L, D]`, or its cached_input
 
 ROWS_AT_A_TIME = {"cpu": 4096, "meta": 4096, "cuda": 8192}  # few rows stay in a CPU's caches; more rows need fewer kernel launches
@@ -76,12 +77,13 @@ class AdaptedBlock(nn.Module):
             return rest + self.adapter(u, stacked_params, context.noise, context.dropout_mask)
         x, normed, query_input, *qkv = cached_input
         inputs = {"q": query_input, "k": normed, "v": normed}
-        q, k, v = (
-            p + self.adapter.delta(inputs[t], stacked_params, t) if f"{t}_up" in stacked_params else p
-            for t, p in zip("qkv", qkv, strict=True)
-        )
+        q, k, v = (self._adapted(p, inputs[t], stacked_params, t) for t, p in zip("qkv", qkv, strict=True))
         u = x + self.block.ls_1(self._attend(q, k, v, context))
         return u + self._mlp(u)
+
+    def _adapted(self, projected: Tensor, x: Tensor, stacked_params: dict[str, Tensor], target: str) -> Tensor:
+        """Return a projection of x (target q, k or v) with the adapter's change; as it is if the adapter does not change this target."""
+        return projected + self.adapter.delta(x, stacked_params, target) if f"{target}_up" in stacked_params else projected
 
     def _project(self, normed: Tensor, query_input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries `[K, B, R, D]`, and keys and values `[K, B, L, D]` of all positions."""
@@ -240,13 +242,7 @@ class Tower(nn.Module):
         return torch.func.functional_call(self, dict(weights), arguments) if weights else self.forward(*arguments)
 
     def forward(
-        self,
-        hidden: Hidden,
-        inputs: Tensor,
-        drawn: Sequence[tuple[Tensor | None, Tensor | None]],
-        stacked_params: StackedParams | None = None,
-        start: int = 1,
-        cache_layers: Collection[int] = (),
+        self, hidden: Hidden, inputs: Tensor, drawn: Draws, stacked_params: StackedParams | None, start: int, cache_layers: Collection[int]
     ) -> tuple[Tensor, ...]:
         """Return unit features `[K, B, F]`, followed by the tensors of the cached inputs of the blocks `cache_layers`, from the lowest up.
 

@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +79,8 @@ class FlatTensors:
         for place, tensor in tensors.items():
             unit, name = place.split("/")
             self.shapes.setdefault(UnitId.parse(unit), {})[name] = tensor.shape
-        self.slices: dict[UnitId, slice] = {}
-        stop = 0
-        for id, shapes in self.shapes.items():
-            start, stop = stop, stop + sum(shape.numel() for shape in shapes.values())
-            self.slices[id] = slice(start, stop)
+        stops = accumulate((sum(shape.numel() for shape in shapes.values()) for shapes in self.shapes.values()), initial=0)
+        self.slices = {id: slice(*place) for id, place in zip(self.shapes, pairwise(stops), strict=True)}
 
     def names(self) -> list[tuple[str, int]]:
         """Return (qualified name, number of elements) in flat order."""

@@ -16,19 +16,7 @@ from dist_vlcl.report.records import CONTROLS
 from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, results_of
 from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape
 
-TERMS = (
-    "Accuracy in % over all classes seen so far. Last: after the final task; Avg: mean over tasks. Results are mean ± standard deviation "
-    "(number of seeds). Control: the same run with its zeroth-order units frozen, or zero-shot CLIP if nothing else learns. "
-    "Δ: mean paired difference over the seeds that both have, in points. ★: the best mean of the methods with the same seeds. "
-    "Means over other seeds, or another number of them, do not compare: Δ does."
-)
-CONTRIBUTION_TERMS = (
-    "R = (ours − zero-shot) / (first order on the same units − zero-shot), where no other unit learns. "
-    "Cosine: between the estimate and the gradient of the tensors that are perturbed, root mean square. It follows from the numbers of "
-    "probes q and of parameters n, about √(q / (q + n)), and not from what was learned. "
-    "Expected descent: the sum over all steps of coefficient times squared slope (of sign steps: times the slope's size and √(2/π)), in "
-    "units of the loss. The other columns: the share of an acceptance rule's decisions. Means over seeds."
-)
+TERMS, CONTRIBUTION_TERMS = Path(__file__).with_name("terms.md").read_text(encoding="utf-8").splitlines()
 
 
 class Report:

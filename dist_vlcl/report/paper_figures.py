@@ -146,7 +146,7 @@ def draw_figure(number: int, runs: pd.DataFrame) -> Picture | None:
     without = f" Without a run or its records: {'; '.join(absent)}." if absent else ""
     shown = runs[runs.run.isin(drawn.data.run) & (runs.method_settings != "")].drop_duplicates("method")
     settings = "".join(f" {row.method}: {row.method_settings}." for row in shown.itertuples())
-    return replace(drawn, caption=f"{drawn.caption} From {drawn.data.run.nunique()} runs.{settings}{without}")
+    return replace(drawn, caption=f"{drawn.caption} From {drawn.data.run.nunique()} runs.{without}{settings}")
 
 
 def draw_seeds(results: pd.DataFrame) -> Picture | None:

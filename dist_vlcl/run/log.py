@@ -18,7 +18,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from dist_vlcl.dist.world import World
 from dist_vlcl.masking import masked, masked_values
@@ -105,9 +105,8 @@ class RunLog:
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Print a table; the first column is aligned left, the others right."""
         if self._is_main:
-            table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
-            for index, column in enumerate(columns):
-                table.add_column(column, justify="right" if index else "left")
+            heads = [Column(column, justify="right" if index else "left") for index, column in enumerate(columns)]
+            table = Table(*heads, title=title or None, title_justify="left", box=box.SIMPLE_HEAD)
             for row in rows:
                 table.add_row(*(masked(str(cell)) for cell in row))
             with suppress(OSError):

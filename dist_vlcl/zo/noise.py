@@ -73,10 +73,8 @@ def philox4x32(counter: tuple[Tensor | int, ...], seed: int) -> Tensor:
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # int64 wraps around, but the 64 bits of the product are correct
-        c0, c2 = (
-            (p >> 32).bitwise_xor_(c).bitwise_xor_(k).bitwise_and_(_MASK)  # only the low half of c counts, so mask it
-            for p, c, k in ((p1, c1, k0), (p0, c3, k1))
-        )
+        # only the low half of c counts, so mask it
+        c0, c2 = ((p >> 32).bitwise_xor_(c).bitwise_xor_(k).bitwise_and_(_MASK) for p, c, k in ((p1, c1, k0), (p0, c3, k1)))
         c1, c3 = p1, p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return torch.stack((c0, c1, c2, c3), -1).int()  # keeps the low half
@@ -145,11 +143,8 @@ class NoiseField:
 
     def _draw(self, key: Key, stream: int, width: int, convert) -> Tensor:
         block_M, id_M, keep = self._table(width)
-        chunk = _chunk(self.device)
-        parts = [
-            convert(philox4x32((block, ids, key.step, stream), key.seed)).flatten()
-            for block, ids in zip(block_M.split(chunk), id_M.split(chunk), strict=True)
-        ]
+        chunks = zip(*(counters_M.split(_chunk(self.device)) for counters_M in (block_M, id_M)), strict=True)
+        parts = [convert(philox4x32((block, ids, key.step, stream), key.seed)).flatten() for block, ids in chunks]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         return flat if keep is None else flat[keep]
 
@@ -175,10 +170,9 @@ def normals_by_row(names: Sequence[str], rows_R: Tensor, numel: int, key: Key, s
 
 def dropout_mask_by_row(name: str, rows_R: Tensor, numel: int, drop: float, key: Key, stream: int) -> Tensor:
     """Return a dropout mask `[R, numel]`, True where kept. P(drop) is `drop` rounded to 2^-16. A smaller numel gives a prefix."""
-    parts = [
-        _at_least(_row_words([name], rows, -(-numel // UNIFORMS_PER_COUNTER), key, stream), min(round(drop * 65536), 65535))[:, :numel]
-        for rows in rows_R.split(max(1, _chunk(rows_R.device) * UNIFORMS_PER_COUNTER // max(numel, 1)))
-    ]
+    counters, least = -(-numel // UNIFORMS_PER_COUNTER), min(round(drop * 65536), 65535)
+    chunks = rows_R.split(max(1, _chunk(rows_R.device) // max(counters, 1)))
+    parts = [_at_least(_row_words([name], rows, counters, key, stream), least)[:, :numel] for rows in chunks]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -3,12 +3,12 @@
 # n parameters of a branch
 
 import functools
-import itertools
 import math
 import pkgutil
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -126,7 +126,7 @@ class ZerothOrder:
     def __init__(self, flats: Mapping[str, Flat], config: ZerothOrderConfig):
         self.flats, self.config = flats, config
         self.groups = groups_of(flats, config.granularity)
-        self.difference = config.make_estimator()
+        self.estimator = config.make_estimator()
         self.directions = Directions(flats, config.directions, config.tensors, sum(map(config.probes_of, BRANCHES)))
 
     def decide(self, evaluate: Evaluate, key: Key, lr: float) -> tuple[float, list[Move] | None]:
@@ -135,10 +135,10 @@ class ZerothOrder:
         Ranks that get the same losses from `evaluate` decide the same.
         """
         directions = self.directions.of_step(key)
-        base, *perturbed = evaluate(itertools.chain([{}], self.difference.candidates(self.groups, directions)))
+        base, *perturbed = evaluate(chain([{}], self.estimator.candidates(self.groups, directions)))
         if not all(map(math.isfinite, (base, *perturbed))):
             return base, None
-        slopes = self.difference.projected_gradients(self.groups, base, perturbed)
+        slopes = self.estimator.projected_gradients(self.groups, base, perturbed)
         if self.config.random_signs:
             slopes = with_random_signs(slopes, key)
         moves = self._proposed(slopes, directions)
@@ -192,9 +192,7 @@ class ZerothOrder:
         """Return a move per group, with coefficient 0 for now. Its tensors `[n]` are zero outside the group's slice."""
         moves = []
         for group, own in zip(self.groups, slopes, strict=True):
-            gradients = {
-                b: gradient(own[b], (restricted(directions[b, q], part) for q in itertools.count())) for b, part in group.slices.items()
-            }
+            gradients = {b: gradient(own[b], (restricted(directions[b, q], part) for q in count())) for b, part in group.slices.items()}
             proposed = {b: g.sign() for b, g in gradients.items()} if self.config.transform == "sign" else gradients
             moves.append(Move(group, own, gradients, proposed))
         return moves

@@ -14,6 +14,8 @@ import pytest
 
 from dist_vlcl.commands import report as command
 from dist_vlcl.report.page import to_html
+from dist_vlcl.report.paper_figures import draw_figure
+from dist_vlcl.report.records import run_frame
 from tests.helpers.runs import write_run
 
 GOLDEN = Path(__file__).parent / "golden" / "report.md"
@@ -202,6 +204,12 @@ def test_a_unit_figure_holds_each_unit_s_statistics_over_steps(report, runs):
 def test_a_caption_says_from_which_runs_and_with_which_settings(report):
     assert "From 3 runs. Without a run or its records: dual hop_even, conservative; dual hop_even, mozo." in page(report)
     assert "Other settings than the paper's: model.name=small_clip; model.pretrained=shipped." in page(report)
+
+
+def test_a_caption_names_the_settings_of_each_method(tmp_path):
+    folder = write_run(tmp_path, "zo=conservative", "zo.lr_scale=3", last=0.5, avg=0.5, records=True)
+    runs, _ = run_frame([folder])
+    assert " dual hop_odd, conservative: adapter.scale=1.0; zo.lr_scale=3." in draw_figure(3, runs).caption
 
 
 def test_figure_8_has_a_row_per_seed(report):
