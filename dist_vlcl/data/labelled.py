@@ -35,8 +35,9 @@ def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     clip_benchmark publishes sets like this: classnames.txt, train/0.tar, train/1.tar, ..., test/0.tar, ...
     """
     source = data.source or ""
-    tars = [str(path) for path in sorted(Path(source).glob("**/*.tar"))] if Path(source).is_dir() else list(braceexpand(source))
-    if not source or not tars or urlparse(source).scheme not in ("", "http", "https"):
+    is_folder = bool(source) and Path(source).is_dir()
+    tars = [str(path) for path in sorted(Path(source).glob("**/*.tar"))] if is_folder else list(filter(None, braceexpand(source)))
+    if not tars or urlparse(source).scheme not in ("", "http", "https"):
         advice = "give a folder with .tar files, or their paths or http(s) addresses, such as 'https://host/{train/{0..9},test/{0..1}}.tar'"
         raise ValueError(f"data.source={masked(source)!r}: reader=webdataset found no tars there; {advice}")
     folder = PurePosixPath(os.path.commonpath([str(PurePosixPath(tar).parent) for tar in tars]))
