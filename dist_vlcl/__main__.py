@@ -30,7 +30,10 @@ def main() -> Any:
         except ModuleNotFoundError as error:
             print(f"error: dist-vlcl {name}: {error.name} is not installed: pip install 'dist-vlcl[report]'", file=sys.stderr)
             sys.exit(2)
-        return command.main()
+        try:
+            return command.main()
+        except KeyboardInterrupt:
+            sys.exit("stopped")
     if name not in ("--help", "-h"):
         print(f"error: {name}: no such command; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)

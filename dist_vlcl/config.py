@@ -129,9 +129,12 @@ def compose_config(overrides: Iterable[str], folder: str | None = None) -> Confi
 
     `folder`: one with more groups and files than configs/ has. Raises FileNotFoundError if there is none.
     """
+    overrides = list(overrides)
+    if several := next((word for word in overrides if "=[" in word and (CONFIG_FOLDER / word.partition("=")[0]).is_dir()), None):
+        raise ValueError(f"{several}: give one value; each run has its own")
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
-            options = compose("config", [*search_path(folder), *map(quoted, expand_paper(list(overrides)))])
+            options = compose("config", [*search_path(folder), *map(quoted, expand_paper(overrides))])
     except HydraException as error:
         raise ValueError(format_error(error)) from error
     return from_hydra(options)
@@ -187,7 +190,7 @@ def unknown_option(key: str) -> str:
         return f"{key}: an option of adapter={owner}, which was not chosen; add adapter={owner}"
     groups = (path.name for path in CONFIG_FOLDER.iterdir() if path.is_dir())
     known = [*declared(Config), *itertools.chain(*of_adapters.values()), *groups]
-    near = [name for name in known if name.split(".")[-1] == key] or difflib.get_close_matches(key, known, 1)
+    near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]] or difflib.get_close_matches(key, known, 1)
     return f"{key}: no such option; " + (f"did you mean {near[0]}?" if near else "--help lists all options")
 
 
@@ -205,7 +208,9 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
     if odd := [key for key in given if not matches(key, (*MAY_CHANGE, *PATH_OPTIONS, *BUILT_IN))]:
         raise ValueError(f"{odd[0]}: the run decides this; give only options that lead to code, data or weights, or change no result")
     if needed := [word for word in untrusted_options(content, places) if word.partition("=")[0] not in given]:
-        advice = f"which only a command line may name. To trust them, add: {shlex.join(needed)}"
+        advice = (
+            f"which only a command line may name. To trust them, add: {shlex.join(needed)} (for predict and export: each after --option)"
+        )
         raise ValueError(f"{path} names code, commands, addresses or files, {advice}")
     schema = OmegaConf.structured(Config)
     with explained(path):
@@ -285,7 +290,10 @@ def format_error(error: Exception) -> str:
     if found := re.search(r"Could not override '([^']+)'", text):
         return unknown_option(found[1])
     if found := re.search(r"Ambiguous value for argument '([^=']+)=([^']+)'", text):
-        return f"{found[1]}={found[2]}: write a list in brackets and quotes: '{found[1]}=[{found[2]}]'"
+        key, given = found.groups()
+        takes_list = key in ("tasks.order", "tasks.sets", "orders.layers", "first_order.betas", "run.trackers")
+        advice = f"write a list in brackets and quotes: '{key}=[{given}]'" if takes_list else "give one value; each run has its own"
+        return f"{key}={given}: {advice}"
     if found := re.search(r"override (\S+)=(\S+): Cannot assign \w+ to Dict", text):
         return f"{found[1]}={found[2]}: give each branch its value: {found[1]}.language={found[2]} {found[1]}.vision={found[2]}"
     if found := re.search(r"Could not find '(\w+)/([^']+)' Available options in '\w+': (.*?)(?: Config search path|$)", text):

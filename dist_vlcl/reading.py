@@ -94,9 +94,20 @@ def read_lines(path: Path, form: Any) -> list[dict[str, Any]]:
     return records
 
 
+class UserNote(RuntimeWarning):
+    """A warning about the user's files, which is shown without the line of code that gives it."""
+
+
+def _formatted(message: Any, category: type[Warning], *place: Any, other: Any = warnings.formatwarning) -> str:
+    return f"warning: {message}\n" if category is UserNote else other(message, category, *place)
+
+
+warnings.formatwarning = _formatted
+
+
 def warn(text: str) -> None:
     """Warn the user, without secrets."""
-    warnings.warn(masked(text), RuntimeWarning, stacklevel=3)
+    warnings.warn(masked(text), UserNote, stacklevel=3)
 
 
 def to_line(record: dict[str, Any]) -> str:

@@ -70,17 +70,19 @@ def report(options: Namespace, world: World) -> str:
     if options.data:
         names, before, after = evaluate_elsewhere(options.run, options.data, world, options.options)
         old, new = (sum(correct for correct, _ in counts) / sum(total for _, total in counts) for counts in (before, after))
-        values, counts = {"zero_shot": old, "accuracy": new, "retention": new - old}, after
+        values, counts, place = {"zero_shot": old, "accuracy": new, "retention": new - old}, after, ""
     else:
         accuracy = evaluate_run(options.run, world, options.options)
-        counts = accuracy.rows[-1][: sum(accuracy.task_sizes[: len(accuracy.rows)])]
+        done, planned = len(accuracy.rows), len(accuracy.task_sizes)
+        place = f"after task {done} of {planned}: " if done < planned else ""
+        counts = accuracy.rows[-1][: sum(accuracy.task_sizes[:done])]
         names = [name for names in read_classes(options.run) for name in names] or list(map(str, range(len(counts))))
         values = {"Last": accuracy.last, "Avg": accuracy.average, "forgetting": accuracy.forgetting}
     classes = {name: correct / max(1, total) for name, (correct, total) in zip(distinct(names), counts, strict=False)}
     if options.json:
         return json.dumps({**{key.lower(): value for key, value in values.items()}, "classes": classes}, ensure_ascii=False)
     lines = [masked(f"{100 * value:6.2f}  {name}") for name, value in classes.items()] if options.classes else []
-    return "\n".join([*lines, "  ".join(f"{key} {100 * value:.2f}" for key, value in values.items())])
+    return "\n".join([*lines, place + "  ".join(f"{key} {100 * value:.2f}" for key, value in values.items())])
 
 
 def main() -> None:

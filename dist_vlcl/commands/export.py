@@ -11,7 +11,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from dist_vlcl.config import errors_refused
 from dist_vlcl.inference import ADAPTERS, CLASSES, CONFIG, Trained, read_trained
@@ -43,7 +43,7 @@ def export(trained: Trained, out: Path, kind: str, name: str) -> None:
     if kind == "open_clip":
         weights, config = merge_lora(cfg.model, cfg.adapter, trained.adapters, derive_seed(cfg.seed, "adapters"))
         out.mkdir(parents=True, exist_ok=True)
-        save_file({key: t.contiguous() for key, t in weights.items()}, out / MERGED, {"format": "pt"})
+        replace_file(out / MERGED, save({key: t.contiguous() for key, t in weights.items()}, {"format": "pt"}))
         replace_file(out / MERGED_CONFIG, json.dumps(config, indent=2) + "\n")
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -61,6 +61,7 @@ def card(trained: Trained, kind: str, name: str) -> str:
     rows = read_accuracy(trained.folder)
     is_newest = len(rows.get("rows") or ()) == len(trained.tasks) > 0
     accuracy = f" Test accuracy in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}." if is_newest else ""
+    accuracy += "" if rows.get("complete") else " More tasks were planned."
     library, usage, count = "open_clip" if kind == "open_clip" else "dist_vlcl", USAGE[kind].format(name=name), len(names)
     return CARD.read_text(encoding="utf-8").format(
         library=library, usage=usage, name=name, cfg=cfg, accuracy=accuracy, count=count, tasks=len(trained.tasks), classes=", ".join(names)

@@ -23,7 +23,7 @@ def main() -> None:
     options = parser.parse_args()
     with errors_refused():
         model = load(options.run, options.task, options=options.option)
-        classes = options.classes.split(",") if options.classes else model.class_names
+        classes = [name.strip() for name in options.classes.split(",")] if options.classes else model.class_names
         names, scores = distinct(classes), model.classify(options.images, classes)[1]
     for image, row in zip(options.images, scores, strict=True):
         best = row.topk(min(max(1, options.top), len(names)))

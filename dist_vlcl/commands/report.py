@@ -34,7 +34,7 @@ def main() -> None:
     with matplotlib.rc_context(fname=STYLE):
         report = Report(runs, pd.DataFrame(map(asdict, paper_runs().values())), published()["table5_memory_gb"], unreadable)
         report.write(arguments.out)
-    print(f"{int(runs.is_complete.sum())} complete runs of {len(runs)}, pictures: {len(report.pictures)}; open {arguments.out}/report.html")
+    print(f"{report.num_shown} of {len(runs)} runs compared, pictures: {len(report.pictures)}; open {arguments.out}/report.html")
     for name, reason in sorted(report.left_out.items()):
         print(f"left out: {name} ({reason})")
 

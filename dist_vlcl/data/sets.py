@@ -3,7 +3,7 @@
 import hashlib
 import pickle
 import tarfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import groupby, product
@@ -21,7 +21,7 @@ from dist_vlcl.data.names import known_classes
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.tasks import generator
 from dist_vlcl.masking import explained
-from dist_vlcl.reading import parse_json
+from dist_vlcl.reading import parse_json, warn
 
 CIFAR_FOLDER = "cifar-100-python"
 CIFAR_FILES = {"train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}  # MD5
@@ -198,7 +198,8 @@ def _parts(source: Path) -> list[tuple[str | None, Path]]:
 
 
 def _images_of(data: DataConfig, split: str | None, files: Mapping[str, ReadFile], known: Mapping[str, str] | None) -> Iterator[Found]:
-    annotated, splits = _annotations(files), set()
+    annotated, splits, left_out = _annotations(files), set(), []
+    homes: dict[str, set[str]] = defaultdict(set)  # class folder -> where it lies
     for name in sorted(files):
         *parents, file = PurePosixPath(name).parts
         if any(part.startswith(".") or part == "__MACOSX" for part in (*parents, file)):
@@ -208,6 +209,7 @@ def _images_of(data: DataConfig, split: str | None, files: Mapping[str, ReadFile
         if suffix_of(file) in OTHER_IMAGES and data.on_error == "stop":
             raise ValueError(f"{name!r} is not PNG, JPEG or WebP: convert it, or set data.on_error=skip to leave out files like this")
         if suffix_of(file) not in IMAGE_SUFFIXES:
+            left_out += [name] * (suffix_of(file) in OTHER_IMAGES)
             continue
         # the class is the innermost folder, or the innermost one with a known name
         places = [place for place, part in enumerate(parents) if known is None or part in known]
@@ -216,9 +218,16 @@ def _images_of(data: DataConfig, split: str | None, files: Mapping[str, ReadFile
         above = parents if name in annotated else parents[: places[-1]]  # not the class folder: CIFAR-100 has a class called train
         own = next((part for part in above if part.lower() in SPLIT_FOLDERS), "")
         splits.add(own)
+        if known is None:
+            homes[parents[places[-1]]].add("/".join(part for part in above if part.lower() not in SPLIT_FOLDERS))
         path = f"{split}:{name}" if split else name
         yield Found(split or SPLIT_FOLDERS.get(own.lower()), annotated.get(name) or parents[places[-1]], path, files[name])
     check_test_folders(data, () if split else splits)
+    if left_out:
+        warn(f"{len(left_out)} files were left out, such as {left_out[0]!r}: they are not PNG, JPEG or WebP")
+    if several := [folder for folder, above in homes.items() if len(above) > 1]:
+        shown = ", ".join(f"{above}/{several[0]}".strip("/") for above in sorted(homes[several[0]])[:3])
+        warn(f"{len(several)} class names come from several folders, whose images become one class, such as {shown}")
 
 
 def _annotations(files: Mapping[str, ReadFile]) -> dict[str, str]:

@@ -28,6 +28,7 @@ class Report:
 
     def __init__(self, runs: pd.DataFrame, published: pd.DataFrame, memory_gb: Mapping[str, Any], left_out: Mapping[str, str]) -> None:
         complete = complete_of(runs)
+        self.num_shown = len(complete)
         results = results_of(complete)
         comparisons = compare(results, published)
         cells = cells_of(results, comparisons, published)

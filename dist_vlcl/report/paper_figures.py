@@ -35,6 +35,14 @@ UNIT_STATISTICS = {
 }
 
 
+class ShortLog(LogFormatter):
+    """Labels of a logarithmic axis with two digits, at the ticks for which there is room."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Return the label of a tick, "" for none."""
+        return f"{x:.2g}" if super().__call__(x, pos) else ""
+
+
 @dataclass(frozen=True)
 class Picture:
     """A figure, the data that it shows, and its caption; in a report also the name of its file and its title."""
@@ -78,8 +86,8 @@ def draw_units(runs: pd.DataFrame, methods: Sequence[str], read: Callable[[Path]
             _draw_unit_curve(axes, units, name, LOOKS[index], offset=0.13 * (index - (len(methods) - 1) / 2))
         axes.set(yscale="log", xlabel="layer", ylabel=UNIT_STATISTICS[name][2])
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_formatter(LogFormatter())  # the default one writes mathematics, which is shown as it is
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+        axes.yaxis.set_major_formatter(ShortLog())  # the default one writes mathematics, which is shown as it is
+        axes.yaxis.set_minor_formatter(ShortLog(labelOnlyBase=False))
         axes.label_outer()
     for axes, tower in zip(grid[0], TOWERS, strict=True):
         axes.set_title(f"{tower} tower", fontsize=10)

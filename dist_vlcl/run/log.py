@@ -8,6 +8,8 @@ The zeroth-order units can be rebuilt from the journal. A step's journal line is
 the lines after the last checkpoint. Every line ends with `crc`, the CRC-32 of its rest, which detects damage.
 """
 
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -35,6 +37,14 @@ LINE_EVERY_S = 10.0  # between two lines of progress in a log file
 MEANS = {"transfer": "Transfer", "last": "Last", "avg": "Avg", "forgetting": "forgetting"}
 
 
+class Terminal(Console):
+    """A console whose reader may go, as in `| head`: the run goes on without it. Rich's own would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Write what follows to nowhere, also what others print."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class RunLog:
     """The records of one run.
 
@@ -49,7 +59,7 @@ class RunLog:
         self._is_main, self._shows_progress = world.is_main, settings.progress and world.is_main
         if not world.is_main:
             return
-        self._folder, self._console = folder, console or Console()
+        self._folder, self._console = folder, console or Terminal()
         if console is None and not self._console.is_terminal:
             self._console.width = LOG_WIDTH
         self._newest, self._images, self._seconds = "", 0.0, 0.0  # what the progress shows of the newest step, and of all its steps
@@ -152,8 +162,9 @@ class RunLog:
                 bar.update(task, completed=done, newest=self._newest)
                 if not is_live and (self._console.get_time() - shown >= LINE_EVERY_S or done == total):
                     shown = self._console.get_time()
-                    left = timedelta(seconds=round(bar.tasks[0].time_remaining or 0))
-                    self.say(f"{description}  {done}/{total}  {100 * done / max(total, 1):3.0f} %  {self._newest}  {left} left")
+                    seconds = bar.tasks[0].time_remaining
+                    left = "" if seconds is None else f"  {timedelta(seconds=round(seconds))} left"
+                    self.say(f"{description}  {done}/{total}  {100 * done / max(total, 1):3.0f} %  {self._newest}{left}")
 
     def _print_accuracy(self) -> None:
         num_tasks = max(len(record.get("per_task") or ()) for record in self._tasks)

@@ -72,7 +72,7 @@ def report_status(word: str) -> None:
 def print_error(text: str, is_main: bool = True) -> None:
     """Print an error of the user on rank 0. Every rank passes it to torch's launcher, which shows it at the end of its own traceback."""
     if is_main:
-        print(masked(text), file=sys.stderr, flush=True)
+        sys.stderr.write(masked(text) + "\n")  # at once, because ranks share the terminal
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": masked(text), "timestamp": int(time.time())}))

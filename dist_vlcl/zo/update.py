@@ -139,6 +139,8 @@ class ZerothOrder:
         if not all(map(math.isfinite, (base, *perturbed))):
             return base, None
         slopes = self.estimator.projected_gradients(self.groups, base, perturbed)
+        if [set(own) for own in slopes] != [set(group.slices) for group in self.groups] or not all(all(own.values()) for own in slopes):
+            raise ValueError(f"zo.estimator={self.config.estimator}: each group needs slopes for each of its branches")
         if self.config.random_signs:
             slopes = with_random_signs(slopes, key)
         moves = self._proposed(slopes, directions)

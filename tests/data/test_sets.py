@@ -265,6 +265,21 @@ def test_sources_that_cannot_work_are_refused(tmp_path, names, options, words):
         read_raw(DataConfig(reader=reader, **options))
 
 
+def test_folders_of_one_name_become_one_class_with_a_warning(tmp_path):
+    """Classes with folders of their own would silently be mixed: the class is the innermost folder."""
+    names = [f"{split}/{kind}/{place}/1.png" for split in ("train", "test") for kind in ("cat", "dog") for place in ("in", "out")]
+    config = DataConfig(name="mine", reader="folder", source=str(images_below(tmp_path / "s", *names)))
+    with pytest.warns(RuntimeWarning, match=r"2 class names come from several folders.* such as cat/in, dog/in"):
+        assert list(read_raw(config).class_names) == ["in", "out"]
+
+
+def test_files_of_other_formats_are_left_out_with_their_number(tmp_path):
+    names = ["cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png", "cat/3.tif", "dog/3.gif"]
+    config = DataConfig(name="mine", reader="folder", source=str(images_below(tmp_path / "s", *names)), on_error="skip")
+    with pytest.warns(RuntimeWarning, match=r"2 files were left out, such as 'cat/3.tif': they are not PNG, JPEG or WebP"):
+        assert len(read_raw(config).samples) == 4
+
+
 @pytest.mark.parametrize("names", [["val", "test"], ["Valid", "Test"], ["testing", "test"]])
 def test_two_folders_of_test_images_are_refused(tmp_path, names):
     """The test images of a set with train/, val/ and test/ would silently be those of both."""

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +169,15 @@ def test_a_loss_that_is_not_finite_moves_nothing(strategy, bad, at):
     assert ZerothOrder(problem.flats, STRATEGIES[strategy]).decide(problem, KEY, 0.1)[1] is None
     for branch, flat in problem.flats.items():
         assert torch.equal(flat.values_n, before[branch])
+
+
+@pytest.mark.parametrize("slopes", [[], [{"language": (1.0,)}], [{"language": (1.0,)}, {"vision": ()}]], ids=str)
+def test_an_estimator_without_a_slope_for_each_branch_is_refused(slopes):
+    problem = Problem(two_branches(), smooth)
+    zeroth = ZerothOrder(problem.flats, STRATEGIES["naive"])
+    zeroth.estimator = SimpleNamespace(candidates=zeroth.estimator.candidates, projected_gradients=lambda *_: slopes)
+    with pytest.raises(ValueError, match=r"zo.estimator=.*each group needs slopes for each of its branches"):
+        zeroth.decide(problem, KEY, 0.1)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
