@@ -98,8 +98,11 @@ class UserNote(RuntimeWarning):
     """A warning about the user's files, which is shown without the line of code that gives it."""
 
 
-def _formatted(message: Any, category: type[Warning], *place: Any, other: Any = warnings.formatwarning) -> str:
-    return f"warning: {message}\n" if category is UserNote else other(message, category, *place)
+_of_python = warnings.formatwarning
+
+
+def _formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    return f"warning: {message}\n" if category is UserNote else _of_python(message, category, filename, lineno, line)
 
 
 warnings.formatwarning = _formatted
