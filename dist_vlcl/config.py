@@ -208,9 +208,7 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
     if odd := [key for key in given if not matches(key, (*MAY_CHANGE, *PATH_OPTIONS, *BUILT_IN))]:
         raise ValueError(f"{odd[0]}: the run decides this; give only options that lead to code, data or weights, or change no result")
     if needed := [word for word in untrusted_options(content, places) if word.partition("=")[0] not in given]:
-        advice = (
-            f"which only a command line may name. To trust them, add: {shlex.join(needed)} (for predict and export: each after --option)"
-        )
+        advice = f"which only a command line may name. To trust them, add: {shlex.join(needed)}"
         raise ValueError(f"{path} names code, commands, addresses or files, {advice}")
     schema = OmegaConf.structured(Config)
     with explained(path):

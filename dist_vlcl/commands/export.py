@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("run", help="the folder of a run, such as runs/NAME, or one of its checkpoints")
     parser.add_argument("--to", choices=("adapters", "open_clip"), default="adapters", help="what to write (default: adapters)")
     parser.add_argument("--task", type=int, metavar="N", help="the state after task N (default: the newest checkpoint)")
-    parser.add_argument("--option", action="append", default=[], metavar="OPTION=VALUE", help="what config.yaml may not decide")
+    parser.add_argument("--option", action="append", default=[], metavar="OPTION=VALUE", help="what an error asks to repeat")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: exports/NAME)")
     parser.add_argument("--push", metavar="ORG/NAME", help="also upload the folder to the Hugging Face Hub, as a private repository")
     options = parser.parse_args()

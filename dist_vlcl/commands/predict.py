@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--classes", metavar="NAME,NAME", help="class names to choose from (default: those that the run has learned)")
     parser.add_argument("--task", type=int, metavar="N", help="the state after task N (default: the newest checkpoint)")
     parser.add_argument("--top", type=int, default=3, metavar="K", help="print the K most probable classes (default: 3)")
-    parser.add_argument("--option", action="append", default=[], metavar="OPTION=VALUE", help="what config.yaml may not decide")
+    parser.add_argument("--option", action="append", default=[], metavar="OPTION=VALUE", help="what an error asks to repeat")
     parser.add_argument("--json", action="store_true", help="print one JSON object per image")
     options = parser.parse_args()
     with errors_refused():

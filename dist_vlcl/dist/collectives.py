@@ -126,4 +126,5 @@ class Collectives:
 
 def is_network_error(error: BaseException) -> bool:
     """Return whether a collective itself failed, and not a computation beside it."""
-    return isinstance(error, dist.DistError) or any(words in str(error) for words in NETWORK_ERRORS)
+    is_bare = type(error) is RuntimeError  # our own errors may quote any file or server
+    return isinstance(error, dist.DistError) or (is_bare and any(words in str(error) for words in NETWORK_ERRORS))

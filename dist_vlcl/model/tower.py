@@ -20,7 +20,7 @@ Draws = list[tuple[Tensor | None, Tensor | None]]  # (router noise, dropout mask
 Hidden = Tensor | tuple[Tensor, ...]  # the input of a block `[K, B, L, D]`, or its cached_input
 
 ROWS_AT_A_TIME = {"cpu": 4096, "meta": 4096, "cuda": 8192}  # few rows stay in a CPU's caches; more rows need fewer kernel launches
-SAMPLES_AT_A_TIME = 8  # at least, because matrix products with fewer rows have other last bits
+SAMPLES_AT_A_TIME = 16  # at least, because matrix products with fewer rows have other last bits
 
 
 class Context(NamedTuple):

@@ -40,7 +40,7 @@ class ShortLog(LogFormatter):
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         """Return the label of a tick, "" for none."""
-        return f"{x:.2g}" if super().__call__(x, pos) else ""
+        return f"{x:.2g}".replace("-", "−") if super().__call__(x, pos) else ""
 
 
 @dataclass(frozen=True)

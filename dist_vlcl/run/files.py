@@ -11,7 +11,7 @@ from dist_vlcl.reading import read_lines, seal, to_line
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write `data` to a new file and wait until the disk has it. An OSError names the file."""
-    with open(path, "wb", buffering=0) as file, _naming(path):
+    with open(path, "xb", buffering=0) as file, _naming(path):
         _write_all(file, data)
         os.fsync(file.fileno())
 
@@ -36,6 +36,7 @@ def make_folder(path: Path) -> None:
 def replace_file(path: Path, content: str | bytes, check: Callable[[Path], object] | None = None) -> None:
     """Write a file so that a reader sees the old content or the new content, never a part of it. `check` reads it before it is seen."""
     aside = path.with_name(path.name + ".tmp")
+    aside.unlink(missing_ok=True)  # of a killed process; a link must not be followed
     try:
         write_durably(aside, content.encode() if isinstance(content, str) else content)
         if check:

@@ -173,7 +173,8 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str],
 
 def _lock(path: Path, wait_s: float = 0) -> TextIO:
     # lockf, not flock: it ends with the process, workers do not inherit it, and one process can open the folder twice.
-    file = open(path / ".lock", "a")  # noqa: SIM115, it stays open as long as the run
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK  # the folder may be someone else's: neither follow a link nor wait for the other end of a pipe
+    file = open(path / ".lock", "a", opener=lambda name, given: os.open(name, given | flags, 0o666))  # noqa: SIM115, as long as the run
     deadline = time.monotonic() + wait_s
     while True:
         try:
