@@ -27,7 +27,7 @@ from dist_vlcl.masking import explained, masked_values
 from dist_vlcl.model.clip import ModelConfig
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.model.moe import MoEConfig
-from dist_vlcl.options import BRANCHES, declared, flatten, matches, option, split_options, validate
+from dist_vlcl.options import declared, flatten, matches, option, split_options, validate
 from dist_vlcl.orders import ORDERS, OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
@@ -108,8 +108,7 @@ class Config:
             raise ValueError(f"data.timeout_s={self.data.timeout_s:g}: give less than {most}")
         if self.orders.order == "zeroth" and self.zo.granularity == "joint" and self.orders.branch in ("vision", "language"):
             raise ValueError("zo.granularity=joint: moves both branches by one estimate; use orders.branch=dual")
-        trained = {*map(self.orders.rest_of, BRANCHES), self.orders.order if self.orders.branch != "none" else "frozen"} - {"frozen"}
-        if getattr(self.adapter, "init", None) and not trained:
+        if getattr(self.adapter, "init", None) and self.orders.in_use() == {"frozen"}:
             raise ValueError("adapter.init: this plan trains no unit; to measure an earlier run: dist-vlcl evaluate RUN --data FOLDER")
 
     def as_dict(self) -> dict[str, Any]:

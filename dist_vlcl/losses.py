@@ -14,6 +14,7 @@ from torch import Tensor
 from dist_vlcl.dist.world import World
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.perturbed import Perturbed
+from dist_vlcl.model.tower import MIN_SAMPLES
 from dist_vlcl.zo.difference import Candidate
 from dist_vlcl.zo.noise import Key, StepNoise
 from dist_vlcl.zo.update import ZerothOrder
@@ -23,9 +24,6 @@ LOSS_SCALE = 2.0**32
 MAX_SUM = 2.0**21  # of a micro-batch: below it, float64 holds every multiple of 2^-32 exactly
 
 
-# Matrix products with fewer rows use other CPU kernels, whose results differ in the last bits. A sample's loss would then depend on how
-# many samples its rank has. Most CPUs need 4 or 5 rows, Intel's 5th generation of Xeon 16 (docs/LOG.md).
-MIN_SAMPLES = 16
 # Candidates are evaluated in chunks of at most this many parameters (128 MiB in fp32), and at least MIN_CHUNK candidates.
 MAX_STACKED_NUMBERS = 2**25
 MIN_CHUNK = 8

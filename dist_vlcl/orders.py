@@ -52,6 +52,10 @@ class OrderPlan:
             allowed = f"choose from {', '.join(PLAN_LAYERS)}, or give a list such as [1,3,5], or one of these for each branch"
             raise ValueError(f"orders.layers={self.layers!r}: {allowed}")
 
+    def in_use(self) -> set[str]:
+        """Return the orders of the plan and of the rest. With `branch=none` the plan has no units."""
+        return {*map(self.rest_of, BRANCHES), *([self.order] if self.branch != "none" else [])}
+
     def rest_of(self, branch: str) -> str:
         """Return the order of a branch's other units."""
         return self.rest[branch] if isinstance(self.rest, Mapping) else self.rest

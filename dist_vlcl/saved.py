@@ -29,6 +29,7 @@ PATH_OPTIONS = (  # options that name files and addresses
 OUTSIDE = r"^/|:|(^|/)\.\.(/|$)"  # an absolute path, an address, or a path that leads up
 BUILT_IN = {"zo.estimator": "finite_difference", "adapter.kind": None, "data.allow_pipe": False}  # other values run the user's code
 MAX_CONFIG_BYTES = 1 << 20
+MAX_CELLS = 1 << 26  # of a file of units/: 4 million rows
 UNITS = {"step": "int64", "task": "int32", "branch": "string", "layer": "int32", "order": "string", "gradient_variance": "float"}
 
 NUMBER = (None, float)
@@ -115,7 +116,10 @@ def read_unit_records(path: Path) -> Any:
     import pyarrow.parquet
 
     with explained(f"{path} is damaged", kinds=(OSError, ValueError, pyarrow.ArrowException)):
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(read_file(path)), page_checksum_verification=True)
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(read_file(path)), page_checksum_verification=True)
+        if file.metadata.num_rows * file.metadata.num_columns > MAX_CELLS:  # a small file can unpack to gigabytes
+            raise ValueError(f"it has more than {MAX_CELLS:,} values")
+        table = file.read()
         types = {field.name: str(field.type) for field in table.schema}
         if not table.num_rows or {name: types.get(name) for name in UNITS} != UNITS:
             raise ValueError("it lacks rows or columns")

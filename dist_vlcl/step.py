@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import World
-from dist_vlcl.losses import MIN_SAMPLES, BatchLosses, LossReport, sample_losses
+from dist_vlcl.losses import BatchLosses, LossReport, sample_losses
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.model.statistics import UnitStatistics
+from dist_vlcl.model.tower import MIN_SAMPLES
 from dist_vlcl.model.units import FlatUnits, UnitId, freeze
 from dist_vlcl.options import BRANCHES
 from dist_vlcl.orders import Order

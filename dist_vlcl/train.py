@@ -101,7 +101,7 @@ def check_warmup(experiment: Experiment, step: HybridStep) -> None:
 
 
 def check_same_start(experiment: Experiment, step: HybridStep) -> str:
-    """Return a digest of the frozen weights, "" for none. All ranks call this.
+    """Return a digest of the frozen weights. All ranks call this, before ZeRO-3 leaves each of them a part.
 
     Raises DisagreementError unless all ranks start from the same weights and draw the same directions.
     """
@@ -114,7 +114,7 @@ def check_same_start(experiment: Experiment, step: HybridStep) -> str:
     hint = "If only the first direction differs, the ranks have different CPUs: use zo.directions=rademacher, which needs no rounding."
     digests = {name: digest(of_name) for name, of_name in tensors.items()}
     agree(experiment.world, digests, hint)
-    return "" if experiment.world.engine.startswith("zero3") else digests["the frozen weights"]  # each rank has a part of them
+    return digests["the frozen weights"]
 
 
 def check(cfg: Config) -> None:

@@ -53,6 +53,7 @@ free_port() {
 default_processes() {
     local gpus
     gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU') || true
+    ((gpus == 0)) || [[ -z ${CUDA_VISIBLE_DEVICES+x} ]] || gpus=$(tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) || true
     echo "$((gpus > 0 ? gpus : $1))"
 }
 

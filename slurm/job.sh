@@ -36,7 +36,7 @@ check_trainer() {
     ((restarts == 0)) || return 0
     local word options=()
     for word in "$@"; do
-        [[ $word == -* || $word != *=* ]] || options+=("$word") # the others belong to the launcher
+        [[ $word == -* && $word != --config-dir=* || $word != *=* ]] || options+=("$word") # the others belong to the launcher
     done
     srun --nodes=1 --ntasks=1 --export=ALL --mpi=none "${container[@]}" bash -c "$with_python" "$repository" -m dist_vlcl.train --check "${options[@]}" && return
     rm -f "$DIST_VLCL_STATUS"

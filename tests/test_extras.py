@@ -37,6 +37,14 @@ def test_a_missing_module_of_the_users_own_code_is_not_taken_for_one_of_the_repo
         main()
 
 
+def test_a_command_that_is_interrupted_ends_in_one_word(monkeypatch):
+    command = importlib.import_module("dist_vlcl.commands.report")
+    monkeypatch.setattr(command, "main", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("sys.argv", ["dist-vlcl", "report", "runs/x"])
+    with pytest.raises(SystemExit, match=r"^stopped$"):
+        main()
+
+
 def test_a_run_that_would_draw_or_record_says_so_before_it_starts(monkeypatch, capsys):
     remove(monkeypatch, "matplotlib")
     with pytest.raises(ValueError, match=r"matplotlib is not installed: pip install 'dist-vlcl\[report\]', or give run.plots=false"):

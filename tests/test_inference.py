@@ -25,6 +25,7 @@ from dist_vlcl.data.shards import open_index
 from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import World
 from dist_vlcl.inference import read_trained
+from dist_vlcl.reading import seal
 from dist_vlcl.train import train
 from tests.helpers.hub import Hub
 from tests.helpers.tiny_clip import architecture
@@ -304,6 +305,22 @@ def test_evaluate_prints_json_and_the_accuracy_of_every_class(runs, monkeypatch,
     assert list(said["classes"].values()) == pytest.approx(fractions) and next(iter(said["classes"])) == "handwritten digit zero"
     *classes, last = evaluated(runs, monkeypatch, capsys, "--classes", root).splitlines()
     assert classes[5] == f"{100 * fractions[5]:6.2f}  handwritten digit five" and last.startswith(f"Last {100 * saved['last']:.2f}  Avg ")
+
+
+def test_evaluate_and_a_card_say_when_tasks_are_still_to_come(runs, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(runs["moe"], tmp_path / "moe")
+    max((folder / "checkpoints").glob("*.safetensors")).unlink()
+    run_command(evaluate_command, monkeypatch, folder, f"data.root={runs['moe'].parent}/data")
+    assert capsys.readouterr().out.startswith("after task 2 of 3: Last ")
+    whole = json.loads((folder / "accuracy.json").read_text())
+    (folder / "accuracy.json").write_text(json.dumps(seal({**whole, "complete": False, "rows": whole["rows"][:2]})))
+    run_command(export_command, monkeypatch, folder, "--out", tmp_path / "out")
+    assert (
+        "in 2 tasks. Test accuracy in %: Last " in (card := (tmp_path / "out/README.md").read_text())
+        and " More tasks were planned." in card
+    )
+    run_command(export_command, monkeypatch, runs["moe"], "--out", tmp_path / "whole")
+    assert "planned" not in (tmp_path / "whole/README.md").read_text()
 
 
 def test_evaluate_measures_how_much_zero_shot_accuracy_is_kept_on_other_data(runs, monkeypatch, capsys):

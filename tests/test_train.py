@@ -88,6 +88,18 @@ def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path
     assert run_ranks(run_once, size, broken) == ["known"] * size
 
 
+def test_a_run_resumed_between_two_tasks_begins_the_next_one_with_fresh_moments(tmp_path):
+    unbroken = configured(tmp_path, *TINY, "orders=first", "run.name=unbroken")
+    broken = configured(tmp_path, *TINY, "orders=first", "run.name=broken")
+    assert run_ranks(run_once, 1, unbroken) == ["finished"] and run_ranks(run_once, 1, broken, 6) == ["requeued"]
+    folder = Path(broken.run.root) / "broken"
+    max((folder / "checkpoints").iterdir()).unlink()
+    assert load_newest(folder).step == 5  # the last one of the first task
+    assert run_ranks(run_once, 1, broken) == ["finished"]
+    expected, got = last_tensors(unbroken), last_tensors(broken)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path):
     unbroken = configured(tmp_path, *TINY, "orders=dual_all", "zo=mozo", "run.name=unbroken")
     moved = configured(tmp_path, *TINY, "orders=dual_all", "zo=mozo", "run.name=moved")

@@ -36,7 +36,7 @@ from torch import nn
 from benchmarks.common import Collectives, Row, Table, Workload, positive
 from dist_vlcl.dist.first_order import FirstOrder
 from dist_vlcl.dist.world import ClusterConfig, World
-from dist_vlcl.losses import MIN_SAMPLES
+from dist_vlcl.model.tower import MIN_SAMPLES
 from tools.scaling_model import NETWORKS, Network, Plan, compute_s, first_shapes, step_s
 
 PLANS = {

@@ -28,8 +28,8 @@ from benchmarks.common import Row, Table, Workload, positive
 from benchmarks.cost_model import Orders, Shapes, step_cost, tower_shapes
 from dist_vlcl.dist.first_order import RANK
 from dist_vlcl.dist.world import DIRECT_RANKS, World
-from dist_vlcl.losses import MIN_SAMPLES
 from dist_vlcl.model.clip import TwoTowers
+from dist_vlcl.model.tower import MIN_SAMPLES
 from dist_vlcl.options import BRANCHES
 from dist_vlcl.orders import Order
 from dist_vlcl.zo.update import ZerothOrderConfig

@@ -61,7 +61,7 @@ def card(trained: Trained, kind: str, name: str) -> str:
     rows = read_accuracy(trained.folder)
     is_newest = len(rows.get("rows") or ()) == len(trained.tasks) > 0
     accuracy = f" Test accuracy in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}." if is_newest else ""
-    accuracy += "" if rows.get("complete") else " More tasks were planned."
+    accuracy += " More tasks were planned." if rows and not rows.get("complete") else ""
     library, usage, count = "open_clip" if kind == "open_clip" else "dist_vlcl", USAGE[kind].format(name=name), len(names)
     return CARD.read_text(encoding="utf-8").format(
         library=library, usage=usage, name=name, cfg=cfg, accuracy=accuracy, count=count, tasks=len(trained.tasks), classes=", ".join(names)

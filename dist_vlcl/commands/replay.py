@@ -47,6 +47,9 @@ def rebuild(folder: Path, stop: int | None = None, device: str = "cpu", options:
         raise ValueError(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, so step {stop} cannot be rebuilt")
     if stop is None and reached < steps[-1]:
         warn(f"{folder}/{JOURNAL}: step {reached + 1} is missing or damaged, and the newest checkpoint is of step {steps[-1]}")
+    others = {str(record.get("device")) for record in records} - {"None", torch.device(device).type}
+    if others and cfg.zo.directions != "rademacher":  # signs need no rounding
+        raise ValueError(f"the run drew directions on {min(others)}, whose last bits differ: give --device {min(others)}")
     flats = {branch: FlatTensors(tensors) for branch, tensors in _zeroth_order(cfg, saved.tensors, device).items()}
     if not flats:
         raise ValueError(f"{folder} has no zeroth-order units (orders.branch={cfg.orders.branch}, orders.order={cfg.orders.order})")

@@ -72,7 +72,7 @@ class Item:
     def check(self) -> None:
         """Raise ValueError if the folder has a complete run with other options, whose result is not the one that is asked for."""
         orders, saved = self.config.orders, self.folder / "config.yaml"
-        unread = () if "zeroth" in (orders.order if orders.branch != "none" else orders.rest, orders.rest) else ("zo.*",)
+        unread = () if "zeroth" in orders.in_use() else ("zo.*",)
         changes = differences(read_config(saved), as_saved(self.config.as_dict())) if self.is_complete and saved.exists() else {}
         fitted = {key for key in ("train.batch_size", "train.epochs") if changes.get(key, "").endswith(" -> None")}
         if other := [f"{k}: {was_is}" for k, was_is in changes.items() if k not in fitted and not matches(k, (*MAY_CHANGE, *unread))]:

@@ -20,7 +20,9 @@ Draws = list[tuple[Tensor | None, Tensor | None]]  # (router noise, dropout mask
 Hidden = Tensor | tuple[Tensor, ...]  # the input of a block `[K, B, L, D]`, or its cached_input
 
 ROWS_AT_A_TIME = {"cpu": 4096, "meta": 4096, "cuda": 8192}  # few rows stay in a CPU's caches; more rows need fewer kernel launches
-SAMPLES_AT_A_TIME = 16  # at least, because matrix products with fewer rows have other last bits
+# Matrix products with fewer rows use other CPU kernels, whose results differ in the last bits. A sample's loss would then depend on how
+# many samples its rank, or its part of a batch, has. Most CPUs need 4 or 5 rows, Intel's 5th generation of Xeon 16 (docs/LOG.md).
+MIN_SAMPLES = 16
 
 
 class Context(NamedTuple):
@@ -221,7 +223,7 @@ class Tower(nn.Module):
         if torch.is_grad_enabled() or not self.in_slices:
             return _by_layer(self._call(hidden, inputs, drawn, stacked_params, start, cache_layers), cache_layers)
         copies = 1 + max((t.shape[0] for tensors in (stacked_params or {}).values() for t in tensors.values()), default=0)
-        at_a_time = max(SAMPLES_AT_A_TIME, ROWS_AT_A_TIME[inputs.device.type] // (copies * length))
+        at_a_time = max(MIN_SAMPLES, ROWS_AT_A_TIME[inputs.device.type] // (copies * length))
         results = []
         for indices in torch.arange(len(inputs)).tensor_split(max(1, len(inputs) // at_a_time)):
             samples = slice(int(indices[0]), int(indices[-1]) + 1)

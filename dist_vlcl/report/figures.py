@@ -1,5 +1,6 @@
 """Pictures of one run, drawn without a display, and the style of all pictures: readable for colour-blind readers and in grey print."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure  # not pyplot, which would choose a backend
 from matplotlib.ticker import MaxNLocator
 
 from dist_vlcl.report.records import Records, read_records
+from dist_vlcl.run.files import replace_file
 
 # Okabe and Ito's palette, with Tol's wine as purple, since theirs is too pale for a thin line. Line styles repeat the distinction.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#882255", "#595959"
@@ -26,8 +28,10 @@ def plot_run(folder: Path | str) -> list[Path]:
     with matplotlib.rc_context(fname=STYLE):
         for name, plot in {"accuracy_matrix": plot_matrix, "accuracy": plot_accuracy, "loss": plot_loss}.items():
             if figure := plot(records):
+                stream = io.BytesIO()
+                figure.savefig(stream)
                 drawn.append(plots / f"{name}.png")
-                figure.savefig(drawn[-1])
+                replace_file(drawn[-1], stream.getvalue())
     return drawn
 
 

@@ -210,7 +210,7 @@ def _id_of(path: Path, starts: list[dict[str, Any]]) -> str | None:
 
 def _check_facts(path: Path, facts: dict[str, str], starts: list[dict[str, Any]]) -> list[str]:
     """Return a text if the code has changed since the last start; raise RunRefused if what is in STARTED has."""
-    last = {name: value for start in starts for name, value in start.items() if value}  # a start under ZeRO-3 knows no digest of weights
+    last = {name: value for start in starts for name, value in start.items() if value}
     changed = [name for name, value in facts.items() if last.get(name) and value and last[name] != value]
     for name, cause in STARTED.items():
         if name in changed:

@@ -61,7 +61,7 @@ def environment_of(engine: str) -> dict[str, str]:
 
 def make_step(world: World, plan: OrderPlan, max_grad_norm: float | None = None) -> HybridStep:
     towers = tiny_clip()
-    config = FirstOrderConfig(lr=1e-2, max_grad_norm=max_grad_norm)
+    config = FirstOrderConfig(lr=1e-2, max_grad_norm=max_grad_norm, betas=[0.8, 0.95], weight_decay=0.1)
     return HybridStep(towers, assign(towers.units, plan), STRATEGIES["mozo"], lambda model: first_order(world, config, model), world)
 
 
@@ -69,7 +69,7 @@ def take(step: HybridStep, k: int, samples: int = 10, micro_batches: int = 1):
     """Step k on its own batch."""
     parts = part_of(step.world, k, samples, micro_batches)
     parts[0].count = samples
-    return step(parts, Key(1000 + k, k), lr=1e-2)
+    return step(parts, Key(1000 + k, k), lr=1e-2 / (1 + k % 3))
 
 
 def states(step: HybridStep) -> dict[str, torch.Tensor]:
@@ -270,7 +270,7 @@ def test_a_configuration_whose_engine_would_divide_gradients_is_refused(steps):
 
 
 def features_of_unequal_shares(world: World) -> tuple[int, int]:
-    tower.SAMPLES_AT_A_TIME, tower.ROWS_AT_A_TIME = 4, 1
+    tower.MIN_SAMPLES, tower.ROWS_AT_A_TIME = 4, 1
     step = make_step(world, PLANS["first"])
     step.begin(NAMES)
     share = 20 - world.rank  # five slices, or four

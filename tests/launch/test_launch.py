@@ -69,6 +69,17 @@ def test_a_wrong_argument_is_one_message_before_anything_starts(script, argument
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("visible", "processes"), [(None, "8"), ("3", "1"), ("1,2", "2"), ("", "2")])
+def test_there_is_a_process_for_each_gpu_that_may_be_seen(visible, processes, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor k in 0 1 2 3 4 5 6 7; do echo GPU $k: NVIDIA; done\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"} | (
+        {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    )
+    command = f". {LAUNCH}/common.sh; default_processes 2"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment).stdout == f"{processes}\n"
+
+
 def test_a_job_takes_a_port_on_which_nobody_listens():
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = server.getsockname()[1]

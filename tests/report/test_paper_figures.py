@@ -4,6 +4,7 @@ import itertools
 
 import matplotlib
 import pandas as pd
+import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dist_vlcl.report import paper_figures
@@ -42,8 +43,9 @@ def test_a_label_of_several_lines_has_the_room_it_needs():
     assert len(picture.data) == 3 * (len(METHODS) - 1)
 
 
-def test_a_logarithmic_axis_has_plain_numbers(monkeypatch):
-    about = [("vision", layer, "zeroth", "mozo", 10.0**-layer) for layer in range(1, 7)]
+@pytest.mark.parametrize(("base", "expected"), [(10, "1e−05"), (1.12, "0.6")], ids=["decades", "less than a decade"])
+def test_a_logarithmic_axis_has_plain_numbers_of_which_each_comes_once(monkeypatch, base, expected):
+    about = [("vision", layer, "zeroth", "mozo", float(base) ** -layer) for layer in range(1, 7)]
     units = pd.DataFrame(about, columns=["tower", "layer", "order", "method", "coordinate_variance"])
     units = units.assign(norm_variance=units.layer / 10, mean_update=1.0)
     monkeypatch.setattr(paper_figures, "gather", lambda runs, read: units)
@@ -51,4 +53,7 @@ def test_a_logarithmic_axis_has_plain_numbers(monkeypatch):
         figure = paper_figures.draw_units(pd.DataFrame(), ["mozo"]).figure
         FigureCanvasAgg(figure).draw()
     shown = [text.get_text() for axes in figure.axes for text in axes.get_yticklabels()]
-    assert "1e−05" in shown and not any("$" in text for text in shown)
+    assert expected in shown and not any("$" in text for text in shown)
+    both = [*figure.axes[0].get_yticklabels(which="major"), *figure.axes[0].get_yticklabels(which="minor")]
+    labels = [text.get_text() for text in both if text.get_text()]
+    assert len(labels) == len(set(labels))

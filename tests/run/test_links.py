@@ -6,8 +6,6 @@ import pytest
 
 from dist_vlcl.data.shards import ShardError
 from dist_vlcl.dist.collectives import is_network_error
-from dist_vlcl.losses import MIN_SAMPLES
-from dist_vlcl.model.tower import SAMPLES_AT_A_TIME
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import _lock
 
@@ -39,7 +37,3 @@ def test_a_lock_that_is_a_link_or_a_pipe_is_refused(tmp_path, make):
 @pytest.mark.parametrize("text", ["igloo_17.jpg: no image", "http://host: Connection refused"])
 def test_an_error_about_data_is_not_taken_for_one_of_the_network(text):
     assert not is_network_error(ShardError(text)) and is_network_error(RuntimeError(text))
-
-
-def test_a_tower_cuts_samples_into_parts_that_keep_their_bits():
-    assert SAMPLES_AT_A_TIME >= MIN_SAMPLES

@@ -1,5 +1,6 @@
 """Claims about the journal: the zeroth-order units can be rebuilt from it bit for bit, and a killed run goes on from it."""
 
+import json
 import os
 import signal
 from itertools import pairwise
@@ -11,6 +12,7 @@ import torch
 from dist_vlcl.commands.replay import different_tensors, rebuild
 from dist_vlcl.config import Config
 from dist_vlcl.dist.world import World
+from dist_vlcl.reading import seal, to_line
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.log import JOURNAL
 from dist_vlcl.step import HybridStep
@@ -136,6 +138,10 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
     with pytest.raises(ValueError, match="step 7 is missing or damaged"):
         rebuild(folder, stop=9)
     assert rebuild(folder, stop=6).step == 6
+    lines = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
+    (folder / JOURNAL).write_text("".join(to_line(seal({**line, "device": "cuda"})) for line in lines))
+    with pytest.raises(ValueError, match="the run drew directions on cuda, whose last bits differ: give --device cuda"):
+        rebuild(folder, stop=6)
 
 
 def test_a_run_without_zeroth_order_units_has_nothing_to_rebuild(tmp_path):

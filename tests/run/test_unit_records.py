@@ -1,5 +1,7 @@
 """The units' records survive kills and resumes, whole and without a step twice."""
 
+import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -51,6 +53,16 @@ def test_a_resume_at_any_checkpoint_leaves_every_step_once(tmp_path, died_at, ch
     table = read_units(tmp_path)
     assert table["step"].to_pylist() == [s for s in range(1, 13) for _ in UNITS]
     assert table["gradient_norm"].to_pylist() == torch.cat([statistics(s) for s in range(1, 13)])[:, 0].tolist()
+
+
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    go_on(tmp_path, 1, 3)
+    part = tmp_path / "units" / "step-00000001.parquet"
+    many = pyarrow.table({"step": pyarrow.array(np.zeros(5_000_000, dtype=np.int64))})
+    pyarrow.parquet.write_table(pyarrow.table({str(k): many["step"] for k in range(14)}), part)
+    assert part.stat().st_size < 1_000_000
+    with pytest.raises(ValueError, match=r"step-00000001.parquet is damaged: it has more than 67,108,864 values"):
+        read_units(tmp_path)
 
 
 def test_an_interrupted_write_is_not_read_and_goes_with_the_next_start(tmp_path):

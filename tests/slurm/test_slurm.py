@@ -284,6 +284,18 @@ def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_op
     assert ("requeue node1" in done.stdout) == is_queued
 
 
+def test_a_job_checks_options_of_groups_that_are_the_users_own(tmp_path):
+    """Without the folder of these groups the check would refuse a job that can run."""
+    answers = {"srun": 'case "$*" in *--check*) echo "checked: $*";; esac; exit 2', "scontrol": "echo node1", "squeue": "echo RUNNING None"}
+    for name, answer in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_VLCL_HOME": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    words = [ROOT / "slurm/train.sbatch", "--engine", "zero2", "--", "--config-dir=my configs", "zo=mine"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert "--check --config-dir=my configs zo=mine\n" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("script", ["train", "sweep", "shards"])
 def test_a_script_says_what_it_is_for_and_where_it_belongs(script, tmp_path):
     def called(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
