@@ -52,8 +52,7 @@ def test_a_logarithmic_axis_has_plain_numbers_of_which_each_comes_once(monkeypat
     with matplotlib.rc_context(fname=STYLE):
         figure = paper_figures.draw_units(pd.DataFrame(), ["mozo"]).figure
         FigureCanvasAgg(figure).draw()
-    shown = [text.get_text() for axes in figure.axes for text in axes.get_yticklabels()]
-    assert expected in shown and not any("$" in text for text in shown)
-    both = [*figure.axes[0].get_yticklabels(which="major"), *figure.axes[0].get_yticklabels(which="minor")]
-    labels = [text.get_text() for text in both if text.get_text()]
+    kinds = ("major", "minor")
+    labels = [text.get_text() for kind in kinds for text in figure.axes[0].get_yticklabels(which=kind) if text.get_text()]
+    assert expected in labels and not any("$" in text for text in labels)
     assert len(labels) == len(set(labels))
