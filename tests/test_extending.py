@@ -87,7 +87,7 @@ def test_the_runs_used_what_the_page_made(folder):
         return (folder / "runs" / name / "config.yaml").read_text()
 
     assert "name: shapes" in config("my-data")
-    assert "estimator: four_point:FourPoint" in config("my-estimator")
+    assert "estimator: four_point:FourPoint" in config("my-estimator") and "far: 3" in config("my-estimator")
     assert "kind: parallel_adapter:ParallelConfig" in config("my-adapter") and "bottleneck: 8" in config("my-own")
 
 

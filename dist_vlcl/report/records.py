@@ -138,7 +138,8 @@ def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant:
     unread = (*unread, "zo.epsilon.*") if variant == "signwalk" else unread
     unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
     ours, cell = _flat(config), _flat(reference)
-    own = {key for key in ours if config["adapter"].get("kind") and key.startswith("adapter.")}  # of a user's adapter: the cell has none
+    prefixes = ("zo.estimator_options.", *(("adapter.",) if config["adapter"].get("kind") else ()))
+    own = {key for key in ours if key.startswith(prefixes)}  # of a user's own classes: the cell has none
     # An option that only one of the two has belongs to another version, such as zo.update of 0.1.
     keys = [key for key in ours if key in {*cell, *own} and not matches(key, (*NOT_COMPARED, *unread))]
     return {key: f"{key}={_text(ours, key)}" for key in sorted(keys) if key in own or _text(ours, key) != _text(cell, key)}

@@ -31,6 +31,7 @@ class ZerothOrderConfig:
 
     name: str = option("mozo", "Name of the strategy in tables and logs; it changes nothing else.")
     estimator: str = option("finite_difference", "The gradient estimator: finite_difference, or module:Class of your own class.")
+    estimator_options: dict[str, Any] = option({}, "Arguments of your own estimator's class, by name (extending.md).")
     transform: str = option("sign", "Turn the estimate into a direction: take it as it is, or its sign.", choices=("identity", "sign"))
     acceptance: str = option("always", "Always take the step, or the best of stay, step, mirrored step.", choices=ACCEPTANCES)
     epsilon: dict[str, float] = option({"language": 1e-3, "vision": 5e-4}, "Size of the perturbation, per branch.", min=MIN_EPSILON)
@@ -69,10 +70,12 @@ class ZerothOrderConfig:
         """
         arguments = (self.epsilon, self.sides, self.probes, self.clip)
         if self.estimator == "finite_difference":
+            if self.estimator_options:
+                raise ValueError(f"zo.estimator_options={self.estimator_options}: finite_difference has none; see zo.sides")
             return FiniteDifference(*arguments)
         advice, errors = "give finite_difference, or module:Class of a file", (ImportError, AttributeError, TypeError, ValueError)
         with explained(f"zo.estimator={self.estimator!r}: {advice} that Python can import", kinds=errors):
-            return pkgutil.resolve_name(self.estimator)(*arguments)
+            return pkgutil.resolve_name(self.estimator)(*arguments, **self.estimator_options)
 
 
 @dataclass(frozen=True)

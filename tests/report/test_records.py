@@ -109,18 +109,29 @@ def test_other_weights_of_one_name_are_other_settings(frame_of):
     assert len(complete_of(frame_of([HOP, paths[0]], [HOP, paths[1]]))) == 2
 
 
-def test_options_of_a_user_s_own_adapter_are_settings(tmp_path):
+OWN = {"kind": "own:Adapter", "bottleneck": 64}
+POINTS = {"name": "points", "estimator": "x:Y"}
+
+
+@pytest.mark.parametrize(
+    ("configs", "settings"),
+    [
+        ([{"adapter": {**OWN, "rank": rank}} for rank in (8, 64)], "adapter.bottleneck=64; adapter.rank={}"),
+        ([{"zo": {**POINTS, "estimator_options": {"far": far}}} for far in (8, 64)], "zo.estimator=x:Y; zo.estimator_options.far={}"),
+    ],
+    ids=["adapter", "estimator"],
+)
+def test_options_of_a_user_s_own_class_are_settings(tmp_path, configs, settings):
     """They are called anything, and the paper's cell has none of them."""
     folders = []
-    for rank in (8, 64):
-        folders.append(write_run(tmp_path, HOP, f"run.name=rank{rank}", last=0.5, avg=0.5))
-        config = compose_config([HOP]).as_dict()
-        (folders[-1] / "config.yaml").write_text(json.dumps({**config, "adapter": {"kind": "own:Adapter", "bottleneck": 64, "rank": rank}}))
+    for own in configs:
+        folders.append(write_run(tmp_path, HOP, f"run.name=own{len(folders)}", last=0.5, avg=0.5))
+        (folders[-1] / "config.yaml").write_text(json.dumps({**compose_config([HOP]).as_dict(), **own}))
         accuracy = json.loads((folders[-1] / "accuracy.json").read_text())
         left = {key: accuracy[key] for key in accuracy if key not in ("config", "crc")}
         (folders[-1] / "accuracy.json").write_text(json.dumps(left))
     runs = run_frame(folders)[0]
-    assert list(runs.method_settings) == ["adapter.bottleneck=64; adapter.rank=8", "adapter.bottleneck=64; adapter.rank=64"]
+    assert list(runs.method_settings) == [settings.format(8), settings.format(64)]
     assert len(complete_of(runs)) == 2
 
 

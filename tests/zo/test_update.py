@@ -313,6 +313,8 @@ def test_a_step_is_that_of_the_naive_twin(strategy, options):
         ({"probes": {"language": 2, "vision": 1}, "granularity": "joint"}, "zo.granularity=joint perturbs both branches together"),
         ({"lr_scale": math.inf}, "zo.lr_scale=inf: give a number above 0, or auto"),
         ({"lr_scale": "auto"}, "zo.lr_scale=auto: give a number above 0, or auto, which needs zo.transform=identity"),
+        ({"estimator_options": {"far": 2}}, "zo.estimator_options={'far': 2}: finite_difference has none"),
+        ({"estimator": "types:SimpleNamespace", "estimator_options": {"far": 2}}, "zo.estimator='types:SimpleNamespace': give"),
         ({"estimator": "nowhere:Estimator"}, "zo.estimator='nowhere:Estimator': give finite_difference, or module:Class"),
     ],
     ids=str,
