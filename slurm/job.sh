@@ -103,7 +103,7 @@ ask_slurm() {
         read -r state reason < <(squeue --noheader --jobs="$job" --format='%T %r') && return
         ((attempt == 6)) || sleep 5
     done
-    state=RUNNING reason="" # no answer: a needless request to requeue does no harm, Slurm refuses it for a job that has ended
+    state=RUNNING reason="" # no answer: we ask to requeue, so a job that was cancelled at this moment may run again
 }
 
 # Whether to requeue: the run stopped after a signal and saved; or a rank died while steps were taken, or an evaluation took longer than the time that

@@ -46,7 +46,7 @@ def prepare_deepspeed(on_cpu: bool, timeout_s: float) -> None:
 def engine_name(accelerator: Any) -> str:
     """Return World.engine for an accelerator that uses DeepSpeed. Raises RuntimeError for a configuration that is not fp32."""
     config = accelerator.deepspeed_plugin.deepspeed_config
-    for precision in ("fp16", "bf16"):
+    for precision in ("fp16", "bf16", "torch_autocast"):
         if config.get(precision, {}).get("enabled") is True:
             raise RuntimeError(f"the DeepSpeed configuration enables {precision}: zeroth order needs fp32; use a file of launch/deepspeed/")
     if (steps := config.get("gradient_accumulation_steps", 1)) not in (1, "auto"):

@@ -257,6 +257,12 @@ def test_a_configuration_in_half_precision_is_refused(tmp_path):
         run_ranks(bf16, 2, environment={**environment_of("zero1"), "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "bf16.json")})
 
 
+def test_a_configuration_with_autocast_is_refused():
+    accelerator = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={"torch_autocast": {"enabled": True}}))
+    with pytest.raises(RuntimeError, match=r"enables torch_autocast: zeroth order needs fp32"):
+        engine_name(accelerator)
+
+
 @pytest.mark.parametrize("steps", [4, 1, "auto"])
 def test_a_configuration_whose_engine_would_divide_gradients_is_refused(steps):
     """DeepSpeed divides each loss by its own number of accumulated steps, which the trainer does not take."""
