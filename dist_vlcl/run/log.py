@@ -163,8 +163,9 @@ class RunLog:
                 if not is_live and (self._console.get_time() - shown >= LINE_EVERY_S or done == total):
                     shown = self._console.get_time()
                     seconds = bar.tasks[0].time_remaining
-                    left = "" if seconds is None else f"  {timedelta(seconds=round(seconds))} left"
-                    self.say(f"{description}  {done}/{total}  {100 * done / max(total, 1):3.0f} %  {self._newest}{left}")
+                    left = f"{timedelta(seconds=round(seconds))} left" if seconds else ""
+                    words = (description, f"{done}/{total}", f"{100 * done / max(total, 1):3.0f} %", self._newest, left)
+                    self.say("  ".join(filter(None, words)))
 
     def _print_accuracy(self) -> None:
         num_tasks = max(len(record.get("per_task") or ()) for record in self._tasks)
