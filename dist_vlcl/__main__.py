@@ -12,7 +12,7 @@ COMMANDS = {
     "predict": ("commands.predict", "classify image files"),
     "export": ("commands.export", "export a run for open_clip or the Hugging Face Hub"),
     "report": ("commands.report", "compare runs in one page"),
-    "sweep": ("commands.sweep", "train many runs of the paper"),
+    "sweep": ("commands.sweep", "train many runs: of the paper, or combinations of options"),
     "tune": ("commands.tune", "choose zeroth-order options"),
     "replay": ("commands.replay", "rebuild zeroth-order units from the journal"),
     "launch-files": ("commands.launch_files", "copy the scripts for several machines and Slurm"),

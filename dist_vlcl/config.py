@@ -130,7 +130,7 @@ def compose_config(overrides: Iterable[str], folder: str | None = None) -> Confi
     """
     overrides = list(overrides)
     if several := next((word for word in overrides if "=[" in word and (CONFIG_FOLDER / word.partition("=")[0]).is_dir()), None):
-        raise ValueError(f"{several}: give one value; each run has its own")
+        raise ValueError(f"{several}: give one value; sweep takes several")
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             options = compose("config", [*search_path(folder), *map(quoted, expand_paper(overrides))])
@@ -176,8 +176,8 @@ def from_hydra(options: Any) -> Config:
     if config.tasks.sets:
         config.data = replace(config.data, name="-".join(config.tasks.sets).replace("/", "-"), reader="folder")
     validate(config)
-    if config.run.name == "auto":
-        config.run.name = default_name(config)
+    if re.match("auto(-|$)", config.run.name):
+        config.run.name = default_name(config) + config.run.name.removeprefix("auto")
         config.run.check()
     return config
 
@@ -289,7 +289,7 @@ def format_error(error: Exception) -> str:
     if found := re.search(r"Ambiguous value for argument '([^=']+)=([^']+)'", text):
         key, given = found.groups()
         takes_list = key in ("tasks.order", "tasks.sets", "orders.layers", "first_order.betas", "run.trackers")
-        advice = f"write a list in brackets and quotes: '{key}=[{given}]'" if takes_list else "give one value; each run has its own"
+        advice = f"write a list in brackets and quotes: '{key}=[{given}]'" if takes_list else "give one value; sweep takes several"
         return f"{key}={given}: {advice}"
     if found := re.search(r"override (\S+)=(\S+): Cannot assign \w+ to Dict", text):
         return f"{found[1]}={found[2]}: give each branch its value: {found[1]}.language={found[2]} {found[1]}.vision={found[2]}"

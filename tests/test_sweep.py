@@ -151,10 +151,24 @@ def test_seeds_controls_and_groups_are_planned_each_once():
     assert len(set(folders)) == len(folders) and all("-epochs_2-" in name for name in folders)
 
 
+def test_without_a_row_of_the_paper_every_combination_of_values_is_a_run_with_a_name_of_its_own():
+    words = ["orders=first,dual_all", "seed=0,1", "zo.clip=5,null", "orders.rest={language: first, vision: frozen},first"]
+    planned = sweep.command_lines(["run.root=here", "tasks.order=[1,0]", *words])
+    assert len(set(planned)) == 16 and all({"run.root=here", "tasks.order=[1,0]"} < set(run) for run in planned)
+    assert planned[0][2:6] == ("orders=first", "seed=0", "zo.clip=5", "orders.rest={language: first, vision: frozen}")
+    items = sweep.prepare(planned[8:])
+    name = "digits-inc2-moe-mozo-dual-all-{}seed{}-clip_{}-rest_{}"
+    assert items[0].folder.name == name.format("rest-mixed-", 0, 5, "_language_first_vision_frozen_")
+    assert items[-1].folder.name == name.format("", 1, "null", "first") and len({item.folder for item in items}) == 8
+    assert len(sweep.command_lines(["paper=t1-moe-cifar20-fo", "seed=0,1", "train.epochs=1,2,3"])) == 6
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["seed=1"], "paper=... is missing: say which runs"),
+        (["seed=0,1", "--controls"], "--controls needs paper=..."),
+        (["zo.clip=1,2", "run.name=one"], "would share the folder"),
+        (["seed=0,1", "orders.layers=[3],[13]"], "seed=0 'orders.layers=[13]' run.name=auto-layers__13_: "),
         (["paper=table9"], "paper='table9': no such run"),
         (["paper=table3", "fast"], "'fast' is not an option: give OPTION=VALUE"),
         (

@@ -23,10 +23,8 @@ Give options on the command line as `NAME=VALUE`, in any order. A group is a fil
     python -m dist_vlcl.train data=cifar100 zo=conservative train.epochs=2
     python -m dist_vlcl.train --check data=cifar100 zo=conservative     # check the options, then stop
 
-Later words win over earlier ones, and options win over groups. `null` means "not set". \
-Quote values with brackets: `'orders.layers=[1,3,5]'`.
-`paper=ID` sets the options of one published run ([reproduction.md](reproduction.md)). \
-Your own options win over them.
+Later words win, options win over groups, and both over `paper=ID` ([reproduction.md](reproduction.md)). \
+`null` means "not set". Quote brackets: `'orders.layers=[1,3]'`.
 """
 
 GROUPS_NOTE = """\

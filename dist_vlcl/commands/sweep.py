@@ -1,8 +1,9 @@
-"""Train many runs of the paper, one after another: `python -m dist_vlcl.commands.sweep paper=GROUP [OPTION=VALUE ...]`.
+"""Train many runs, one after another: `python -m dist_vlcl.commands.sweep [paper=GROUP] [OPTION=VALUE[,VALUE...] ...]`.
 
     python -m dist_vlcl.commands.sweep paper=table2                     train the runs of Table 2 that are not complete
     python -m dist_vlcl.commands.sweep paper=all,figure8 --controls     116 trainings, and their controls
     python -m dist_vlcl.commands.sweep paper='t1-moe-cifar*' seed=0,1,2 model=small train.epochs=2 --processes 2
+    python -m dist_vlcl.commands.sweep orders=zero_shot,first,dual_hop_odd seed=0,1,2       without paper=: every combination
     python -m dist_vlcl.commands.sweep paper=table2 --list              only print the commands
     python -m dist_vlcl.commands.sweep paper=table2 --count             check every run and print their number: 48
     sbatch --array=0-47 ...  python -m dist_vlcl.commands.sweep paper=table2 --item "$SLURM_ARRAY_TASK_ID"
@@ -10,8 +11,8 @@
 paper=  ids, wildcards and groups, separated by commas.
         Groups of published runs: table1 to table4, table5 (memory probes), figure8 (five seeds), all (the 92 trainings).
         Other groups: lora-layers (Table 2 with LoRA), frozen, walks (random signs) and zero-shot (the controls).
-seed=   one or several, separated by commas.
-Every other OPTION=VALUE goes to every run. A run's folder is named after its id, its seed and these options.
+Every other OPTION=VALUE goes to every run. Values separated by commas give a run each, for every combination; a list in [] is one value.
+A run's folder is named after its id or its plan, its seed, and the options that differ between runs; with paper= after all options.
 
 All options, data sets and weights are checked before the first run starts. Complete runs are skipped, and interrupted runs continue from
 their checkpoint. A run that fails does not stop the others. Its name is printed at the end.
@@ -19,14 +20,16 @@ Exit status: 0 if all runs are complete, 1 if a run failed, 2 for a wrong option
 """
 
 import ctypes
+import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,21 +82,37 @@ class Item:
             raise ValueError(f"{self.folder} has a run with other options (was -> is): {', '.join(other)}; choose another folder for these")
 
 
+def values_of(text: str) -> list[str]:
+    """Return the values that commas separate. Commas in brackets separate none."""
+    depths = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text)
+    return "".join("\n" if letter == "," and not depth else letter for letter, depth in zip(text, depths, strict=True)).split("\n")
+
+
+def combinations(lists: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """Return every choice of one value per key, the last key's values one after another."""
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
+
+
 def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[str, ...]]:
     """Return the options of every run that a command line asks for, each run once. Raises ValueError for a wrong command line."""
-    options = split_options(words)
-    chosen = dict(options)
-    if "paper" not in chosen:
-        raise ValueError("paper=... is missing: say which runs, such as paper=table2 or paper=t1-moe-cifar20-fo")
+    lists = {key: values_of(value) for key, value in split_options(words)}
+    if "paper" not in lists:
+        if controls:
+            raise ValueError("--controls needs paper=...; without it name them, such as orders.order=zeroth,frozen")
+        varied = [key for key in lists if len(lists[key]) > 1 and "." in key and "run.name" not in lists]
+        runs = combinations(lists)
+        for run in runs if varied else ():
+            name = "".join(f"-{key.split('.', 1)[1]}_{run[key]}" for key in varied)
+            run["run.name"] = f"auto{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}"
+        return [tuple(map("=".join, run.items())) for run in runs]
+    patterns, seeds = lists.pop("paper"), lists.pop("seed", None)
     pairs: dict[tuple[str, str], None] = {}
-    for pattern in chosen["paper"].split(","):
+    for pattern in patterns:
         number = published()["figure8"]["seeds"] if pattern == "figure8" else 1
-        seeds = chosen["seed"].split(",") if "seed" in chosen else [str(seed) for seed in range(number)]
-        pairs |= dict.fromkeys((id, seed) for seed in seeds for id in select([pattern]))
+        pairs |= dict.fromkeys((id, seed) for seed in seeds or map(str, range(number)) for id in select([pattern]))
     if controls:
         pairs |= dict.fromkeys((control.id, seed) for id, seed in pairs for control in catalogue()[id].controls())
-    own = [f"{key}={value}" for key, value in options if key not in ("paper", "seed")]
-    return [(f"paper={id}", f"seed={seed}", *own) for id, seed in pairs]
+    return [(f"paper={id}", f"seed={seed}", *map("=".join, own.items())) for own in combinations(lists) for id, seed in pairs]
 
 
 def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
@@ -102,8 +121,7 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
     for options in commands:
         with explained(masked_command(options)):
             config = compose_config(options)
-            if not items:
-                assign(unit_ids(config.model), config.orders)  # whether the plan fits the model's depth, which is the same for all runs
+            assign(unit_ids(config.model), config.orders)  # whether the plan fits the model's depth
         folder = config.run.folder
         if folder in items:
             both = f"{masked_command(items[folder].options)} and {masked_command(options)}"

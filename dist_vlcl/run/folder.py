@@ -45,7 +45,7 @@ STARTED = {"data": "on other data", "weights": "with other weights of the model"
 class RunConfig:
     """The name of a run, its folder, and what it saves and reports."""
 
-    name: str = option("default", "Name of the run, which is the name of its folder; auto derives it from the configuration.")
+    name: str = option("default", "Name of the run and its folder; auto derives it from the configuration, auto-TEXT adds a text to that.")
     root: str = option("runs", "Folder that holds the folders of all runs.")
     save_every_steps: int = option(0, "Steps between two checkpoints within a task; 0 saves at the end of each task only.", min=0)
     keep: int = option(2, "Number of checkpoints that are kept.", min=1)
