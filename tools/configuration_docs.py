@@ -23,8 +23,8 @@ Give options on the command line as `NAME=VALUE`, in any order. A group is a fil
     python -m dist_vlcl.train data=cifar100 zo=conservative train.epochs=2
     python -m dist_vlcl.train --check data=cifar100 zo=conservative     # check the options, then stop
 
-Later words win, options win over groups, and both over `paper=ID` ([reproduction.md](reproduction.md)). \
-`null` means "not set". Quote brackets: `'orders.layers=[1,3]'`.
+Later words win; options win over groups, both over `paper=ID` ([reproduction.md](reproduction.md)). \
+`null`: not set. Quote brackets: `'tasks.order=[1,0]'`.
 """
 
 GROUPS_NOTE = """\
