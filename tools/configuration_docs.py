@@ -24,7 +24,7 @@ Give options on the command line as `NAME=VALUE`, in any order. A group is a fil
     python -m dist_vlcl.train --check data=cifar100 zo=conservative     # check the options, then stop
 
 Later words win; options win over groups, both over `paper=ID` ([reproduction.md](reproduction.md)). \
-`null`: not set. Put brackets in quotes: `'tasks.order=[1,0]'`.
+`null`: not set. Quote lists: `'tasks.order=[1,0]'`.
 """
 
 GROUPS_NOTE = """\
