@@ -124,18 +124,10 @@ class Session:
         """Yield the steps that are left in a task; none if no unit learns."""
         return iter(self.experiment.batches(task, self.state, self.log.progress) if self.step.learns else ())
 
-    def is_observation_due(self) -> bool:
-        """Whether the next step is to measure gradient and update of every unit."""
-        return self.records.is_due(self.state.step + 1)
-
     def is_time_to_save(self) -> bool:
         """Whether a checkpoint is due after this step."""
         every = self.cfg.run.save_every_steps
         return every > 0 and self.state.step % every == 0
-
-    def is_time_to_compare(self) -> bool:
-        """Whether the ranks are to compare their adapters after this step."""
-        return self.state.step % self.cfg.train.check_every_steps == 0
 
     def any_rank(self, is_so: bool) -> bool:
         """Whether something is true on any rank, the same answer on every rank."""

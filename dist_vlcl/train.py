@@ -19,7 +19,7 @@ from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
 from dist_vlcl.run.environment import ELASTIC
 from dist_vlcl.run.folder import RunFolder
-from dist_vlcl.run.signals import Preemption, print_error, report_failure, report_status
+from dist_vlcl.run.signals import Preemption, line_of_user, print_error, report_failure, report_status
 from dist_vlcl.session import Requeued, Session
 from dist_vlcl.step import HybridStep
 from dist_vlcl.zo.noise import Key
@@ -52,13 +52,13 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
             for task in session.tasks_left():
                 session.begin(task)
                 for planned in session.steps_left(task):
-                    batches, observe = planned.micro_batches(cfg.train.micro_batches), session.is_observation_due()
+                    batches, observe = planned.micro_batches(cfg.train.micro_batches), session.records.is_due(session.state.step + 1)
                     stop = preemption.requested or folder.another_start_waits
                     report = step(batches, planned.key, planned.lr, stop=stop, observe=observe)
                     session.record(planned, report)
                     if report.stop or session.is_time_to_save():
                         session.save()
-                    elif session.is_time_to_compare():
+                    elif session.state.step % cfg.train.check_every_steps == 0:
                         session.compare_ranks()
                     if report.stop:
                         session.requeue()
@@ -147,7 +147,7 @@ def run_and_report(cfg: Config) -> None:
             raise
         can_continue = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | FileExistsError)
         advice = "\nRepair the cause; the same command then continues from the newest checkpoint." if can_continue else ""
-        print_error(f"error on rank {world.rank} of {world.size}: {error}{advice}")
+        print_error(f"error on rank {world.rank} of {world.size}: {error}{line_of_user(error)}{advice}")
         raise SystemExit(2) from error
     finally:
         world.close()

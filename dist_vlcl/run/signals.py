@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import sys
+import sysconfig
 import threading
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,14 @@ def print_error(text: str, is_main: bool = True) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             Path(path).write_text(json.dumps({"message": masked(text), "timestamp": int(time.time())}))
+
+
+def line_of_user(error: BaseException) -> str:
+    """Return the line of the user's own code, such as an estimator, in which an error arose: " (FILE:LINE)"; "" if there was none."""
+    of_others = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<")
+    lines = [line for line in traceback.extract_tb(error.__traceback__) if not line.filename.startswith(of_others)]
+    own = [f" ({line.filename}:{line.lineno})" for line in lines if "-packages/" not in line.filename]  # site-packages, dist-packages
+    return own[-1] if own else ""
 
 
 def report_failure(error: Exception, is_main: bool) -> None:

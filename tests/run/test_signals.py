@@ -1,4 +1,5 @@
 import os
+import runpy
 import signal
 import threading
 
@@ -6,7 +7,8 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from dist_vlcl.config import hydra_main
-from dist_vlcl.run.signals import Preemption
+from dist_vlcl.options import split_options
+from dist_vlcl.run.signals import Preemption, line_of_user
 
 
 @pytest.fixture
@@ -90,3 +92,14 @@ def test_a_launcher_ends_its_traceback_with_the_error_of_a_rank(rank, tmp_path, 
     failure = ProcessFailure(local_rank=rank, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
     said = str(ChildFailedError("dist_vlcl.train", {rank: failure}))
     assert "traceback : error: seed=-1: give a number of at least 0" in said
+
+
+def test_an_error_is_shown_with_the_line_of_the_user_s_own_code_in_which_it_arose(tmp_path):
+    (tmp_path / "own.py").write_text("import torch\n\n\ndef slope():\n    return torch.cat([torch.ones(3), torch.ones(4, 4)])\n")
+    with pytest.raises(RuntimeError) as raised:
+        runpy.run_path(str(tmp_path / "own.py"))["slope"]()
+    assert line_of_user(raised.value) == f" ({tmp_path}/own.py:5)"
+    with pytest.raises(ValueError) as raised:
+        split_options(["word"])
+    error = raised.value
+    assert __file__ in line_of_user(error) and line_of_user(error.with_traceback(error.__traceback__.tb_next)) == ""
