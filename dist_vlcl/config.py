@@ -130,7 +130,7 @@ def compose_config(overrides: Iterable[str], folder: str | None = None) -> Confi
     """
     overrides = list(overrides)
     if several := next((word for word in overrides if "=[" in word and (CONFIG_FOLDER / word.partition("=")[0]).is_dir()), None):
-        raise ValueError(f"{several}: give one value; sweep takes several")
+        raise ValueError(f"{several}: give one value; sweep takes several, such as zo=mozo,sign")
     try:
         with initialize_config_dir(str(CONFIG_FOLDER), version_base=None):
             options = compose("config", [*search_path(folder), *map(quoted, expand_paper(overrides))])
@@ -145,11 +145,12 @@ def search_path(folder: str | None) -> list[str]:
 
 
 def quoted(word: str) -> str:
-    """Return an option whose value is a text in quotes: Hydra would change 2026_11_30 to 20261130, and refuse /home/jörg and {1..9}."""
+    """Return an option as Hydra reads it. Texts get quotes: it would change 2026_11_30 to 20261130, and refuse /home/jörg and {1..9}."""
     key, _, value = word.partition("=")
     field = (declared(Config) | declared(MoEConfig, "adapter.")).get(key.lstrip("+"))
     is_text = field is not None and field.type in (str, str | None) and value.lower() not in ("", "null") and value[0] not in "'\"$"
-    return f"{key}={in_quotes(os.path.expanduser(value))}" if is_text else word
+    word = f"{key}={in_quotes(os.path.expanduser(value))}" if is_text else word
+    return f"++{word}" if key.startswith("zo.estimator_options") else word  # whose keys are the user's own
 
 
 def in_quotes(text: str) -> str:
@@ -286,8 +287,8 @@ def format_error(error: Exception) -> str:
     text = ": ".join(" ".join(str(cause).split()) for cause in causes)
     if found := re.search(r"Could not override '([^']+)'", text):
         return unknown_option(found[1])
-    if found := re.search(r"Ambiguous value for argument '([^=']+)=([^']+)'", text):
-        key, given = found.groups()
+    if found := re.search(r"Ambiguous value for argument '([^=']+)=([^']+)'|override ([^=\s]+)=(\S+): .*is not a ListConfig", text):
+        key, given = filter(None, found.groups())
         takes_list = key in ("tasks.order", "tasks.sets", "orders.layers", "first_order.betas", "run.trackers")
         advice = f"write a list in brackets and quotes: '{key}=[{given}]'" if takes_list else "give one value; sweep takes several"
         return f"{key}={given}: {advice}"

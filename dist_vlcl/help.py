@@ -19,7 +19,7 @@ def help_text(document: str | None, config: Config) -> str:
     choices = [f"  {group.name:8} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups]
     lines, values = [document or "", USAGE, "Groups", *choices, "", "Options"], flatten(config.as_dict())
     for key, item in (declared(Config) | declared(type(config.adapter), "adapter.")).items():
-        shown = {name.removeprefix(f"{key}."): value for name, value in values.items() if name.startswith(f"{key}.")} or values.get(key)
+        shown = {name.removeprefix(f"{key}."): value for name, value in values.items() if name.startswith(f"{key}.")} or values.get(key, {})
         allowed = allowed_values(item.metadata)
         meaning = f"{item.metadata.get('help', '')}{f' {allowed[0].upper()}{allowed[1:]}.' if allowed else ''}"
         lines += [f"  {key}={shown}", textwrap.fill(meaning, 100, initial_indent="      ", subsequent_indent="      ")]

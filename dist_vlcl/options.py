@@ -2,6 +2,7 @@
 
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass
 from fnmatch import fnmatch
@@ -26,10 +27,10 @@ def option(default: Any, help: str, *, choices: Sequence[Any] | None = None, **b
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return every leaf of a nested mapping under its dotted key, such as `train.epochs`. An empty mapping is a leaf."""
+    """Return every leaf of a nested mapping under its dotted key, such as `train.epochs`. An empty mapping has none."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
-        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        leaves |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return leaves
 
 
@@ -82,6 +83,12 @@ def _is_allowed(value: Any, metadata: Any) -> bool:
     limits = [(holds, metadata[bound]) for bound, (_, holds) in BOUNDS.items() if metadata.get(bound) is not None]
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return not limits or (is_number and all(holds(value, limit) for holds, limit in limits))
+
+
+def values_of(text: str) -> list[str]:
+    """Return the values that commas separate. Commas in quotes or brackets separate none."""
+    piece = r"""[^'"\[\]{}()]|'[^']*'|"[^"]*"|\[[^]]*\]|\{[^}]*\}|\([^)]*\)"""
+    return [value.strip() for value in re.split(f",(?=(?:{piece})*$)", text)]
 
 
 def split_options(words: Sequence[str]) -> list[tuple[str, str]]:

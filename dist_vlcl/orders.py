@@ -76,9 +76,8 @@ class OrderPlan:
 
 
 def _names_layers(layers: Any) -> bool:
-    if isinstance(layers, str):
-        return layers in PLAN_LAYERS
-    return isinstance(layers, Sequence) and all(type(layer) is int for layer in layers)  # not True, which is an int too
+    # not True, which is an int too
+    return layers in PLAN_LAYERS if isinstance(layers, str) else isinstance(layers, Sequence) and set(map(type, layers)) <= {int}
 
 
 def assign(units: Iterable[UnitId], plan: OrderPlan) -> dict[UnitId, Order]:

@@ -171,4 +171,4 @@ def test_own_options_win_over_the_cell_s_and_are_in_the_name():
 
 
 def test_flattening_keeps_every_leaf_under_its_dotted_key():
-    assert flatten({"a": {"b": 1, "c": {"d": None}}, "e": {}, "f": [1]}) == {"a.b": 1, "a.c.d": None, "e": {}, "f": [1]}
+    assert flatten({"a": {"b": 1, "c": {"d": None}}, "e": {}, "f": [1]}) == {"a.b": 1, "a.c.d": None, "f": [1]}

@@ -16,6 +16,8 @@ from rich.console import Console
 
 from dist_vlcl.commands import sweep
 from dist_vlcl.report.records import read_records
+from dist_vlcl.run.folder import as_saved
+from dist_vlcl.saved import digest_of
 from tests.helpers.ranks import warm_python
 from tests.helpers.runs import write_run
 
@@ -152,22 +154,36 @@ def test_seeds_controls_and_groups_are_planned_each_once():
 
 
 def test_without_a_row_of_the_paper_every_combination_of_values_is_a_run_with_a_name_of_its_own():
-    words = ["orders=first,dual_all", "seed=0,1", "zo.clip=5,null", "orders.rest={language: first, vision: frozen},first"]
+    words = ["orders=vision_all,dual_all", "seed=0,1", "zo.clip=5,null", "orders.rest={language: first, vision: frozen},first"]
     planned = sweep.command_lines(["run.root=here", "tasks.order=[1,0]", *words])
     assert len(set(planned)) == 16 and all({"run.root=here", "tasks.order=[1,0]"} < set(run) for run in planned)
-    assert planned[0][2:6] == ("orders=first", "seed=0", "zo.clip=5", "orders.rest={language: first, vision: frozen}")
+    assert planned[0][2:6] == ("orders=vision_all", "seed=0", "zo.clip=5", "orders.rest={language: first, vision: frozen}")
     items = sweep.prepare(planned[8:])
     name = "digits-inc2-moe-mozo-dual-all-{}seed{}-clip_{}-rest_{}"
     assert items[0].folder.name == name.format("rest-mixed-", 0, 5, "_language_first_vision_frozen_")
     assert items[-1].folder.name == name.format("", 1, "null", "first") and len({item.folder for item in items}) == 8
-    assert len(sweep.command_lines(["paper=t1-moe-cifar20-fo", "seed=0,1", "train.epochs=1,2,3"])) == 6
+    assert len(sweep.command_lines(["paper=t1-moe-cifar20-fo", "seed=0, 1", "train.epochs=1,2,3"])) == 6
+    first, *others = sweep.command_lines(["orders=first,dual_all", "zo=mozo,sign", "seed=3,3"])  # first order does not read zo
+    assert first == ("orders=first", "zo=mozo", "seed=3") and [words[1] for words in others] == ["zo=mozo", "zo=sign"]
+    assert sweep.command_lines(["zo.clip=1,2", "run.name=auto-x"])[1] == ("zo.clip=2", "run.name=auto-x-clip_2")
+    assert sweep.command_lines(["orders.order=zeroth,frozen", "data.source='a,b'"])[1] == ("orders.order=frozen", "data.source='a,b'")
+
+
+def test_a_run_saved_before_there_were_options_of_own_estimators_is_the_same_run():
+    [item] = sweep.prepare([("seed=1",)])
+    saved = as_saved(item.config.as_dict())
+    del saved["zo"]["estimator_options"]
+    assert item.changes(saved) == {} and digest_of(saved) == digest_of(as_saved(item.config.as_dict()))
+    assert list(item.changes(saved | {"seed": 2})) == ["seed"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["seed=0,1", "--controls"], "--controls needs paper=..."),
-        (["zo.clip=1,2", "run.name=one"], "would share the folder"),
+        (["train.epochs=1,2", "run.name=one", "--item", "2"], "--item 2: choose from 0 to 1"),
+        (["seed=0,1", "run.name=one"], "seed=0 run.name=one and seed=1 run.name=one would share the folder"),
+        (["first_order.betas=0.9,0.99"], "write a list in brackets and quotes: 'first_order.betas=[0.9]'"),
         (["seed=0,1", "orders.layers=[3],[13]"], "seed=0 'orders.layers=[13]' run.name=auto-layers__13_: "),
         (["paper=table9"], "paper='table9': no such run"),
         (["paper=table3", "fast"], "'fast' is not an option: give OPTION=VALUE"),

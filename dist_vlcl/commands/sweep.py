@@ -11,8 +11,9 @@
 paper=  ids, wildcards and groups, separated by commas.
         Groups of published runs: table1 to table4, table5 (memory probes), figure8 (five seeds), all (the 92 trainings).
         Other groups: lora-layers (Table 2 with LoRA), frozen, walks (random signs) and zero-shot (the controls).
-Every other OPTION=VALUE goes to every run. Values separated by commas give a run each, for every combination; a list in [] is one value.
-A run's folder is named after its id or its plan, its seed, and the options that differ between runs; with paper= after all options.
+Every other OPTION=VALUE goes to every run. Values separated by commas give a run each, for every combination. A list in brackets
+and a text in quotes are one value. A run's folder is named after its plan, its seed and the options that differ between runs; with paper=,
+after its id and all options.
 
 All options, data sets and weights are checked before the first run starts. Complete runs are skipped, and interrupted runs continue from
 their checkpoint. A run that fails does not stop the others. Its name is printed at the end.
@@ -33,6 +34,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -41,9 +43,9 @@ from rich.table import Table
 
 from dist_vlcl.config import Config, compose_config, errors_refused, search_path
 from dist_vlcl.data.shards import open_sets
-from dist_vlcl.masking import explained, masked_command
+from dist_vlcl.masking import explained, masked, masked_command
 from dist_vlcl.model.clip import build_clip, unit_ids
-from dist_vlcl.options import matches, split_options
+from dist_vlcl.options import matches, split_options, values_of
 from dist_vlcl.orders import assign
 from dist_vlcl.paper import catalogue, published, select
 from dist_vlcl.reading import or_warn
@@ -51,6 +53,7 @@ from dist_vlcl.run.folder import as_saved, differences
 from dist_vlcl.run.signals import Preemption
 from dist_vlcl.saved import MAY_CHANGE, read_accuracy, read_config
 
+NAMED = ("run.name", "orders.order", "data.name", "tasks.increment")  # options that the name of a run has anyway
 COMPLETE, DONE, FAILED, LEFT = "complete before", "done", "FAILED", "not run"
 
 
@@ -72,20 +75,19 @@ class Item:
         """Whether every task is done."""
         return self.accuracy.get("complete") is True
 
+    def changes(self, saved: dict[str, Any]) -> dict[str, str]:
+        """Return "was -> is" for each option of a saved configuration that this run has otherwise and that decides its result."""
+        unread = () if "zeroth" in self.config.orders.in_use() else ("zo.*",)
+        changes = differences(saved, as_saved(self.config.as_dict()))
+        return {key: was_is for key, was_is in changes.items() if not matches(key, (*MAY_CHANGE, *unread))}
+
     def check(self) -> None:
         """Raise ValueError if the folder has a complete run with other options, whose result is not the one that is asked for."""
-        orders, saved = self.config.orders, self.folder / "config.yaml"
-        unread = () if "zeroth" in orders.in_use() else ("zo.*",)
-        changes = differences(read_config(saved), as_saved(self.config.as_dict())) if self.is_complete and saved.exists() else {}
+        saved = self.folder / "config.yaml"
+        changes = self.changes(read_config(saved)) if self.is_complete and saved.exists() else {}
         fitted = {key for key in ("train.batch_size", "train.epochs") if changes.get(key, "").endswith(" -> None")}
-        if other := [f"{k}: {was_is}" for k, was_is in changes.items() if k not in fitted and not matches(k, (*MAY_CHANGE, *unread))]:
+        if other := [f"{key}: {was_is}" for key, was_is in changes.items() if key not in fitted]:
             raise ValueError(f"{self.folder} has a run with other options (was -> is): {', '.join(other)}; choose another folder for these")
-
-
-def values_of(text: str) -> list[str]:
-    """Return the values that commas separate. Commas in brackets separate none."""
-    depths = itertools.accumulate((letter in "[{") - (letter in "]}") for letter in text)
-    return "".join("\n" if letter == "," and not depth else letter for letter, depth in zip(text, depths, strict=True)).split("\n")
 
 
 def combinations(lists: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
@@ -94,17 +96,16 @@ def combinations(lists: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
 
 
 def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[str, ...]]:
-    """Return the options of every run that a command line asks for, each run once. Raises ValueError for a wrong command line."""
+    """Return the options of every run that a command line asks for, each once. Raises ValueError for a wrong command line."""
     lists = {key: values_of(value) for key, value in split_options(words)}
     if "paper" not in lists:
         if controls:
             raise ValueError("--controls needs paper=...; without it name them, such as orders.order=zeroth,frozen")
-        varied = [key for key in lists if len(lists[key]) > 1 and "." in key and "run.name" not in lists]
+        varied = [key for key in lists if len(lists[key]) > 1 and "." in key and key not in NAMED]
         runs = combinations(lists)
-        for run in runs if varied else ():
-            name = "".join(f"-{key.split('.', 1)[1]}_{run[key]}" for key in varied)
-            run["run.name"] = f"auto{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}"
-        return [tuple(map("=".join, run.items())) for run in runs]
+        for run, key in itertools.product(runs, varied):
+            run["run.name"] = run.get("run.name", "auto") + re.sub(r"[^A-Za-z0-9._-]+", "_", f"-{key.split('.', 1)[1]}_{masked(run[key])}")
+        return [item.options for item in prepare(tuple(map("=".join, run.items())) for run in runs)]  # equal runs once
     patterns, seeds = lists.pop("paper"), lists.pop("seed", None)
     pairs: dict[tuple[str, str], None] = {}
     for pattern in patterns:
@@ -116,17 +117,17 @@ def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[st
 
 
 def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
-    """Return the runs with their folders. Raises ValueError that names the run if an option is wrong or two runs share a folder."""
+    """Return the runs with their folders, equal ones once. Raises ValueError if an option is wrong or other runs share a folder."""
     items: dict[Path, Item] = {}
     for options in commands:
         with explained(masked_command(options)):
             config = compose_config(options)
             assign(unit_ids(config.model), config.orders)  # whether the plan fits the model's depth
-        folder = config.run.folder
-        if folder in items:
-            both = f"{masked_command(items[folder].options)} and {masked_command(options)}"
-            raise ValueError(f"{both} would share the folder {folder}: leave out run.name, and every run gets its own")
-        items[folder] = Item(options, folder, config)
+        item = Item(options, config.run.folder, config)
+        first = items.setdefault(item.folder, item)
+        if item.changes(as_saved(first.config.as_dict())):
+            both = f"{masked_command(first.options)} and {masked_command(options)}"
+            raise ValueError(f"{both} would share the folder {item.folder}: train them by separate calls, with different run.name")
     return list(items.values())
 
 

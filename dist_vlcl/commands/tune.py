@@ -17,7 +17,6 @@ The folder tuning/NAME/ gets the runs. Its tuning.md has the command that trains
 the combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
 """
 
-import itertools
 import os
 import re
 import sys
@@ -32,10 +31,10 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from dist_vlcl.commands.sweep import LEFT, Item, add_launch_options, launcher_of, prepare, print_commands, run_all
+from dist_vlcl.commands.sweep import LEFT, Item, add_launch_options, combinations, launcher_of, prepare, print_commands, run_all
 from dist_vlcl.config import Config, compose_config, errors_refused, search_path
 from dist_vlcl.masking import masked_command
-from dist_vlcl.options import split_options
+from dist_vlcl.options import split_options, values_of
 from dist_vlcl.report.records import read_records
 from dist_vlcl.report.statistics import paired_test
 from dist_vlcl.report.tables import ranked, trial_table
@@ -51,7 +50,7 @@ Train = Callable[[Sequence[Choice], Sequence[str]], list[pd.DataFrame]]  # choic
 def read_options(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:
     """Return the options that all runs share, the options with several values, and the seeds."""
     pairs = split_options(words)
-    several = {key: value.split(",") for key, value in pairs if "," in value and not value.startswith(("[", "{", "'", '"'))}
+    several = {key: values for key, value in pairs if len(values := values_of(value)) > 1}
     seeds = several.pop("seed", None) or ([dict(pairs)["seed"]] if "seed" in dict(pairs) else SEEDS)
     return [f"{key}={value}" for key, value in pairs if key not in several and key != "seed"], several, seeds
 
@@ -70,15 +69,14 @@ def grid(cfg: Config, several: dict[str, list[str]], fixed: Sequence[str]) -> li
     searched = {key: values for key, values in (searched | several).items() if key not in given_once}
     if not searched:
         raise ValueError("every option has one value: give some of them several, such as zo.lr_scale=0.1,1,10")
-    return [dict(zip(searched, values, strict=True)) for values in itertools.product(*searched.values())]
+    return combinations(searched)
 
 
 def command_lines(fixed: Sequence[str], choice: Choice, seeds: Sequence[str], folder: Path, holdout: float) -> list[tuple[str, ...]]:
     """Return the options of a choice's runs, one per seed. A strategy (zo=NAME) stands before all other options, which win over it."""
-    words = [f"{key}={value}" for key, value in choice.items()]
     ours = ["tasks.num_tasks=1", f"eval.holdout={holdout}", "run.trackers=[]", f"run.root={folder}/trials"]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(f"{key.split('.')[-1]}_{value}" for key, value in choice.items()))
-    return [(*fixed, *words, *ours, f"seed={seed}", f"run.name={name}-seed{seed}") for seed in seeds]
+    return [(*fixed, *map("=".join, choice.items()), *ours, f"seed={seed}", f"run.name={name}-seed{seed}") for seed in seeds]
 
 
 def trained(items: Sequence[Item]) -> pd.DataFrame:
@@ -179,12 +177,12 @@ def main() -> None:
         screen = planned([CONTROL, *choices], seeds)
     launcher = launcher_of(arguments)
     if arguments.list:
-        print_commands(itertools.chain(*screen), launcher)
+        print_commands([item for of_choice in screen for item in of_choice], launcher)
         return
 
     def train(choices: Sequence[Choice], seeds: Sequence[str]) -> list[pd.DataFrame]:
         items = planned(choices, seeds)
-        if LEFT in run_all([*itertools.chain(*items)], launcher, console).values():
+        if LEFT in run_all([item for of_choice in items for item in of_choice], launcher, console).values():
             sys.exit(os.EX_TEMPFAIL)
         return [trained(of_choice) for of_choice in items]
 

@@ -82,10 +82,9 @@ def print_error(text: str, is_main: bool = True) -> None:
 
 def line_of_user(error: BaseException) -> str:
     """Return the line of the user's own code, such as an estimator, in which an error arose: " (FILE:LINE)"; "" if there was none."""
-    of_others = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), "<")
-    lines = [line for line in traceback.extract_tb(error.__traceback__) if not line.filename.startswith(of_others)]
-    own = [f" ({line.filename}:{line.lineno})" for line in lines if "-packages/" not in line.filename]  # site-packages, dist-packages
-    return own[-1] if own else ""
+    of_others = ("<", *(f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], *map(sysconfig.get_path, ("stdlib", "purelib")))))
+    own = [line for line in traceback.extract_tb(error.__traceback__) if not line.filename.startswith(of_others)]
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
 def report_failure(error: Exception, is_main: bool) -> None:

@@ -94,11 +94,13 @@ def test_a_launcher_ends_its_traceback_with_the_error_of_a_rank(rank, tmp_path, 
     assert "traceback : error: seed=-1: give a number of at least 0" in said
 
 
-def test_an_error_is_shown_with_the_line_of_the_user_s_own_code_in_which_it_arose(tmp_path):
-    (tmp_path / "own.py").write_text("import torch\n\n\ndef slope():\n    return torch.cat([torch.ones(3), torch.ones(4, 4)])\n")
-    with pytest.raises(RuntimeError) as raised:
-        runpy.run_path(str(tmp_path / "own.py"))["slope"]()
-    assert line_of_user(raised.value) == f" ({tmp_path}/own.py:5)"
+@pytest.mark.parametrize("wrong", ["torch.cat([torch.ones(3), torch.ones(4, 4)])", "torch.optim.SGD([])", "json.loads('no')"])
+def test_an_error_is_shown_with_the_line_of_the_user_s_own_code_in_which_it_arose(wrong, tmp_path):
+    own = tmp_path / "dist_vlcl_own.py"
+    own.write_text(f"import json\nimport torch\n\n\ndef slope():\n    return {wrong}\n")
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        runpy.run_path(str(own))["slope"]()
+    assert line_of_user(raised.value) == f" ({own}:6)"
     with pytest.raises(ValueError) as raised:
         split_options(["word"])
     error = raised.value

@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dist_vlcl.config import compose_config
 from dist_vlcl.model.units import FlatTensors
 from dist_vlcl.options import validate
+from dist_vlcl.zo.difference import FiniteDifference
 from dist_vlcl.zo.flat import groups_of
 from dist_vlcl.zo.noise import Key
 from dist_vlcl.zo.update import ZerothOrder, ZerothOrderConfig
@@ -314,7 +316,6 @@ def test_a_step_is_that_of_the_naive_twin(strategy, options):
         ({"lr_scale": math.inf}, "zo.lr_scale=inf: give a number above 0, or auto"),
         ({"lr_scale": "auto"}, "zo.lr_scale=auto: give a number above 0, or auto, which needs zo.transform=identity"),
         ({"estimator_options": {"far": 2}}, "zo.estimator_options={'far': 2}: finite_difference has none"),
-        ({"estimator": "types:SimpleNamespace", "estimator_options": {"far": 2}}, "zo.estimator='types:SimpleNamespace': give"),
         ({"estimator": "nowhere:Estimator"}, "zo.estimator='nowhere:Estimator': give finite_difference, or module:Class"),
     ],
     ids=str,
@@ -323,3 +324,16 @@ def test_a_bad_option_is_refused_in_its_own_words(options, words):
     with pytest.raises(ValueError) as caught:
         validate(row("mozo", **options), "zo")
     assert words in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Far(FiniteDifference):
+    far: float = 2.0
+
+
+def test_options_of_an_own_estimator_reach_its_class_and_unknown_ones_are_refused():
+    own = f"zo.estimator={__name__}:Far"
+    for words, far in [([], 2.0), (["zo.estimator_options.far=3"], 3), (["zo.estimator_options={far: 4}"], 4)]:
+        assert compose_config([own, *words]).zo.make_estimator() == Far({"language": 1e-3, "vision": 5e-4}, 1, 1, 10.0, far)
+    with pytest.raises(ValueError, match=r"zo.estimator='.*:Far': give .* unexpected keyword argument 'near'"):
+        compose_config([own, "zo.estimator_options.near=3"])
