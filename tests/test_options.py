@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from dist_vlcl.options import option, validate
+from dist_vlcl.options import option, validate, values_of
 
 
 @dataclass
@@ -49,3 +49,9 @@ def test_defaults_are_allowed_and_are_copies():
     validate(Whole())
     Part().betas.append(2.0)
     assert Part().betas == [0.9, 0.99]
+
+
+def test_commas_separate_values_but_not_in_quotes_and_brackets():
+    values = ["'a, b'", '"c,d"', "[1, 2]", "{x: [1,2], y: 3}", "range(0,3)", "null", ""]
+    assert values_of(" , ".join(values)) == values
+    assert values_of("[[1,2],[3]]") == ["[[1,2],[3]]"] and values_of("it's, one") == ["it's, one"]

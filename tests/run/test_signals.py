@@ -8,6 +8,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from dist_vlcl.config import hydra_main
 from dist_vlcl.options import split_options
+from dist_vlcl.run import signals
 from dist_vlcl.run.signals import Preemption, line_of_user
 
 
@@ -95,12 +96,14 @@ def test_a_launcher_ends_its_traceback_with_the_error_of_a_rank(rank, tmp_path, 
 
 
 @pytest.mark.parametrize("wrong", ["torch.cat([torch.ones(3), torch.ones(4, 4)])", "torch.optim.SGD([])", "json.loads('no')"])
-def test_an_error_is_shown_with_the_line_of_the_user_s_own_code_in_which_it_arose(wrong, tmp_path):
+def test_an_error_is_shown_with_the_line_of_the_user_s_own_code_in_which_it_arose(wrong, tmp_path, monkeypatch):
     own = tmp_path / "dist_vlcl_own.py"
     own.write_text(f"import json\nimport torch\n\n\ndef slope():\n    return {wrong}\n")
     with pytest.raises((RuntimeError, ValueError)) as raised:
         runpy.run_path(str(own))["slope"]()
-    assert line_of_user(raised.value) == f" ({own}:6)"
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "__file__", str(tmp_path / "dist_vlcl" / "run" / "signals.py"))  # the package is beside the user's file
+        assert line_of_user(raised.value) == f" ({own}:6)"
     with pytest.raises(ValueError) as raised:
         split_options(["word"])
     error = raised.value
