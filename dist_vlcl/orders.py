@@ -76,7 +76,7 @@ class OrderPlan:
 
 
 def _names_layers(layers: Any) -> bool:
-    # not True, which is an int too
+    # the exact type: isinstance would take True for a number
     return layers in PLAN_LAYERS if isinstance(layers, str) else isinstance(layers, Sequence) and set(map(type, layers)) <= {int}
 
 

@@ -53,7 +53,7 @@ from dist_vlcl.run.folder import as_saved, differences
 from dist_vlcl.run.signals import Preemption
 from dist_vlcl.saved import MAY_CHANGE, read_accuracy, read_config
 
-NAMED = ("run.name", "orders.order", "data.name", "tasks.increment")  # options that the name of a run has anyway
+NAMED = ("run.name", "orders.order", "data.name", "tasks.increment")  # options that are in every run's name
 COMPLETE, DONE, FAILED, LEFT = "complete before", "done", "FAILED", "not run"
 
 
@@ -117,7 +117,7 @@ def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[st
 
 
 def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
-    """Return the runs with their folders, equal ones once. Raises ValueError if an option is wrong or other runs share a folder."""
+    """Return the runs with their folders, equal runs once. Raises ValueError if an option is wrong or unequal runs share a folder."""
     items: dict[Path, Item] = {}
     for options in commands:
         with explained(masked_command(options)):
