@@ -75,8 +75,10 @@ run_step() {
         --export=ALL --mpi=none "${loss[@]}" "${wrapper[@]}" "${container[@]}" "$@" &
     step=$!
     while wait "$step"; status=$?; kill -0 "$step" 2>/dev/null; do # a signal ends a wait
+        trap '' TERM USR1 # one more signal would end squeue, and bash 5.2 cannot parse $(...) while a trap runs
         ask_slurm
         [[ $reason != TimeLimit || $is_queued == yes ]] || ! wants_to_go_on || queue_again # at once: this shell may be killed with its step
+        trap : TERM USR1
     done
     word=$(<"$DIST_VLCL_STATUS")
     say "the step ended with status $status (${word:-before training})"
@@ -100,7 +102,7 @@ say() {
 ask_slurm() {
     local attempt
     for attempt in 1 2 3 4 5 6; do # near a time limit the controller may be busy
-        read -r state reason < <(squeue --noheader --jobs="$job" --format='%T %r') && return
+        read -r state reason < <(timeout 20 squeue --noheader --jobs="$job" --format='%T %r') && return
         ((attempt == 6)) || sleep 5
     done
     state=RUNNING reason="" # no answer: we ask to requeue, so a job that was cancelled at this moment may run again
@@ -115,7 +117,7 @@ wants_to_go_on() {
 
 queue_again() {
     ((restarts < MAX_RESTARTS)) || { status=1; say "error: not started again: MAX_RESTARTS=$MAX_RESTARTS (slurm/site.sh)" >&2; return; }
-    if scontrol requeue "$job"; then
+    if timeout 20 scontrol requeue "$job"; then
         is_queued=yes
     else
         status=1

@@ -196,7 +196,8 @@ def test_a_job_out_of_time_is_queued_again_though_its_ranks_do_not_stop(slurm, b
     """By the clock: signalled in advance, ended by Slurm at its limit, killed, and started again."""
     folder, job = beside["out of time"]
     ended = slurm.wait(job)
-    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), (folder / f"dist_vlcl-{job}.out").read_text()
+    said = (folder / f"dist_vlcl-{job}.out").read_text() + slurm.tool("logs", "--lines", 100).stdout
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), said
     told, *signals = [json.loads(line) for line in (folder / "said-0.jsonl").read_text().splitlines()]
     assert [said["signal"] for said in signals[:2]] == ["USR1", "TERM"]
     assert told["arguments"][:3] == ["-m", "accelerate.commands.launch", "--multi_gpu"] and told["arguments"][-1] == "run.root=a b"
