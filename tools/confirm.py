@@ -40,6 +40,7 @@ DEFAULTS = {
     "hop-default": "orders=dual_hop_odd zo=conservative",
     "hop-frozen": "orders=dual_hop_odd orders.order=frozen",
     "hop-mozo": "orders=dual_hop_odd zo=mozo",
+    "hop-mozo-walk": "orders=dual_hop_odd zo=mozo zo.random_signs=true",
     "hop-sign": "orders=dual_hop_odd zo=sign",
     "dual-conservative": "orders=dual_all zo=conservative",
     "vision-conservative": "orders=vision_all zo=conservative",

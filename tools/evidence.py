@@ -55,6 +55,7 @@ ANSWERS = (
     f"*{YES}*: p after Holm's correction is below 0.05. *{NO}*: the 95 % interval, which is not corrected, lies beyond the bound. "
     f"Otherwise {NOT_DECIDED}. *so far*: with fewer seeds than were planned."
 )
+ONE_SEED = "Methods with one seed have these numbers in the CSV files."
 HIDDEN = ("path", "is_probe", "is_complete", "tasks_done")
 
 
@@ -149,8 +150,9 @@ def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | Non
         "\n".join(f"- {tasks}: {text}" for tasks, text in shared.items()),
     ]
     blocks += [TERMS, tables.result_table(ours)]
-    if contribution := tables.contribution_table(ours):
-        blocks += ["## What did zeroth order contribute?", CONTRIBUTION_TERMS, contribution, "\n".join(ratio_sentences(results))]
+    if contribution := tables.contribution_table(ours[ours.seeds > 1]):
+        heading = ["## What did zeroth order contribute?", f"{CONTRIBUTION_TERMS} {ONE_SEED}"]
+        blocks += [*heading, contribution, "\n".join(ratio_sentences(results))]
     counted = comparisons[~comparisons.variant.isin(CONTROLS)]
     asked = {name: counted[counted.claim == name] for name in CLAIMS}
     blocks += ["## Questions of the paper", RULE]
@@ -165,15 +167,17 @@ def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | Non
     for old in pictures.glob("results-*.png") if pictures else ():
         old.unlink()
     with matplotlib.rc_context(fname=STYLE):
-        for number, ((dataset, increment, _), part) in enumerate(results.groupby(GROUP, sort=False), 1):
+        for number, ((dataset, increment, settings), part) in enumerate(results.groupby(GROUP, sort=False), 1):
             if picture := draw_seeds(part[part.groupby(METHOD).seed.transform("size") > 1]):
-                name = f"results-{dataset}-inc{increment}-{number}.png"
-                blocks.append(f"![{picture.caption.split('.')[0]}](images/{name})")
+                name, tasks = f"results-{dataset}-inc{increment}-{number}.png", tables.tasks_label(dataset, increment)
+                own = "; ".join(text for text in settings.split("; ") if text not in shared[tasks].split("; "))
+                caption = f"{tasks}{own and f' ({own})'}: {picture.caption.split('.')[0]}"
+                blocks.append(f"![{caption}](images/{name})\n\n{caption}.")
                 if pictures:
                     pictures.mkdir(parents=True, exist_ok=True)
                     picture.figure.savefig(pictures / name)
         if folder and (picture := draw_layers(runs, folder)):
-            claims.append(f"![Figure 4 of the paper](images/results-layers.png)\n\n{picture.caption}")
+            claims.append(f"![Our layers, as in Figure 4](images/results-layers.png)\n\nAs in Figure 4 of the paper. {picture.caption}")
             if pictures:
                 picture.figure.savefig(pictures / "results-layers.png")
     blocks += claims
@@ -248,11 +252,13 @@ def chosen(results: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def ratio_sentences(results: pd.DataFrame) -> list[str]:
-    """Return R with its interval over seeds, one sentence per method that has first order on the same units beside it."""
+    """Return R with its interval, a sentence per method with several seeds that has first order on the same units beside it."""
     found = []
     columns = {metric: RECOVERED.format(metric) for metric in tables.METRICS}
     known = results.dropna(subset=list(columns.values()))
     for key, part in known.groupby([*CELL, "other_settings"], sort=False):
+        if len(part) == 1:
+            continue
         *cell, settings = key
         name = f"{tables.tasks_label(*cell[:2])}, {tables.method_label(*cell[2:])}{settings and f' ({settings})'}"
         numbers = []
@@ -260,7 +266,7 @@ def ratio_sentences(results: pd.DataFrame) -> list[str]:
             test = paired_test(part[column].to_numpy())
             mean, low, high = (tables.number(test[name]) for name in ("mean", "low", "high"))
             numbers.append(f"{tables.METRICS[metric]} {mean}{'' if low == tables.UNKNOWN else f' (95 % interval {low} to {high})'}")
-        found.append(f"- R of {name}: {', '.join(numbers)}, {len(part)} {'seed' if len(part) == 1 else 'seeds'}.")
+        found.append(f"- R of {name}: {', '.join(numbers)}, {len(part)} seeds.")
     return found
 
 

@@ -174,7 +174,7 @@ def draw_seeds(results: pd.DataFrame) -> Picture | None:
         tests = pd.DataFrame([paired_test(seeds[metric].to_numpy()) for _, seeds in methods])
         reach = [tests["mean"] - tests.low, tests.high - tests["mean"]]
         axes.errorbar(tests["mean"], tests.index, xerr=reach, color=BLUE, fmt="o", markersize=5, capsize=2.5, label="mean, 95 % interval")
-        if len(zero_shot := results[results.variant == "zero_shot"]):
+        if len(zero_shot := results[(results.variant == "zero_shot") & results.seed.isin(trained.seed)]):
             axes.axvline(zero_shot[metric].mean(), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
         axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel=f"{name} (%)")
     both[0].set_yticks(range(len(labels)), labels, fontsize=9)

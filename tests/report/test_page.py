@@ -215,6 +215,7 @@ def test_a_caption_names_the_settings_of_each_method(tmp_path):
 def test_figure_8_has_a_row_per_seed(report):
     seeds = data(report, "figure8-cifar100-inc20")
     assert sorted(seeds[seeds.variant == "conservative"]["last"]) == pytest.approx([81, 83]) and set(seeds.seed) == {0, 1}
+    assert {"last", "avg"} < set(seeds.columns)
 
 
 def test_a_claim_is_answered_with_the_paper_s_own_difference_beside(report):

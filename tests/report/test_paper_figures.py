@@ -43,6 +43,17 @@ def test_a_label_of_several_lines_has_the_room_it_needs():
     assert len(picture.data) == 3 * (len(METHODS) - 1)
 
 
+def test_figure_8_shows_last_beside_avg():
+    found = results(FO, (*HOP, ""), ZERO_SHOT)
+    shown = found[found.variant != "zero_shot"]
+    picture = draw_seeds(found)
+    for axes, (metric, name) in zip(picture.figure.axes, (("last", "Last (%)"), ("avg", "Avg (%)")), strict=True):
+        [seeds] = [line for line in axes.lines if line.get_label() == "a seed"]
+        assert axes.get_xlabel() == name and sorted(seeds.get_xdata()) == sorted(shown[metric])
+        assert sorted(picture.data[metric]) == sorted(shown[metric])
+    assert sorted(shown["last"]) != sorted(shown["avg"])
+
+
 @pytest.mark.parametrize(("base", "expected"), [(10, "1e−05"), (1.12, "0.6")], ids=["decades", "less than a decade"])
 def test_a_logarithmic_axis_has_plain_numbers_of_which_each_comes_once(monkeypatch, base, expected):
     about = [("vision", layer, "zeroth", "mozo", float(base) ** -layer) for layer in range(1, 7)]
