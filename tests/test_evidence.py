@@ -142,6 +142,23 @@ def test_the_table_of_the_screen_is_that_of_its_csv_file():
         assert f"| {strategy}, {scale:g} | {' | '.join(f'{mean:.2f}' for mean in row)} |" in page
 
 
+def test_the_trials_of_the_first_run_are_those_of_their_csv_file():
+    page = (evidence.DOCS / "settings.md").read_text().replace("**", "")
+    trials = pd.read_csv(ROOT / "docs" / "results" / "screens" / "digits.csv")
+    start = {"train.batch_size": 32, "train.epochs": 5, "train.warmup_steps": 10, "first_order.lr": 1e-3}
+    start |= {"adapter.scale": 1.0, "orders.layers": "hop_odd"}
+    texts = ("{} images", "{} epochs", "{} warm-up steps", "lr {:.0e}", "`adapter.scale={:g}`", "`orders=dual_{}`")
+    for trial in trials[trials.seed == 0].to_dict("records"):
+        differs = {key: trial[key] != value for key, value in start.items()}
+        differs["train.epochs"] |= differs["train.batch_size"]  # the page names both
+        told = zip(start, texts, strict=True)
+        changed = [text.format(trial[key]).replace("e-0", "e-") for key, text in told if differs[key]]
+        order = sorted(changed, key=lambda text: text.startswith("lr"))  # the page names the learning rate last
+        assert f"| {', '.join(order) or 'nothing'} | {trial['last']:.2f} |" in page
+    best = trials[trials["last"] == trials["last"].max()]
+    assert (best.iloc[0]["train.batch_size"], best.iloc[0]["train.epochs"], set(trials[trials.seed == 0].zero_shot_last)) == (16, 3, {77.35})
+
+
 def test_the_tables_of_the_choice_of_many_probes_are_those_of_their_csv_files():
     screens, page = ROOT / "docs" / "results" / "screens", (evidence.DOCS / "settings.md").read_text()
     late = pd.read_csv(screens / "late_blocks.csv")
