@@ -84,7 +84,10 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
     _, _, best = page.rpartition("python -m dist_vlcl.train ")
     assert "zo.lr_scale=1" in shlex.split(best)  # the other throws the adapters away
     assert page.index("| 1 |") < page.index("| 100000 |") < page.index("| the same units frozen |") < page.index("| zero-shot CLIP |")
-    assert len((found / "tuning.csv").read_text().splitlines()) == 3
+    runs = pd.read_csv(found / "tuning.csv")
+    counts = runs.groupby(["part", runs["orders.order"].fillna("zeroth")]).seed.count()
+    assert counts.to_dict() == {("fresh", "frozen"): 2, ("fresh", "zeroth"): 2, ("screen", "frozen"): 1, ("screen", "zeroth"): 2}
+    assert runs[["seed", "accuracy", "zero_shot"]].notna().all(axis=None)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hush" in path.read_bytes()]
     trials = list((found / "trials").iterdir())
     assert len(trials) == 7 and re.search(r"\*\*.* the same units frozen.* (2 fresh seeds|all differences).*\*\*", page)

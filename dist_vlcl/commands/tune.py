@@ -13,8 +13,8 @@ The best combination and the same units frozen are then run again with fresh see
 images. The best of many looks better than it is. The fresh runs took no part in the choice, so the choice does not bias their paired
 difference, however many choices there were.
 
-The folder tuning/NAME/ gets the runs. Its tuning.md has the command that trains with the best combination. tuning.md and tuning.csv compare
-the combinations with the same units frozen and with zero-shot CLIP. Complete runs are not repeated; failed ones are left out.
+The folder tuning/NAME/ gets the runs. Its tuning.md compares the combinations with the same units frozen and with zero-shot CLIP, and has
+the command that trains with the best one. tuning.csv has a row per run. Complete runs are not repeated; failed ones are left out.
 """
 
 import os
@@ -95,7 +95,8 @@ def trained(items: Sequence[Item]) -> pd.DataFrame:
 class Search:
     """The result of a screen and of the fresh runs of its winner."""
 
-    trials: pd.DataFrame  # one row per choice and seed
+    runs: pd.DataFrame  # one row per run: part (screen or fresh), seed, options, accuracy, zero_shot, loss
+    trials: pd.DataFrame  # of these, the choices in the screen
     references: dict[str, float]  # accuracies in percent that the screen is compared with
     best: Choice
     screened: float  # the winner's gain over its control in the screen, in points
@@ -124,18 +125,22 @@ class Search:
 
 def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh: Sequence[str]) -> Search | None:
     """Screen the choices, and train the best one and its control again with fresh seeds. None if no run of the screen is complete."""
-    control, *found = train([CONTROL, *choices], seeds)
-    trials = pd.concat([of_choice.assign(**choice) for choice, of_choice in zip(choices, found, strict=True)])
-    trials = trials[[*choices[0], "accuracy", "loss"]].reset_index(drop=True)
+
+    def runs_of(part: str, choices: Sequence[Choice], seeds: Sequence[str]) -> list[pd.DataFrame]:
+        return [runs.assign(part=part, **choice) for choice, runs in zip(choices, train(choices, seeds), strict=True)]
+
+    control, *found = runs_of("screen", [CONTROL, *choices], seeds)
+    trials = pd.concat(found)[[*choices[0], "accuracy", "loss"]].reset_index(drop=True)
     if trials.accuracy.isna().all():
         return None
     row = ranked(trials).iloc[0]
     best = {key: row[key] for key in choices[0]}
     values = {"the same units frozen": control.accuracy, "zero-shot CLIP": control.zero_shot}
     references = {name: float(accuracies.mean()) for name, accuracies in values.items() if accuracies.notna().any()}
-    again, frozen = (of_choice.set_index("seed").accuracy for of_choice in train([best, CONTROL], fresh))
-    gains = found[choices.index(best)].set_index("seed").accuracy - control.set_index("seed").accuracy
-    return Search(trials, references, best, float(gains.mean()), paired_test((again - frozen).to_numpy()))
+    pairs = [(found[choices.index(best)], control), tuple(runs_of("fresh", [best, CONTROL], fresh))]
+    gains, fresh_gains = (ours.set_index("seed").accuracy - frozen.set_index("seed").accuracy for ours, frozen in pairs)
+    runs = pd.concat([control, *found, *pairs[1]])
+    return Search(runs, trials, references, best, float(gains.mean()), paired_test(fresh_gains.to_numpy()))
 
 
 def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> str:
@@ -145,7 +150,7 @@ def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> st
     best = f"python -m dist_vlcl.train {masked_command([*fixed, *(f'{key}={value}' for key, value in found.best.items())])}"
     head = f"# {folder.name}\n\n    {command}\n\n**{found.answer}** {found.shrinkage}"
     replace_file(folder / "tuning.md", f"{head}\n\n{table}\n{note} Train with the first row:\n\n    {best}\n")
-    found.trials.to_csv(folder / "tuning.csv", index=False)
+    found.runs.to_csv(folder / "tuning.csv", index=False)
     return "\n".join([f"\n{table}", found.answer, found.shrinkage, f"Train with: {best}"])
 
 
