@@ -95,15 +95,14 @@ class Experiment:
         steps, per_epoch = self.num_steps(task), steps_per_epoch(cfg, self.index, task)
         warmup = steps // 10 if cfg.train.warmup_steps is None else cfg.train.warmup_steps
         # Rank 0 draws the seeds of the task's steps and sends them once.
-        seeds = torch.tensor([derive_seed(cfg.seed, "step", task.index, k) for k in range(steps)])
-        world.broadcast(seeds, f"the seeds of task {task.index + 1}")
+        seeds = world.on_main(lambda: [derive_seed(cfg.seed, "step", task.index, k) for k in range(steps)], "the seeds of a task")
         options: dict[str, Any] = {"batch_size": cfg.train.batch_size, "rank": world.data_rank, "size": world.data_size}
         options |= {"transform": TrainTransform(self.towers.image_size), "without": held_out_samples(cfg, self.index, task)}
         while (done := state.epoch * per_epoch + state.batch) < steps:
             batches = self.loader.train(task, seed=cfg.seed, epoch=state.epoch, start=state.batch, **options)
             for batch in itertools.islice(batches, steps - done):
                 lr = warmup_cosine(done, steps, cfg.first_order.lr, warmup)
-                yield PlannedStep(batch, Key(int(seeds[done]), state.step), lr)
+                yield PlannedStep(batch, Key(seeds[done], state.step), lr)
                 done += 1
             state.next_epoch()
 

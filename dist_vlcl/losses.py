@@ -147,7 +147,7 @@ class BatchLosses:
         for k, candidate in enumerate(candidates):
             group = next_group.get(tuple(candidate), k)  # the first of a kind goes to the group after the one before it
             next_group[tuple(candidate)] = group + 1
-            yield candidate, group % self.world.direction_groups == self.world.direction_group
+            yield candidate, group % self.world.direction_groups == self.world.rank // self.world.data_size
 
     def _evaluate(self, chunk: Mapping[int, Candidate]) -> dict[int, tuple[Tensor, Tensor]]:
         """Return of each candidate of a chunk the sum of its losses on this rank, in units of 2^-32, and whether it is unusable."""

@@ -63,8 +63,8 @@ class HybridStep:
         for address, unit in units.items():
             if orders[address] is Order.FROZEN:
                 freeze(unit)
-        for tensor in units.state_dict().values():
-            world.broadcast(tensor, "the adapters")
+        if world.size > 1:
+            units.load_state_dict(world.on_main(lambda: {name: t.cpu() for name, t in units.state_dict().items()}, "the adapters"))
         if towers.config.graphs and world.device.type == "cuda" and world.engine == "ddp":
             towers.record()
         self.zeroth = ZerothOrder(self.flats, zeroth)

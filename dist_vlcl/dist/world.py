@@ -95,11 +95,6 @@ class World:
         """Return the number of this rank's part of a batch."""
         return self.rank % self.data_size
 
-    @property
-    def direction_group(self) -> int:
-        """Return the number of this rank's group, which decides the candidates that it evaluates."""
-        return self.rank // self.data_size
-
     def take_peaks_gib(self) -> dict[str, float]:
         """Return the peak GPU memory of this rank since the last call in GiB, reserved (`peak_gib`) and allocated; nothing on a CPU.
 
@@ -134,14 +129,6 @@ class World:
         """
         with self.collectives(f"all-gather of {what}"):
             return _GatherRows.apply(own_nF, counts) if self.size > 1 else own_nF
-
-    def broadcast(self, tensor: Tensor, what: str = "a tensor") -> None:
-        """Overwrite a tensor with rank 0's."""
-        if self.size > 1:
-            moved = tensor.to(self.device)
-            with self.collectives(f"broadcast of {what}"):
-                dist.broadcast(moved, src=0)
-            tensor.copy_(moved)
 
     def on_main(self, work: Callable[[], Any], what: str) -> Any:
         """Return rank 0's result of `work`, a picklable object, on every rank. If it raises an error there, every rank raises it."""

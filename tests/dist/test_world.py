@@ -11,12 +11,9 @@ from tests.helpers.ranks import run_ranks
 
 
 def call_collectives(world: World) -> dict:
-    tensor = torch.full((3,), float(world.rank))
-    world.broadcast(tensor)
     return {
         "sum": world.sum_exact(torch.tensor([world.rank + 1, 2**60 + world.rank, -7])).tolist(),
         "many": world.sum_exact(torch.arange(DIRECT_BYTES // 8) * 2**40 + world.rank)[-2:].tolist(),  # too many to send directly
-        "broadcast": tensor.tolist(),
         "main's": world.on_main(lambda: {"from": world.rank}, "a value"),
         "objects": world.gather_objects(world.rank * 10),
         "main": world.is_main,
@@ -28,7 +25,6 @@ def test_collectives_give_every_rank_the_same_and_sums_are_exact():
     for result in results:
         assert result["sum"] == [6, 3 * 2**60 + 3, -21]
         assert result["many"] == [3 * (DIRECT_BYTES // 8 - k) * 2**40 + 3 for k in (2, 1)]
-        assert result["broadcast"] == [0.0, 0.0, 0.0]
         assert result["main's"] == {"from": 0}
         assert result["objects"] == [0, 10, 20]
     assert [r["main"] for r in results] == [True, False, False]
@@ -51,7 +47,7 @@ def test_work_of_rank_0_is_done_there_alone_and_its_error_is_raised_on_every_ran
 
 
 def test_one_rank_is_not_a_special_case():
-    alone = {"sum": [1, 2**60, -7], "broadcast": [0.0, 0.0, 0.0], "main's": {"from": 0}, "objects": [0], "main": True}
+    alone = {"sum": [1, 2**60, -7], "main's": {"from": 0}, "objects": [0], "main": True}
     alone["many"] = [(DIRECT_BYTES // 8 - k) * 2**40 for k in (2, 1)]
     assert call_collectives(World.alone()) == alone
 
