@@ -197,24 +197,20 @@ class StepNoise:
 
     def __init__(self, key: Key, rows: dict[str, Tensor], depths: Mapping[str, int] | None = None):
         self.key, self.rows, self.depths = key, rows, depths or {}
-        self._drawn: dict[tuple, Tensor] = {}
+        self._drawn: dict[tuple | str, Tensor] = {}
 
     def router(self, branch: str, layer: int, experts: int) -> Tensor:
         """Return N(0, 1) noise `[B, E]` for the logits of a router."""
         if ("router", branch, layer, experts) not in self._drawn:
             layers = range(1, self.depths[branch] + 1) if branch in self.depths else [layer]
-            names = [_name("router", branch, number) for number in layers]
+            names = [f"router/{branch}/{number}" for number in layers]
             drawn = normals_by_row(names, self.rows[branch], experts, self.key, ROUTER_STREAM)
             self._drawn |= {("router", branch, number, experts): noise for number, noise in zip(layers, drawn, strict=True)}
         return self._drawn["router", branch, layer, experts]
 
     def dropout_mask(self, branch: str, layer: int, tokens: int, width: int, drop: float) -> Tensor:
         """Return a dropout mask `[B, L, width]`. The mask of a truncated prompt is a prefix of the full prompt's."""
-        purpose, rows = ("dropout", branch, layer), self.rows[branch]
-        if purpose not in self._drawn:
-            self._drawn[purpose] = dropout_mask_by_row(_name(*purpose), rows, tokens * width, drop, self.key, DROPOUT_STREAM)
-        return self._drawn[purpose].view(len(rows), tokens, width)  # fails if a step asks for two lengths
-
-
-def _name(purpose: str, branch: str, layer: int) -> str:
-    return f"{purpose}/{branch}/{layer}"
+        name, rows = f"dropout/{branch}/{layer}", self.rows[branch]
+        if name not in self._drawn:
+            self._drawn[name] = dropout_mask_by_row(name, rows, tokens * width, drop, self.key, DROPOUT_STREAM)
+        return self._drawn[name].view(len(rows), tokens, width)  # fails if a step asks for two lengths

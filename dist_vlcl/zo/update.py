@@ -6,12 +6,11 @@ import functools
 import math
 import pkgutil
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_vlcl.masking import explained
@@ -110,7 +109,7 @@ class Move:
 
 def gradient(slopes: Sequence[float], directions: Iterable[Tensor]) -> Tensor:
     """Return the gradient estimate `[n]`: the mean over probes q of s_q z_q."""
-    return functools.reduce(torch.add, (z * (s / len(slopes)) for s, z in zip(slopes, directions, strict=False)))
+    return functools.reduce(Tensor.add, (z * (s / len(slopes)) for s, z in zip(slopes, directions, strict=False)))
 
 
 def best_of_three(base: float, minus: float, plus: float, step: float) -> float:
@@ -146,7 +145,7 @@ class ZerothOrder:
             raise ValueError(f"zo.estimator={self.config.estimator}: each group needs slopes for each of its branches")
         if self.config.random_signs:
             slopes = with_random_signs(slopes, key)
-        moves = self._proposed(slopes, directions)
+        moves = list(self._proposed(slopes, directions))
         steps = [self._step(move, lr) for move in moves]
         if self.config.acceptance == "always" or self.config.random_signs or not moves:
             return base, [replace(move, coefficient=-step) for move, step in zip(moves, steps, strict=True)]
@@ -193,14 +192,12 @@ class ZerothOrder:
         moves = self._proposed(slopes, self.directions.of_step(key))
         self.apply([replace(move, coefficient=record["coefficient"]) for move, record in zip(moves, records, strict=True)])
 
-    def _proposed(self, slopes: Sequence[Slopes], directions: StepDirections) -> list[Move]:
-        """Return a move per group, with coefficient 0 for now. Its tensors `[n]` are zero outside the group's slice."""
-        moves = []
+    def _proposed(self, slopes: Sequence[Slopes], directions: StepDirections) -> Iterator[Move]:
+        """Yield a move per group, with coefficient 0 for now. Its tensors `[n]` are zero outside the group's slice."""
         for group, own in zip(self.groups, slopes, strict=True):
             gradients = {b: gradient(own[b], (restricted(directions[b, q], part) for q in count())) for b, part in group.slices.items()}
             proposed = {b: g.sign() for b, g in gradients.items()} if self.config.transform == "sign" else gradients
-            moves.append(Move(group, own, gradients, proposed))
-        return moves
+            yield Move(group, own, gradients, proposed)
 
 
 def with_random_signs(slopes: Sequence[Slopes], key: Key) -> list[Slopes]:
