@@ -1,6 +1,5 @@
 """What a configuration describes: data, tasks, model, training batches and evaluation. Training and `commands.evaluate` share it."""
 
-import io
 import itertools
 import math
 import sys
@@ -10,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from PIL import Image
 
 from dist_vlcl.config import Config, TrainConfig
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix, Counts, SetsMatrix
+from dist_vlcl.data.images import encoded
 from dist_vlcl.data.loader import Batch, Loader
 from dist_vlcl.data.names import class_order, paper_order, prompt_names
 from dist_vlcl.data.settings import DataConfig
@@ -160,9 +159,7 @@ def fitted(train: TrainConfig, images: float) -> TrainConfig:
 def transformed_sample(size: int) -> torch.Tensor:
     """Return a made-up JPEG as the model would see it: `[3, size, size]`. Its bits depend on the image libraries of this machine."""
     pixels = (torch.arange(48 * 64 * 3) * 7919 % 251).to(torch.uint8).view(48, 64, 3).numpy()
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="JPEG")
-    return EvalTransform(size)(decode(stream.getvalue(), "a sample"), generator())
+    return EvalTransform(size)(decode(encoded(pixels, "JPEG"), "a sample"), generator())
 
 
 def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:

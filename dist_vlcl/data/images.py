@@ -18,10 +18,10 @@ def ppm(pixels_HWC: np.ndarray) -> bytes:
     return b"P6\n%d %d\n255\n" % (pixels_HWC.shape[1], pixels_HWC.shape[0]) + pixels_HWC.tobytes()
 
 
-def png(pixels: np.ndarray | Image.Image) -> bytes:
-    """uint8 [H, W, 3] or a Pillow image -> PNG."""
+def encoded(pixels: np.ndarray | Image.Image, format: str = "PNG") -> bytes:
+    """uint8 [H, W, 3] or a Pillow image -> the bytes of a file."""
     stream = io.BytesIO()
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(stream, format="PNG")
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(stream, format)
     return stream.getvalue()
 
 
@@ -33,21 +33,17 @@ def open_image(data: bytes) -> np.ndarray:
     try:
         if header := PPM_HEADER.match(data):  # 80 times faster than Pillow
             return np.frombuffer(data, np.uint8, offset=header.end()).reshape(int(header[2]), int(header[1]), 3)
-        return _decode(data)
+        image = _open(data)
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        if image.format == "PNG":
+            image.verify()  # the checksums of all parts; after it the file must be opened again
+            image = _open(data)
+        return upright(image)
     except UnidentifiedImageError as error:  # its own message names an address in memory
         raise ValueError("no image: neither PNG, JPEG, WebP nor PPM of 8 bits") from error
     except Exception as error:  # Pillow raises many types of errors for damaged bytes
         raise ValueError(f"no image: {error}") from error
-
-
-def _decode(data: bytes) -> np.ndarray:
-    image = _open(data)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-    if image.format == "PNG":
-        image.verify()  # the checksums of all parts; after it the file must be opened again
-        image = _open(data)
-    return upright(image)
 
 
 def upright(image: Image.Image) -> np.ndarray:

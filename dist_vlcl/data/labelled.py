@@ -20,7 +20,7 @@ from rich.progress import track
 
 from dist_vlcl.data.download import read_bytes
 from dist_vlcl.data.files import MEMBER, SPLIT_FOLDERS, Found, ReadFile, check_test_folders, open_source
-from dist_vlcl.data.images import IMAGE_SUFFIXES, png
+from dist_vlcl.data.images import IMAGE_SUFFIXES, encoded
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.masking import explained, masked
 
@@ -139,7 +139,7 @@ def torchvision(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
 
 
 def _png_of(images: Any, number: int) -> bytes:
-    return png(images[number][0].convert("RGB"))
+    return encoded(images[number][0].convert("RGB"))
 
 
 def _names(data: DataConfig, address: str | None) -> list[str]:

@@ -15,7 +15,7 @@ from filelock import FileLock
 from PIL import Image
 
 from dist_vlcl.data.files import SPLIT_FOLDERS, Found, ReadFile, check_test_folders, open_source, suffix_of
-from dist_vlcl.data.images import IMAGE_SUFFIXES, png
+from dist_vlcl.data.images import IMAGE_SUFFIXES, encoded
 from dist_vlcl.data.labelled import hf, torchvision, webdataset
 from dist_vlcl.data.names import known_classes
 from dist_vlcl.data.settings import DataConfig
@@ -272,10 +272,10 @@ def _official_cifar(source: Path, class_names: list[str]) -> Iterator[Found]:
         batch = pickle.loads(content, encoding="latin1")
         images = batch["data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         for number, (pixels, label) in enumerate(zip(images, batch["fine_labels"], strict=True)):
-            yield Found(split, class_names[label], f"{split}/{class_names[label]}/{number:05d}.png", partial(png, pixels))
+            yield Found(split, class_names[label], f"{split}/{class_names[label]}/{number:05d}.png", partial(encoded, pixels))
 
 
 def _digit_png(values: Any) -> bytes:
     """Values 0..16 [8, 8] -> RGB PNG 32x32."""
     grey = Image.fromarray((values * (255 / 16)).round().astype("uint8")).resize((32, 32), Image.Resampling.BICUBIC)
-    return png(grey.convert("RGB"))
+    return encoded(grey.convert("RGB"))
