@@ -1,7 +1,6 @@
 """Open folders and archives that may be damaged or hostile, and write folders that appear complete or not at all."""
 
 import io
-import logging
 import os
 import re
 import shutil
@@ -16,8 +15,8 @@ from typing import IO, Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.masking import explained
+from dist_vlcl.reading import warn
 
 MAX_FILE_BYTES = 1 << 26  # of one file of a source: a small archive can unpack to any size
 SPLIT_FOLDERS = {"train": "train", "training": "train"} | dict.fromkeys(("test", "testing", "val", "valid", "validation"), "test")
@@ -26,8 +25,6 @@ END_BYTES = 1024  # a tar ends in two blocks of zeros
 
 ReadFile = Callable[[], bytes]
 Listed = Iterator[tuple[str, Callable[[], Any]]]  # path, and a function that opens the file
-
-log = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):
@@ -48,9 +45,9 @@ class Found(NamedTuple):
         return re.sub(r"\.[^./]+$", "", self.short)
 
 
-def check_test_folders(data: DataConfig, folders: Iterable[str]) -> None:
+def check_test_folders(split_file: str | None, folders: Iterable[str]) -> None:
     """Raise ValueError for two folders of test images, such as val/ and test/, unless data.split_file says what to test."""
-    if not data.split_file and len(tests := sorted({name for name in folders if SPLIT_FOLDERS.get(name.lower()) == "test"})) > 1:
+    if not split_file and len(tests := sorted({name for name in folders if SPLIT_FOLDERS.get(name.lower()) == "test"})) > 1:
         raise ValueError(f"images below {tests[0]}/ and {tests[1]}/ would both be test images: remove one of them, or move it into train/")
 
 
@@ -133,8 +130,7 @@ def tar_members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             if member.isreg():
                 yield member
         file.seek(tar.offset)
-        rest = iter(partial(file.read, 1 << 20), b"")
-        if length - tar.offset < END_BYTES or any(part.strip(b"\0") for part in rest):
+        if length - tar.offset < END_BYTES or any(part.strip(b"\0") for part in iter(partial(file.read, 1 << 20), b"")):
             raise tarfile.ReadError(f"invalid header at byte {tar.offset:,}, or the end is missing")
 
 
@@ -151,7 +147,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.warning("waiting for another process that writes %s", target)
+        warn(f"waiting for another process that writes {target}")
         lock.acquire()
     try:
         if target.exists():

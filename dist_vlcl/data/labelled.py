@@ -45,7 +45,7 @@ def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     splits = {tar: next(filter(None, (SPLIT_FOLDERS.get(part.lower()) for part in parts)), None) for tar, parts in below.items()}
     is_split = folder.name.lower() in SPLIT_FOLDERS and not any(splits.values())  # the tars of train/ alone, and not of a set called test
     names = _names(data, data.class_names or f"{folder.parent if is_split else folder}/classnames.txt".replace(":/", "://"))
-    check_test_folders(data, (part for parts in below.values() for part in parts))
+    check_test_folders(data.split_file, (part for parts in below.values() for part in parts))
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # every tar stays open
     has_split = len(set(splits.values())) > 1  # a set of test images only is divided by test_fraction
     return _labelled([image for tar in track(tars, "tars") for image in _samples(data, tar, splits[tar] if has_split else None)], names)

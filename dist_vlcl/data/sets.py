@@ -222,7 +222,7 @@ def _images_of(data: DataConfig, split: str | None, files: Mapping[str, ReadFile
             homes[parents[places[-1]]].add("/".join(part for part in above if part.lower() not in SPLIT_FOLDERS))
         path = f"{split}:{name}" if split else name
         yield Found(split or SPLIT_FOLDERS.get(own.lower()), annotated.get(name) or parents[places[-1]], path, files[name])
-    check_test_folders(data, () if split else splits)
+    check_test_folders(data.split_file, () if split else splits)
     if left_out:
         warn(f"{len(left_out)} files were left out, such as {left_out[0]!r}: they are not PNG, JPEG or WebP")
     if several := [folder for folder, above in homes.items() if len(above) > 1]:

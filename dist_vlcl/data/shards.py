@@ -13,7 +13,6 @@ webdataset writes the shards and can read them. We read them ourselves, because 
 import hashlib
 import io
 import json
-import logging
 import math
 import os
 import re
@@ -36,6 +35,7 @@ from dist_vlcl.data.sets import RawSet, read_raw
 from dist_vlcl.data.settings import KNOWN, DataConfig
 from dist_vlcl.data.tasks import rank_slice
 from dist_vlcl.masking import explained, masked
+from dist_vlcl.reading import warn
 
 FORMAT = 1
 SPLITS = ("train", "test")
@@ -47,8 +47,6 @@ MAX_THREADS = 8
 OF_THE_BUILD = ("test_fraction", "split_seed", "split_file", "class_names")  # options that count when shards are written
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]  # wraps a list of pieces of work, to show progress
-
-log = logging.getLogger(__name__)
 
 
 class ShardError(RuntimeError):
@@ -276,7 +274,7 @@ def write_shards(raw: RawSet, data: DataConfig, track: Track = iter) -> Index:
             message = f"{len(bad)} of {len(raw.samples)} images cannot be opened:\n" + "\n".join(bad[:20])
             if data.on_error == "stop":
                 raise ShardError(f"{message}\nReplace or remove them, or set data.on_error=skip to leave them out")
-            log.warning("left out: %s", message)
+            warn(f"left out: {message}")
         for (split, class_id, samples), (shards, _) in zip(work, written, strict=True):
             if samples and not shards:
                 raise ShardError(f"class {raw.class_names[class_id]!r} has no {split} image that can be opened")
