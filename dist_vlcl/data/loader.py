@@ -66,20 +66,18 @@ class Request:
 
 def _requests(
     order: Sequence[SampleId], classes: Sequence[int], *, batch_size: int, rank: int = 0, size: int = 1, **shared: Any
-) -> list[Request]:
-    """Return a rank's part of order[i * batch_size : (i + 1) * batch_size] for every i. The last global batch may be smaller.
+) -> Iterator[Request]:
+    """Yield a rank's part of order[i * batch_size : (i + 1) * batch_size] for every i. The last global batch may be smaller.
 
     `shared`: the fields that all requests have in common.
     """
     labels = {class_id: label for label, class_id in enumerate(classes)}
-    requests = []
     for index, first in enumerate(range(0, len(order), batch_size)):
         batch = order[first : first + batch_size]
         positions = rank_slice(len(batch), rank, size)
         samples = [batch[position] for position in positions]
         own_labels = [labels[sample.class_id] for sample in samples]
-        requests.append(Request(samples=samples, labels=own_labels, positions=positions, count=len(batch), index=index, **shared))
-    return requests
+        yield Request(samples=samples, labels=own_labels, positions=positions, count=len(batch), index=index, **shared)
 
 
 class Reader(Dataset[Batch]):
@@ -117,8 +115,7 @@ class Reader(Dataset[Batch]):
     def _shard(self, request: Request, sample: SampleId) -> list[StoredSample]:
         name = (request.split, sample.class_id, sample.shard)
         if name not in self._shards:
-            shard = self.index.shards[request.split][sample.class_id][sample.shard]
-            self._shards[name] = read_shard(self.index, shard)
+            self._shards[name] = read_shard(self.index, self.index.shards[request.split][sample.class_id][sample.shard])
             self.bytes += _bytes_of(self._shards[name])
             while self.bytes > self.limit and len(self._shards) > request.min_shards:
                 self.bytes -= _bytes_of(self._shards.popitem(last=False)[1])
@@ -178,7 +175,8 @@ class Loader:
             pin_memory=is_on_gpu,
             # Without its own generator a DataLoader draws from the global one, and a resumed run would differ from an unbroken one.
             generator=torch.Generator(),
-            worker_init_fn=_leave_process_group,
+            # A launcher signals the whole process group. A worker that dies of the signal would end the trainer before it has saved.
+            worker_init_fn=lambda _: os.setpgid(0, 0),
         )
 
     def train(self, task: Task, *, seed: int, epoch: int, start: int = 0, without: Sequence[SampleId] = (), **options: Any) -> Batches:
@@ -190,7 +188,7 @@ class Loader:
         order = [s for s in train_order(self.index.sizes("train", task.classes), seed, task.index, epoch) if s not in left_out]
         min_shards = 2 * len(task.classes)  # a batch may span two windows, each with about one shard of every class
         shared: dict[str, Any] = {"split": "train", "seeds": (seed, task.index, epoch), "min_shards": min_shards}
-        return Batches(self, _requests(order, task.classes, **shared, **options)[start:])
+        return Batches(self, list(_requests(order, task.classes, **shared, **options))[start:])
 
     def test(self, classes: Sequence[int], *, held_out: Sequence[SampleId] = (), **options: Any) -> Batches:
         """Return every test sample of the classes exactly once over all ranks, or instead the training samples `held_out`.
@@ -199,15 +197,10 @@ class Loader:
         """
         order = held_out or plain_order(self.index.sizes("test", classes))
         shared: dict[str, Any] = {"split": "train" if held_out else "test", "seeds": (), "min_shards": 8}
-        return Batches(self, _requests(order, classes, **shared, **options))
+        return Batches(self, list(_requests(order, classes, **shared, **options)))
 
 
 def _default_workers(is_on_gpu: bool) -> int:
     """Return this rank's share of the cores for a GPU, at most 4. On a CPU the cores are busy with the step."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return min(4, max(1, len(os.sched_getaffinity(0)) // ranks_here - 1)) if is_on_gpu else 0
-
-
-def _leave_process_group(_worker: int) -> None:
-    # A launcher signals the whole process group. A worker that dies of the signal would end the trainer before it has saved.
-    os.setpgid(0, 0)

@@ -3,7 +3,6 @@
 ImageNet-R's class names and order are those of RAPF, an open choice: the paper does not state which ones it used.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 def paper_order(reader: str) -> list[int] | None:
     """Return the published class order of a known data set, or None. ImageNet-R's is RAPF's (see above)."""
     path = FOLDER / "orders" / f"{reader}.txt"
-    return [int(number) for line in _lines(path) for number in re.findall(r"\d+", line)] if path.exists() else None
+    return [int(number) for line in _lines(path) for number in line.replace(",", " ").split()] if path.exists() else None
 
 
 def class_order(spec: str | Sequence[int], num_classes: int, paper: Sequence[int] | None = None) -> list[int]:
@@ -51,5 +50,4 @@ def class_order(spec: str | Sequence[int], num_classes: int, paper: Sequence[int
 
 
 def _lines(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]

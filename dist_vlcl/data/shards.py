@@ -224,8 +224,7 @@ def open_sets(data: DataConfig, names: Sequence[str]) -> tuple[Index, list[int]]
             shards[split] += tuple(tuple(replace(shard, path=f"{name}/{shard.path}") for shard in of_class) for of_class in by_class)
         class_names += index.class_names
         sizes.append(len(index.class_names))
-    location = data.url or data.root
-    return Index(data.name, data.reader_name, tuple(class_names), (), shards, location, data.allow_pipe, data.timeout_s), sizes
+    return Index(data.name, data.reader_name, tuple(class_names), (), shards, data.url or data.root, data.allow_pipe, data.timeout_s), sizes
 
 
 def build_command(data: DataConfig) -> str:

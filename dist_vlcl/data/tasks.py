@@ -71,8 +71,7 @@ class SampleId(NamedTuple):
 
 def generator(*parts: object) -> random.Random:
     """Return a random generator that depends on `parts` alone, on every machine and in every process; `hash()` would not do."""
-    text = "\x1f".join(map(str, parts))
-    return random.Random(int.from_bytes(hashlib.blake2s(text.encode(), digest_size=16).digest(), "big"))
+    return random.Random(int.from_bytes(hashlib.blake2s("\x1f".join(map(str, parts)).encode(), digest_size=16).digest(), "big"))
 
 
 def train_order(sizes: ShardSizes, seed: int, task: int, epoch: int) -> list[SampleId]:

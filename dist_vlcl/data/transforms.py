@@ -49,8 +49,7 @@ class EvalTransform:
         height, width = pixels_HWC.shape[:2]
         tall, wide = (int(self.size * side / min(height, width)) for side in (height, width))
         top, left = round((tall - self.size) / 2), round((wide - self.size) / 2)
-        resized = resize(pixels_HWC, tall, wide, self.filter)
-        return _to_tensor(resized[top : top + self.size, left : left + self.size])
+        return _to_tensor(resize(pixels_HWC, tall, wide, self.filter)[top : top + self.size, left : left + self.size])
 
 
 Transform = TrainTransform | EvalTransform
