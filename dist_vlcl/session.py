@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from statistics import mean
 from typing import Any, NoReturn
 
@@ -16,17 +15,14 @@ from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.data.tasks import Task
 from dist_vlcl.dist.agree import ReplicaDivergedError, agree, agree_on_tensors, digest
 from dist_vlcl.experiment import Experiment, PlannedStep, steps_per_epoch
-from dist_vlcl.model.units import UnitId
 from dist_vlcl.orders import Order, describe
-from dist_vlcl.reading import read_lines
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import RunFolder
-from dist_vlcl.run.log import METRICS, RunLog, read_journal
+from dist_vlcl.run.log import RunLog, journalled_steps
 from dist_vlcl.run.signals import report_status
 from dist_vlcl.run.state import TrainState
 from dist_vlcl.run.unit_records import UnitRecords
-from dist_vlcl.saved import METRICS_FORM
 from dist_vlcl.step import HybridStep, StepReport
 from dist_vlcl.zo.update import Move
 
@@ -235,20 +231,7 @@ class Session:
         return records
 
 
-def journalled_steps(folder: Path, state: TrainState) -> list[dict[str, Any]]:
-    """Return the journal's records of this task after the state's step, up to the first one without a line in metrics.jsonl.
-
-    A power cut may leave more of one file than of the other.
-    """
-    measured = {r["step"]: r.get("seconds") or 0.0 for r in read_lines(folder / METRICS, METRICS_FORM) if r["kind"] == "step"}
-    records = itertools.takewhile(lambda record: record["step"] in measured, read_journal(folder, state.step))
-    return [{**r, "seconds": measured[r["step"]]} for r in records if r["task"] == state.task]  # between two tasks there is an evaluation
-
-
 def sizes_by_unit(step: HybridStep, moves: list[Move]) -> list[float | None]:
     """Return the size of the projected gradient that moved each unit, in the order of the units; None for a unit that did not move."""
-    sizes: dict[UnitId, float] = {}
-    for move in moves:
-        for branch, part in move.group.slices.items():
-            sizes |= dict.fromkeys(step.flats[branch].units_in(part), move.slope_sizes[branch])
+    sizes = {id: m.slope_sizes[b] for m in moves for b, part in m.group.slices.items() for id in step.flats[b].units_in(part)}
     return [sizes.get(id) for id in step.towers.units]

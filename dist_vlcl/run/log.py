@@ -8,6 +8,7 @@ The zeroth-order units can be rebuilt from the journal. A step's journal line is
 the lines after the last checkpoint. Every line ends with `crc`, the CRC-32 of its rest, which detects damage.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -198,6 +199,16 @@ def read_journal(folder: Path, after: int) -> Iterator[dict[str, Any]]:
             return
         yield record
         after += 1
+
+
+def journalled_steps(folder: Path, state: TrainState) -> list[dict[str, Any]]:
+    """Return the journal's records of this task after the state's step, up to the first one without a line in metrics.jsonl.
+
+    A power cut may leave more of one file than of the other.
+    """
+    measured = {r["step"]: r.get("seconds") or 0.0 for r in read_lines(folder / METRICS, METRICS_FORM) if r["kind"] == "step"}
+    records = itertools.takewhile(lambda record: record["step"] in measured, read_journal(folder, state.step))
+    return [{**r, "seconds": measured[r["step"]]} for r in records if r["task"] == state.task]  # between two tasks there is an evaluation
 
 
 def _percent(fraction: float | None) -> str:
