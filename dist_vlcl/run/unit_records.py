@@ -34,9 +34,7 @@ class UnitRecords:
     def __init__(self, folder: Path | str, units: Sequence[tuple[str, int, str, int]], every: int, step: int, is_main: bool = True) -> None:
         """Open the folder at a resume after `step`: later records are deleted."""
         self.folder, self.units, self.every, self.is_main = Path(folder) / "units", units, every, is_main
-        self._steps: list[tuple[int, int]] = []
-        self._statistics: list[Tensor] = []  # on the device; copied to the CPU together
-        self._sizes: list[float | None] = []  # one number per unit and step
+        self._kept: list[tuple[int, int, Tensor, Sequence[float | None]]] = []  # the arguments of `add`; tensors stay on the device
         if is_main and self.folder.is_dir():
             _drop_after(self.folder, step)
 
@@ -47,28 +45,26 @@ class UnitRecords:
     def add(self, step: int, task: int, statistics_UF: Tensor, sizes_U: Sequence[float | None]) -> None:
         """Keep the STATISTICS of every unit after a step, and the size of its projected gradient (None if it has none)."""
         if self.is_main:
-            self._steps.append((step, task))
-            self._statistics.append(statistics_UF)
-            self._sizes += sizes_U
+            self._kept.append((step, task, statistics_UF, sizes_U))
 
     def flush(self) -> None:
         """Write the records in memory as one part. Call it before the checkpoint of the same step."""
-        if self._steps:
+        if self._kept:
             make_folder(self.folder)
-            _write(self.folder / f"step-{self._steps[0][0]:08d}.parquet", self._table())
-            self._steps, self._statistics, self._sizes = [], [], []
+            _write(self.folder / f"step-{self._kept[0][0]:08d}.parquet", self._table())
+            self._kept = []
 
     def _table(self) -> Any:
         import pyarrow
 
-        steps, tasks = np.array(self._steps).T
+        steps, tasks, statistics_SUF, sizes_SU = zip(*self._kept, strict=True)
         branches, layers, orders, numels = zip(*self.units, strict=True)
-        statistics = torch.stack(self._statistics).flatten(0, 1).cpu().numpy()  # [S * U, F]
+        statistics = torch.stack(statistics_SUF).flatten(0, 1).cpu().numpy()  # [S * U, F], copied to the CPU together
         repeats, count = len(self.units), len(steps)
         per_step = {"step": np.repeat(steps, repeats).astype(np.int64), "task": np.repeat(tasks, repeats).astype(np.int32)}
         per_unit = {"branch": list(branches) * count, "layer": np.tile(np.array(layers, dtype=np.int32), count)}
         per_unit |= {"order": list(orders) * count, "numel": np.tile(np.array(numels, dtype=np.int32), count)}
-        values = {"projected_gradient": pyarrow.array(self._sizes, "float")}
+        values = {"projected_gradient": pyarrow.array([size for sizes_U in sizes_SU for size in sizes_U], "float")}
         return pyarrow.table({**per_step, **per_unit, **values, **{name: statistics[:, k] for k, name in enumerate(STATISTICS)}})
 
 
