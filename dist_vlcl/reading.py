@@ -3,7 +3,6 @@
 A record may be sealed: `crc` is the CRC-32 of its other entries. A sealed record that was damaged is noticed.
 """
 
-import errno
 import json
 import os
 import stat
@@ -24,7 +23,7 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-            raise OSError(errno.EINVAL, f"not a regular file of at most {limit:,} bytes", str(path))
+            raise OSError(f"{path} is not a regular file of at most {limit:,} bytes")
         return file.read()
 
 

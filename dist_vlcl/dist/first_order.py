@@ -1,6 +1,5 @@
 """First-order units: AdamW and gradient synchronisation, by accelerate."""
 
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -111,17 +110,16 @@ class FirstOrder:
         if self.optimizer is None:
             return 0.0
         self.wait_for_gradients()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not math.isfinite(norm):
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if not norm.isfinite():
             return None
         if self.config.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, torch.tensor(norm))
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.model.zero_grad()
-        return norm
+        return float(norm)
 
     def zero_grad(self) -> None:
         """Drop the gradients of a skipped step, and what PowerSGD remembers: it may not be finite."""

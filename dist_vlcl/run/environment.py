@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ ELASTIC = "DIST_VLCL_ELASTIC"  # the environment variable that launch/elastic.sh
 def describe_environment() -> dict[str, Any]:
     """Return versions, host, code and command line of this process; no environment variables, since they may hold secrets."""
     code = {"command": masked_command(sys.argv), "code": code_version(Path(__file__).parent), "packages": installed_packages()}
-    machine = {"host": socket.gethostname(), "platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    machine = {"host": platform.node(), "platform": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()}
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **machine, "cuda": torch.version.cuda, "accelerators": gpus, **code}
 

@@ -2,14 +2,13 @@
 
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dist_vlcl.options import flatten
-from dist_vlcl.reading import or_warn, read_json
+from dist_vlcl.reading import or_warn, read_json, warn
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.folder import TRACKERS, RunConfig
 
@@ -55,7 +54,7 @@ class Trackers:
             self._trackers.pop(name, None)
             # accelerate names another package than the one that is missing
             why = f"pip install {name}" if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-            warnings.warn(f"run.trackers: {name} is off for this run: {why}", RuntimeWarning, stacklevel=3)
+            warn(f"run.trackers: {name} is off for this run: {why}")
 
 
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:
