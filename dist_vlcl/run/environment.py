@@ -63,8 +63,7 @@ def is_restart() -> bool:
 
     Under launch/elastic.sh every start may be one: torch does not count the restarts after a change of machines.
     """
-    names = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", ELASTIC)
-    return any(os.environ.get(name, "0") not in ("", "0") for name in names)
+    return any(os.environ.get(name, "0") not in ("", "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", ELASTIC))
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

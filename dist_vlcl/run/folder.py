@@ -158,8 +158,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str],
     run = _id_of(path, starts) or uuid.uuid4().hex
     replace_file(path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     identity = {"run": run, "config": digest_of(config)} | ({"data": facts["data"]} if facts.get("data") else {})
-    start = seal({"run": run, **describe_environment(), **facts})
-    replace_file(path / "env.json", json.dumps([*starts, start], indent=1) + "\n")
+    replace_file(path / "env.json", json.dumps([*starts, seal({"run": run, **describe_environment(), **facts})], indent=1) + "\n")
     for name in ("REQUEUE", WAITING):
         (path / name).unlink(missing_ok=True)
     for name in ("checkpoints", "plots"):
@@ -204,8 +203,7 @@ def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
 def _id_of(path: Path, starts: list[dict[str, Any]]) -> str | None:
     """Return the id of the run in the folder, as its newest start or, if env.json is lost, its newest checkpoint has it."""
     saved = None if starts else load_newest(path)
-    known = [saved.identity if saved else {}, *starts]
-    return next((start["run"] for start in reversed(known) if start.get("run")), None)
+    return next((start["run"] for start in reversed([saved.identity if saved else {}, *starts]) if start.get("run")), None)
 
 
 def _check_facts(path: Path, facts: dict[str, str], starts: list[dict[str, Any]]) -> list[str]:

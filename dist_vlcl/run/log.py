@@ -152,8 +152,7 @@ class RunLog:
         self._trackers.log(line)
 
     def _shown(self, items: Iterable[Any], total: int, completed: int, description: str) -> Iterator[Any]:
-        bar_and_counts = (BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
-        columns = ("{task.description}", *bar_and_counts, "{task.fields[newest]}")
+        columns = ("{task.description}", BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn(), "{task.fields[newest]}")
         is_live, shown = self._console.is_terminal, self._console.get_time()
         self._newest, self._images, self._seconds = "", 0.0, 0.0
         with Progress(*columns, console=self._console, disable=not is_live) as bar:
