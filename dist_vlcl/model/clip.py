@@ -141,8 +141,7 @@ class TextStemAndHead(nn.Module):
         if not self.has_class_token:
             return None
         # open_clip has no public function for this mask
-        added = self.text._build_additive_mask(tokens, self.length(tokens), torch.float32)[:: self.text.heads]
-        return (added + self.text.attn_mask) == 0
+        return self.text._build_additive_mask(tokens, self.length(tokens), torch.float32)[:: self.text.heads] + self.text.attn_mask == 0
 
     def forward(self, tokens: Tensor, hidden: Tensor | None = None) -> Tensor:
         return self.embed(tokens) if hidden is None else self.pool(hidden)
@@ -262,9 +261,8 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
     else:
         blocks, stem = adapted("vision", visual.transformer.to(precision), causal=False), VisionStemAndHead(visual)
     text = TextStemAndHead(clip)
-    vision = Tower("vision", blocks, stem, model.checkpoint)
     language = Tower("language", adapted("language", text.text.transformer, text.text.attn_mask is not None), text, model.checkpoint)
-    return TwoTowers(vision, language, tokenizer, model, visual.preprocess_cfg)
+    return TwoTowers(Tower("vision", blocks, stem, model.checkpoint), language, tokenizer, model, visual.preprocess_cfg)
 
 
 def merge_lora(model: ModelConfig, lora: LoRAConfig, adapters: Mapping[str, Tensor], seed: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -68,9 +68,8 @@ class MoEAdapter(nn.Module):
         noise: standard normals `[B, E]` for the router, or None. dropout_mask: `[B, L, k*r]` for the chosen experts, or None.
         """
         gates_KBk, chosen = self.gates(u[:, :, 0], stacked_params, noise)
-        down, down_bias, up, up_bias = (
-            _of_experts(chosen, stacked_params[name]) for name in ("down_weight", "down_bias", "up_weight", "up_bias")
-        )
+        names = ("down_weight", "down_bias", "up_weight", "up_bias")
+        down, down_bias, up, up_bias = (_of_experts(chosen, stacked_params[name]) for name in names)
         hidden = F.relu(linear(u, down.flatten(-3, -2), down_bias.flatten(-2)))
         scale = self.config.scale
         weight_KBk = gates_KBk * (scale / (1 - self.config.dropout) if dropout_mask is not None else scale)

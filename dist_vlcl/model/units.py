@@ -57,8 +57,7 @@ class Units(dict[UnitId, Unit]):
 
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Raise ValueError if a name is missing or unknown, or a shape differs."""
-        own = self.state_dict()
-        shapes, saved = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
+        shapes, saved = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (self.state_dict(), state))
         if odd := sorted(name for name in {**shapes, **saved} if shapes.get(name) != saved.get(name)):
             found = "; ".join(f"{name}: the model has {shapes.get(name)}, the file {saved.get(name)}" for name in odd[:4])
             raise ValueError(f"the shapes of {len(odd)} adapter tensors differ ({found})")

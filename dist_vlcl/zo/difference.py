@@ -31,8 +31,7 @@ def up_projections(flat: Flat) -> Tensor:
 
     Raises ValueError if there is none.
     """
-    parts = [torch.full((n,), float("up" in name.rpartition("/")[-1].split("_"))) for name, n in flat.names()]
-    mask_n = torch.cat(parts)
+    mask_n = torch.cat([torch.full((n,), float("up" in name.rpartition("/")[-1].split("_"))) for name, n in flat.names()])
     if not mask_n.any():
         raise ValueError("zo.tensors=up: this adapter has no tensor with the word up in its name; use zo.tensors=all")
     return mask_n
