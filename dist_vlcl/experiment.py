@@ -86,8 +86,7 @@ class Experiment:
     def batches(self, task: Task, state: TrainState, progress: Progress) -> Iterable[PlannedStep]:
         """Return the steps that are left in a task. They advance the state's epoch; the caller advances its batch. All ranks call this."""
         total, done = self.num_steps(task), state.epoch * steps_per_epoch(self.cfg, self.index, task) + state.batch
-        described = f"task {task.index + 1}/{len(self.tasks)}"
-        return progress(self._steps(task, state), total=total, completed=done, description=described)
+        return progress(self._steps(task, state), total=total, completed=done, description=f"task {task.index + 1}/{len(self.tasks)}")
 
     def _steps(self, task: Task, state: TrainState) -> Iterator[PlannedStep]:
         cfg, world = self.cfg, self.world
@@ -100,8 +99,7 @@ class Experiment:
         while (done := state.epoch * per_epoch + state.batch) < steps:
             batches = self.loader.train(task, seed=cfg.seed, epoch=state.epoch, start=state.batch, **options)
             for batch in itertools.islice(batches, steps - done):
-                lr = warmup_cosine(done, steps, cfg.first_order.lr, warmup)
-                yield PlannedStep(batch, Key(seeds[done], state.step), lr)
+                yield PlannedStep(batch, Key(seeds[done], state.step), warmup_cosine(done, steps, cfg.first_order.lr, warmup))
                 done += 1
             state.next_epoch()
 

@@ -24,8 +24,7 @@ def count_correct(
     integers and are summed over ranks. All ranks call this.
     """
     tokens = towers.prompts(class_names).to(world.device)
-    rows = {"language": torch.arange(len(tokens), device=world.device)}
-    text_CF = towers.features("language", tokens, noise and StepNoise(noise, rows))
+    text_CF = towers.features("language", tokens, noise and StepNoise(noise, {"language": torch.arange(len(tokens), device=world.device)}))
     counts = torch.zeros(len(prefixes), len(class_names), 2, dtype=torch.int64, device=world.device)
     for batch in batches:
         images, image_noise = batch.images, noise and StepNoise(Key(noise.seed, batch.index + 1), {"vision": batch.positions})

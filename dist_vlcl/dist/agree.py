@@ -38,8 +38,7 @@ def agree(world: World, facts: Mapping[str, Any], hint: str = "") -> None:
     values = world.gather_objects(flatten(facts), " and ".join(facts))
     problems = []
     for name in dict.fromkeys(name for own in values for name in own):
-        odd = [rank for rank, own in enumerate(values) if own.get(name) != values[0].get(name)]
-        if odd:
+        if odd := [rank for rank, own in enumerate(values) if own.get(name) != values[0].get(name)]:
             shown = "; ".join(f"rank {rank}: {str(values[rank].get(name))[:200]}" for rank in [0, *odd[:3]])
             problems.append(f"{name}: ranks {odd} differ from rank 0 ({shown})")
     if problems:

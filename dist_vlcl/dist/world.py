@@ -210,8 +210,7 @@ def join(config: ClusterConfig, announced: int, backend: str = "") -> tuple[Any,
     on_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     backend = backend or ("gloo" if on_cpu else "nccl")
     if on_cpu:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", announced))
-        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", announced))))
     else:
         # Gradients have their own communicator (first_order.py). With this, NCCL launches both in the same order on every rank.
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
