@@ -34,7 +34,7 @@ class Report:
         cells = cells_of(results, comparisons, published)
         memory = tables.memory_of(runs, memory_gb)
         shown = complete.drop(columns=["path", "shared_settings", "method_settings", "model_settings"])
-        figures, of_runs = pictures_of(complete, results), pictures_of_runs(complete)
+        figures, of_runs = pictures_of(complete, results), list(pictures_of_runs(complete))
         self.pictures = [*of_runs, *figures]
         self.data = {"runs": shown, "cells": cells, "comparisons": comparisons, "memory": memory}
         self.data |= {picture.name: picture.data for picture in self.pictures}
@@ -42,8 +42,7 @@ class Report:
         self.left_out = {**left_out, **dict.fromkeys(repeated, "repeats the settings and the seed of another run")}
         self.left_out |= dict.fromkeys(runs[runs.is_complete & runs.is_probe].run, "ended by train.max_steps: only its memory is shown")
         self.left_out |= {row.run: f"not complete, tasks done: {row.tasks_done}" for row in runs[~runs.is_complete].itertuples()}
-        ours = cells[cells.seeds > 0]
-        blocks = [*_results(ours), *_figures("Each run", of_runs), *_claims(comparisons), *_figures("Figures", figures)]
+        blocks = [*_results(cells[cells.seeds > 0]), *_figures("Each run", of_runs), *_claims(comparisons), *_figures("Figures", figures)]
         blocks += [*_tables(cells, memory), *_missing(comparisons, self.left_out)]
         titles = [block.removeprefix("## ") for block in blocks if block.startswith("## ")]
         contents = "".join(f"- [{title}](#{_anchor(title)})\n" for title in titles)

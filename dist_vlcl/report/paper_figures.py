@@ -3,7 +3,7 @@
 import itertools
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 from dist_vlcl.masking import explained
 from dist_vlcl.reading import or_warn
 from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, draw_loss, plot_accuracy, plot_matrix, put_legend
-from dist_vlcl.report.records import CELL, Records, gather, read_records, read_units, step_frame
+from dist_vlcl.report.records import CELL, gather, read_records, read_units, step_frame
 from dist_vlcl.report.statistics import GROUP, METHOD, in_paper_order, paired_test
 from dist_vlcl.report.tables import METRICS, method_label, tasks_label
 
@@ -118,8 +118,7 @@ def _draw_unit_curve(axes: Axes, units: pd.DataFrame, name: str, look: tuple[str
         bars = np.maximum([part["mean"] - part["min"], part["max"] - part["mean"]], 0)
         face = color if order == "first" else "white"
         looks: dict[str, Any] = {"color": color, "linestyle": line, "marker": marker, "markersize": 4, "markerfacecolor": face}
-        label = "" if number else method
-        axes.errorbar(part.layer + offset, part["mean"], bars, linewidth=0.9, elinewidth=0.8, label=label, **looks)
+        axes.errorbar(part.layer + offset, part["mean"], bars, linewidth=0.9, elinewidth=0.8, label="" if number else method, **looks)
 
 
 def _first_and_each_branch(layers: str) -> list[str]:
@@ -183,11 +182,10 @@ def draw_seeds(results: pd.DataFrame) -> Picture | None:
     return Picture(figure, trained[[*CELL, "other_settings", "run", "seed", *METRICS]], caption)
 
 
-def pictures_of_runs(complete: pd.DataFrame) -> list[Picture]:
-    """Return the accuracy matrix and the curve of each run, of at most MOST_RUNS runs: those with the best Last."""
+def pictures_of_runs(complete: pd.DataFrame) -> Iterator[Picture]:
+    """Yield the accuracy matrix and the curve of each run, of at most MOST_RUNS runs: those with the best Last."""
     shown = complete.sort_values("last", ascending=False, kind="stable")[:MOST_RUNS]
     rest = f"; the other {len(complete) - len(shown)} runs have theirs in their folders plots/" if len(complete) > len(shown) else ""
-    found = []
     for number, path in enumerate(shown.path, start=1):
         records = read_records(path)
         of_tasks = pd.DataFrame(records["task"]).drop(columns=["kind", "crc"], errors="ignore")
@@ -195,15 +193,9 @@ def pictures_of_runs(complete: pd.DataFrame) -> list[Picture]:
             ("accuracy_matrix", plot_matrix, f"Row t: accuracy on each task after training on task t{rest}."),
             ("accuracy", plot_accuracy, "Accuracy on all classes seen so far."),
         ):
-            if figure := or_warn(partial(_named, path.name, plot, records), None):
-                found.append(Picture(figure, of_tasks, caption, f"{name}-{number}", path.name))
-    return found
-
-
-def _named(run: str, plot: Callable[[Records], Figure | None], records: Records) -> Figure | None:
-    """Return the plot of a run. Raises ValueError that names the run."""
-    with explained(f"{run}: no picture"):
-        return plot(records)
+            drawn = explained(f"{path.name}: no picture")(plot)  # an error names the run
+            if figure := or_warn(partial(drawn, records), None):
+                yield Picture(figure, of_tasks, caption, f"{name}-{number}", path.name)
 
 
 def pictures_of(complete: pd.DataFrame, results: pd.DataFrame) -> list[Picture]:

@@ -87,8 +87,7 @@ def in_paper_order(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return a frame sorted by some columns: data sets and methods as the paper lists them, others by value."""
 
     def rank(column: pd.Series) -> pd.Series:
-        values = [*ORDER.get(str(column.name), ()), *sorted(set(column), reverse=column.name == "increment")]
-        return column.map(values.index)
+        return column.map([*ORDER.get(str(column.name), ()), *sorted(set(column), reverse=column.name == "increment")].index)
 
     return frame.sort_values(list(columns), key=rank, kind="stable", ignore_index=True)
 
@@ -108,8 +107,7 @@ def results_of(complete: pd.DataFrame) -> pd.DataFrame:
     before = complete[complete.zero_shot_last.notna()].assign(**UNTRAINED, method_settings="")
     before = before.assign(last=before.zero_shot_last, avg=before.zero_shot_avg, other_settings=before.model_settings)
     untrained = pd.concat([untrained, before]).rename(columns={"shared_settings": "measured_in"})
-    groups = trained[[*GROUP, "model_settings"]].drop_duplicates()
-    untrained = untrained.merge(groups, on=[*TASKS, "model_settings"], how="left")
+    untrained = untrained.merge(trained[[*GROUP, "model_settings"]].drop_duplicates(), on=[*TASKS, "model_settings"], how="left")
     untrained = untrained.assign(shared_settings=untrained.shared_settings.fillna(untrained.measured_in))
     untrained["is_own"] = untrained.measured_in == untrained.shared_settings  # a measurement within the group comes first
     untrained = untrained.sort_values("is_own", kind="stable").drop_duplicates([*GROUP, "seed"], keep="last")
@@ -156,9 +154,8 @@ def compare(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     measured = [*METRICS, *(name for name in MEASURES if name in results)]
     values = results[[*GROUP, *METHOD, "other_settings", "seed", *measured]]
     other = values.drop(columns="other_settings").rename(columns={name: f"{name}_2" for name in (*METHOD, *measured)})
-    joined = pairs.merge(values).merge(other)
     known, rows, about = published.set_index(CELL), [], [*CELL, "other_settings", "shared_settings", "method_settings"]
-    for _, both in joined.groupby(list(pairs.columns), sort=False):
+    for _, both in pairs.merge(values).merge(other).groupby(list(pairs.columns), sort=False):
         first = both.iloc[0]
         cells = [tuple(first[TASKS]) + tuple(first[[f"{name}{end}" for name in METHOD[:-1]]]) for end in ("", "_2")]
         claim = CLAIMS.get(first.claim, Claim("", ""))
@@ -245,8 +242,7 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     to_first = comparisons[comparisons.against.str.startswith("first order")].rename(columns={"mean": "to_first"})
     for of_comparison in (control[[*keys, *gain.values()]], to_first[[*keys, "to_first"]]):
         cells = cells.merge(of_comparison, on=keys, how="left")
-    is_zeroth = ~cells.variant.isin(WITHOUT_ZEROTH)
     cells["difference"] = cells["mean"] - cells.paper
-    cells["paper_to_first"] = (cells.paper - cells.pop("paper_first")).where(is_zeroth)
+    cells["paper_to_first"] = (cells.paper - cells.pop("paper_first")).where(~cells.variant.isin(WITHOUT_ZEROTH))
     cells["metric"] = pd.Categorical(cells.metric, list(METRICS))
     return in_paper_order(cells.astype({"seeds": int}), keys)

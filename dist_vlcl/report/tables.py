@@ -96,12 +96,11 @@ def result_table(ours: pd.DataFrame) -> str:
     comparable = ours.groupby([*TASKS, "metric", "same_seeds"])["mean"]
     is_best = (ours["mean"] == comparable.transform("max")) & (comparable.transform("size") > 1)
     ours = ours.assign(star=is_best.map({True: " ★", False: ""}))
-    heads = ["{}", "Δ {}", "95 % interval"]
 
     def texts(cell: Any) -> list[str]:
         return [_ours(cell) + cell.star, signed(cell.gain), interval(cell.gain_low, cell.gain_high)]
 
-    return _by_metric(best_first(ours), ["control"], heads, texts)
+    return _by_metric(best_first(ours), ["control"], ["{}", "Δ {}", "95 % interval"], texts)
 
 
 def best_first(cells: pd.DataFrame) -> pd.DataFrame:
@@ -151,13 +150,12 @@ def paper_table(cells: pd.DataFrame, table: int) -> str:
 def memory_of(runs: pd.DataFrame, published_gb: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     """Return Table 5, one row per adapter and setting: the paper's GB, and the most GiB that a step has reserved and allocated."""
     rows = [(adapter, setting, gb) for adapter, settings in published_gb.items() for setting, gb in settings.items()]
-    paper = pd.DataFrame(rows, columns=["adapter", "setting", "paper_gb"])
     is_whole = (runs.layers == "all") & (runs.variant == "conservative")
     ours = runs[runs.is_complete & runs.peak_gib.notna() & (is_whole | (runs.variant == "none"))]
     by_setting = ours.assign(setting=ours.branch.replace("none", "fo")).groupby(["adapter", "setting", *TASKS, "other_settings"])
     peaks = by_setting.agg(peak_gib=("peak_gib", "max"), allocated_gib=("allocated_gib", "max"), runs=("run", "nunique"))
-    ours = paper.merge(peaks.reset_index(), on=["adapter", "setting"], how="left")
-    return ours.fillna({"dataset": "", "increment": 0, "other_settings": "", "runs": 0}).astype({"increment": int, "runs": int})
+    both = pd.DataFrame(rows, columns=["adapter", "setting", "paper_gb"]).merge(peaks.reset_index(), on=["adapter", "setting"], how="left")
+    return both.fillna({"dataset": "", "increment": 0, "other_settings": "", "runs": 0}).astype({"increment": int, "runs": int})
 
 
 def memory_table(memory: pd.DataFrame) -> str:
