@@ -14,9 +14,7 @@ from dist_vlcl.report import tables
 from dist_vlcl.report.paper_figures import Picture, pictures_of, pictures_of_runs
 from dist_vlcl.report.records import CONTROLS
 from dist_vlcl.report.statistics import CLAIMS, RULE, cells_of, compare, complete_of, results_of
-from dist_vlcl.report.tables import METRICS, PAPER_TABLES, UNKNOWN, escape
-
-TERMS, CONTRIBUTION_TERMS = Path(__file__).with_name("terms.md").read_text(encoding="utf-8").splitlines()
+from dist_vlcl.report.tables import CONTRIBUTION_TERMS, METRICS, PAPER_TABLES, TERMS, UNKNOWN, escape
 
 
 class Report:

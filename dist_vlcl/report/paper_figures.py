@@ -20,7 +20,7 @@ from dist_vlcl.reading import or_warn
 from dist_vlcl.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, draw_borders, draw_loss, plot_accuracy, plot_matrix, put_legend
 from dist_vlcl.report.records import CELL, gather, read_records, read_units, step_frame
 from dist_vlcl.report.statistics import GROUP, METHOD, in_paper_order, paired_test
-from dist_vlcl.report.tables import METRICS, method_label, tasks_label
+from dist_vlcl.report.tables import METRICS, UNITS_CAPTION, method_label, tasks_label
 
 # Colour, line and marker each distinguish the curves: for colour-blind readers, in grey print, and where curves cross.
 LOOKS: tuple[tuple[str, Any, str], ...] = ((BLUE, "-", "o"), (ORANGE, "--", "s"), (GREEN, "-.", "^"), (PURPLE, (0, (1, 1)), "D"))
@@ -92,13 +92,7 @@ def draw_units(runs: pd.DataFrame, methods: Sequence[str], read: Callable[[Path]
     for axes, tower in zip(grid[0], TOWERS, strict=True):
         axes.set_title(f"{tower} tower", fontsize=10)
     put_legend(figure, grid[0, 0])
-    caption = (
-        "By row: the variance over the coordinates of a unit's gradient, mean over steps; the variance over steps of its norm; the norm "
-        "of the applied update, mean over steps. Filled marks: first order, the gradient. Open marks: zeroth order, the "
-        "estimate before any sign. Lines join layers of one order; marks: mean over seeds; bars: range. By construction an estimate's "
-        "variance (s²) is far larger than a gradient's (|g|²/n), and nearly equal for all units that share an estimate."
-    )
-    return Picture(figure, data, caption)
+    return Picture(figure, data, UNITS_CAPTION)
 
 
 def unit_statistics(folder: Path) -> pd.DataFrame:

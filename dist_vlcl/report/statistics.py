@@ -11,7 +11,7 @@ from scipy import stats
 from dist_vlcl.paper import WALK_OF
 from dist_vlcl.report.measures import MEASURES
 from dist_vlcl.report.records import CELL, CONTROLS, TASKS, UNTRAINED, WITHOUT_ZEROTH
-from dist_vlcl.report.tables import DATASETS, METRICS, UNKNOWN, method_label
+from dist_vlcl.report.tables import DATASETS, METRICS, RULE_TEXT, UNKNOWN, method_label
 
 GROUP = [*TASKS, "shared_settings"]  # runs are compared within a group only
 METHOD = ["adapter", "branch", "layers", "variant", "method_settings"]
@@ -27,13 +27,7 @@ SAME = 0.5  # points: two methods that differ by less count as the same
 REST_FROZEN, WARM = "orders.rest=frozen", "adapter.init="
 RECOVERED = "recovered_{}"  # column: R of Last or Avg
 YES, NO, NOT_DECIDED = "yes", "no", "not decided"
-RULE = (
-    f"*{YES}*: the whole 95 % interval of the mean paired difference (Δ) lies on the question's side of its bound. *{NO}*: it lies on "
-    f"the other side. *{NOT_DECIDED}*: it contains the bound. A question without a side has the answer *{NO}* if the whole interval lies "
-    f"within ±{SAME:g} point, and otherwise *{YES}* if it lies above or below 0. {UNKNOWN}: no interval, because there is "
-    "one seed or all differences are equal. "
-    "The intervals are not corrected for their number: one in twenty misses the true difference."
-)
+RULE = RULE_TEXT.format(YES=YES, NO=NO, NOT_DECIDED=NOT_DECIDED, SAME=SAME, UNKNOWN=UNKNOWN)
 
 
 @dataclass(frozen=True)

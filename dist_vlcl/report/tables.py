@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,6 +12,7 @@ from dist_vlcl.masking import masked
 from dist_vlcl.report.measures import DECISIONS, MEASURES
 from dist_vlcl.report.records import CELL, TASKS, WITHOUT_ZEROTH
 
+TERMS, CONTRIBUTION_TERMS, RULE_TEXT, UNITS_CAPTION = Path(__file__).with_name("terms.md").read_text(encoding="utf-8").splitlines()
 UNKNOWN = "–"
 METRICS = {"last": "Last", "avg": "Avg"}
 CONTRIBUTION = {"recovered_last": "R Last", "recovered_avg": "R Avg"}  # with these of MEASURES:
