@@ -133,15 +133,14 @@ def _configuration_of(cell: Cell) -> dict[str, Any]:
 
 def _differing(config: Mapping[str, Any], reference: Mapping[str, Any], variant: str) -> dict[str, str]:
     """Return the options, as key=value, in which a configuration differs from its cell's and that its method reads."""
-    unread: tuple[str, ...] = ("zo.*",) if variant in WITHOUT_ZEROTH else ()
-    unread = ("zo.acceptance",) if variant in WALKED_BY else unread  # random signs always take the step
-    unread = (*unread, "zo.epsilon.*") if variant == "signwalk" else unread
-    unread = (*OF_METHOD, *OF_TRAINING) if variant == "zero_shot" else unread
+    unread: dict[str, tuple[str, ...]] = dict.fromkeys(WITHOUT_ZEROTH, ("zo.*",)) | {"zero_shot": (*OF_METHOD, *OF_TRAINING)}
+    # random signs always take the step
+    unread |= dict.fromkeys(WALKED_BY, ("zo.acceptance",)) | {"signwalk": ("zo.acceptance", "zo.epsilon.*")}
     ours, cell = _flat(config), _flat(reference)
     prefixes = ("zo.estimator_options.", *(("adapter.",) if config["adapter"].get("kind") else ()))
     own = {key for key in ours if key.startswith(prefixes)}  # of a user's own classes: the cell has none
     # An option that only one of the two has belongs to another version, such as zo.update of 0.1.
-    keys = [key for key in ours if key in {*cell, *own} and not matches(key, (*NOT_COMPARED, *unread))]
+    keys = [key for key in ours if key in {*cell, *own} and not matches(key, (*NOT_COMPARED, *unread.get(variant, ())))]
     return {key: f"{key}={_text(ours, key)}" for key in sorted(keys) if key in own or _text(ours, key) != _text(cell, key)}
 
 

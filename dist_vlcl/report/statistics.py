@@ -51,9 +51,7 @@ class Claim:
             return f"{NO} (within ±{SAME:g})"
         if self.bound is None:
             return f"{YES} (higher)" if low > 0 else f"{YES} (lower)" if high < 0 else NOT_DECIDED
-        if low <= self.bound <= high:
-            return NOT_DECIDED
-        return YES if (high < self.bound) == self.is_below else NO
+        return NOT_DECIDED if low <= self.bound <= high else YES if (high < self.bound) == self.is_below else NO
 
 
 VISION, LANGUAGE, ROUGHNESS = (((name, name),) for name in ("variance_vision", "variance_language", "roughness"))

@@ -51,9 +51,8 @@ def tasks_label(dataset: str, increment: int) -> str:
 
 def method_label(adapter: str, branch: str, layers: str, variant: str) -> str:
     """Return how a page calls a method, such as "dual hop_odd, mozo". The adapter is named unless it is moe."""
-    fixed = {"none": "first order", "zero_shot": "zero-shot CLIP"}
     shown = {"walk": "random walk", "signwalk": "random walk of signs", "manywalk": "random walk of many_probes"}
-    name = fixed.get(variant) or f"{branch} {layers}, {shown.get(variant, variant)}"
+    name = {"none": "first order", "zero_shot": "zero-shot CLIP"}.get(variant) or f"{branch} {layers}, {shown.get(variant, variant)}"
     if layers.startswith("all but ") and variant == "frozen":
         name = f"{layers.removeprefix('all but ')}, first order"
     return name if adapter in ("moe", "") else f"{name} ({adapter})"
