@@ -7,6 +7,7 @@ a checkpoint of the last step, compares bit for bit. Exit status: 0 if equal or 
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -65,11 +66,9 @@ def _zeroth_order(cfg: Config, saved: dict[str, Tensor], device: str) -> dict[st
     adapters = checkpoint.adapters_in(saved)
     units = {name: UnitId.parse(name.split("/")[0]) for name in adapters}
     orders = assign(sorted(set(units.values())), cfg.orders)
-    result: dict[str, dict[str, Tensor]] = {}
-    for name in sorted(adapters, key=lambda name: units[name]):
-        if orders[units[name]] is Order.ZEROTH:
-            result.setdefault(units[name].branch, {})[name] = adapters[name].to(device)
-    return result
+    chosen = [name for name in sorted(adapters, key=units.__getitem__) if orders[units[name]] is Order.ZEROTH]
+    by_branch = groupby(chosen, lambda name: units[name].branch)
+    return {branch: {name: adapters[name].to(device) for name in names} for branch, names in by_branch}
 
 
 def different_tensors(rebuilt: Checkpoint, saved: Checkpoint) -> list[str]:
@@ -96,8 +95,7 @@ def main() -> None:
     if saved is None:
         print(f"there is no checkpoint of step {rebuilt.step} to compare with")
     elif names := different_tensors(rebuilt, saved):
-        print(f"DIFFERENT from the checkpoint of step {rebuilt.step}: {', '.join(names[:4])}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"DIFFERENT from the checkpoint of step {rebuilt.step}: {', '.join(names[:4])}")
     else:
         print(f"equal, bit for bit, to the checkpoint of step {rebuilt.step}")
 

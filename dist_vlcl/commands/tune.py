@@ -133,8 +133,7 @@ def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh:
     trials = pd.concat(found)[[*choices[0], "accuracy", "loss"]].reset_index(drop=True)
     if trials.accuracy.isna().all():
         return None
-    row = ranked(trials).iloc[0]
-    best = {key: row[key] for key in choices[0]}
+    best = ranked(trials).iloc[0][list(choices[0])].to_dict()
     values = {"the same units frozen": control.accuracy, "zero-shot CLIP": control.zero_shot}
     references = {name: float(accuracies.mean()) for name, accuracies in values.items() if accuracies.notna().any()}
     pairs = [(found[choices.index(best)], control), tuple(runs_of("fresh", [best, CONTROL], fresh))]
