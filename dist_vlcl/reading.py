@@ -61,10 +61,9 @@ def read_json(path: Path, form: Any, default: Any) -> Any:
     """Return the content of a JSON file, or the default if there is no file. Raises ValueError that names a damaged file."""
     with explained(f"{path} is damaged"):
         try:
-            content = read_file(path)
+            return parse_json(read_file(path), form)
         except FileNotFoundError:
             return default
-        return parse_json(content, form)
 
 
 def or_warn(read: Callable[[], Any], default: Any) -> Any:

@@ -81,9 +81,7 @@ class FirstOrder:
 
     def accumulate(self, is_last: bool) -> AbstractContextManager:
         """Return the context of one micro-batch's forward and backward pass. Only the last one synchronises gradients."""
-        if is_last or self.wrapped is self.model:
-            return nullcontext()
-        return self.world.accelerator.no_sync(self.wrapped)
+        return nullcontext() if is_last or self.wrapped is self.model else self.world.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: Tensor) -> None:
         """Back-propagate, and start the all-reduce of gradients."""

@@ -139,9 +139,8 @@ class WideSums(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _product(self, operator: Any, a: Tensor, b: Tensor) -> Tensor:
-        if a.device.type == "cpu":  # the CPU has no operator with another output type
-            return operator(a.float(), b.float())
-        return operator(a, b, torch.float32)
+        # the CPU has no operator with another output type
+        return operator(a.float(), b.float()) if a.device.type == "cpu" else operator(a, b, torch.float32)
 
 
 def perturbable(rule: Callable) -> Callable[[Callable], Callable]:
@@ -150,9 +149,7 @@ def perturbable(rule: Callable) -> Callable[[Callable], Callable]:
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def either(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(x, Perturbed) for x in args):
-                return rule(function, *args, **kwargs)
-            return function(*args, **kwargs)
+            return rule(function, *args, **kwargs) if any(isinstance(x, Perturbed) for x in args) else function(*args, **kwargs)
 
         return either
 

@@ -49,9 +49,8 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     Raises OSError (a full disk, for example); every earlier checkpoint is then still there. A checkpoint of a later step is deleted, too:
     it was broken, or the run went on from an earlier step.
     """
-    checkpoints = Path(folder) / "checkpoints"
-    make_folder(checkpoints)
     path = _path(folder, step)
+    make_folder(path.parent)
     # Cloned, since safetensors refuses strided and overlapping tensors, and units may be views of one buffer.
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     metadata = {"step": str(step), "state": json.dumps(state), "identity": json.dumps(dict(identity))}
@@ -60,7 +59,7 @@ def save(folder: Path | str, step: int, tensors: dict[str, Tensor], state: dict[
     kept = [other for other in steps if other <= step][-keep:]
     for other in set(steps) - set(kept):
         _path(folder, other).unlink()
-    for leftover in checkpoints.glob("*.tmp"):
+    for leftover in path.parent.glob("*.tmp"):
         leftover.unlink()
     return path
 

@@ -53,9 +53,7 @@ def package_versions() -> dict[str, str]:
 def code_version(folder: Path) -> str | None:
     """Return the git commit of the code in a folder, with -dirty if files have changed; None if git does not track the code."""
     # An installed package may lie inside another project's repository, which then tracks none of its files.
-    if not _git(folder, "ls-files", "."):
-        return None
-    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if _git(folder, "ls-files", ".") else None
 
 
 def is_restart() -> bool:
