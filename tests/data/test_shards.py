@@ -190,7 +190,7 @@ def test_any_truncation_is_noticed(tmp_path, kept):
     index = make_index(tmp_path)
     path = tmp_path / "tiny/train/0001-000.tar"
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ShardError, match=rf"train/0001-000\.tar: the index says \d+ bytes, found {path.stat().st_size}$"):
+    with pytest.raises(ShardError, match=rf"train/0001-000\.tar: .*; the index says \d+ bytes, found {path.stat().st_size}$"):
         read_shard(index, index.shards["train"][1][0])
 
 
