@@ -39,7 +39,6 @@ class TimmStemAndHead(ImageStemAndHead):
 
     def reads(self, images: Tensor) -> None:
         """Return None: timm's blocks compute all positions."""
-        return None
 
     def pool(self, hidden: Tensor) -> Tensor:
         return self.visual.head(self.visual.trunk.forward_head(self.norm(hidden)))

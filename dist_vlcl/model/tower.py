@@ -162,7 +162,6 @@ class ImageStemAndHead(nn.Module):
 
     def visible(self, images: Tensor) -> None:
         """Return None: every position sees all others."""
-        return None
 
     def forward(self: Any, images: Tensor, hidden: Tensor | None = None) -> Tensor:
         return self.embed(images) if hidden is None else self.pool(hidden)
