@@ -110,15 +110,14 @@ class World:
         """Return the sum over ranks of an int64 vector `[n]`. Integer sums are exact, so every rank gets the same result."""
         if self.size == 1:
             return vector
-        if dist.get_backend() == "gloo" and self.size <= DIRECT_RANKS and vector.nbytes * self.size <= DIRECT_BYTES:
-            # One round trip. gloo's all-reduce is a ring: two round trips for two ranks, five for four.
-            sent = vector.cpu().repeat(self.size, 1)
-            received = torch.empty_like(sent)
-            with self.collectives(f"all-reduce of {what}"):
-                dist.all_to_all_single(received, sent)
-            return received.sum(0)
-        total = vector.to(self.device, copy=True)
         with self.collectives(f"all-reduce of {what}"):
+            if dist.get_backend() == "gloo" and self.size <= DIRECT_RANKS and vector.nbytes * self.size <= DIRECT_BYTES:
+                # One round trip. gloo's all-reduce is a ring: two round trips for two ranks, five for four.
+                sent = vector.cpu().repeat(self.size, 1)
+                received = torch.empty_like(sent)
+                dist.all_to_all_single(received, sent)
+                return received.sum(0)
+            total = vector.to(self.device, copy=True)
             dist.all_reduce(total)
             return total.cpu()  # a GPU has finished then
 
