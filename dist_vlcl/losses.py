@@ -83,9 +83,7 @@ class BatchLosses:
     block, so each of these blocks keeps its input. Otherwise all candidates of a branch restart at its first zeroth-order block.
     """
 
-    def __init__(
-        self, towers: TwoTowers, zeroth: ZerothOrder, tokens: Tensor, world: World, delta_branches: Collection[str] = (), stop: bool = False
-    ):
+    def __init__(self, towers: TwoTowers, zeroth: ZerothOrder, tokens: Tensor, world: World, delta_branches: Collection[str], stop: bool):
         self.towers, self.tokens, self.world = towers, tokens, world
         self.flats: Mapping[str, Any] = zeroth.flats  # FlatUnits
         self.delta_branches, self.stop = delta_branches, stop

@@ -85,7 +85,7 @@ class SlopePrecision:
         Those of single units where the run estimates single units: their slopes are smaller, and their rounding errors are not.
         towers: the model, or a copy of it in another precision.
         """
-        losses = BatchLosses(towers, self.zeroth, tokens, self.world, delta_branches)
+        losses = BatchLosses(towers, self.zeroth, tokens, self.world, delta_branches, stop=False)
         losses.add(towers, batch, key)
         result = {}
         for branch, epsilon in ((branch, self.zeroth.config.epsilon[branch]) for branch in self.flats):

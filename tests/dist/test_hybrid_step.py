@@ -176,7 +176,7 @@ def test_first_order_units_see_the_whole_batch_once_however_many_groups_have_it(
 
 def own_of(world, candidates):
     """Return the numbers of the candidates that this rank evaluates."""
-    losses = BatchLosses(SimpleNamespace(), ZerothOrder({}, ZerothOrderConfig()), torch.zeros(1, 1), world)
+    losses = BatchLosses(SimpleNamespace(), ZerothOrder({}, ZerothOrderConfig()), torch.zeros(1, 1), world, (), stop=False)
     return [k for k, (_, is_own) in enumerate(losses._with_owner(candidates)) if is_own]
 
 
