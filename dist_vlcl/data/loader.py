@@ -18,7 +18,7 @@ from dist_vlcl.data.images import PPM_HEADER, ppm
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.data.shards import Index, ShardError, StoredSample, decode, read_shard
 from dist_vlcl.data.tasks import SampleId, Task, generator, plain_order, rank_slice, train_order
-from dist_vlcl.data.transforms import Transform
+from dist_vlcl.data.transforms import EvalTransform, TrainTransform
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Request:
     positions: range
     count: int
     index: int
-    transform: Transform
+    transform: TrainTransform | EvalTransform
     seeds: tuple[int, ...]  # of the random crops
     min_shards: int  # that stay in memory whatever their size
 

@@ -46,13 +46,9 @@ class EvalTransform:
         pixels_HWC = _middle(pixels_HWC)
         if self.mode == "squash":
             return _to_tensor(resize(pixels_HWC, self.size, self.size, self.filter))
-        height, width = pixels_HWC.shape[:2]
-        tall, wide = (int(self.size * side / min(height, width)) for side in (height, width))
+        tall, wide = (int(self.size * side / min(pixels_HWC.shape[:2])) for side in pixels_HWC.shape[:2])
         top, left = round((tall - self.size) / 2), round((wide - self.size) / 2)
         return _to_tensor(resize(pixels_HWC, tall, wide, self.filter)[top : top + self.size, left : left + self.size])
-
-
-Transform = TrainTransform | EvalTransform
 
 
 def crop_box(height: int, width: int, scale: tuple[float, float], draw: random.Random) -> tuple[int, int, int, int]:
