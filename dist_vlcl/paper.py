@@ -124,14 +124,13 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
     layers = orders["layers"] if isinstance(orders["layers"], str) else str(orders["layers"]).replace(" ", "")
     if re.search("prefix|suffix", layers) and orders.get("span") not in (None, HALF):
         layers += str(orders["span"])
-    kind = "lora" if "rank" in adapter else "moe" if "experts" in adapter else "other"
-    kind = adapter.get("kind", "").replace(":", ".") or kind  # a user's adapter may have options of any name
+    # a user's adapter may have options of any name
+    kind = adapter.get("kind", "").replace(":", ".") or ("lora" if "rank" in adapter else "moe" if "experts" in adapter else "other")
     strategy = config["zo"]["name"]
     if config["zo"].get("random_signs"):
         strategy = {"many_probes": "manywalk"}.get(strategy, "signwalk" if config["zo"]["transform"] == "sign" else "walk")
     cell = Cell("", config["data"]["name"], config["tasks"]["increment"], kind, branch, layers, strategy)
-    if branch == "none":
-        order = rest
+    order = rest if branch == "none" else order
     if branch == "none" or order == rest or (branch, layers) == ("dual", "all"):  # every unit has the same order
         if order == "zeroth":
             return replace(cell, branch="dual", layers="all")

@@ -16,8 +16,7 @@ class _QuickGELU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradients[0], 1.702 * x)
+        return torch.ops.aten.silu_backward(gradients[0], 1.702 * ctx.saved_tensors[0])
 
 
 class QuickGELU(nn.Module):

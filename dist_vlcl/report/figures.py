@@ -37,8 +37,8 @@ def plot_run(folder: Path | str) -> list[Path]:
 
 def plot_matrix(records: Records) -> Figure | None:
     """Draw the accuracy on task j after task i as a heat map with numbers, and A_t in a column beside it; None without data."""
-    rows = [record.get("per_task") or [] for record in records["task"]]
-    matrix = 100 * pd.DataFrame(rows).to_numpy(dtype=float)  # rows that end at the newest task are filled up with NaN
+    # rows that end at the newest task are filled up with NaN
+    matrix = 100 * pd.DataFrame([record.get("per_task") or [] for record in records["task"]]).to_numpy(dtype=float)
     num_rows, num_tasks = matrix.shape
     if not num_tasks:
         return None
