@@ -93,8 +93,8 @@ class HybridStep:
 
     def begin(self, class_names: Sequence[str]) -> None:
         """Start a task: prompts of its classes, new optimisers. All ranks call this."""
-        multiple = 4 if self.world.device.type == "cuda" else 1  # a CUDA graph is recorded for each length: fewer lengths, fewer graphs
-        self.tokens = self.towers.prompts(class_names, multiple).to(self.world.device)
+        # A CUDA graph is recorded for each length: fewer lengths, fewer graphs.
+        self.tokens = self.towers.prompts(class_names, 4 if self.world.device.type == "cuda" else 1).to(self.world.device)
         self.first.begin()
         for flat in self.flats.values():
             flat.rebind_views()

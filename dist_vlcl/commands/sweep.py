@@ -248,9 +248,8 @@ def main() -> None:
         accuracy = item.accuracy if item.is_complete else {}
         table.add_row(item.folder.name, outcome, *(f"{100 * accuracy[key]:.2f}" if key in accuracy else "" for key in ("last", "avg")))
     console.print(table)
-    if any(outcome.startswith(FAILED) for outcome in outcomes.values()):
-        sys.exit(1)
-    sys.exit(os.EX_TEMPFAIL if LEFT in outcomes.values() else 0)
+    has_failed = any(outcome.startswith(FAILED) for outcome in outcomes.values())
+    sys.exit(1 if has_failed else os.EX_TEMPFAIL if LEFT in outcomes.values() else 0)
 
 
 if __name__ == "__main__":

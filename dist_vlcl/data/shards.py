@@ -35,12 +35,11 @@ from dist_vlcl.data.sets import RawSet, read_raw
 from dist_vlcl.data.settings import KNOWN, DataConfig
 from dist_vlcl.data.tasks import rank_slice
 from dist_vlcl.masking import explained, masked
-from dist_vlcl.reading import warn
+from dist_vlcl.reading import MAX_BYTES, warn
 
 FORMAT = 1
 SPLITS = ("train", "test")
 MAX_INDEX_BYTES = 1 << 28
-MAX_SHARD_BYTES = 1 << 32
 MIN_SAMPLE_BYTES = 4 * 512  # in a tar: header and content of the label and of the image
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # in a name: what terminals obey and what UTF-8 cannot hold
 MAX_THREADS = 8
@@ -88,7 +87,7 @@ class Shard:
         if self.path != path:
             raise ValueError(f"names {self.path!r} in the place of {path}")
         are_whole = type(self.count) is type(self.bytes) is int
-        if not are_whole or not 0 < MIN_SAMPLE_BYTES * self.count <= self.bytes - END_BYTES <= MAX_SHARD_BYTES:
+        if not are_whole or not 0 < MIN_SAMPLE_BYTES * self.count <= self.bytes - END_BYTES <= MAX_BYTES:
             raise ValueError(f"{path}: {self.count!r} samples in {self.bytes!r} bytes; both must be whole numbers that a shard can have")
         if not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ValueError(f"{path}: {self.sha256!r} is no SHA-256")
