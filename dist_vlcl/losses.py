@@ -91,9 +91,7 @@ class BatchLosses:
         self.starts = layers if zeroth.config.granularity == "unit" else {branch: found[:1] for branch, found in layers.items()}
         self.micro_batches: list[MicroBatch] = []
 
-    def add(
-        self, model: Any, batch: Any, key: Key, least: int = MIN_SAMPLES, shares_text: bool = False
-    ) -> tuple[MicroBatch, dict[str, Tensor]]:
+    def add(self, model: Any, batch: Any, key: Key, shares_text: bool, least: int = MIN_SAMPLES) -> tuple[MicroBatch, dict[str, Tensor]]:
         """Evaluate the base of a micro-batch, padded to at least `least` samples. Return it and its features, with their gradients.
 
         model: the towers, as they are or wrapped for training. batch: a micro-batch on the device (data.loader.Batch). With `shares_text`

@@ -86,7 +86,7 @@ class SlopePrecision:
         towers: the model, or a copy of it in another precision.
         """
         losses = BatchLosses(towers, self.zeroth, tokens, self.world, delta_branches, stop=False)
-        losses.add(towers, batch, key)
+        losses.add(towers, batch, key, shares_text=False)
         result = {}
         for branch, epsilon in ((branch, self.zeroth.config.epsilon[branch]) for branch in self.flats):
             parts = [group.slices[branch] for group in self.zeroth.groups if branch in group.slices]

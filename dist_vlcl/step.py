@@ -131,7 +131,7 @@ class HybridStep:
         """Evaluate the base of each micro-batch, keep it in `losses`, and start the backward pass. planned: samples of the global batch."""
         for k, batch in enumerate(batches):
             with self.first.accumulate(is_last=k == len(batches) - 1), torch.set_grad_enabled(bool(self.first.parameters)):
-                part, features = losses.add(self.first.wrapped, batch, key, self.min_samples, self.shares_text)
+                part, features = losses.add(self.first.wrapped, batch, key, self.shares_text, self.min_samples)
                 logits_BC = self.towers.logits(features["vision"][0], features["language"][0])
                 loss_sum = sample_losses(logits_BC, part.labels, self.towers.config.loss)[: part.num_real].sum()
                 # DDP averages gradients over ranks. This factor makes the average the mean over the global batch, however it is divided.

@@ -158,7 +158,7 @@ def test_a_unit_s_candidate_restarts_at_its_own_block_with_the_bits_of_a_restart
 def test_an_offset_whose_part_is_no_unit_is_evaluated_as_a_whole(part):
     step = hybrid(OrderPlan("vision", [2, 3]), dataclasses.replace(STRATEGIES["conservative"], granularity="unit"))
     losses = BatchLosses(step.towers, step.zeroth, step.tokens, step.world, (), stop=False)
-    losses.add(step.towers, images(), Key(9, 0))
+    losses.add(step.towers, images(), Key(9, 0), shares_text=False)
     offset = restricted(torch.full_like(step.flats["vision"].values_n, 0.1), part)
     base, with_part, without = losses([{}, {"vision": offset}, {"vision": offset.clone()}]).losses  # a clone has no `part`
     assert with_part == without and (with_part == base) == (part.stop == 0)

@@ -244,16 +244,14 @@ def build_clip(model: ModelConfig, adapter: AdapterConfig, seed: int = 0) -> Two
         blocks, transformer.resblocks = transformer.resblocks, nn.ModuleList()  # so that each parameter has one name
         if odd := {type(block).__name__ for block in blocks} - {"ResidualAttentionBlock"}:
             raise _without_blocks(model.name, branch, f"open_clip's {odd.pop()}")
-        new = [adapter.make(block.attn.embed_dim, generator) for block in blocks]
-        return [AdaptedBlock(*pair, UnitId(branch, layer), causal) for layer, pair in enumerate(zip(blocks, new, strict=True), start=1)]
+        return [AdaptedBlock(b, adapter.make(b.attn.embed_dim, generator), UnitId(branch, k), causal) for k, b in enumerate(blocks, 1)]
 
     _replace_activations(clip)
     visual, precision = clip.visual, PRECISIONS[model.precision]
     del clip.visual
     # Language stays fp32. It is a fortieth of the work, and the rounding of its features would be a fifth of a vision slope (docs/LOG.md).
-    stem: Any
     if hasattr(visual, "trunk"):
-        stem = TimmStemAndHead(visual)
+        stem: Any = TimmStemAndHead(visual)
         blocks: list[AdaptedBlock] = [
             WholeBlock(block.to(precision), adapter.make(stem.width, generator), UnitId("vision", layer), constants)
             for layer, (block, constants) in enumerate(stem.take_blocks(), start=1)
