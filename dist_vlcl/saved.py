@@ -18,14 +18,12 @@ from dist_vlcl.masking import explained
 from dist_vlcl.options import flatten, matches
 from dist_vlcl.reading import read_file, read_json, read_lines, warn
 
-MAY_CHANGE = (  # patterns of the options that a resume may change, because they do not affect the result
-    *("run.*", "cluster.*", "eval.batch_size", "model.graphs", "train.check_every_steps", "train.max_skips"),
-    *("data.root", "data.url", "data.timeout_s", "data.allow_pipe", "data.num_workers", "data.cache_gib", "data.encoding", "data.on_error"),
-)
-PATH_OPTIONS = (  # options that name files and addresses
-    *(f"data.{key}" for key in ("root", "url", "source", "split_file", "class_names")),
-    *("model.name", "model.pretrained", "adapter.init"),
-)
+# patterns of the options that a resume may change, because they do not affect the result
+MAY_CHANGE: tuple[str, ...] = ("run.*", "cluster.*", "eval.batch_size", "model.graphs", "train.check_every_steps", "train.max_skips")
+MAY_CHANGE += tuple(f"data.{key}" for key in ("root", "url", "timeout_s", "allow_pipe", "num_workers", "cache_gib", "encoding", "on_error"))
+# options that name files and addresses
+PATH_OPTIONS: tuple[str, ...] = ("data.root", "data.url", "data.source", "data.split_file", "data.class_names")
+PATH_OPTIONS += ("model.name", "model.pretrained", "adapter.init")
 OUTSIDE = r"^/|:|(^|/)\.\.(/|$)"  # an absolute path, an address, or a path that leads up
 BUILT_IN = {"zo.estimator": "finite_difference", "adapter.kind": None, "data.allow_pipe": False}  # other values run the user's code
 MAX_CONFIG_BYTES = 1 << 20
@@ -37,10 +35,9 @@ ENVIRONMENT = [{"run": (None, str), "data": (None, str), "weights": (None, str),
 COUNTS = [[[int]]]  # correct and total by class and row
 MEANS = {"last": NUMBER, "avg": NUMBER, "forgetting": NUMBER}
 ACCURACY = {"complete": bool, **MEANS, "rows": (None, COUNTS), "zero_shot": (None, dict), "steps": (None, int), "seconds": NUMBER}
-TIMES = {"seconds": NUMBER, "data_seconds": NUMBER}
-STEP = {"step": int, "task": int, "loss": NUMBER, **TIMES, "peak_gib": NUMBER, "allocated_gib": NUMBER, "zo": (None, dict)}
-TASK = {"step": int, "task": int, **MEANS, "per_task": (None, [NUMBER])} | dict.fromkeys(("seen", "zero_shot", "transfer"), NUMBER)
-METRICS_FORM = {"kind": str, **STEP, **TASK}
+# of the lines of metrics.jsonl: what steps have, and what tasks have
+METRICS_FORM = {"kind": str, "step": int, "task": int, **MEANS, "zo": (None, dict), "per_task": (None, [NUMBER])}
+METRICS_FORM |= dict.fromkeys(("loss", "seconds", "data_seconds", "peak_gib", "allocated_gib", "seen", "zero_shot", "transfer"), NUMBER)
 ORDERS = {"branch": str, "order": str, "rest": (str, {"language": str, "vision": str})}
 RUN_FORM = {"seed": int, "data": {"name": str}, "tasks": {"increment": int}, "adapter": dict, "train": dict, "orders": ORDERS}
 RUN_FORM |= {"zo": {"name": str, "transform": (None, str)}}  # RUN_FORM: what a report reads of config.yaml

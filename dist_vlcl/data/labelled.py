@@ -26,7 +26,6 @@ from dist_vlcl.masking import explained, masked
 
 MAX_TAR_BYTES = 1 << 32
 MAX_NAMES_BYTES = 1 << 22
-MAGIC = {b"\xff\xd8": "jpg", b"RI": "webp"}  # first bytes -> suffix
 
 
 def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
@@ -94,7 +93,7 @@ def hf(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     label_column = _column("label_column", data.label_column, features, datasets.ClassLabel)
     for name, split in splits.items():
         part = loaded[name].cast_column(image_column, datasets.Image(decode=False))
-        suffix = MAGIC.get(_bytes_of(part, 0, image_column)[:2], "png")
+        suffix = {b"\xff\xd8": "jpg", b"RI": "webp"}.get(_bytes_of(part, 0, image_column)[:2], "png")  # by the first bytes of a file
         for row, label in enumerate(part[label_column]):
             if label is None:
                 raise ValueError(f"data=hf: row {row} of split {name!r} has no {label_column}")

@@ -173,8 +173,7 @@ class TwoTowers(nn.Module):
 
     def record(self) -> None:
         """Replay CUDA graphs from now on. The model must be on a GPU and not sharded."""
-        for tower in (self.vision, self.language):
-            tower.graphs = Graphs()
+        self.vision.graphs, self.language.graphs = Graphs(), Graphs()
 
     def copy(self) -> "TwoTowers":
         """Return a copy of the model with its own tensors, without graphs."""

@@ -26,10 +26,8 @@ IMAGES_PER_CLASS = {"cifar100": (500, 100), "tiny_imagenet": (500, 50), "imagene
 PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a part of the test images"
 
 # Options that do not change a result or its meaning, and those that are the cell itself.
-NOT_COMPARED = (
-    *(*MAY_CHANGE, "seed", "paper", "eval.zero_shot", "data.source", "data.reader", "data.samples_per_shard", "train.micro_batches"),
-    *("orders.branch", "orders.layers", "orders.order", "orders.span", "zo.name", "adapter.kind"),
-)
+NOT_COMPARED: tuple[str, ...] = (*MAY_CHANGE, "seed", "paper", "eval.zero_shot", "data.source", "data.reader", "data.samples_per_shard")
+NOT_COMPARED += ("train.micro_batches", "orders.branch", "orders.layers", "orders.order", "orders.span", "zo.name", "adapter.kind")
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")
 OF_TRAINING = ("train.*", "first_order.*", "model.loss", PART_OF_TRAINING)
 OF_PROBES = ("train.max_steps", "tasks.num_tasks", PART_OF_TRAINING, PART_OF_TEST)  # these do not change the memory of a step
