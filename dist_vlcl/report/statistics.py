@@ -117,6 +117,8 @@ def with_recovered(results: pd.DataFrame) -> pd.DataFrame:
     is_whole = (results.branch == "dual") & (results.layers == "all")
     # a warm start has the gain of an earlier run
     own = results[~results.variant.isin(WITHOUT_ZEROTH) & (is_alone | is_whole) & ~results.method_settings.astype(str).str.contains(WARM)]
+    if own.empty:
+        return results.assign(**{RECOVERED.format(metric): np.nan for metric in metrics})
     partner = own[[*GROUP, *METHOD, "seed"]].copy()
     whole = is_whole[own.index]
     partner["layers"] = ("all but " + own.branch + " " + own.layers).mask(whole, "none")
