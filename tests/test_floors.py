@@ -45,6 +45,7 @@ FLOORS = [  # first match rules; a module that no line covers has no floor, and 
     ("predict", 4),
     ("config", 4),
     ("paper", 4),
+    ("tune", 4),
 ]
 VOCABULARY = {("orders", "model.units")}  # the names of units, which a plan is written in
 EVERYWHERE = {"options", "masking"}  # how an option is declared, and how a text is written
