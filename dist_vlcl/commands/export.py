@@ -70,10 +70,11 @@ def card(trained: Trained, kind: str, name: str) -> str:
 
 def push(folder: Path, name: str, files: list[str]) -> str:
     """Upload files of a folder to a repository of the Hugging Face Hub. A new repository is private. Return its address."""
-    from huggingface_hub import create_repo, upload_folder
+    from huggingface_hub import HfApi
 
-    create_repo(name, private=True, exist_ok=True)
-    return str(upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message="Upload by dist_vlcl"))
+    api = HfApi()
+    api.create_repo(name, private=True, exist_ok=True)
+    return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, commit_message="Upload by dist_vlcl"))
 
 
 def main() -> None:
