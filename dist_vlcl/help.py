@@ -1,9 +1,4 @@
-"""Options are NAME=VALUE, in any order; GROUP=NAME sets several at once. Quote values with { } [ ] or *. The values below are those that
-this command line would give. paper=ID repeats a published run of configs/paper_runs.yaml, such as paper=t2-moe-cifar10-dual-hop_odd.
---config-dir FOLDER adds your own groups.
-"""
-
-# The text above is a part of what `--help` prints. The choices of every group and every option follow.
+"""What `--help` prints: the choices of every group, and every option with its value, its meaning and what it allows."""
 
 import textwrap
 
@@ -11,12 +6,18 @@ from dist_vlcl.config import CONFIG_FOLDER, Config
 from dist_vlcl.masking import masked
 from dist_vlcl.options import allowed_values, declared, flatten
 
+USAGE = """
+Options are NAME=VALUE, in any order; GROUP=NAME sets several at once. Quote values with { } [ ] or *. The values below are those that this
+command line would give. paper=ID repeats a published run of configs/paper_runs.yaml, such as paper=t2-moe-cifar10-dual-hop_odd.
+--config-dir FOLDER adds your own groups.
+"""
+
 
 def help_text(document: str | None, config: Config) -> str:
     """Return the help of a command on configurations."""
     groups = sorted(path for path in CONFIG_FOLDER.iterdir() if path.is_dir())
     choices = [f"  {group.name:8} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups]
-    lines, values = [document or "", f"\n{__doc__}", "Groups", *choices, "", "Options"], flatten(config.as_dict())
+    lines, values = [document or "", USAGE, "Groups", *choices, "", "Options"], flatten(config.as_dict())
     for key, item in (declared(Config) | declared(type(config.adapter), "adapter.")).items():
         shown = {name.removeprefix(f"{key}."): value for name, value in values.items() if name.startswith(f"{key}.")} or values.get(key, {})
         allowed = allowed_values(item.metadata)
