@@ -242,7 +242,7 @@ def measured_by_ranks(args: argparse.Namespace, measured: Callable[[World, Workl
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], Any]], repeats: int, device: str, barrier: Callable[[], object] | None = None
+    variants: Mapping[str, Callable[[], Any]], repeats: int, device: str, barrier: Callable[[], None] | None = None
 ) -> dict[str, list[float]]:
     """Return the seconds of each variant, one after the other in each turn, so that other work on the machine slows all of them.
 

@@ -46,7 +46,7 @@ def time_ranks(world: World, together: Workload, alone: Workload, steps: int) ->
         "independent": lambda: independent([batch], Key(0, 0), 1e-3),
         "alone": lambda: by_itself([own], Key(0, 0), 1e-3) if world.is_main else None,
     }
-    measured = world.gather_objects(interleaved(variants, steps, world.device.type, lambda: world.gather_objects(None)))
+    measured = world.gather_objects(interleaved(variants, steps, world.device.type, world.barrier))
     slowest = {name: [max(turn) for turn in zip(*(seconds[name] for seconds in measured), strict=True)] for name in variants}
     ideal = [s * together.images / (alone.images * world.size) for s in slowest["alone"]]
     median = statistics.median(slowest["together"])

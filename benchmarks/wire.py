@@ -44,12 +44,12 @@ def sent(world: World, workload: Workload, interface: str, steps: int) -> Row:
     if interface:
         if interface not in (known := psutil.net_io_counters(pernic=True)):
             raise ValueError(f"--interface {interface}: choose from {', '.join(known)}")
-        world.gather_objects(None)
+        world.barrier()
         before = psutil.net_io_counters(pernic=True)[interface]
         for number in range(3, 3 + steps):
             step([batch], Key(0, number), 1e-3)
         after = psutil.net_io_counters(pernic=True)[interface]
-        world.gather_objects(None)
+        world.barrier()
         row[f"bytes by {interface}"] = (after.bytes_sent - before.bytes_sent) / steps
         row[f"packets by {interface}"] = (after.packets_sent - before.packets_sent) / steps
     return row

@@ -185,7 +185,7 @@ class Session:
     def requeue(self) -> NoReturn:
         """Leave the marker that the run waits to be started again, and raise Requeued."""
         self.folder.request_requeue()
-        self.world.gather_objects(None, "the end")  # rank 0 saves: a launcher whose ranks have left may end the others
+        self.world.barrier()  # rank 0 saves: a launcher whose ranks have left may end the others
         raise Requeued(self.folder.path)
 
     def complete(self) -> AccuracyMatrix:

@@ -189,7 +189,7 @@ def choose_network(args: argparse.Namespace, world: World, name: str) -> None:
     if world.is_main:
         (args.folder / "network").write_text(f"{name}\n")
     time.sleep(0.2)
-    world.gather_objects(None)
+    world.barrier()
 
 
 def measure_plan(args: argparse.Namespace, world: World, step: Step, name: str) -> list[Row]:
@@ -203,7 +203,7 @@ def measure_plan(args: argparse.Namespace, world: World, step: Step, name: str) 
             for _ in range(1 if turn else 2):  # TCP adapts to the network; PowerSGD compresses after its first two steps
                 with Collectives() as counter:  # it does not see two more of PowerSGD, which run in another thread
                     step()
-            world.gather_objects(None)
+            world.barrier()
             before, begin = psutil.net_io_counters(pernic=True)["eth0"].bytes_sent, time.perf_counter()
             for _ in range(args.steps):
                 step()

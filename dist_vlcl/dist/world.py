@@ -145,13 +145,18 @@ class World:
         return outcome[0]
 
     def gather_objects(self, value: Any, what: str = "objects") -> list[Any]:
-        """Return every rank's value, a small picklable object, in rank order. Every rank waits for all others here."""
+        """Return every rank's value, a small picklable object, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         with self.collectives(f"all-gather of {what}"):
             dist.all_gather_object(values, value)
         return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            with self.collectives("barrier"):
+                dist.barrier()
 
     def close(self) -> None:
         """Leave the process group. Without this, the end of this process would look like a crash to the others."""

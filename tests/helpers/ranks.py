@@ -156,7 +156,7 @@ def _rank(
         world = World.from_environment(ClusterConfig(device="cpu", threads=1, timeout_s=60))
         result = work(world, *arguments)
         if not ends_apart:
-            world.gather_objects(None)
+            world.barrier()
         sender.send((None, pickle.dumps(result)))  # tensors as bytes: shared memory would end with this process
     except BaseException:
         sender.send((f"rank {rank} failed:\n{traceback.format_exc()}", b""))
