@@ -64,7 +64,8 @@ class HybridStep:
             if orders[address] is Order.FROZEN:
                 freeze(unit)
         if world.size > 1:
-            units.load_state_dict(world.on_main(lambda: {name: t.cpu() for name, t in units.state_dict().items()}, "the adapters"))
+            copies = {name: tensor.to("cpu", copy=True) for name, tensor in units.state_dict().items()}  # a view would bring its buffer
+            units.load_state_dict(world.on_main(lambda: copies, "the adapters"))
         if towers.config.graphs and world.device.type == "cuda" and world.engine == "ddp":
             towers.record()
         self.zeroth = ZerothOrder(self.flats, zeroth)

@@ -61,7 +61,7 @@ exit "$status"'
 
 # Run a command once on each node, then end the job: done, failed, or requeued.
 run_step() {
-    local step status state reason word is_queued=no
+    local step status state reason word since is_queued=no
     trap : TERM USR1 # Slurm signals the steps, too; this shell waits for them
     say "start $restarts of job $job on $SLURM_JOB_NODELIST: ${*%%=*}" # names of options only: values may hold secrets
     # srun does not inherit from sbatch: the CPUs (since Slurm 22.05), and the environment (if a site sets --export=NONE). No MPI: accelerate would
@@ -75,11 +75,14 @@ run_step() {
         --export=ALL --mpi=none "${loss[@]}" "${wrapper[@]}" "${container[@]}" "$@" &
     step=$!
     while wait "$step"; status=$?; kill -0 "$step" 2>/dev/null; do # a signal ends a wait
-        trap '' TERM USR1 # one more signal would end squeue, and bash 5.2 cannot parse $(...) while a trap runs
+        trap '' TERM USR1 # bash 5.2 may fail to parse $(...) while a trap runs
+        since=$SECONDS
         ask_slurm
+        ((SECONDS - since < 5)) || ask_slurm # a signal that came meanwhile may have had another reason
         [[ $reason != TimeLimit || $is_queued == yes ]] || ! wants_to_go_on || queue_again # at once: this shell may be killed with its step
         trap : TERM USR1
     done
+    trap '' TERM USR1
     word=$(<"$DIST_VLCL_STATUS")
     say "the step ended with status $status (${word:-before training})"
     ask_slurm
@@ -98,11 +101,16 @@ say() {
     printf '%(%F %T)T %s\n' -1 "$*"
 }
 
+# Run one of Slurm's commands, for at most 20 s. A signal to this shell reaches the command, too, and must not end it.
+ask() {
+    timeout --signal=KILL 20 bash -c 'trap "" TERM USR1; exec "$@"' - "$@"
+}
+
 # Ask Slurm for the state of this job. After scancel or preemption Slurm itself ends or requeues it; we requeue only a running job, or one out of time.
 ask_slurm() {
     local attempt
     for attempt in 1 2 3 4 5 6; do # near a time limit the controller may be busy
-        read -r state reason < <(timeout 20 squeue --noheader --jobs="$job" --format='%T %r') && return
+        read -r state reason < <(ask squeue --noheader --jobs="$job" --format='%T %r') && return
         ((attempt == 6)) || sleep 5
     done
     state=RUNNING reason="" # no answer: we ask to requeue, so a job that was cancelled at this moment may run again
@@ -117,10 +125,10 @@ wants_to_go_on() {
 
 queue_again() {
     ((restarts < MAX_RESTARTS)) || { status=1; say "error: not started again: MAX_RESTARTS=$MAX_RESTARTS (slurm/site.sh)" >&2; return; }
-    if timeout 20 scontrol requeue "$job"; then
+    if ask scontrol requeue "$job"; then
         is_queued=yes
     else
         status=1
-        say "error: Slurm does not requeue this job; submit it again: the same command continues the run" >&2
+        say "error: Slurm did not requeue this job; if it does not start again, submit it: the same command continues the run" >&2
     fi
 }

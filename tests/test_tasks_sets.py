@@ -114,7 +114,7 @@ def test_commands_open_every_set_and_tell_classes_of_one_name_apart(root, traine
     cfg = compose_config([*RUN, f"data.root={root}", *SETS])
     verify.run(cfg)
     assert "36 training and 63 test images, every shard as it was written" in capsys.readouterr().out
-    assert list(missing_inputs([cfg])) == []
+    assert missing_inputs([cfg]) == []
     printed = report_of(Namespace(run=trained[1], options=[f"data.root={root}"], data=None, json=True, classes=False), World.alone())
     names = ["class 0 (1)", "class 1 (2)", "class 2 (3)", "class 0 (4)", "class 1 (5)", "class 0 (6)", "class 1 (7)", "class 2 (8)"]
     assert list(json.loads(printed)["classes"]) == [*names, "class 3"]

@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -163,15 +163,17 @@ def _prepare_child() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: the run saves and stops if this process is killed
 
 
-def missing_inputs(configs: Sequence[Config]) -> Iterator[str]:
-    """Open every data set and load every model of these runs once. Yield one text for each that is missing."""
+def missing_inputs(configs: Sequence[Config]) -> list[str]:
+    """Open every data set and load every model of these runs once. Return one text for each that is missing."""
+    found = []
     works: dict[str, Callable[[], object]] = {repr((c.data, c.tasks.sets)): partial(open_sets, c.data, c.tasks.sets) for c in configs}
     works |= {repr(config.model): partial(build_clip, config.model, config.adapter) for config in configs}
     for work in works.values():
         try:
             work()
         except (OSError, ValueError, RuntimeError) as error:
-            yield str(error)
+            found.append(str(error))
+    return found
 
 
 def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) -> dict[Item, str]:
@@ -184,7 +186,7 @@ def run_all(items: Sequence[Item], launcher: Sequence[str], console: Console) ->
     with errors_refused():
         for item in items:
             item.check()
-        if len(missing) > 1 and (texts := list(missing_inputs([item.config for item in missing]))):
+        if len(missing) > 1 and (texts := missing_inputs([item.config for item in missing])):
             raise ValueError("\n".join(texts))
     console.print(f"{len(missing)} of {len(items)} to train, the others are complete", highlight=False)
     with Preemption() as stop:

@@ -14,7 +14,8 @@ images. The best of many looks better than it is. The fresh runs took no part in
 difference, however many choices there were.
 
 The folder tuning/NAME/ gets the runs. Its tuning.md compares the combinations with the same units frozen and with zero-shot CLIP, and has
-the command that trains with the best one. tuning.csv has a row per run. Complete runs are not repeated; failed ones are left out.
+the command that trains with the best one. tuning.csv has a row per run. Complete runs are not repeated; failed ones do
+not count.
 """
 
 import os
@@ -44,7 +45,7 @@ SEEDS, FRESH = ["0", "1", "2"], 5
 SEARCHED = {"zo": ["naive", "conservative", "sign"], "zo.lr_scale": ["0.3", "1", "3", "10"], "zo.probes": ["1", "16", "64"]}
 CONTROL = {"orders.order": "frozen"}
 Choice = dict[str, str]  # option -> value
-Train = Callable[[Sequence[Choice], Sequence[str]], list[pd.DataFrame]]  # choices, seeds -> of each choice: seed, accuracy (%), loss
+Train = Callable[[Sequence[Choice], Sequence[str]], list[pd.DataFrame]]  # choices, seeds -> the rows of trained() of each choice
 
 
 def read_options(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]], list[str]]:

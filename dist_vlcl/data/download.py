@@ -1,5 +1,6 @@
 """Read a whole file from a folder, a web server or, if allowed, the output of a command. Network reads end within a given time."""
 
+import logging
 import math
 import os
 import signal
@@ -13,11 +14,12 @@ from urllib.parse import urljoin, urlparse
 from urllib.request import url2pathname
 
 from dist_vlcl.masking import masked
-from dist_vlcl.reading import warn
 
 COMMAND_ATTEMPTS = 3  # each has a third of the time
 SILENCE = 1 / 10  # part of the time after which a server that sends nothing is asked again
 TRY_AGAIN = (408, 429, *range(500, 600))  # HTTP statuses: too slow, too many requests, an error of the server
+
+log = logging.getLogger(__name__)
 
 
 def read_bytes(url: str, allow_pipe: bool = False, limit: int | None = None, *, timeout_s: float) -> bytes:
@@ -58,7 +60,7 @@ def _with_retries(read: Callable[[float], bytes], url: str, timeout_s: float, at
             is_late = time.monotonic() + pause_s > deadline - timeout_s * SILENCE
             if is_late or failures == attempts or _is_final(error):
                 raise
-            warn(f"{url}: attempt {failures} failed: {error}")
+            log.warning("%s: attempt %d failed: %s", masked(url), failures, masked(str(error)))  # warnings would show it once
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 5)
 

@@ -348,7 +348,7 @@ def read_shard(index: Index, shard: Shard) -> list[StoredSample]:
     except OSError as error:  # `from None`: the traceback of a loading process would show a secret of the address
         raise ShardUnavailableError(masked(f"{url}: cannot be read: {error}")) from None
     if hashlib.sha256(content).hexdigest() != shard.sha256:
-        sizes = f"the index says {shard.bytes} bytes, found {len(content)}"
+        sizes = f"the index says {shard.bytes} bytes, found {'more' if len(content) > shard.bytes else len(content)}"
         raise ShardError(f"{masked(url)}: the bytes differ from those that were written; {sizes}")
     with explained(f"{url}: refused", to=ShardError):
         return _parse(content, shard)

@@ -442,7 +442,7 @@ def test_commands_run_only_if_allowed(tmp_path):
 
 @pytest.fixture
 def no_second_attempt(monkeypatch):
-    monkeypatch.setattr(download, "warn", lambda *_: pytest.fail("tried again"))
+    monkeypatch.setattr(download.log, "warning", lambda *_: pytest.fail("tried again"))
 
 
 def test_shards_are_read_over_http(tmp_path, monkeypatch, no_second_attempt):

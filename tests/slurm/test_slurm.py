@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -283,6 +284,33 @@ def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_op
     )
     assert "hush" not in done.stdout + done.stderr
     assert ("requeue node1" in done.stdout) == is_queued
+
+
+def test_a_job_out_of_time_is_queued_again_whatever_signals_come_meanwhile(tmp_path):
+    """Slurm signals every process of a batch step, so also the commands by which its script asks."""
+    checked = 'case "$*" in *--check*) exit 0;; esac\n'
+    answers = {
+        "srun": f"{checked}trap : TERM; echo training >$DIST_VLCL_STATUS; touch up; while [ ! -e requeued ]; do sleep 0.1; done; exit 1",
+        "scontrol": "[ $1 = requeue ] || exec echo node1; touch requeuing; sleep 1; touch requeued",
+        "squeue": "touch asking; sleep 1; echo COMPLETING TimeLimit",
+    }
+    for name, answer in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_VLCL_HOME": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    options = {"env": environment, "cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    script = subprocess.Popen([ROOT / "slurm/train.sbatch"], text=True, **options)
+    for file in ("up", "asking", "requeuing"):
+        while not (tmp_path / file).exists():
+            assert script.poll() is None, script.stdout.read()
+            time.sleep(0.02)
+        time.sleep(0.3)  # the script waits, and its commands ignore signals, by then
+        whole = psutil.Process(script.pid)
+        for process in (whole, *whole.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGTERM)
+    said = script.communicate(timeout=30)[0]
+    assert (tmp_path / "requeued").exists() and "did not requeue" not in said and "(training)" in said, said
 
 
 def test_a_job_checks_options_of_groups_that_are_the_users_own(tmp_path):
