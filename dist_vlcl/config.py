@@ -155,7 +155,7 @@ def quoted(word: str) -> str:
 
 def in_quotes(text: str) -> str:
     """Return a text in Hydra's quotes, in which a backslash before a quote is doubled."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), text) + "'"
 
 
 def from_hydra(options: Any) -> Config:

@@ -64,7 +64,8 @@ class HybridStep:
             if orders[address] is Order.FROZEN:
                 freeze(unit)
         if world.size > 1:
-            copies = {name: tensor.to("cpu", copy=True) for name, tensor in units.state_dict().items()}  # a view would bring its buffer
+            # Copies, because a view is pickled with its whole buffer.
+            copies = {name: tensor.to("cpu", copy=True) for name, tensor in units.state_dict().items()}
             units.load_state_dict(world.on_main(lambda: copies, "the adapters"))
         if towers.config.graphs and world.device.type == "cuda" and world.engine == "ddp":
             towers.record()

@@ -78,7 +78,7 @@ run_step() {
         trap '' TERM USR1 # bash 5.2 may fail to parse $(...) while a trap runs
         since=$SECONDS
         ask_slurm
-        ((SECONDS - since < 5)) || ask_slurm # a signal that came meanwhile may have had another reason
+        ((SECONDS - since < 5)) || ask_slurm # the answer may have changed by a signal that was ignored meanwhile
         [[ $reason != TimeLimit || $is_queued == yes ]] || ! wants_to_go_on || queue_again # at once: this shell may be killed with its step
         trap : TERM USR1
     done

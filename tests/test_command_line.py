@@ -87,7 +87,7 @@ def test_the_user_s_code_in_the_working_folder_is_found_by_both_commands(tmp_pat
         assert "read from the working folder" in done.stderr
 
 
-@pytest.mark.parametrize("text", ["2026_11_30", "1e3", "1.50", "größe", "a,b", "pics (1)", "{0..9}.tar", "it's", "c:\\", "x\\'"])
+@pytest.mark.parametrize("text", ["2026_11_30", "1e3", "1.50", "größe", "a,b", "pics (1)", "{0..9}.tar", "it's", "c:\\", "x\\'", "x\\\n"])
 def test_a_text_is_taken_as_it_is_written(text):
     """Hydra alone reads 2026_11_30 as the number 20261130, and refuses a letter that is not of ASCII."""
     assert compose_config([f"data.source={text}"]).data.source == text

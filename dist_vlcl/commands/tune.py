@@ -13,9 +13,8 @@ The best combination and the same units frozen are then run again with fresh see
 images. The best of many looks better than it is. The fresh runs took no part in the choice, so the choice does not bias their paired
 difference, however many choices there were.
 
-The folder tuning/NAME/ gets the runs. Its tuning.md compares the combinations with the same units frozen and with zero-shot CLIP, and has
-the command that trains with the best one. tuning.csv has a row per run. Complete runs are not repeated; failed ones do
-not count.
+The folder tuning/NAME/ gets the runs. Its tuning.md compares the combinations with the same units frozen and with zero-shot CLIP, and
+has the command that trains with the best one. tuning.csv has a row per run. Complete runs are not repeated; failed ones do not count.
 """
 
 import os

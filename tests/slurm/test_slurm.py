@@ -248,6 +248,14 @@ def test_one_task_of_an_array_is_queued_again_by_itself_and_a_cancelled_one_is_n
     assert slurm.wait(f"{job}_0")["JobState"] == "CANCELLED"
 
 
+def answering(folder: Path, answers: dict[str, str]) -> dict[str, str]:
+    """Write commands of Slurm's that only answer, name -> script, and return the environment of a batch script that finds them."""
+    for name, answer in answers.items():
+        (folder / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "DIST_VLCL_HOME": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+
+
 SECRET = ["data.url='https://host/{}?token=hush'", "data.root=/hush"]  # the job knows no secret from a path, and tells neither
 
 
@@ -271,10 +279,7 @@ def test_a_job_is_queued_again_only_where_that_helps_and_tells_no_value_of_an_op
         "scontrol": "echo $1 node1",
         "squeue": "echo RUNNING None",
     }
-    for name, answer in answers.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_VLCL_HOME": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    environment = answering(tmp_path, answers)
     environment["SLURM_RESTART_COUNT"] = str(restarts)
     done = subprocess.run([ROOT / "slurm/train.sbatch", *SECRET], env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert (
@@ -294,32 +299,30 @@ def test_a_job_out_of_time_is_queued_again_whatever_signals_come_meanwhile(tmp_p
         "scontrol": "[ $1 = requeue ] || exec echo node1; touch requeuing; sleep 1; touch requeued",
         "squeue": "touch asking; sleep 1; echo COMPLETING TimeLimit",
     }
-    for name, answer in answers.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_VLCL_HOME": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    environment = answering(tmp_path, answers)
     options = {"env": environment, "cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
     script = subprocess.Popen([ROOT / "slurm/train.sbatch"], text=True, **options)
-    for file in ("up", "asking", "requeuing"):
-        while not (tmp_path / file).exists():
-            assert script.poll() is None, script.stdout.read()
-            time.sleep(0.02)
-        time.sleep(0.3)  # the script waits, and its commands ignore signals, by then
-        whole = psutil.Process(script.pid)
-        for process in (whole, *whole.children(recursive=True)):
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGTERM)
-    said = script.communicate(timeout=30)[0]
+    try:
+        for file in ("up", "asking", "requeuing"):
+            while not (tmp_path / file).exists():
+                assert script.poll() is None, script.stdout.read()
+                time.sleep(0.02)
+            time.sleep(0.3)  # the script waits, and its commands ignore signals, by then
+            whole = psutil.Process(script.pid)
+            for process in (whole, *whole.children(recursive=True)):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGTERM)
+        said = script.communicate(timeout=30)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(script.pid, signal.SIGKILL)
     assert (tmp_path / "requeued").exists() and "did not requeue" not in said and "(training)" in said, said
 
 
 def test_a_job_checks_options_of_groups_that_are_the_users_own(tmp_path):
     """Without the folder of these groups the check would refuse a job that can run."""
     answers = {"srun": 'case "$*" in *--check*) echo "checked: $*";; esac; exit 2', "scontrol": "echo node1", "squeue": "echo RUNNING None"}
-    for name, answer in answers.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DIST_VLCL_HOME": str(ROOT), "SLURM_JOB_ID": "7", "SLURM_NNODES": "1"}
+    environment = answering(tmp_path, answers)
     words = [ROOT / "slurm/train.sbatch", "--engine", "zero2", "--", "--config-dir=my configs", "zo=mine"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert "--check --config-dir=my configs zo=mine\n" in done.stdout, done.stdout + done.stderr
