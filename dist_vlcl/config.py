@@ -267,7 +267,7 @@ def hydra_main(work: Callable[[Config], Any], document: str | None = "") -> None
         if flags.help:
             from dist_vlcl.help import help_text
 
-            print(help_text(document, config) if World.announced().is_main else "", end="")
+            print(help_text(document, config, flags.config_dir) if World.announced().is_main else "", end="")
         else:
             check_saved(config)
             work(config)

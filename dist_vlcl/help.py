@@ -1,6 +1,9 @@
 """What `--help` prints: the choices of every group, and every option with its value, its meaning and what it allows."""
 
 import textwrap
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 
 from dist_vlcl.config import CONFIG_FOLDER, Config
 from dist_vlcl.masking import masked
@@ -13,10 +16,11 @@ command line would give. paper=ID repeats a published run of configs/paper_runs.
 """
 
 
-def help_text(document: str | None, config: Config) -> str:
-    """Return the help of a command on configurations."""
-    groups = sorted(path for path in CONFIG_FOLDER.iterdir() if path.is_dir())
-    choices = [f"  {group.name:8} {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups]
+def help_text(document: str | None, config: Config, folder: str | None = None) -> str:
+    """Return the help of a command on configurations. `folder`: --config-dir."""
+    folders = [CONFIG_FOLDER, *([Path(folder)] if folder else [])]
+    files = sorted({(path.parent.name, path.stem) for root in folders for path in root.glob("*/*.yaml")})
+    choices = [f"  {group:8} {', '.join(name for _, name in found)}" for group, found in groupby(files, key=itemgetter(0))]
     lines, values = [document or "", USAGE, "Groups", *choices, "", "Options"], flatten(config.as_dict())
     for key, item in (declared(Config) | declared(type(config.adapter), "adapter.")).items():
         shown = {name.removeprefix(f"{key}."): value for name, value in values.items() if name.startswith(f"{key}.")} or values.get(key, {})

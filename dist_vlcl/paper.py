@@ -209,6 +209,8 @@ def expand_paper(arguments: list[str]) -> list[str]:
     if not ids:
         return arguments
     if ids[-1] not in catalogue():
+        if ids[-1] in groups():
+            raise ValueError(f"paper={ids[-1]}: a group of runs; train it by dist-vlcl sweep paper={ids[-1]}")
         raise ValueError(f"{_no_such_run(ids[-1], catalogue())}. Ids are in configs/paper_runs.yaml")
     own = [a for a in arguments if not a.startswith("paper=")]
     return [*catalogue()[ids[-1]].overrides(), f"run.name={run_name(ids[-1], own)}", *arguments]

@@ -58,14 +58,16 @@ def test_a_folder_of_configurations_that_there_is_not_is_refused(monkeypatch, ca
     assert stopped.value.code == 2 and f"No such file or directory: '{tmp_path}/none'" in capsys.readouterr().err
 
 
-def test_help_explains_every_option_and_lists_no_schemas(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train", "--help", "adapter=lora", "train.epochs=7"])
+def test_help_explains_every_option_and_lists_no_schemas(tmp_path, monkeypatch, capsys):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/mine.yaml").write_text("rank: 2\n")
+    monkeypatch.setattr("sys.argv", ["train", "--help", "--config-dir", str(tmp_path), "adapter=lora", "train.epochs=7"])
     hydra_main(print)
     said = capsys.readouterr().out
     for key, item in {**declared(Config), **declared(LoRAConfig, "adapter.")}.items():
         assert key == "adapter" or (f"  {key}=" in said and " ".join(item.metadata["help"].split()) in " ".join(said.split()))
     assert "  train.epochs=7" in said and "adapter.experts" not in said and "schema" not in said
-    assert "  adapter  lora, lora_mlp, moe" in said
+    assert "  adapter  lora, lora_mlp, mine, moe\n" in said
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -139,6 +139,8 @@ def test_a_published_run_that_there_is_not_is_refused_with_the_nearest():
     with pytest.raises(ValueError) as caught:
         expand_paper(["paper=t2-moe-cifar10-dual-hopodd"])
     assert "paper='t2-moe-cifar10-dual-hopodd': no such run" in str(caught.value) and "t2-moe-cifar10-dual-hop_odd" in str(caught.value)
+    with pytest.raises(ValueError, match="paper=table2: a group of runs; train it by dist-vlcl sweep paper=table2"):
+        expand_paper(["paper=table2"])
 
 
 @pytest.mark.parametrize(

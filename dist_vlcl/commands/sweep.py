@@ -77,9 +77,8 @@ class Item:
 
     def changes(self, saved: dict[str, Any]) -> dict[str, str]:
         """Return "was -> is" for each option of a saved configuration that this run has otherwise and that decides its result."""
-        unread = () if "zeroth" in self.config.orders.in_use() else ("zo.*",)
         changes = differences(saved, as_saved(self.config.as_dict()))
-        return {key: was_is for key, was_is in changes.items() if not matches(key, (*MAY_CHANGE, *unread))}
+        return {key: was_is for key, was_is in changes.items() if not matches(key, (*MAY_CHANGE, *unread_options(self.config)))}
 
     def check(self) -> None:
         """Raise ValueError if the folder has a complete run with other options, whose result is not the one that is asked for."""
@@ -88,6 +87,19 @@ class Item:
         fitted = {key for key in ("train.batch_size", "train.epochs") if changes.get(key, "").endswith(" -> None")}
         if other := [f"{key}: {was_is}" for key, was_is in changes.items() if key not in fitted]:
             raise ValueError(f"{self.folder} has a run with other options (was -> is): {', '.join(other)}; choose another folder for these")
+
+
+def read(options: tuple[str, ...]) -> Config:
+    """Return the configuration of a run. Raises ValueError that names the run if an option is wrong."""
+    with explained(masked_command(options)):
+        config = compose_config(options)
+        assign(unit_ids(config.model), config.orders)  # whether the plan fits the model's depth
+    return config
+
+
+def unread_options(config: Config) -> tuple[str, ...]:
+    """Return patterns of the options that this run does not read."""
+    return () if "zeroth" in config.orders.in_use() else ("zo.*",)
 
 
 def combinations(lists: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
@@ -103,8 +115,12 @@ def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[st
             raise ValueError("--controls needs paper=...; without it name them, such as orders.order=zeroth,frozen")
         varied = [key for key in lists if len(lists[key]) > 1 and "." in key and key not in NAMED]
         runs = combinations(lists)
-        for run, key in itertools.product(runs, varied):
-            run["run.name"] = run.get("run.name", "auto") + re.sub(r"[^A-Za-z0-9._-]+", "_", f"-{key.split('.', 1)[1]}_{masked(run[key])}")
+        for run in runs:
+            of_zeroth = any(key.startswith("zo.") for key in varied)
+            unread = unread_options(read(tuple(map("=".join, run.items())))) if of_zeroth else ()
+            for key in (key for key in varied if not matches(key, unread)):
+                value = re.sub(r"[^A-Za-z0-9._-]+", "_", f"-{key.split('.', 1)[1]}_{masked(run[key])}")
+                run["run.name"] = run.get("run.name", "auto") + value
         return [item.options for item in prepare(tuple(map("=".join, run.items())) for run in runs)]  # equal runs once
     patterns, seeds = lists.pop("paper"), lists.pop("seed", None)
     pairs: dict[tuple[str, str], None] = {}
@@ -120,9 +136,7 @@ def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
     """Return the runs with their folders, equal runs once. Raises ValueError if an option is wrong or unequal runs share a folder."""
     items: dict[Path, Item] = {}
     for options in commands:
-        with explained(masked_command(options)):
-            config = compose_config(options)
-            assign(unit_ids(config.model), config.orders)  # whether the plan fits the model's depth
+        config = read(options)
         item = Item(options, config.run.folder, config)
         first = items.setdefault(item.folder, item)
         if item.changes(as_saved(first.config.as_dict())):

@@ -193,7 +193,7 @@ def main() -> None:
     if (found := search(choices, train, seeds, fresh)) is None:
         console.print(f"no run was completed; see their messages above, and {folder}/trials")
         sys.exit(1)
-    command = f"python -m dist_vlcl.commands.tune {masked_command(arguments.words)} --holdout {arguments.holdout}"
+    command = f"python -m dist_vlcl.commands.tune {masked_command(arguments.words)} --holdout {arguments.holdout} --fresh {arguments.fresh}"
     console.print(write(folder, command, fixed, found), highlight=False, markup=False, soft_wrap=True)
 
 
