@@ -168,6 +168,29 @@ def test_the_tables_of_the_choice_of_many_probes_are_those_of_their_csv_files():
     assert [pair for pair in shown if f"{pair.last:.2f}, {pair.avg:.2f}" not in page] == []
 
 
+def test_the_learning_rates_of_first_order_and_r_against_the_best_of_them_are_those_of_their_csv_files():
+    page = (evidence.DOCS / "settings.md").read_text().replace("**", "")
+    page = " ".join(page[page.index("## First order's learning rate") : page.index("## The scale of the experts")].split())
+    trials = pd.read_csv(ROOT / "docs" / "results" / "screens" / "first_order_lr.csv")
+    assert (trials.groupby(["plan", "first_order.lr"]).seed.nunique() == 3).all()
+    means = trials.groupby(["plan", "first_order.lr"])[["last", "avg"]].mean()
+    assert [mean for mean in means.itertuples(index=False) if f"{mean.last:.2f}, {mean.avg:.2f}" not in page] == []
+    hybrid, frozen = (means.loc[f"late language {how}, vision by first order", 0.003] for how in ("by many_probes", "frozen"))
+    assert f"gains: {hybrid.avg - frozen.avg:.2f} of Avg and {hybrid['last'] - frozen['last']:.2f} of Last over" in page
+
+    runs = pd.read_csv(ROOT / "docs" / "results" / "cifar100.csv").fillna({"other_settings": ""})
+    alone = runs[runs.other_settings.str.contains("orders.rest=frozen")]
+    ours = alone[alone.variant == "many_probes"].set_index("seed")
+    for rate, metric, best in (("0.003", "last", "Last"), ("0.01", "avg", "Avg")):
+        first = alone[alone.other_settings.str.contains(f"first_order.lr={rate};")].set_index("seed")
+        assert f"{first['last'].mean():.2f}, {first.avg.mean():.2f} with" in page
+        ratio = (ours[metric] - ours[f"zero_shot_{metric}"]) / (first[metric] - ours[f"zero_shot_{metric}"])
+        low, high = stats.t.interval(0.95, 9, ratio.mean(), stats.sem(ratio))
+        assert len(ratio) == 10 and any(
+            f"{ratio.mean():.2f} in {best} ({interval}{low:.2f} to {high:.2f})" in page for interval in ("", "95 % interval ")
+        )
+
+
 CONTRAST = {
     **{"name": "a", "question": "?", "metric": "last", "claim": "above", "where": {"dataset": "cifar100"}},
     **{"method": {"branch": "dual", "variant": "naive", "settings": ["zo.lr_scale=3.0"]}, "against": {"variant": "none"}},

@@ -33,6 +33,9 @@ MANY_PROBES = {  # with the defaults and the positive control: every run that co
     "hybrid-first": "orders=language_late orders.order=first",
     "walk": "orders=language_late zo=many_probes zo.random_signs=true",
 }
+LEARNING_RATES = {  # of first order on the units that R compares: the best of four by Last and by Avg (docs/settings.md)
+    f"language-first-lr{lr}": f"{MANY_PROBES['language-first']} first_order.lr={lr}" for lr in ("3e-3", "1e-2")
+}
 DEFAULTS = {
     "first": "orders=first",
     "language-default": "orders=language_all zo=conservative",
@@ -63,7 +66,13 @@ TABLES = {
     **{f"language-{layers}-unit": f"orders=language_{layers} zo=conservative zo.granularity=unit" for layers in LAYERS},
     "first-lora": "orders=first adapter=lora",
 }
-GROUPS = {"many-probes": MANY_PROBES, "defaults": DEFAULTS, "positive-control": POSITIVE_CONTROL, "tables": TABLES}
+GROUPS = {
+    "many-probes": MANY_PROBES,
+    "learning-rates": LEARNING_RATES,
+    "defaults": DEFAULTS,
+    "positive-control": POSITIVE_CONTROL,
+    "tables": TABLES,
+}
 RUNS = {name: options for group in GROUPS.values() for name, options in group.items()}
 
 
@@ -82,7 +91,7 @@ def commands(names: list[str], data: str, seeds: list[int] | None = None) -> lis
             f"run.name={data}-{name}-s{seed}",
         )
         for name, options in runs.items()
-        for seed in seeds or (range(20, 30) if name in MANY_PROBES else range(10, 20))
+        for seed in seeds or (range(20, 30) if name in MANY_PROBES | LEARNING_RATES else range(10, 20))
     ]
 
 
@@ -101,7 +110,7 @@ def main() -> int:
     names = f"groups: {', '.join(GROUPS)} (default: all but tables); or single runs of these (see --list)"
     parser.add_argument("names", nargs="*", metavar="RUN", help=names)
     parser.add_argument("--data", choices=DATA, default="cifar100", help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=seeds_of, metavar="10-19", help="or 10,12 (default: 20-29 for many-probes, 10-19 for others)")
+    parser.add_argument("--seeds", type=seeds_of, metavar="10-19", help="or 10,12 (default: 20-29 for the first two groups, else 10-19)")
     parser.add_argument("--list", action="store_true", help="print the command of every run, and train nothing")
     parser.add_argument("--processes", type=int, metavar="N", help="processes of each run (default: one per GPU of this machine, or one)")
     parser.add_argument("--launcher", metavar="COMMAND", help="instead of accelerate launch, such as 'torchrun --nproc_per_node 2'")

@@ -167,8 +167,10 @@ def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | Non
     for old in pictures.glob("results-*.png") if pictures else ():
         old.unlink()
     with matplotlib.rc_context(fname=STYLE):
-        for number, ((dataset, increment, settings), part) in enumerate(results.groupby(GROUP, sort=False), 1):
-            if picture := draw_seeds(part[part.groupby(METHOD).seed.transform("size") > 1]):
+        repeated = results.groupby([*GROUP, *METHOD]).filter(lambda seeds: len(seeds) > 1)
+        several = repeated.groupby(GROUP).filter(lambda group: group[group.variant != "zero_shot"].groupby(METHOD).ngroups > 1)
+        for number, ((dataset, increment, settings), part) in enumerate(several.groupby(GROUP, sort=False), 1):
+            if picture := draw_seeds(part):
                 name, tasks = f"results-{dataset}-inc{increment}-{number}.png", tables.tasks_label(dataset, increment)
                 own = "; ".join(text for text in settings.split("; ") if text not in shared[tasks].split("; "))
                 caption = f"{tasks}{own and f' ({own})'}: {picture.caption.split('.')[0]}"
