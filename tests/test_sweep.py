@@ -164,8 +164,9 @@ def test_without_a_row_of_the_paper_every_combination_of_values_is_a_run_with_a_
     assert items[-1].folder.name == name.format("", 1, "null", "first") and len({item.folder for item in items}) == 8
     assert len(sweep.command_lines(["paper=t1-moe-cifar20-fo", "seed=0, 1", "train.epochs=1,2,3"])) == 6
     first, *others = sweep.command_lines(["orders=first,dual_all", "zo=mozo,sign", "seed=3,3"])  # first order does not read zo
-    assert first == ("orders=first", "zo=mozo", "seed=3") and [words[1] for words in others] == ["zo=mozo", "zo=sign"]
-    scaled = sweep.prepare(sweep.command_lines(["orders=first,dual_all", "zo.lr_scale=1,3", "adapter.dropout=0,0.1"]))
+    assert first == ("orders=first", "seed=3") and [words[1] for words in others] == ["zo=mozo", "zo=sign"]
+    scaled = sweep.prepare(sweep.command_lines(["orders=first,dual_all", "++zo.lr_scale=1,3", "adapter.dropout=0,0.1"]))
+    assert [item.options[:2] for item in scaled[:2]] == [("orders=first", f"adapter.dropout={rate}") for rate in ("0", "0.1")]
     names = [item.folder.name.partition("-seed0-")[2] for item in scaled]
     assert names == ["dropout_0", "dropout_0.1", *(f"lr_scale_{scale}-dropout_{rate}" for scale in (1, 3) for rate in ("0", "0.1"))]
     assert sweep.command_lines(["zo.clip=1,2", "run.name=auto-x"])[1] == ("zo.clip=2", "run.name=auto-x-clip_2")

@@ -82,7 +82,7 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
     found = tmp_path / "found"
     page = (found / "tuning.md").read_text()
     _, _, best = page.rpartition("python -m dist_vlcl.train ")
-    assert " --holdout 0.2 --fresh 2\n" in page and "zo.lr_scale=1" in shlex.split(best)  # the other throws the adapters away
+    assert " --holdout 0.2 --fresh 2 --out found\n" in page and "zo.lr_scale=1" in shlex.split(best)  # the other throws the adapters away
     assert page.index("| 1 |") < page.index("| 100000 |") < page.index("| the same units frozen |") < page.index("| zero-shot CLIP |")
     runs = pd.read_csv(found / "tuning.csv")
     counts = runs.groupby(["part", runs["orders.order"].fillna("zeroth")]).seed.count()

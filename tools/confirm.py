@@ -14,6 +14,7 @@ positive control half an hour.
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -74,10 +75,11 @@ GROUPS = {
     "positive-control": POSITIVE_CONTROL,
     "tables": TABLES,
 }
+OF_CONTRASTS = ("many-probes", "defaults", "positive-control")
 RUNS = {name: options for group in GROUPS.values() for name, options in group.items()}
 
 
-def commands(names: list[str], data: str, seeds: list[int] | None = None) -> list[tuple[str, ...]]:
+def commands(names: Sequence[str], data: str, seeds: list[int] | None = None) -> list[tuple[str, ...]]:
     """Return the options of each run. names: groups and runs of GROUPS. seeds: None for those of docs/reproduction.md."""
     runs: dict[str, str] = {}
     for name in names:
@@ -108,7 +110,7 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [*GROUPS, *RUNS]
-    names = f"groups: {', '.join(GROUPS)} (default: all but tables); or single runs of these (see --list)"
+    names = f"groups: {', '.join(GROUPS)} (default: {', '.join(OF_CONTRASTS)}); or single runs of these (see --list)"
     parser.add_argument("names", nargs="*", metavar="RUN", help=names)
     parser.add_argument("--data", choices=DATA, default="cifar100", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=seeds_of, metavar="10-19", help="or 10,12 (default: 20-29 for the first two groups, else 10-19)")
@@ -119,7 +121,7 @@ def main() -> int:
     if odd := [name for name in arguments.names if name not in known]:
         parser.error(f"{odd[0]}: choose from {', '.join(known)}")
     with errors_refused():
-        items = prepare(commands(arguments.names or [name for name in GROUPS if name != "tables"], arguments.data, arguments.seeds))
+        items = prepare(commands(arguments.names or OF_CONTRASTS, arguments.data, arguments.seeds))
     launcher = launcher_of(arguments)
     if arguments.list:
         print_commands(items, launcher)

@@ -77,8 +77,9 @@ class Item:
 
     def changes(self, saved: dict[str, Any]) -> dict[str, str]:
         """Return "was -> is" for each option of a saved configuration that this run has otherwise and that decides its result."""
+        unread = () if "zeroth" in self.config.orders.in_use() else ("zo.*",)
         changes = differences(saved, as_saved(self.config.as_dict()))
-        return {key: was_is for key, was_is in changes.items() if not matches(key, (*MAY_CHANGE, *unread_options(self.config)))}
+        return {key: was_is for key, was_is in changes.items() if not matches(key, (*MAY_CHANGE, *unread))}
 
     def check(self) -> None:
         """Raise ValueError if the folder has a complete run with other options, whose result is not the one that is asked for."""
@@ -97,9 +98,11 @@ def read(options: tuple[str, ...]) -> Config:
     return config
 
 
-def unread_options(config: Config) -> tuple[str, ...]:
-    """Return patterns of the options that this run does not read."""
-    return () if "zeroth" in config.orders.in_use() else ("zo.*",)
+def without_unread(run: dict[str, str]) -> dict[str, str]:
+    """Return a run's options without those of zo if none of its units learns by zeroth order."""
+    of_zeroth = [key for key in run if key.lstrip("+").partition(".")[0] == "zo"]
+    is_read = not of_zeroth or "zeroth" in read(tuple(map("=".join, run.items()))).orders.in_use()
+    return {key: value for key, value in run.items() if is_read or key not in of_zeroth}
 
 
 def combinations(lists: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
@@ -114,11 +117,9 @@ def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[st
         if controls:
             raise ValueError("--controls needs paper=...; without it name them, such as orders.order=zeroth,frozen")
         varied = [key for key in lists if len(lists[key]) > 1 and "." in key and key not in NAMED]
-        runs = combinations(lists)
-        for run in runs:
-            of_zeroth = any(key.startswith("zo.") for key in varied)
-            unread = unread_options(read(tuple(map("=".join, run.items())))) if of_zeroth else ()
-            for key in (key for key in varied if not matches(key, unread)):
+        runs = [without_unread(run) for run in combinations(lists)]
+        for run, key in itertools.product(runs, varied):
+            if key in run:
                 value = re.sub(r"[^A-Za-z0-9._-]+", "_", f"-{key.split('.', 1)[1]}_{masked(run[key])}")
                 run["run.name"] = run.get("run.name", "auto") + value
         return [item.options for item in prepare(tuple(map("=".join, run.items())) for run in runs)]  # equal runs once

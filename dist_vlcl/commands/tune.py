@@ -193,7 +193,8 @@ def main() -> None:
     if (found := search(choices, train, seeds, fresh)) is None:
         console.print(f"no run was completed; see their messages above, and {folder}/trials")
         sys.exit(1)
-    command = f"python -m dist_vlcl.commands.tune {masked_command(arguments.words)} --holdout {arguments.holdout} --fresh {arguments.fresh}"
+    given = ["--holdout", str(arguments.holdout), "--fresh", str(arguments.fresh), *(["--out", str(folder)] if arguments.out else [])]
+    command = f"python -m dist_vlcl.commands.tune {masked_command([*arguments.words, *given])}"
     console.print(write(folder, command, fixed, found), highlight=False, markup=False, soft_wrap=True)
 
 
