@@ -98,6 +98,12 @@ def test_the_confirming_runs_are_those_that_the_contrasts_compare(tmp_path):
     assert set(ratios.index) == {f"cifar100-{name}-s10" for name in ("language", "dual-conservative", "dual-walk", "ten-times")}
 
 
+def test_the_runs_of_which_r_is_made_have_the_same_seeds_and_class_orders():
+    runs = confirm.commands(["language", "language-first", "learning-rates"], "cifar100")
+    pairs = [tuple(word for word in run if word.startswith(("seed=", "tasks.order="))) for run in runs]
+    assert pairs == [(f"seed={seed}", f"tasks.order=seed:{seed}") for seed in range(20, 30)] * 5
+
+
 def test_added_runs_keep_the_rows_whose_folders_are_gone_and_count_in_r(rows, tmp_path):
     expected, out = rows[0].set_index("run").sort_index(), tmp_path / "runs.csv"
     folders = {path.name: path for path in rows[1].iterdir()}
@@ -146,6 +152,11 @@ def test_the_table_of_a_screen_and_the_gain_of_its_fresh_runs_are_those_of_its_c
         assert f"| {strategy}, {scale:g} | {' | '.join('–' if np.isnan(mean) else f'{mean:.2f}' for mean in row)} |" in page
     assert f"first order {screen[screen.order == 'first'].accuracy.mean():.2f}" in page
 
+    if branch == "vision":
+        cautious = screen[screen.zo == "conservative"]
+        stayed = cautious[cautious["zo.lr_scale"] == 10].stayed.mean()
+        words = f"takes the plain step in {cautious.ordinary.mean():.0f} % of its steps", f"it stays in {stayed:.0f} %"
+        assert all(text in " ".join(page.split()) for text in words)
     best = means.stack().idxmax()
     ours = fresh[fresh.order == "zeroth"]
     assert {tuple(run) for run in ours[["zo", "zo.lr_scale", "zo.probes"]].to_numpy()} == {best} and len(ours) == 5
@@ -188,6 +199,12 @@ def test_the_learning_rates_of_first_order_and_r_against_the_best_of_them_are_th
     assert [mean for mean in means.itertuples(index=False) if f"{mean.last:.2f}, {mean.avg:.2f}" not in page] == []
     hybrid, frozen = (means.loc[f"late language {how}, vision by first order", 0.003] for how in ("by many_probes", "frozen"))
     assert f"gains {hybrid.avg - frozen.avg:.2f} of Avg over" in page and f"and {hybrid['last'] - frozen['last']:.2f} of Last (" in page
+    pair = trials[(trials["first_order.lr"] == 0.003) & trials.plan.str.endswith("vision by first order")].pivot(
+        index="seed", columns="plan"
+    )
+    for metric, interval in (("avg", "(95 % interval {:.2f} to {:.2f})"), ("last", "({:.2f} to {:+.2f})")):
+        gains = -pair[metric].diff(axis=1).iloc[:, 1]  # many_probes less frozen
+        assert interval.format(*stats.t.interval(0.95, 2, gains.mean(), stats.sem(gains))) in page
 
     runs = pd.read_csv(ROOT / "docs" / "results" / "cifar100.csv").fillna({"other_settings": ""})
     alone = runs[runs.other_settings.str.contains("orders.rest=frozen") & runs.layers.str.contains("suffix4")]
