@@ -55,6 +55,13 @@ DEFAULTS = {
     "dual-walk": "orders=dual_all zo=naive zo.random_signs=true",
     "vision-walk": "orders=vision_all zo=naive zo.random_signs=true",
 }
+SCREENED = "zo.lr_scale=10 zo.probes={language:64,vision:16}"  # the screens' choice, with fewer probes where one costs most
+PLANS = {"language": "language_all", "vision": "vision_all", "dual": "dual_all", "hop": "dual_hop_odd"}
+TUNED = {
+    **{f"{name}-tuned": f"orders={orders} zo=sign {SCREENED}" for name, orders in PLANS.items()},
+    "hop-mozo-tuned": f"orders=dual_hop_odd zo=mozo {SCREENED}",
+    **{f"{name}-tuned-walk": f"orders={orders} zo=sign {SCREENED} zo.random_signs=true" for name, orders in PLANS.items()},
+}
 POSITIVE_CONTROL = {
     "ten-times": "orders=dual_all zo=conservative train.epochs=10",
     "ten-times-first": "orders=first train.epochs=10",
@@ -72,6 +79,7 @@ GROUPS = {
     "many-probes": MANY_PROBES,
     "learning-rates": LEARNING_RATES,
     "defaults": DEFAULTS,
+    "tuned": TUNED,
     "positive-control": POSITIVE_CONTROL,
     "tables": TABLES,
 }
