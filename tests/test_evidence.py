@@ -63,18 +63,26 @@ def test_a_csv_file_holds_every_run_with_its_numbers(rows, read_back):
 
 
 def test_the_page_s_part_is_the_same_from_the_csv_files_as_from_the_runs(rows, read_back):
-    text = evidence.section(read_back)
-    assert text == evidence.section(rows[0].assign(is_complete=True, is_probe=False))
+    parts = evidence.parts_of_pages(read_back)
+    assert parts == evidence.parts_of_pages(rows[0].assign(is_complete=True, is_probe=False))
+    text = parts["results.md"]
     assert "- Is language with the paper's defaults the same as frozen language? Yes so far (Δ Avg +0.05 points, 3 seeds, 95 %" in text
     question = "Is dual hop_odd with the paper's defaults the same as its frozen twin?"
     assert f"| {question} | \\|Δ\\| \\< 0.5 | Avg | 0 | – | – | – | – | not run |" in text
     assert "| CIFAR-100 Inc20 | language all, naive | orders.rest=frozen | 0.30 |" in text
-    assert "2 comparisons, Δ Avg +0.05 to +3.00. Answers from several seeds: yes (higher) 1, no (within ±0.5) 1." in text
-    assert text.index("## The primary contrasts") < text.index("## All runs") < text.index("## Questions of the paper")
+    assert text.index("## The primary contrasts") < text.index("## All runs with several seeds")
+    assert "2 comparisons, Δ Avg +0.05 to +3.00. Answers from several seeds: yes (higher) 1, no (within ±0.5) 1." in parts["claims.md"]
+    assert parts["one-seed.md"] == "None."
+
+
+def test_a_plan_with_one_seed_is_on_the_page_of_those_alone(read_back):
+    parts = evidence.parts_of_pages(read_back[(read_back.seed == 0) | (read_back.variant != "naive")])
+    row = "| CIFAR-100 Inc20 | language all, naive | zero-shot | 65.00 (1) "
+    assert [page for page, text in parts.items() if row in text] == ["one-seed.md"]
 
 
 def test_r_is_shown_with_its_interval(read_back):
-    text = evidence.section(read_back)
+    text = evidence.parts_of_pages(read_back)["results.md"]
     found = [0.05 / 0.20, 0.06 / 0.20, 0.07 / 0.20]  # Last of three seeds
     low, high = stats.t.interval(0.95, 2, np.mean(found), stats.sem(found))
     assert (
@@ -128,7 +136,7 @@ def test_only_the_part_between_the_markers_is_written(read_back, tmp_path):
     assert written == f"before\n{evidence.BEGIN}\n\nnew\n\n{evidence.END}\nafter\n" == evidence.with_section(written, "new")
     with pytest.raises(ValueError, match="the page needs these two lines once"):
         evidence.with_section("no markers", "new")
-    evidence.section(read_back, tmp_path / "images")
+    evidence.parts_of_pages(read_back, tmp_path / "images")
     assert list((tmp_path / "images").glob("results-*.png"))
 
 
@@ -136,7 +144,7 @@ def test_the_page_shows_what_the_shipped_csv_files_hold():
     runs = evidence.read(ROOT / "docs" / "results")
     if runs.empty:
         pytest.skip("docs/results has no CSV files yet")
-    for name, part in evidence.parts_of(evidence.section(runs, folder=ROOT / "docs" / "results")).items():
+    for name, part in evidence.parts_of_pages(runs, folder=ROOT / "docs" / "results").items():
         page = (evidence.DOCS / name).read_text()
         assert evidence.with_section(page, part) == page
 

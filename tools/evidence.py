@@ -1,4 +1,4 @@
-"""The data behind docs/results.md and docs/claims.md, and the pages' tables and figures from these data alone.
+"""The data behind docs/results.md, docs/one-seed.md and docs/claims.md, and the pages' tables and figures from these data alone.
 
     python tools/evidence.py collect runs/* --out docs/results/cifar100.csv     one row per complete run; --add keeps the file's other rows
     python tools/evidence.py tables docs/results                                write the pages' parts between their two marker lines
@@ -46,8 +46,7 @@ from dist_vlcl.report.statistics import (
 from dist_vlcl.run.files import replace_file
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("results.md", "claims.md")
-CLAIMS_BEGIN = "## Questions of the paper\n"  # what follows is on the second page
+RESULTS, ONE_SEED, QUESTIONS = PAGES = ("results.md", "one-seed.md", "claims.md")
 LAYERS = "-layers.csv"
 BEGIN, END = "<!-- results: begin (tools/evidence.py writes this part) -->", "<!-- results: end -->"
 TEXTS = ["adapter", "other_settings", "method_settings", "shared_settings", "model_settings"]  # "" in a CSV is a text, and no gap
@@ -55,7 +54,7 @@ ANSWERS = (
     f"*{YES}*: p after Holm's correction is below 0.05. *{NO}*: the 95 % interval, which is not corrected, lies beyond the bound. "
     f"Otherwise {NOT_DECIDED}. *so far*: with fewer seeds than were planned."
 )
-ONE_SEED = "Methods with one seed have these numbers in the CSV files."
+MEASURED_ONCE = "Methods with one seed have these numbers in the CSV files."
 HIDDEN = ("path", "is_probe", "is_complete", "tasks_done")
 
 
@@ -120,8 +119,8 @@ def draw_layers(runs: pd.DataFrame, folder: Path) -> Picture | None:
     return draw_units(shown, FOUR_PLANS, lambda run: layers[layers.run == run].drop(columns="run"))
 
 
-def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | None = None) -> str:
-    """Return the pages' parts about these runs, one after the other.
+def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | None = None) -> dict[str, str]:
+    """Return each page's part about these runs.
 
     Figures are written into the folder `pictures`. folder: where the statistics by layer are, if there are any.
     """
@@ -144,32 +143,38 @@ def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | Non
         "\n".join(map(sentence, contrasts[contrasts.seeds > 0].itertuples())) or "None was run yet.",
         contrast_table(contrasts),
     ]
+    several, single = ours[ours.seeds > 1], ours[ours.seeds == 1]
     blocks += [
-        "## All runs",
+        "## All runs with several seeds",
         "Other settings than the paper's, in all runs:",
         "\n".join(f"- {tasks}: {text}" for tasks, text in shared.items()),
     ]
-    blocks += [TERMS, tables.result_table(ours)]
-    if contribution := tables.contribution_table(ours[ours.seeds > 1]):
-        heading = ["## What did zeroth order contribute?", f"{CONTRIBUTION_TERMS} {ONE_SEED}"]
+    blocks += [TERMS, tables.result_table(several)]
+    if contribution := tables.contribution_table(several):
+        heading = ["## What did zeroth order contribute?", f"{CONTRIBUTION_TERMS} {MEASURED_ONCE}"]
         blocks += [*heading, contribution, "\n".join(ratio_sentences(results))]
     counted = comparisons[~comparisons.variant.isin(CONTROLS)]
     asked = {name: counted[counted.claim == name] for name in CLAIMS}
-    blocks += ["## Questions of the paper", RULE]
+    claims = ["## Questions of the paper", RULE]
+    once = [TERMS, tables.result_table(single), "## Questions of the paper"] if len(single) else []
     for name, found in asked.items():
-        if len(found):
-            in_results = name == "differs_from_control"  # the table of all runs has these differences
-            table = "Each difference is in [results.md](results.md#all-runs)." if in_results else tables.comparison_table(found)
-            blocks += [f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})", summary(found), table]
-    blocks.append(f"Questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}")
-    claims = blocks[blocks.index(CLAIMS_BEGIN.rstrip()) :]
-    del blocks[-len(claims) :]
+        if found.empty:
+            continue
+        question = f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})"
+        decidable, single = found[found.seeds > 1], found[found.seeds == 1]
+        claims += [question, summary(found)]
+        if name == "differs_from_control":  # the tables of runs have these differences
+            claims.append("Each difference is in [results.md](results.md#all-runs-with-several-seeds) or in [one-seed.md](one-seed.md).")
+            continue
+        claims += [tables.comparison_table(decidable)] if len(decidable) else []
+        once += [question, tables.comparison_table(single)] if len(single) else []
+    claims.append(f"Questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}")
     for old in pictures.glob("results-*.png") if pictures else ():
         old.unlink()
     with matplotlib.rc_context(fname=STYLE):
         repeated = results.groupby([*GROUP, *METHOD]).filter(lambda seeds: len(seeds) > 1)
-        several = repeated.groupby(GROUP).filter(lambda group: group[group.variant != "zero_shot"].groupby(METHOD).ngroups > 1)
-        for number, ((dataset, increment, settings), part) in enumerate(several.groupby(GROUP, sort=False), 1):
+        drawn = repeated.groupby(GROUP).filter(lambda group: group[group.variant != "zero_shot"].groupby(METHOD).ngroups > 1)
+        for number, ((dataset, increment, settings), part) in enumerate(drawn.groupby(GROUP, sort=False), 1):
             if picture := draw_seeds(part):
                 name, tasks = f"results-{dataset}-inc{increment}-{number}.png", tables.tasks_label(dataset, increment)
                 own = "; ".join(text for text in settings.split("; ") if text not in shared[tasks].split("; "))
@@ -182,8 +187,8 @@ def section(runs: pd.DataFrame, pictures: Path | None = None, folder: Path | Non
             claims.append(f"![Our layers, as in Figure 4](images/results-layers.png)\n\nAs in Figure 4 of the paper. {picture.caption}")
             if pictures:
                 picture.figure.savefig(pictures / "results-layers.png")
-    blocks += claims
-    return "\n\n".join(block.rstrip() for block in blocks)
+    found = {RESULTS: blocks, ONE_SEED: once or ["None."], QUESTIONS: claims}
+    return {page: "\n\n".join(block.rstrip() for block in part) for page, part in found.items()}
 
 
 def contrasts_of(results: pd.DataFrame, plan: Mapping[str, Any]) -> pd.DataFrame:
@@ -320,12 +325,6 @@ def with_section(page: str, text: str) -> str:
     return f"{page[: page.index(BEGIN)]}{BEGIN}\n\n{text}\n\n{page[page.index(END) :]}"
 
 
-def parts_of(text: str) -> dict[str, str]:
-    """Return the part of each page."""
-    results, claims = text.split(CLAIMS_BEGIN)
-    return dict(zip(PAGES, (results.strip(), claims.strip()), strict=True))
-
-
 def write_csv(runs: list[Path], out: Path, adds: bool = False) -> None:
     """Write the rows of these runs to a CSV file, and those by layer beside it. adds: keep the rows of other runs."""
     by_layer = out.with_name(out.stem + LAYERS)
@@ -359,8 +358,7 @@ def main() -> None:
     runs = read(arguments.folder)
     if runs.empty:
         parser.error(f"no *.csv in {arguments.folder}; write them with: python tools/evidence.py collect runs/* --out FILE")
-    text = section(runs, arguments.docs / "images", arguments.folder)
-    for name, part in parts_of(text).items():
+    for name, part in parts_of_pages(runs, arguments.docs / "images", arguments.folder).items():
         page = with_section((arguments.docs / name).read_text(), part)
         replace_file(arguments.docs / name, page)
         print(json.dumps({"runs": len(runs), "page": name, "lines": page.count("\n")}))
