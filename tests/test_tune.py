@@ -18,6 +18,7 @@ from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import held_out_samples, open_tasks, steps_per_epoch
 from dist_vlcl.report.tables import ranked, trial_table
 from tests.helpers.ranks import warm_python
+from tests.helpers.runs import write_run
 
 
 def test_held_out_images_are_a_part_of_every_class_and_never_trained_on(tmp_path):
@@ -104,7 +105,7 @@ def test_what_is_searched_is_what_the_plan_reads_and_the_user_has_not_fixed():
     both = tune.grid(compose_config([]), {}, [])
     assert len(both) == 3 * 4 * 3 and {choice["zo.probes"] for choice in both} == {f"{{language: {n}, vision: 1}}" for n in (1, 16, 64)}
     for choice in both[::17]:  # every one of them is a configuration, and has a name of its own
-        [options] = tune.command_lines([], choice, ["0"], Path("found"), 0.2)
+        [options] = tune.command_lines([], choice, ["0"], Path("found"), ["eval.holdout=0.2"])
         assert compose_config(options).run.name == options[-1].removeprefix("run.name=")
     fixed, several, seeds = tune.read_options(["seed=1,2", "orders.layers=[1,3]", "zo.lr_scale=1,2", "train.epochs=3"])
     assert tune.read_options([])[2] == ["0", "1", "2"]
@@ -119,6 +120,8 @@ def test_what_is_searched_is_what_the_plan_reads_and_the_user_has_not_fixed():
         (["zo.lr_scale=1", *SHORT], "every option has one value"),
         (["zo.lr_scale=1,-1"], "zo.lr_scale=-1: give a number above 0"),
         (["--holdout", "1.5"], "--holdout 1.5"),
+        (["--tasks", "0"], "--tasks 0: give a whole number above 0, or all"),
+        (["--tasks", "some"], "--tasks some: give a whole number above 0, or all"),
         (["--fresh", "1"], "--fresh 1: give at least 2"),
         (["fast"], "'fast' is not an option: give OPTION=VALUE"),
     ],
@@ -127,6 +130,23 @@ def test_what_is_searched_is_what_the_plan_reads_and_the_user_has_not_fixed():
 def test_a_wrong_search_is_refused_before_anything_runs(words, message, monkeypatch, capfd):
     status, said = tuned(monkeypatch, capfd, *words)
     assert status == 2 and message in said
+
+
+@pytest.mark.parametrize(("tasks", "option"), [("1", "tasks.num_tasks=1"), ("2", "tasks.num_tasks=2"), ("all", "tasks.num_tasks=null")])
+def test_every_run_learns_as_many_tasks_as_are_asked_for_in_a_folder_for_that_number(tasks, option, monkeypatch, capfd):
+    status, said = tuned(monkeypatch, capfd, *SHORT, "zo.lr_scale=1,2", "--tasks", tasks, "--list")
+    runs = [line.split() for line in said.splitlines() if "run.root=" in line]
+    assert status == 0 and len(runs) == 3 and all(option in run for run in runs)
+    roots = {word for run in runs for word in run if word.startswith("run.root=tuning/")}
+    assert len(roots) == 1 and (f"-tasks_{tasks}/" in roots.pop()) == (tasks != "1")
+
+
+def test_several_tasks_count_with_their_mean_and_the_last_one_is_in_the_file_too(tmp_path):
+    write_run(tmp_path, "seed=3", "run.name=one", last=0.5, avg=0.6, zero_shot=0.4)
+    [item] = tune.prepare([("seed=3", "run.name=one", f"run.root={tmp_path}")])
+    [row] = tune.trained([item]).to_dict("records")
+    found = [row[name] for name in ("accuracy", "last", "zero_shot")]
+    assert found == pytest.approx([60, 50, 44], abs=0.1)  # zero-shot falls from 48 to 40 over the five tasks
 
 
 def trials(*rows: tuple[str, float, float]) -> pd.DataFrame:
@@ -173,7 +193,7 @@ def test_a_search_finds_a_real_difference_and_says_how_large_it_is():
 
 def test_the_answer_and_the_shrinkage_are_in_the_file_and_on_the_screen(tmp_path):
     found = faked(np.random.default_rng(2), gain=0.0)
-    printed = tune.write(tmp_path, "command", ["zo.sides=2"], found)
+    printed = tune.write(tmp_path, "command", ["zo.sides=2"], "1", found)
     assert (
         " shows no gain over the same units frozen (" in found.answer and "the best of 12 choices. The fresh runs show " in found.shrinkage
     )

@@ -1,11 +1,13 @@
-"""Choose zeroth-order options on the first task: `python -m dist_vlcl.commands.tune [OPTION=VALUE[,VALUE...] ...]`.
+"""Choose zeroth-order options on the first tasks: `python -m dist_vlcl.commands.tune [OPTION=VALUE[,VALUE...] ...]`.
 
     python -m dist_vlcl.commands.tune data=cifar100 orders=language_all
     python -m dist_vlcl.commands.tune data=cifar100 orders=vision_all orders.rest=frozen seed=0,1 zo=naive zo.lr_scale=3,10,30
+    python -m dist_vlcl.commands.tune data=cifar100 orders=language_all zo=sign zo.probes=64 zo.lr_scale=1,3,10 --tasks all
 
 Every combination of the options with several values is trained on the first task and evaluated on held-out images of its training set.
-Test images are never read. A combination counts with its mean over the seeds (0, 1 and 2). These options are searched unless you give them
-one value. In a plan with both branches, probes are those of the language branch.
+Test images are never read. A step that is good for one task can be too long for many: --tasks learns more of them, and compares Avg, the
+mean over tasks. A combination counts with its mean over the seeds (0, 1 and 2). These options are searched unless you give them one
+value. In a plan with both branches, probes are those of the language branch.
 
     zo=naive,conservative,sign    zo.lr_scale=0.3,1,3,10    zo.probes=1,16,64
 
@@ -72,22 +74,26 @@ def grid(cfg: Config, several: dict[str, list[str]], fixed: Sequence[str]) -> li
     return combinations(searched)
 
 
-def command_lines(fixed: Sequence[str], choice: Choice, seeds: Sequence[str], folder: Path, holdout: float) -> list[tuple[str, ...]]:
-    """Return the options of a choice's runs, one per seed. A strategy (zo=NAME) stands before all other options, which win over it."""
-    ours = ["tasks.num_tasks=1", f"eval.holdout={holdout}", "run.trackers=[]", f"run.root={folder}/trials"]
+def command_lines(fixed: Sequence[str], choice: Choice, seeds: Sequence[str], folder: Path, shared: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the options of a choice's runs, one per seed. A strategy (zo=NAME) stands before all other options, which win over it.
+
+    shared: options of all runs, which win over the user's own.
+    """
+    ours = [*shared, "run.trackers=[]", f"run.root={folder}/trials"]
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(f"{key.split('.')[-1]}_{value}" for key, value in choice.items()))
     return [(*fixed, *map("=".join, choice.items()), *ours, f"seed={seed}", f"run.name={name}-seed{seed}") for seed in seeds]
 
 
 def trained(items: Sequence[Item]) -> pd.DataFrame:
-    """Return one row per run: seed, accuracy in percent (NaN for a failed run), zero-shot accuracy, and loss over its last quarter."""
+    """Return one row per run: seed, Avg in percent (NaN for a failed run), Last, Avg of zero-shot CLIP, and loss over its last quarter."""
     rows = []
     for item in items:
         losses = [record["loss"] for record in read_records(item.folder)["step"]]
         end = mean(losses[-max(1, len(losses) // 4) :]) if losses and item.is_complete else nan
-        before = next(iter((item.accuracy.get("zero_shot") or {}).values()), nan)
-        last = item.accuracy["last"] if item.is_complete else nan
-        rows.append({"seed": dict(split_options(item.options))["seed"], "accuracy": 100 * last, "zero_shot": 100 * before, "loss": end})
+        before = mean((item.accuracy.get("zero_shot") or {"": nan}).values())
+        last, avg = (item.accuracy[metric] if item.is_complete else nan for metric in ("last", "avg"))
+        accuracies = {"accuracy": 100 * avg, "last": 100 * last, "zero_shot": 100 * before}
+        rows.append({"seed": dict(split_options(item.options))["seed"], **accuracies, "loss": end})
     return pd.DataFrame(rows)
 
 
@@ -95,7 +101,7 @@ def trained(items: Sequence[Item]) -> pd.DataFrame:
 class Search:
     """The result of a screen and of the fresh runs of its winner."""
 
-    runs: pd.DataFrame  # one row per run: part (screen or fresh), seed, options, accuracy, zero_shot, loss
+    runs: pd.DataFrame  # one row per run: part (screen or fresh), seed, options, and what trained() returns
     trials: pd.DataFrame  # of these, the choices in the screen
     references: dict[str, float]  # accuracies in percent that the screen is compared with
     best: Choice
@@ -142,10 +148,11 @@ def search(choices: Sequence[Choice], train: Train, seeds: Sequence[str], fresh:
     return Search(runs, trials, references, best, float(gains.mean()), paired_test(fresh_gains.to_numpy()))
 
 
-def write(folder: Path, command: str, fixed: Sequence[str], found: Search) -> str:
+def write(folder: Path, command: str, fixed: Sequence[str], tasks: str, found: Search) -> str:
     """Write the tables and the command that trains with the best choice; return what the user should read."""
     table = trial_table(ranked(found.trials), found.references)
-    note = "Accuracy in % on held-out training images of the first task; test images were not read."
+    learned = {"1": "the first task", "all": "all tasks (Avg)"}.get(tasks, f"the first {tasks} tasks (Avg)")
+    note = f"Accuracy in % on held-out training images of {learned}; test images were not read."
     best = f"python -m dist_vlcl.train {masked_command([*fixed, *(f'{key}={value}' for key, value in found.best.items())])}"
     head = f"# {folder.name}\n\n    {command}\n\n**{found.answer}** {found.shrinkage}"
     replace_file(folder / "tuning.md", f"{head}\n\n{table}\n{note} Train with the first row:\n\n    {best}\n")
@@ -158,25 +165,29 @@ def main() -> None:
     parser = ArgumentParser(prog="dist-vlcl tune", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="OPTION=VALUE", help="options of dist_vlcl.train; give several values with commas")
     parser.add_argument("--holdout", type=float, default=0.2, metavar="PART", help="part of each class's training images to hold out (0.2)")
+    parser.add_argument("--tasks", default="1", metavar="N", help="how many tasks to learn, or all (1)")
     parser.add_argument("--fresh", type=int, default=FRESH, metavar="N", help=f"seeds that the best one is run again with ({FRESH})")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: tuning/NAME, after the run's own name)")
     add_launch_options(parser)
     arguments = parser.parse_intermixed_args()
     console = Console()
     with errors_refused():
+        if arguments.tasks != "all" and not (arguments.tasks.isascii() and arguments.tasks.isdigit() and int(arguments.tasks)):
+            raise ValueError(f"--tasks {arguments.tasks}: give a whole number above 0, or all")
         if not 0 < arguments.holdout < 1:
             raise ValueError(f"--holdout {arguments.holdout}: give a number of more than 0 and less than 1")
         arguments.words[:0] = search_path(arguments.config_dir)
         fixed, several, seeds = read_options(arguments.words)
         cfg = compose_config(fixed)
-        folder = arguments.out or Path("tuning") / cfg.run.name
+        folder = arguments.out or Path("tuning") / f"{cfg.run.name}{'' if arguments.tasks == '1' else f'-tasks_{arguments.tasks}'}"
+        shared = [f"tasks.num_tasks={'null' if arguments.tasks == 'all' else arguments.tasks}", f"eval.holdout={arguments.holdout}"]
         choices = grid(cfg, several, fixed)
         if arguments.fresh < 2:
             raise ValueError(f"--fresh {arguments.fresh}: give at least 2, because an interval needs two differences")
         fresh = [str(max(map(int, seeds)) + 1 + k) for k in range(arguments.fresh)]
 
         def planned(choices: Sequence[Choice], seeds: Sequence[str]) -> list[list[Item]]:
-            return [prepare(command_lines(fixed, choice, seeds, folder, arguments.holdout)) for choice in choices]
+            return [prepare(command_lines(fixed, choice, seeds, folder, shared)) for choice in choices]
 
         screen = planned([CONTROL, *choices], seeds)
     launcher = launcher_of(arguments)
@@ -193,9 +204,10 @@ def main() -> None:
     if (found := search(choices, train, seeds, fresh)) is None:
         console.print(f"no run was completed; see their messages above, and {folder}/trials")
         sys.exit(1)
-    given = ["--holdout", str(arguments.holdout), "--fresh", str(arguments.fresh), *(["--out", str(folder)] if arguments.out else [])]
+    given = ["--tasks", arguments.tasks, "--holdout", str(arguments.holdout), "--fresh", str(arguments.fresh)]
+    given += ["--out", str(folder)] if arguments.out else []
     command = f"python -m dist_vlcl.commands.tune {masked_command([*arguments.words, *given])}"
-    console.print(write(folder, command, fixed, found), highlight=False, markup=False, soft_wrap=True)
+    console.print(write(folder, command, fixed, arguments.tasks, found), highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
