@@ -25,6 +25,7 @@ def main() -> None:
     parser = ArgumentParser(prog="dist-vlcl report", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, such as runs/*; others are skipped and named")
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="where to write (default: report)")
+    parser.add_argument("--against", metavar="METHOD", help='compare every method with this one, such as "dual hop_odd, naive"')
     arguments = parser.parse_args()
     if absent := [str(folder) for folder in arguments.runs if not folder.exists()]:
         parser.error(masked(f"no such folder: {', '.join(absent)}; give run folders, such as runs/*"))
@@ -32,7 +33,8 @@ def main() -> None:
     if runs.empty:
         parser.error(masked(f"none of these is a run folder: {'; '.join(f'{name}: {why}' for name, why in unreadable.items())}"))
     with matplotlib.rc_context(fname=STYLE):
-        report = Report(runs, pd.DataFrame(map(asdict, paper_runs().values())), published()["table5_memory_gb"], unreadable)
+        cells, memory_gb = pd.DataFrame(map(asdict, paper_runs().values())), published()["table5_memory_gb"]
+        report = Report(runs, cells, memory_gb, unreadable, arguments.against)
         report.write(arguments.out)
     print(f"{report.num_shown} of {len(runs)} runs compared, pictures: {len(report.pictures)}; open {arguments.out}/report.html")
     for name, reason in sorted(report.left_out.items()):

@@ -75,6 +75,9 @@ CLAIMS = {
 }
 
 
+AGAINST = Claim("Does a method differ from the one that was chosen?", "Δ ≠ 0", bound=None)
+
+
 def in_paper_order(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return a frame sorted by some columns: data sets and methods as the paper lists them, others by value."""
 
@@ -136,13 +139,15 @@ def _without_zo(settings: str, drops_rest: bool = False) -> str:
     return "; ".join(text for text in settings.split("; ") if text and not text.startswith(dropped))
 
 
-def compare(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+def compare(results: pd.DataFrame, published: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """Return one row per pair of methods of a group and measure: the mean difference over the seeds that both have, and a paired t-test.
 
+    against: a method's label, such as "dual hop_odd, naive"; every other method is compared with it, too (the claim "against").
     `low` and `high` bound the 95 % interval; they and `p` are NaN with fewer than two seeds. `claim` and `verdict`: the claim of the paper
     that the difference bears on, if any, and what it says about it. `paper`: the same difference of the published numbers.
     """
     pairs = pd.DataFrame(_pairs(results), columns=[*GROUP, *METHOD, *(f"{name}_2" for name in METHOD), "claim"])
+    pairs = pd.concat([pairs, *([] if against is None else [_pairs_with(results, against)])])
     measured = [*METRICS, *(name for name in MEASURES if name in results)]
     values = results[[*GROUP, *METHOD, "other_settings", "seed", *measured]]
     other = values.drop(columns="other_settings").rename(columns={name: f"{name}_2" for name in (*METHOD, *measured)})
@@ -150,7 +155,7 @@ def compare(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     for _, both in pairs.merge(values).merge(other).groupby(list(pairs.columns), sort=False):
         first = both.iloc[0]
         cells = [tuple(first[TASKS]) + tuple(first[[f"{name}{end}" for name in METHOD[:-1]]]) for end in ("", "_2")]
-        claim = CLAIMS.get(first.claim, Claim("", ""))
+        claim = AGAINST if first.claim == "against" else CLAIMS.get(first.claim, Claim("", ""))
         for metric, subtracted in claim.measures:
             if metric not in measured or (differences := (both[metric] - both[f"{subtracted}_2"]).dropna()).empty:
                 continue
@@ -161,6 +166,18 @@ def compare(results: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
             found = {"against": against, "metric": metric, **test, "paper": theirs, "claim": first.claim, "verdict": verdict}
             rows.append({**first[about], **found})
     return pd.DataFrame(rows, columns=[*about, "against", "metric", *paired_test([]), "paper", "claim", "verdict"])
+
+
+def _pairs_with(results: pd.DataFrame, label: str) -> pd.DataFrame:
+    """Return every other method of a group beside the one with this label; of several with it the one with the fewest settings."""
+    methods = results[[*GROUP, *METHOD]].drop_duplicates()
+    labels = pd.Series([method_label(*cell) for cell in methods[METHOD[:-1]].to_numpy()], methods.index)
+    if label not in set(labels):
+        raise ValueError(f"--against {label!r}: no run has this method; choose from: {'; '.join(sorted(set(labels)))}")
+    chosen = methods[labels == label].sort_values("method_settings", key=lambda text: text.str.len()).drop_duplicates(GROUP)
+    pairs = methods.merge(chosen, on=GROUP, suffixes=("", "_2"))
+    differs = (pairs[METHOD].to_numpy() != pairs[[f"{name}_2" for name in METHOD]].to_numpy()).any(axis=1)
+    return pairs[differs].assign(claim="against")
 
 
 def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
@@ -231,7 +248,8 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     cells = cells.merge(worth, on=keys[:-1], how="left").fillna({"other_settings": "", "paper_id": "", "seeds": 0})
     gain = {"mean": "gain", "low": "gain_low", "high": "gain_high", "seeds": "gain_seeds"}
     control = comparisons[comparisons.claim == "differs_from_control"].rename(columns=gain)
-    to_first = comparisons[comparisons.against.str.startswith("first order")].rename(columns={"mean": "to_first"})
+    is_to_first = comparisons.against.str.startswith("first order") & (comparisons.claim != "against")
+    to_first = comparisons[is_to_first].rename(columns={"mean": "to_first"})
     for of_comparison in (control[[*keys, *gain.values()]], to_first[[*keys, "to_first"]]):
         cells = cells.merge(of_comparison, on=keys, how="left")
     cells["difference"] = cells["mean"] - cells.paper

@@ -105,6 +105,27 @@ def test_the_best_value_among_the_methods_with_the_same_seeds_is_marked(report):
                 ]
 
 
+def test_every_method_can_be_compared_with_a_chosen_one(runs, report, tmp_path, monkeypatch, capsys):
+    """Of CIFAR-100 Inc20 with the paper's model, over two seeds; the small CLIP's runs are another group, with first order of its own."""
+    report_of(monkeypatch, *sorted(runs.iterdir()), "--out", tmp_path, "--against", "first order")
+    text = page(tmp_path)
+    question, asked = text[text.index("**Does a method differ from the one that was chosen?**") :].split("\n\n")[:2]
+    assert text.replace(f"{question}\n\n{asked}\n\n", "") == page(report)  # nothing else changes
+    rows = [line.removeprefix("| ").split(" | ")[:5] for line in asked.splitlines()[2:]]
+    assert [row[1:] for row in rows] == [
+        ["zero-shot CLIP", "first order", "2", "−14.50"],
+        ["dual hop_odd, frozen", "first order", "2", "+0.00"],
+        ["dual hop_odd, conservative", "first order", "2", "+1.50"],
+        ["dual hop_odd, mozo", "first order", "2", "+2.50"],
+    ]
+    with pytest.raises(SystemExit):
+        report_of(monkeypatch, *sorted(runs.iterdir()), "--out", tmp_path, "--against", "second order")
+    said = capsys.readouterr().err
+    assert (
+        "--against 'second order': no run has this method; choose from: dual hop_odd, conservative; " in said and "zero-shot CLIP" in said
+    )
+
+
 def test_every_entry_of_the_contents_leads_to_its_section(report):
     html, sections = (report / "report.html").read_text(), re.findall(r"^## (.+)", page(report), re.M)
     links = re.findall(r'<a href="#([^"]+)">([^<]+)</a>', html)
