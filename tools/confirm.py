@@ -59,6 +59,7 @@ SCREENED = "zo.lr_scale=10 zo.probes={language:64,vision:16}"  # the screens' ch
 PLANS = {"language": "language_all", "vision": "vision_all", "dual": "dual_all", "hop": "dual_hop_odd"}
 TUNED = {
     **{f"{name}-tuned": f"orders={orders} zo=sign {SCREENED}" for name, orders in PLANS.items()},
+    "language-tuned-all": "orders=language_all zo=sign zo.lr_scale=3 zo.probes=64",  # chosen over all tasks
     "hop-mozo-tuned": f"orders=dual_hop_odd zo=mozo {SCREENED}",
     **{f"{name}-tuned-walk": f"orders={orders} zo=sign {SCREENED} zo.random_signs=true" for name, orders in PLANS.items()},
 }
