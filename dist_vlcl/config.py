@@ -234,7 +234,7 @@ def default_name(config: Config) -> str:
     plan, layers = config.orders, config.orders.layers
     data = config.data.name.replace("/", "-") + ("" if config.model.name == "small_clip" else f"-{config.model.name}")
     data += "" if config.model.precision == "fp32" else f"-{config.model.precision}"
-    named = layers + str(plan.span or "") if isinstance(layers, str) else "list"
+    named = layers + (str(plan.span) if plan.span and layers.endswith("fix") else "") if isinstance(layers, str) else "list"
     how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]
     rest = "" if plan.rest == "first" else f"-rest-{plan.rest if plan.rest in ORDERS else 'mixed'}"
     orders = f"{how}-{plan.branch}-{named}{rest}"

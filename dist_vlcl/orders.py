@@ -37,7 +37,7 @@ class OrderPlan:
     rest: Any = option("first", f"Order of all other units: {', '.join(ORDERS)}, or {BY_BRANCH}.")
 
     def check(self) -> None:
-        """Raise ValueError for unknown orders, layers that are neither a list nor a known name, and options that the plan does not use."""
+        """Raise ValueError for unknown orders, for layers that have no known name and are no list, or of a branch that is not chosen."""
         is_known = self.rest in ORDERS
         if isinstance(self.rest, Mapping) and set(self.rest) == set(BRANCHES) and self.branch != "none":
             is_known = all(order in ("first", "frozen") for order in self.rest.values())
@@ -51,9 +51,6 @@ class OrderPlan:
         if not all(map(_names_layers, by_branch.values())):
             allowed = f"choose from {', '.join(PLAN_LAYERS)}, or give a list such as [1,3,5], or one of these for each branch"
             raise ValueError(f"orders.layers={self.layers!r}: {allowed}")
-        if self.span and not {"prefix", "suffix"} & {named for named in by_branch.values() if isinstance(named, str)}:
-            advice = "choose one as orders.layers, or give orders.span=null"
-            raise ValueError(f"orders.span={self.span}: only prefix and suffix have a span; {advice}")
 
     def in_use(self) -> set[str]:
         """Return the orders of the plan and of the rest. With `branch=none` the plan has no units."""

@@ -45,6 +45,7 @@ def test_the_name_of_a_run_says_what_becomes_of_the_other_units():
     late = ["orders=language_late", "zo=many_probes"]
     assert configured(*late).run.name == "digits-inc2-moe-many_probes-language-suffix4-rest-mixed-seed0"
     assert configured(*late, "orders.rest=frozen").run.name == "digits-inc2-moe-many_probes-language-suffix4-rest-frozen-seed0"
+    assert configured("orders=language_all", "orders.span=4").run.name == "digits-inc2-moe-mozo-language-all-seed0"
     assert configured("orders=language_suffix", "orders.span=4").run.name == "digits-inc2-moe-mozo-language-suffix4-seed0"
 
 
@@ -166,7 +167,6 @@ BAD = {
     "orders.layers={vision:odd}": "orders.layers",
     "orders.layers={vison:[1]}": "orders.layers",
     "orders.span=0": "orders.span=0: give a number of at least 1, or null",
-    "orders.span=3": "orders.span=3: only prefix and suffix have a span; choose one as orders.layers, or give orders.span=null",
     "orders.order=second": "orders.order='second': choose from",
     "orders.rest=none": "orders.rest='none': choose from",
     "orders.rest={vision:first}": "orders.rest={'vision': 'first'}: choose from",
