@@ -72,13 +72,14 @@ def test_the_page_s_part_is_the_same_from_the_csv_files_as_from_the_runs(rows, r
     assert "| CIFAR-100 Inc20 | language all, naive | orders.rest=frozen | 0.30 |" in text
     assert text.index("## The primary contrasts") < text.index("## All runs with several seeds")
     assert "2 comparisons, Δ Avg +0.05 to +3.00. Answers from several seeds: yes (higher) 1, no (within ±0.5) 1." in parts["claims.md"]
-    assert parts["one-seed.md"] == "None."
+    assert parts["one-seed.md"] == "No plan has run once."
 
 
 def test_a_plan_with_one_seed_is_on_the_page_of_those_alone(read_back):
     parts = evidence.parts_of_pages(read_back[(read_back.seed == 0) | (read_back.variant != "naive")])
     row = "| CIFAR-100 Inc20 | language all, naive | zero-shot | 65.00 (1) "
     assert [page for page, text in parts.items() if row in text] == ["one-seed.md"]
+    assert "## Questions" not in parts["one-seed.md"]  # differences to a control are in the table of runs
 
 
 def test_r_is_shown_with_its_interval(read_back):

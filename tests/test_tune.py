@@ -83,7 +83,9 @@ def test_a_search_writes_its_choice_and_does_not_repeat_what_is_done(tmp_path, m
     found = tmp_path / "found"
     page = (found / "tuning.md").read_text()
     _, _, best = page.rpartition("python -m dist_vlcl.train ")
-    assert " --holdout 0.2 --fresh 2 --out found\n" in page and "zo.lr_scale=1" in shlex.split(best)  # the other throws the adapters away
+    assert " --tasks 1 --holdout 0.2 --fresh 2 --out found\n" in page and "zo.lr_scale=1" in shlex.split(
+        best
+    )  # the other throws the adapters away
     assert page.index("| 1 |") < page.index("| 100000 |") < page.index("| the same units frozen |") < page.index("| zero-shot CLIP |")
     runs = pd.read_csv(found / "tuning.csv")
     counts = runs.groupby(["part", runs["orders.order"].fillna("zeroth")]).seed.count()
@@ -121,6 +123,10 @@ def test_what_is_searched_is_what_the_plan_reads_and_the_user_has_not_fixed():
         (["zo.lr_scale=1,-1"], "zo.lr_scale=-1: give a number above 0"),
         (["--holdout", "1.5"], "--holdout 1.5"),
         (["--tasks", "0"], "--tasks 0: give a whole number above 0, or all"),
+        (["--tasks", "02"], "--tasks 02: give a whole number above 0, or all"),
+        ([*SHORT, "zo.lr_scale=1,2", "--tasks", "99"], "--tasks 99: choose from 1 to 5"),
+        (["tasks.num_tasks=2"], "tasks.num_tasks: give --tasks instead"),
+        (["eval.holdout=0.1"], "eval.holdout: give --holdout instead"),
         (["--tasks", "some"], "--tasks some: give a whole number above 0, or all"),
         (["--fresh", "1"], "--fresh 1: give at least 2"),
         (["fast"], "'fast' is not an option: give OPTION=VALUE"),
@@ -191,14 +197,18 @@ def test_a_search_finds_a_real_difference_and_says_how_large_it_is():
     assert np.mean([search.fresh["mean"] for search in found]) == pytest.approx(4.0, abs=0.4)
 
 
-def test_the_answer_and_the_shrinkage_are_in_the_file_and_on_the_screen(tmp_path):
+@pytest.mark.parametrize(
+    ("tasks", "learned"), [("1", "the first task"), ("2", "the first 2 tasks (Avg)"), ("all", "all tasks (Avg)")], ids=["1", "2", "all"]
+)
+def test_the_answer_and_the_shrinkage_are_in_the_file_and_on_the_screen(tasks, learned, tmp_path):
     found = faked(np.random.default_rng(2), gain=0.0)
-    printed = tune.write(tmp_path, "command", ["zo.sides=2"], "1", found)
+    printed = tune.write(tmp_path, "command", ["zo.sides=2"], tasks, found)
     assert (
         " shows no gain over the same units frozen (" in found.answer and "the best of 12 choices. The fresh runs show " in found.shrinkage
     )
     command = shlex.join(["zo.sides=2", *(f"{key}={value}" for key, value in found.best.items())])
     for text in ((tmp_path / "tuning.md").read_text(), printed):
+        assert f"images of {learned}; test images were not read." in text
         assert found.answer in text and found.shrinkage in text and f"python -m dist_vlcl.train {command}" in text
 
 

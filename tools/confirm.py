@@ -3,12 +3,13 @@
     python tools/confirm.py                                           the runs of the primary contrasts, CIFAR-100 Inc20, ten seeds
     python tools/confirm.py hybrid frozen --data tiny_imagenet        those of the contrast on Tiny-ImageNet
     python tools/confirm.py defaults --data tiny_imagenet             the paper's defaults and their controls, there
+    python tools/confirm.py tuned --seeds 10-12                       the screens' choice for each plan, and its random walks
     python tools/confirm.py tables --seeds 10                         Tables 1, 2 and 4 and Figure 4 on CIFAR-100, once
     python tools/confirm.py --list                                    only print the commands
     python tools/evidence.py collect runs/confirm/cifar100-* --out docs/results/cifar100.csv
 
 Complete runs are skipped, interrupted ones go on. A run takes two to six minutes on a quiet core with 200 training images a class, the
-positive control half an hour.
+positive control half an hour, the screens' choice four to fourteen.
 """
 
 import argparse

@@ -155,19 +155,18 @@ def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Pat
         blocks += [*heading, contribution, "\n".join(ratio_sentences(results))]
     counted = comparisons[~comparisons.variant.isin(CONTROLS)]
     asked = {name: counted[counted.claim == name] for name in CLAIMS}
-    claims = ["## Questions of the paper", RULE]
-    once = [TERMS, tables.result_table(single), "## Questions of the paper"] if len(single) else []
+    claims, asked_once = [RULE], []
     for name, found in asked.items():
         if found.empty:
             continue
         question = f"**{CLAIMS[name].statement}** ({CLAIMS[name].condition})"
-        decidable, single = found[found.seeds > 1], found[found.seeds == 1]
+        decidable, undecidable = found[found.seeds > 1], found[found.seeds == 1]
         claims += [question, summary(found)]
         if name == "differs_from_control":  # the tables of runs have these differences
             claims.append("Each difference is in [results.md](results.md#all-runs-with-several-seeds) or in [one-seed.md](one-seed.md).")
             continue
         claims += [tables.comparison_table(decidable)] if len(decidable) else []
-        once += [question, tables.comparison_table(single)] if len(single) else []
+        asked_once += [question, tables.comparison_table(undecidable)] if len(undecidable) else []
     claims.append(f"Questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}")
     for old in pictures.glob("results-*.png") if pictures else ():
         old.unlink()
@@ -187,7 +186,9 @@ def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Pat
             claims.append(f"![Our layers, as in Figure 4](images/results-layers.png)\n\nAs in Figure 4 of the paper. {picture.caption}")
             if pictures:
                 picture.figure.savefig(pictures / "results-layers.png")
-    found = {RESULTS: blocks, ONE_SEED: once or ["None."], QUESTIONS: claims}
+    once = [TERMS, tables.result_table(single)] if len(single) else ["No plan has run once."]
+    once += ["## Questions with one seed in common", *asked_once] if asked_once else []
+    found = {RESULTS: blocks, ONE_SEED: once, QUESTIONS: claims}
     return {page: "\n\n".join(block.rstrip() for block in part) for page, part in found.items()}
 
 

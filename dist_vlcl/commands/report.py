@@ -25,7 +25,9 @@ def main() -> None:
     parser = ArgumentParser(prog="dist-vlcl report", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders, such as runs/*; others are skipped and named")
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="FOLDER", help="where to write (default: report)")
-    parser.add_argument("--against", metavar="METHOD", help='compare every method with this one, such as "dual hop_odd, naive"')
+    example = '"dual hop_odd, naive", or with its settings "dual hop_odd, naive; zo.lr_scale=3.0"'
+    against = f"compare the others with this one, such as {example} (by seed, where the settings of training are equal)"
+    parser.add_argument("--against", metavar="METHOD", help=against)
     arguments = parser.parse_args()
     if absent := [str(folder) for folder in arguments.runs if not folder.exists()]:
         parser.error(masked(f"no such folder: {', '.join(absent)}; give run folders, such as runs/*"))

@@ -35,6 +35,8 @@ from rich.console import Console
 
 from dist_vlcl.commands.sweep import LEFT, Item, add_launch_options, combinations, launcher_of, prepare, print_commands, run_all
 from dist_vlcl.config import Config, compose_config, errors_refused, search_path
+from dist_vlcl.dist.world import World
+from dist_vlcl.experiment import open_tasks
 from dist_vlcl.masking import masked_command
 from dist_vlcl.options import split_options, values_of
 from dist_vlcl.report.records import read_records
@@ -157,7 +159,7 @@ def write(folder: Path, command: str, fixed: Sequence[str], tasks: str, found: S
     head = f"# {folder.name}\n\n    {command}\n\n**{found.answer}** {found.shrinkage}"
     replace_file(folder / "tuning.md", f"{head}\n\n{table}\n{note} Train with the first row:\n\n    {best}\n")
     found.runs.to_csv(folder / "tuning.csv", index=False)
-    return "\n".join([f"\n{table}", found.answer, found.shrinkage, f"Train with: {best}"])
+    return "\n".join([f"\n{table}", note, found.answer, found.shrinkage, f"Train with: {best}"])
 
 
 def main() -> None:
@@ -172,12 +174,15 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     console = Console()
     with errors_refused():
-        if arguments.tasks != "all" and not (arguments.tasks.isascii() and arguments.tasks.isdigit() and int(arguments.tasks)):
+        if not re.fullmatch("all|[1-9][0-9]*", arguments.tasks):
             raise ValueError(f"--tasks {arguments.tasks}: give a whole number above 0, or all")
         if not 0 < arguments.holdout < 1:
             raise ValueError(f"--holdout {arguments.holdout}: give a number of more than 0 and less than 1")
         arguments.words[:0] = search_path(arguments.config_dir)
         fixed, several, seeds = read_options(arguments.words)
+        for option, flag in (("tasks.num_tasks", "--tasks"), ("eval.holdout", "--holdout")):
+            if option in dict(split_options(arguments.words)):
+                raise ValueError(f"{option}: give {flag} instead, which this command needs for itself")
         cfg = compose_config(fixed)
         folder = arguments.out or Path("tuning") / f"{cfg.run.name}{'' if arguments.tasks == '1' else f'-tasks_{arguments.tasks}'}"
         shared = [f"tasks.num_tasks={'null' if arguments.tasks == 'all' else arguments.tasks}", f"eval.holdout={arguments.holdout}"]
@@ -194,6 +199,12 @@ def main() -> None:
     if arguments.list:
         print_commands([item for of_choice in screen for item in of_choice], launcher)
         return
+    if not arguments.launcher:  # which may start on machines that have other files
+        with errors_refused():
+            try:
+                open_tasks(screen[0][0].config, World.alone())
+            except ValueError as error:
+                raise ValueError(str(error).replace("tasks.num_tasks=", "--tasks ")) from error
 
     def train(choices: Sequence[Choice], seeds: Sequence[str]) -> list[pd.DataFrame]:
         items = planned(choices, seeds)

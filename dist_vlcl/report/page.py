@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from dist_vlcl.report import tables
 from dist_vlcl.report.paper_figures import Picture, pictures_of, pictures_of_runs
 from dist_vlcl.report.records import CONTROLS
-from dist_vlcl.report.statistics import AGAINST, CLAIMS, RULE, cells_of, compare, complete_of, results_of
+from dist_vlcl.report.statistics import AGAINST, CLAIMS, QUESTIONS, RULE, cells_of, compare, complete_of, results_of
 from dist_vlcl.report.tables import CONTRIBUTION_TERMS, METRICS, PAPER_TABLES, TERMS, UNKNOWN, escape
 
 
@@ -21,7 +21,7 @@ class Report:
     """Everything a report shows, computed from one data frame of runs.
 
     `published`: one row per published cell with the fields of paper.Cell. `memory_gb`: the numbers of Table 5. `left_out`: folders that
-    are not in the report, each with the reason. `against`: the label of a method that all others are compared with.
+    are not in the report, each with the reason. `against`: the name of a method that the others are compared with.
     """
 
     def __init__(
@@ -36,6 +36,8 @@ class Report:
         self.num_shown = len(complete)
         results = results_of(complete)
         comparisons = compare(results, published, against)
+        if against is not None and AGAINST not in set(comparisons.claim):
+            raise ValueError(f"--against {against!r}: no other method has a seed and the settings of training in common with it")
         cells = cells_of(results, comparisons, published)
         memory = tables.memory_of(runs, memory_gb)
         shown = complete.drop(columns=["path", "shared_settings", "method_settings", "model_settings"])
@@ -87,11 +89,11 @@ def _claims(comparisons: pd.DataFrame) -> Iterator[str]:
         return
     yield "## Questions"
     yield RULE
-    for name, claim in {"against": AGAINST, **CLAIMS}.items():
+    for name, claim in QUESTIONS.items():
         found = comparisons[comparisons.claim == name]
         if found.empty:
             continue
-        counted = found[~found.variant.isin(CONTROLS) | (name == "against")]  # controls are in the table, and no evidence for a claim
+        counted = found[~found.variant.isin(CONTROLS) | (name == AGAINST)]  # controls are in the table, and no evidence for a claim
         verdicts = counted.assign(verdict=counted.verdict.replace(UNKNOWN, "no interval"), metric=counted.metric.map(METRICS).fillna(""))
         counts = verdicts.groupby("metric", sort=False).verdict.value_counts().sort_index(ascending=False)
         texts = [f"{metric} {verdict}: {count}".strip() for (metric, verdict), count in counts.items()]

@@ -161,6 +161,8 @@ def _as_one(value: Any) -> str:
 
 def _text(config: Mapping[str, Any], key: str) -> str:
     value = config[key]
+    if key == "zo.lr_scale" and isinstance(value, int):
+        value = float(value)  # the option may also be a word, so that 1 and 1.0 are kept as they were given
     if key == "tasks.order" and value == f"seed:{config['seed']}":
         return "seed:N"  # a class order per seed counts as one setting
     # a path is the user's own, and its name alone is not unique

@@ -75,7 +75,8 @@ CLAIMS = {
 }
 
 
-AGAINST = Claim("Does a method differ from the one that was chosen?", "Δ ≠ 0", bound=None)
+AGAINST = "against"
+QUESTIONS = {AGAINST: Claim("Does a method differ from the one that was chosen?", "Δ ≠ 0", bound=None), **CLAIMS}
 
 
 def in_paper_order(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -142,7 +143,8 @@ def _without_zo(settings: str, drops_rest: bool = False) -> str:
 def compare(results: pd.DataFrame, published: pd.DataFrame, against: str | None = None) -> pd.DataFrame:
     """Return one row per pair of methods of a group and measure: the mean difference over the seeds that both have, and a paired t-test.
 
-    against: a method's label, such as "dual hop_odd, naive"; every other method is compared with it, too (the claim "against").
+    against: a method's name, such as "dual hop_odd, naive" or "dual hop_odd, naive; zo.lr_scale=3.0"; every other method that has a seed
+    and the settings of training in common with it is compared with it, too (AGAINST).
     `low` and `high` bound the 95 % interval; they and `p` are NaN with fewer than two seeds. `claim` and `verdict`: the claim of the paper
     that the difference bears on, if any, and what it says about it. `paper`: the same difference of the published numbers.
     """
@@ -155,29 +157,38 @@ def compare(results: pd.DataFrame, published: pd.DataFrame, against: str | None 
     for _, both in pairs.merge(values).merge(other).groupby(list(pairs.columns), sort=False):
         first = both.iloc[0]
         cells = [tuple(first[TASKS]) + tuple(first[[f"{name}{end}" for name in METHOD[:-1]]]) for end in ("", "_2")]
-        claim = AGAINST if first.claim == "against" else CLAIMS.get(first.claim, Claim("", ""))
+        claim = QUESTIONS.get(first.claim, Claim("", ""))
         for metric, subtracted in claim.measures:
             if metric not in measured or (differences := (both[metric] - both[f"{subtracted}_2"]).dropna()).empty:
                 continue
             test = paired_test(differences.to_numpy())
             theirs = known[metric].get(cells[0], np.nan) - known[metric].get(cells[1], np.nan) if metric in METRICS else np.nan
-            against = method_label(*cells[1][2:]) if metric == subtracted else "its language branch"
+            settings = first.method_settings_2 if first.claim == AGAINST else ""
+            name = _full_name(cells[1][2:], settings) if metric == subtracted else "its language branch"
             verdict = claim.verdict(test["low"], test["high"]) if first.claim else ""
-            found = {"against": against, "metric": metric, **test, "paper": theirs, "claim": first.claim, "verdict": verdict}
+            found = {"against": name, "metric": metric, **test, "paper": theirs, "claim": first.claim, "verdict": verdict}
             rows.append({**first[about], **found})
     return pd.DataFrame(rows, columns=[*about, "against", "metric", *paired_test([]), "paper", "claim", "verdict"])
 
 
-def _pairs_with(results: pd.DataFrame, label: str) -> pd.DataFrame:
-    """Return every other method of a group beside the one with this label; of several with it the one with the fewest settings."""
+def _pairs_with(results: pd.DataFrame, chosen: str) -> pd.DataFrame:
+    """Return every other trained method of a group beside the chosen one. Raises ValueError if none, or several, have its name."""
     methods = results[[*GROUP, *METHOD]].drop_duplicates()
-    labels = pd.Series([method_label(*cell) for cell in methods[METHOD[:-1]].to_numpy()], methods.index)
-    if label not in set(labels):
-        raise ValueError(f"--against {label!r}: no run has this method; choose from: {'; '.join(sorted(set(labels)))}")
-    chosen = methods[labels == label].sort_values("method_settings", key=lambda text: text.str.len()).drop_duplicates(GROUP)
-    pairs = methods.merge(chosen, on=GROUP, suffixes=("", "_2"))
+    names = pd.Series([_full_name(cell, settings) for *cell, settings in methods[METHOD].to_numpy()], methods.index, dtype=str)
+    fits = (names == chosen) | names.str.startswith(f"{chosen}; ")
+    found = methods.assign(is_exact=names == chosen)[fits].sort_values("is_exact", ascending=False, kind="stable")
+    rivals = found[found.duplicated(GROUP, keep=False) & ~found.groupby(GROUP).is_exact.transform("any").astype(bool)]
+    if found.empty or len(rivals):
+        why = f"{len(set(names[fits]))} methods have this name" if len(rivals) else "no complete run has this method"
+        known = sorted(set(names[rivals.index] if len(rivals) else names))
+        raise ValueError(f"--against {chosen!r}: {why}; choose from:\n  " + "\n  ".join(known or ["(no run is complete)"]))
+    pairs = methods[methods.variant != "zero_shot"].merge(found.drop_duplicates(GROUP), on=GROUP, suffixes=("", "_2"))
     differs = (pairs[METHOD].to_numpy() != pairs[[f"{name}_2" for name in METHOD]].to_numpy()).any(axis=1)
-    return pairs[differs].assign(claim="against")
+    return pairs[differs].drop(columns="is_exact").assign(claim=AGAINST)
+
+
+def _full_name(cell: Sequence[str], settings: str) -> str:
+    return method_label(*cell) + (f"; {settings}" if settings else "")
 
 
 def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
@@ -248,7 +259,7 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     cells = cells.merge(worth, on=keys[:-1], how="left").fillna({"other_settings": "", "paper_id": "", "seeds": 0})
     gain = {"mean": "gain", "low": "gain_low", "high": "gain_high", "seeds": "gain_seeds"}
     control = comparisons[comparisons.claim == "differs_from_control"].rename(columns=gain)
-    is_to_first = comparisons.against.str.startswith("first order") & (comparisons.claim != "against")
+    is_to_first = comparisons.against.str.startswith("first order") & (comparisons.claim != AGAINST)
     to_first = comparisons[is_to_first].rename(columns={"mean": "to_first"})
     for of_comparison in (control[[*keys, *gain.values()]], to_first[[*keys, "to_first"]]):
         cells = cells.merge(of_comparison, on=keys, how="left")

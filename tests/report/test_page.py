@@ -113,17 +113,32 @@ def test_every_method_can_be_compared_with_a_chosen_one(runs, report, tmp_path, 
     assert text.replace(f"{question}\n\n{asked}\n\n", "") == page(report)  # nothing else changes
     rows = [line.removeprefix("| ").split(" | ")[:5] for line in asked.splitlines()[2:]]
     assert [row[1:] for row in rows] == [
-        ["zero-shot CLIP", "first order", "2", "−14.50"],
         ["dual hop_odd, frozen", "first order", "2", "+0.00"],
         ["dual hop_odd, conservative", "first order", "2", "+1.50"],
-        ["dual hop_odd, mozo", "first order", "2", "+2.50"],
+        ["dual hop_odd, mozo", "first order; adapter.scale=1.0", "2", "+2.50"],
     ]
-    with pytest.raises(SystemExit):
-        report_of(monkeypatch, *sorted(runs.iterdir()), "--out", tmp_path, "--against", "second order")
-    said = capsys.readouterr().err
-    assert (
-        "--against 'second order': no run has this method; choose from: dual hop_odd, conservative; " in said and "zero-shot CLIP" in said
-    )
+
+
+def test_a_method_that_cannot_be_chosen_is_refused_with_those_that_can(tmp_path, monkeypatch, capsys):
+    """Three runs have one label, and differ in a setting; first order has another seed."""
+    for scale, last in (("1", 0.55), ("3", 0.5), ("9", 0.6)):
+        write_run(tmp_path, "zo=naive", f"zo.lr_scale={scale}", f"run.name={scale}", last=last, avg=last)
+    write_run(tmp_path, "orders=first", "seed=1", last=0.7, avg=0.7)
+    runs = sorted(tmp_path.iterdir())
+    plain = "dual hop_odd, naive; adapter.scale=1.0"
+    names = [plain, f"{plain}; zo.lr_scale=3.0", f"{plain}; zo.lr_scale=9.0"]
+    both = "choose from:\n  " + "\n  ".join(names)
+    for chosen, why in [
+        ("dual hop_odd, naive", f"3 methods have this name; {both}\n"),
+        ("dual hop_odd", f"no complete run has this method; {both}\n  first order; adapter.scale=1.0\n"),
+        ("first order", "no other method has a seed and the settings of training in common with it"),
+    ]:
+        with pytest.raises(SystemExit):
+            report_of(monkeypatch, *runs, "--out", tmp_path / "report", "--against", chosen)
+        assert f"--against {chosen!r}: {why}" in capsys.readouterr().err
+    for chosen, less in ((names[2], "−10.00"), (plain, "+5.00")):  # the whole name of one is the beginning of the others
+        report_of(monkeypatch, *runs, "--out", tmp_path / "report", "--against", chosen)
+        assert f"| dual hop_odd, naive | {chosen} | 1 | {less} |" in page(tmp_path / "report")
 
 
 def test_every_entry_of_the_contents_leads_to_its_section(report):
