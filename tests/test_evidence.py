@@ -174,6 +174,23 @@ def test_the_table_of_a_screen_and_the_gain_of_its_fresh_runs_are_those_of_its_c
     assert f"{gains.mean():+.2f} points over frozen units (95 % interval {low:+.2f} to {high:+.2f}" in page
 
 
+def test_the_screen_over_all_tasks_is_that_of_its_csv_file():
+    page = (evidence.DOCS / "settings.md").read_text().replace("**", "")
+    page = page[page.index("### Language over all tasks") :].partition("\n#")[0]
+    runs = pd.read_csv(ROOT / "docs" / "results" / "screens" / "language_tasks.csv")
+    is_frozen = runs["orders.order"] == "frozen"
+    runs["name"] = runs["zo.lr_scale"].map("{:g}".format).mask(is_frozen, "language frozen")
+    means = runs[runs.part == "screen"].groupby("name")[["last", "accuracy"]].mean()
+    assert len(means) == 4 and all(f"| {row.Index} | {row.last + 1e-9:.2f} | {row.accuracy:.2f} |" in page for row in means.itertuples())
+    fresh = runs[runs.part == "fresh"].pivot(index="seed", columns="name", values="accuracy")
+    assert set(fresh) == {means.accuracy.idxmax(), "language frozen"} and len(fresh) == 5
+    gains = fresh[means.accuracy.idxmax()] - fresh["language frozen"]
+    low, high = stats.t.interval(0.95, 4, gains.mean(), stats.sem(gains))
+    screened = means.accuracy.max() - means.accuracy["language frozen"]
+    found = f"{gains.mean():+.2f} points of Avg over frozen language (95 % interval {low:+.2f} to {high:+.2f}; the screen said"
+    assert f"{found} {screened:+.2f})" in " ".join(page.split())
+
+
 def test_the_trials_of_the_first_run_are_those_of_their_csv_file():
     page = (evidence.DOCS / "settings.md").read_text().replace("**", "")
     trials = pd.read_csv(ROOT / "docs" / "results" / "screens" / "digits.csv")
