@@ -221,7 +221,7 @@ def _pairs(results: pd.DataFrame) -> Iterator[tuple]:
             yield pair("mozo_above_sign", *units, "sign", settings)
         if variant in ("sign", "conservative"):
             yield pair("above_naive", *units, "naive", settings)
-        if branch == "dual":
+        if branch == "dual" and variant != "many_probes" and "zo.probes={" not in settings:  # a mean of more probes varies less
             yield pair("vision_varies_more", *group_and_method[-len(METHOD) :])
         for block in ("prefix", "suffix") if is_hop else ():
             yield pair("hop_above_block", adapter, branch, block, variant, settings)

@@ -145,3 +145,6 @@ def test_vision_is_compared_with_language_within_a_run():
     frame = results(("dual", "hop_odd", "naive", "")).assign(variance_vision=[1.0, 2.0, 3.0], variance_language=[0.5, 1.4, 2.6])
     [found] = compare(frame, NO_PAPER).query("claim == 'vision_varies_more'").to_dict("records")
     assert (found["mean"], found["verdict"]) == (pytest.approx(0.5), "yes")
+    unequal = frame.assign(method_settings="zo.probes={language: 64, vision: 16}")  # more probes alone lower the variance in language
+    for of_unequal in (unequal, frame.assign(variant="many_probes")):
+        assert not compare(of_unequal, NO_PAPER).claim.eq("vision_varies_more").any()
