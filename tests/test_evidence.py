@@ -210,6 +210,18 @@ def test_the_screen_over_all_tasks_is_that_of_its_csv_file():
     screened = means.accuracy.max() - means.accuracy["language frozen"]
     found = f"{gains.mean():+.2f} points of Avg over frozen language (95 % interval {low:+.2f} to {high:+.2f}; the screen said"
     assert f"{found} {screened:+.2f})" in " ".join(page.split())
+    rows = evidence.read(ROOT / "docs" / "results")
+    rows = rows[(rows.dataset == "cifar100") & (rows.branch == "language") & (rows.layers == "all")]
+    ours, frozen = (
+        rows[rows.method_settings.str.contains("zo.lr_scale=3.0")].set_index("seed"),
+        rows[rows.variant == "frozen"].set_index("seed"),
+    )
+    texts = []
+    for metric in ("avg", "last"):
+        gains = (ours[metric] - frozen[metric]).dropna()
+        low, high = stats.t.interval(0.95, len(gains) - 1, gains.mean(), stats.sem(gains))
+        texts.append(f"{gains.mean():.2f} of {metric.title()} ({low:.2f} to {high:.2f})")
+    assert len(gains) == 10 and " and ".join(texts) in " ".join(page.split())
 
 
 def test_the_trials_of_the_first_run_are_those_of_their_csv_file():
