@@ -151,12 +151,20 @@ def draw_figure(number: int, runs: pd.DataFrame) -> Picture | None:
 
 
 def draw_seeds(results: pd.DataFrame) -> Picture | None:
-    """Draw Last and Avg of every seed of every method, with the mean and its 95 % interval; None without a second seed."""
+    """Draw Last and Avg of every seed of every method, with the mean and its 95 % interval; None without a second seed.
+
+    Settings that all methods share are not shown, nor intervals of two seeds, which are 13 times as wide as the seeds are apart.
+    """
     trained = in_paper_order(results[results.variant != "zero_shot"], METHOD)
     methods = list(trained.groupby(METHOD, sort=False))
     if max((len(seeds) for _, seeds in methods), default=0) < 2:
         return None
-    texts = [[method_label(*key[:4]), *key[4].split("; ")] for key, _ in methods]  # every setting begins a line
+    settings = [key[4].split("; ") for key, _ in methods]
+    common = set.intersection(*map(set, settings)) if len(settings) > 1 else set()
+    texts = [  # every setting begins a line
+        [method_label(*key[:4]), *(text for text in of_method if text not in common)]
+        for (key, _), of_method in zip(methods, settings, strict=True)
+    ]
     labels = ["\n".join(itertools.chain(*(textwrap.wrap(text, LABEL_WIDTH) for text in of_method))) for of_method in texts]
     height = 0.27 + 0.17 * max(label.count("\n") for label in labels)
     figure = Figure(figsize=(9.0, 1.1 + len(labels) * height))
@@ -165,14 +173,15 @@ def draw_seeds(results: pd.DataFrame) -> Picture | None:
     for axes, (metric, name) in zip(both, METRICS.items(), strict=True):
         axes.plot(trained[metric], rows, color=GREY, marker="|", linewidth=0, markersize=9, label="a seed")
         tests = pd.DataFrame([paired_test(seeds[metric].to_numpy()) for _, seeds in methods])
-        reach = [tests["mean"] - tests.low, tests.high - tests["mean"]]
+        reach = [part.where(tests.seeds > 2) for part in (tests["mean"] - tests.low, tests.high - tests["mean"])]
         axes.errorbar(tests["mean"], tests.index, xerr=reach, color=BLUE, fmt="o", markersize=5, capsize=2.5, label="mean, 95 % interval")
         if len(zero_shot := results[(results.variant == "zero_shot") & results.seed.isin(trained.seed)]):
             axes.axvline(zero_shot[metric].mean(), color=GREY, linestyle="--", linewidth=1, label="zero-shot CLIP")
         axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel=f"{name} (%)")
     both[0].set_yticks(range(len(labels)), labels, fontsize=9)
     put_legend(figure, both[0])
-    caption = "Last and Avg of every seed, with the mean and its 95 % interval. The paper's figure shows only whole branches."
+    caption = "Last and Avg of every seed, with the mean and, of three seeds or more, its 95 % interval."
+    caption += " The paper's figure shows only whole branches."
     return Picture(figure, trained[[*CELL, "other_settings", "run", "seed", *METRICS]], caption)
 
 

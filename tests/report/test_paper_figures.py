@@ -3,6 +3,7 @@
 import itertools
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -55,6 +56,16 @@ def test_figure_8_shows_last_beside_avg():
         [line] = [line for line in axes.lines if line.get_label() == "zero-shot CLIP"]
         assert line.get_xdata()[0] == pytest.approx(untrained[metric].mean())
     assert sorted(shown["last"]) != sorted(shown["avg"])
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_figure_8_has_an_interval_of_three_seeds_and_none_of_two_and_no_setting_that_all_methods_share(seeds):
+    picture = draw_seeds(results((*HOP, "zo.sides=2; train.epochs=3"), (*HOP, "train.epochs=3"), seeds=seeds))
+    for axes in picture.figure.axes:
+        [bars] = [container.lines[2][0] for container in axes.containers]
+        assert np.isfinite([segment for segment in bars.get_segments() if len(segment)]).any() == (seeds == 3)
+    labels = [label.get_text() for label in picture.figure.axes[0].get_yticklabels()]
+    assert len(labels) == 2 and sum("zo.sides=2" in label for label in labels) == 1 and not any("epochs" in label for label in labels)
 
 
 @pytest.mark.parametrize(("base", "expected"), [(10, "1e−05"), (1.12, "0.6")], ids=["decades", "less than a decade"])
