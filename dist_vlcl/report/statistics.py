@@ -241,17 +241,30 @@ def paired_test(differences: Sequence[float] | np.ndarray) -> dict[str, Any]:
     return {**found, "low": float(low), "high": float(high), "p": float(test.pvalue)}
 
 
+def _unbeaten(once: pd.DataFrame) -> pd.DataFrame:
+    """Return, by cell, settings and metric, whether no other method has a higher mean over the same seeds; False without another one."""
+    rows = []
+    for metric in METRICS:
+        for _, part in once.groupby(TASKS):
+            by_seed = part.pivot(index="seed", columns=[*CELL, "other_settings"], values=metric)
+            for method in by_seed:
+                means = by_seed.loc[by_seed[method].notna()].dropna(axis=1).mean()
+                rows.append((*method, metric, len(means) > 1 and means[method] >= means.max() - 1e-9))
+    return pd.DataFrame(rows, columns=[*CELL, "other_settings", "metric", "is_best"])
+
+
 def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     """Return one row per cell, setting and metric: the paper's accuracy and ours (mean, standard deviation with n - 1, number of seeds).
 
     `seeds` is 0 for a published cell without a run. `difference`: ours less the paper's. `gain`: ours less the control's, over the
     `gain_seeds` that both have, with its 95 % interval. `to_first`: ours less first order's. `paper_to_first`: the same in the paper.
-    R (RECOVERED) and MEASURES are means over seeds.
+    R (RECOVERED) and MEASURES are means over seeds. `is_best`: see _unbeaten.
     """
     keys = [*CELL, "other_settings", "metric"]
     once = results.drop_duplicates([*CELL, "other_settings", "seed"])  # the untrained model stands in every group
     ours = once.melt([*CELL, "other_settings", "seed"], list(METRICS), "metric").groupby(keys, sort=False, as_index=False)
-    summary = ours.agg(mean=("value", "mean"), std=("value", "std"), seeds=("value", "count"), same_seeds=("seed", lambda s: str(list(s))))
+    summary = ours.agg(mean=("value", "mean"), std=("value", "std"), seeds=("value", "count"))
+    summary = summary.merge(_unbeaten(once), on=keys)
     paper = published.melt([*CELL, "id", "table"], list(METRICS), "metric", "paper").rename(columns={"id": "paper_id"})
     first = paper[paper.variant == "none"].rename(columns={"paper": "paper_first"})[[*TASKS, "adapter", "metric", "paper_first"]]
     cells = summary.merge(paper, on=[*CELL, "metric"], how="outer").merge(first, on=[*TASKS, "adapter", "metric"], how="left")

@@ -89,14 +89,12 @@ def _by_metric(frame: pd.DataFrame, more: Sequence[str], heads: Sequence[str], t
 def result_table(ours: pd.DataFrame) -> str:
     """Return our results, of each data set the best Last first, with paired differences to their controls.
 
-    ★ marks the best mean of those with the same seeds, if there are several.
+    ★ marks a method that no other one beats over the same seeds.
     """
     is_zeroth, is_whole = ~ours.variant.isin(WITHOUT_ZEROTH), (ours.branch == "dual") & (ours.layers == "all")
     is_alone = is_whole | ours.other_settings.str.contains("orders.rest=frozen", regex=False)
     ours = ours.assign(control=is_alone.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
-    comparable = ours.groupby([*TASKS, "metric", "same_seeds"])["mean"]
-    is_best = (ours["mean"] == comparable.transform("max")) & (comparable.transform("size") > 1)
-    ours = ours.assign(star=is_best.map({True: " ★", False: ""}))
+    ours = ours.assign(star=ours.is_best.map({True: " ★", False: ""}))
 
     def texts(cell: Any) -> list[str]:
         return [_ours(cell) + cell.star, signed(cell.gain), interval(cell.gain_low, cell.gain_high)]

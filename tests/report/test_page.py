@@ -105,6 +105,25 @@ def test_the_best_value_among_the_methods_with_the_same_seeds_is_marked(report):
                 ]
 
 
+def test_a_method_is_marked_only_if_no_other_is_better_over_its_own_seeds(tmp_path, monkeypatch):
+    """Two methods have two seeds. Naive steps have the second seed only: beaten there, though the best of those with that seed alone."""
+    for seed in ("seed=0", "seed=1"):
+        write_run(tmp_path, "orders=first", seed, last=0.7, avg=0.7)
+        write_run(tmp_path, "orders.order=frozen", seed, last=0.6, avg=0.8)
+    write_run(tmp_path, "zo=naive", "seed=1", last=0.65, avg=0.65)
+    write_run(tmp_path, "zo=sign", "seed=1", last=0.75, avg=0.6)
+    report_of(monkeypatch, *sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
+    lines = page(tmp_path / "report").split("## What was run")[1].split("##")[0].splitlines()
+    rows = {line.split(" | ")[1]: line for line in lines if line.startswith("| digits")}
+    marked = {method: [cell.endswith("★") for cell in line.split(" | ") if re.match(r"\d", cell)] for method, line in rows.items()}
+    assert marked == {
+        "first order": [True, False],
+        "dual hop_odd, frozen": [False, True],
+        "dual hop_odd, naive": [False, False],
+        "dual hop_odd, sign": [True, False],
+    }
+
+
 def test_every_method_can_be_compared_with_a_chosen_one(runs, report, tmp_path, monkeypatch, capsys):
     """Of CIFAR-100 Inc20 with the paper's model, over two seeds; the small CLIP's runs are another group, with first order of its own."""
     report_of(monkeypatch, *sorted(runs.iterdir()), "--out", tmp_path, "--against", "first order")
