@@ -30,12 +30,15 @@ def read_file(path: Path, limit: int = MAX_BYTES) -> bytes:
 def fits(value: Any, form: Any) -> bool:
     """Whether a value has a form: a type; `[form]` of every item; `{key: form}`, with other keys allowed; or a tuple of alternatives.
 
-    A key that is missing counts as None. A float may be a whole number; a bool is no number. A whole number has 64 bits.
+    `{...: form}` is a form of every value, whatever its key. A key that is missing counts as None. A float may be a whole number; a bool
+    is no number. A whole number has 64 bits.
     """
     if isinstance(form, tuple):
         return any(fits(value, one) for one in form)
     if isinstance(form, list):
         return isinstance(value, list) and all(fits(item, form[0]) for item in value)
+    if isinstance(form, dict) and ... in form:
+        return isinstance(value, dict) and all(fits(one, form[...]) for one in value.values())
     if isinstance(form, dict):
         return isinstance(value, dict) and all(fits(value.get(key), one) for key, one in form.items())
     if type(value) is int and not -(1 << 63) <= value < 1 << 63:  # pandas and torch take no other

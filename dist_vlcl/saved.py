@@ -34,7 +34,7 @@ NUMBER = (None, float)
 ENVIRONMENT = [{"run": (None, str), "data": (None, str), "weights": (None, str), "code_digest": (None, str)}]
 COUNTS = [[[int]]]  # correct and total by class and row
 MEANS = {"last": NUMBER, "avg": NUMBER, "forgetting": NUMBER}
-ACCURACY = {"complete": bool, **MEANS, "rows": (None, COUNTS), "zero_shot": (None, dict), "steps": (None, int), "seconds": NUMBER}
+ACCURACY = {"complete": bool, **MEANS, "rows": (None, COUNTS), "zero_shot": (None, {...: float}), "steps": (None, int), "seconds": NUMBER}
 # of the lines of metrics.jsonl: what steps have, and what tasks have
 METRICS_FORM = {"kind": str, "step": int, "task": int, **MEANS, "zo": (None, dict), "per_task": (None, [NUMBER])}
 METRICS_FORM |= dict.fromkeys(("loss", "seconds", "data_seconds", "peak_gib", "allocated_gib", "seen", "zero_shot", "transfer"), NUMBER)

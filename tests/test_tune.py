@@ -1,5 +1,6 @@
 """Tuning uses the first task only, is judged on held-out training images, can be resumed, and prints the command to train."""
 
+import json
 import re
 import shlex
 import sys
@@ -153,6 +154,17 @@ def test_several_tasks_count_with_their_mean_and_the_last_one_is_in_the_file_too
     [row] = tune.trained([item]).to_dict("records")
     found = [row[name] for name in ("accuracy", "last", "zero_shot")]
     assert found == pytest.approx([60, 50, 44], abs=0.1)  # zero-shot falls from 48 to 40 over the five tasks
+
+
+@pytest.mark.parametrize("before", [{"0": "high"}, {"0": None}, {"0": [0.4]}], ids=str)
+def test_a_run_whose_accuracies_are_no_numbers_counts_as_failed(before, tmp_path):
+    file = write_run(tmp_path, "seed=3", "run.name=one", last=0.5, avg=0.6, zero_shot=0.4) / "accuracy.json"
+    left = {key: value for key, value in json.loads(file.read_text()).items() if key != "crc"}
+    file.write_text(json.dumps({**left, "zero_shot": before}))
+    items = tune.prepare([("seed=3", "run.name=one", f"run.root={tmp_path}")])
+    with pytest.warns(Warning, match=r"accuracy.json is damaged: it has another form than dist_vlcl writes"):
+        found = tune.trained(items)
+    assert found[["accuracy", "last", "zero_shot"]].isna().all(axis=None)
 
 
 def trials(*rows: tuple[str, float, float]) -> pd.DataFrame:
