@@ -39,10 +39,9 @@ def test_a_failed_run_is_named_and_does_not_hold_up_the_others_and_the_next_swee
     monkeypatch.setenv("COLUMNS", "200")
     words = ["paper=t1-moe-cifar20-fo,t1-moe-cifar20-dual", *SHORT, *QUIET, "--launcher", warm_python()]
     first, second = (item.folder for item in sweep.prepare(sweep.command_lines(words[:-2])))
-    first.mkdir(parents=True)
-    (first / "config.yaml").write_text(yaml.safe_dump({"seed": 1}))  # another run's
+    (first / "checkpoints").mkdir(parents=True)  # of a run whose config.yaml is lost
     status, said = swept(monkeypatch, capfd, *words)
-    assert status == 1 and f"failed: {first.name}" in said and "was started with another configuration" in said
+    assert status == 1 and f"failed: {first.name}" in said and "cannot continue" in said
     assert re.search(rf"{second.name} +done", said) and read_records(second)["step"]
     shutil.rmtree(first)
     own = {key: yaml.safe_load((second / "config.yaml").read_text())[key] for key in ("first_order", "run")}
@@ -83,11 +82,14 @@ def test_a_run_that_fails_at_once_is_not_taken_for_one_that_a_signal_stopped_bef
     ],
     ids=str,
 )
-def test_the_result_of_other_options_is_not_taken_for_that_of_these(tmp_path, was, asked, is_other):
+@pytest.mark.parametrize("is_complete", [True, False], ids=["complete", "interrupted"])
+def test_a_run_with_other_options_is_not_taken_for_that_of_these(tmp_path, was, asked, is_other, is_complete):
     own = [f"run.root={tmp_path}", "run.name=same"]
     folder = write_run(tmp_path, *own, *was, last=0.5, avg=0.5)
+    if not is_complete:
+        (folder / "accuracy.json").unlink()
     [item] = sweep.prepare([(*own, *asked)])
-    assert item.is_complete and item.folder == folder
+    assert item.is_complete == is_complete and item.folder == folder
     with pytest.raises(ValueError, match="has a run with other options") if is_other else nullcontext():
         item.check()
 
@@ -151,6 +153,9 @@ def test_seeds_controls_and_groups_are_planned_each_once():
     assert all(words[2:] == ("train.epochs=2",) for words in planned) and len(set(planned)) == len(planned)
     folders = [item.folder.name for item in sweep.prepare(planned)]
     assert len(set(folders)) == len(folders) and all("-epochs_2-" in name for name in folders)
+    first, *others = sweep.command_lines(["paper=t1-moe-cifar20-fo,t1-moe-cifar20-dual", "zo.lr_scale=1,3"])  # first order does not read zo
+    assert first == ("paper=t1-moe-cifar20-fo", "seed=0")
+    assert others == [("paper=t1-moe-cifar20-dual", "seed=0", f"zo.lr_scale={scale}") for scale in (1, 3)]
 
 
 def test_without_a_row_of_the_paper_every_combination_of_values_is_a_run_with_a_name_of_its_own():

@@ -58,9 +58,11 @@ DEFAULTS = {
 }
 SCREENED = "zo.lr_scale=10 zo.probes={language:64,vision:16}"  # the screens' choice, with fewer probes where one costs most
 PLANS = {"language": "language_all", "vision": "vision_all", "dual": "dual_all", "hop": "dual_hop_odd"}
+TUNED_OVER_TASKS = "orders=language_all zo=sign zo.lr_scale=3 zo.probes=64"
 TUNED = {
     **{f"{name}-tuned": f"orders={orders} zo=sign {SCREENED}" for name, orders in PLANS.items()},
-    "language-tuned-all": "orders=language_all zo=sign zo.lr_scale=3 zo.probes=64",  # chosen over all tasks
+    "language-tuned-all": TUNED_OVER_TASKS,
+    "language-tuned-all-walk": f"{TUNED_OVER_TASKS} zo.random_signs=true",
     "hop-mozo-tuned": f"orders=dual_hop_odd zo=mozo {SCREENED}",
     **{f"{name}-tuned-walk": f"orders={orders} zo=sign {SCREENED} zo.random_signs=true" for name, orders in PLANS.items()},
 }

@@ -82,9 +82,9 @@ class Item:
         return {key: was_is for key, was_is in changes.items() if not matches(key, (*MAY_CHANGE, *unread))}
 
     def check(self) -> None:
-        """Raise ValueError if the folder has a complete run with other options, whose result is not the one that is asked for."""
+        """Raise ValueError if the folder has a run with other options: its result is not the one that is asked for."""
         saved = self.folder / "config.yaml"
-        changes = self.changes(read_config(saved)) if self.is_complete and saved.exists() else {}
+        changes = self.changes(read_config(saved)) if saved.exists() else {}
         fitted = {key for key in ("train.batch_size", "train.epochs") if changes.get(key, "").endswith(" -> None")}
         if other := [f"{key}: {was_is}" for key, was_is in changes.items() if key not in fitted]:
             raise ValueError(f"{self.folder} has a run with other options (was -> is): {', '.join(other)}; choose another folder for these")
@@ -130,7 +130,8 @@ def command_lines(words: Sequence[str], controls: bool = False) -> list[tuple[st
         pairs |= dict.fromkeys((id, seed) for seed in seeds or map(str, range(number)) for id in select([pattern]))
     if controls:
         pairs |= dict.fromkeys((control.id, seed) for id, seed in pairs for control in catalogue()[id].controls())
-    return [(f"paper={id}", f"seed={seed}", *map("=".join, own.items())) for own in combinations(lists) for id, seed in pairs]
+    runs = [without_unread({"paper": id, "seed": seed, **own}) for own in combinations(lists) for id, seed in pairs]
+    return list(dict.fromkeys(tuple(map("=".join, run.items())) for run in runs))
 
 
 def prepare(commands: Iterable[tuple[str, ...]]) -> list[Item]:
