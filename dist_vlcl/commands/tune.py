@@ -22,7 +22,7 @@ has the command that trains with the best one. tuning.csv has a row per run. Com
 import os
 import re
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isnan, nan
@@ -162,8 +162,8 @@ def write(folder: Path, command: str, fixed: Sequence[str], tasks: str, found: S
     return "\n".join([f"\n{table}", note, found.answer, found.shrinkage, f"Train with: {best}"])
 
 
-def main() -> None:
-    """Run the command line."""
+def parsed() -> Namespace:
+    """Return the arguments of the command line. Exits with status 2 if one of them is wrong."""
     parser = ArgumentParser(prog="dist-vlcl tune", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="OPTION=VALUE", help="options of dist_vlcl.train; give several values with commas")
     parser.add_argument("--holdout", type=float, default=0.2, metavar="PART", help="part of each class's training images to hold out (0.2)")
@@ -172,23 +172,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: tuning/NAME, after the run's own name)")
     add_launch_options(parser)
     arguments = parser.parse_intermixed_args()
-    console = Console()
     with errors_refused():
         if not re.fullmatch("all|[1-9][0-9]*", arguments.tasks):
             raise ValueError(f"--tasks {arguments.tasks}: give a whole number above 0, or all")
         if not 0 < arguments.holdout < 1:
             raise ValueError(f"--holdout {arguments.holdout}: give a number of more than 0 and less than 1")
-        arguments.words[:0] = search_path(arguments.config_dir)
-        fixed, several, seeds = read_options(arguments.words)
+        if arguments.fresh < 2:
+            raise ValueError(f"--fresh {arguments.fresh}: give at least 2, because an interval needs two differences")
         for option, flag in (("tasks.num_tasks", "--tasks"), ("eval.holdout", "--holdout")):
             if option in dict(split_options(arguments.words)):
                 raise ValueError(f"{option}: give {flag} instead, which this command needs for itself")
+        arguments.words[:0] = search_path(arguments.config_dir)
+    return arguments
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments, console = parsed(), Console()
+    with errors_refused():
+        fixed, several, seeds = read_options(arguments.words)
         cfg = compose_config(fixed)
         folder = arguments.out or Path("tuning") / f"{cfg.run.name}{'' if arguments.tasks == '1' else f'-tasks_{arguments.tasks}'}"
         shared = [f"tasks.num_tasks={'null' if arguments.tasks == 'all' else arguments.tasks}", f"eval.holdout={arguments.holdout}"]
         choices = grid(cfg, several, fixed)
-        if arguments.fresh < 2:
-            raise ValueError(f"--fresh {arguments.fresh}: give at least 2, because an interval needs two differences")
         fresh = [str(max(map(int, seeds)) + 1 + k) for k in range(arguments.fresh)]
 
         def planned(choices: Sequence[Choice], seeds: Sequence[str]) -> list[list[Item]]:
