@@ -10,7 +10,7 @@ COMMANDS = {
     "verify": ("commands.verify", "verify the checksums of shards"),
     "evaluate": ("commands.evaluate", "evaluate a run again, or on other data"),
     "predict": ("commands.predict", "classify image files"),
-    "export": ("commands.export", "export a run for open_clip or the Hugging Face Hub"),
+    "export": ("commands.export", "export a run for the Hugging Face Hub, or (LoRA) for open_clip"),
     "report": ("commands.report", "compare runs in one page"),
     "sweep": ("commands.sweep", "train many runs: of the paper, or combinations of options"),
     "tune": ("commands.tune", "choose zeroth-order options"),

@@ -66,8 +66,8 @@ def test_the_page_s_part_is_the_same_from_the_csv_files_as_from_the_runs(rows, r
     parts = evidence.parts_of_pages(read_back)
     assert parts == evidence.parts_of_pages(rows[0].assign(is_complete=True, is_probe=False))
     text = parts["results.md"]
-    assert "- Is language with the paper's defaults the same as frozen language? Yes so far (Δ Avg +0.05 points, 3 seeds, 95 %" in text
-    question = "Is dual hop_odd with the paper's defaults the same as its frozen twin?"
+    assert "- Is language with zo=conservative, the paper's default, the same as frozen language? Yes so far (Δ Avg +0.05 points" in text
+    question = "Is dual hop_odd with zo=conservative, the paper's default, the same as its frozen control?"
     assert f"| {question} | \\|Δ\\| \\< 0.5 | Avg | 0 | – | – | – | – | not run |" in text
     assert "| CIFAR-100 Inc20 | language all, naive | orders.rest=frozen | 0.30 |" in text
     assert text.index("## The primary contrasts") < text.index("## All runs with several seeds")

@@ -18,9 +18,11 @@ NAMED = re.compile(r"\bas\s+`([\w/.]+\.(?:py|yaml))`:\s*\Z")
 FOLLOW = """
 import runpy, shlex, sys
 for line in sys.stdin.read().splitlines():
-    words = shlex.split(line)
-    assert words.pop(0) == "python", line
+    program, *words = shlex.split(line)
+    assert program in ("python", "dist-vlcl"), line
     sys.path.insert(0, "")
+    if program == "dist-vlcl":
+        words = ["-m", "dist_vlcl", *words]
     if words[0] == "-m":
         sys.argv = [words[1], *words[2:]]
         runpy.run_module(words[1], run_name="__main__")
@@ -73,7 +75,7 @@ def test_the_page_has_its_files_and_commands():
     files, commands = files_and_commands()
     assert {"draw_shapes.py", "four_point.py", "parallel_adapter.py"} < set(files)
     assert {"configs/zo/four_point.yaml", "configs/adapter/parallel.yaml"} < set(files)
-    assert len(commands) == 7 and all(command.startswith("python ") for command in commands)
+    assert len(commands) == 7 and all(command.startswith(("python ", "dist-vlcl ")) for command in commands)
 
 
 @pytest.mark.parametrize("name", ["my-data", "my-estimator", "my-adapter", "my-own"])

@@ -24,7 +24,7 @@ Every architecture in the table has adapters of both kinds, all order plans and 
 
 - **Blocks.** The columns give the number of units of each branch. `orders.layers` counts them from 1.
 - **Speed.** In the column `vision from`, `open_clip` means the fast path, and `timm` means that we call timm's own blocks. Then the last
-  block computes all positions, its activations need more memory, and delta evaluation computes the base once for each candidate.
+  block computes all positions, its activations need more memory, and `zo.evaluation=delta` computes the base once for each candidate.
   A LoRA candidate on timm's blocks computes its first block again. `benchmarks/step.py` counts the FLOPs.
 - **Tokenizer.** `transformers` means that the tokenizer comes from that package: `pip install 'dist-vlcl[transformers]'`. Its files come
   from the Hugging Face Hub, or from its cache on a machine without internet.

@@ -1,1 +1,1 @@
-"""The commands beside training, each started as python -m dist_vlcl.commands.NAME."""
+"""The commands beside training, each started as `dist-vlcl NAME` or `python -m dist_vlcl.commands.NAME`."""

@@ -1,4 +1,4 @@
-"""Write the shards of a data set:  python -m dist_vlcl.commands.build_data data=cifar100 [data.source=PATH] [data.root=FOLDER]
+"""Write the shards of a data set:  dist-vlcl data data=cifar100 [data.source=PATH] [data.root=FOLDER]
 
 Duration: one or two minutes for CIFAR-100 or Tiny-ImageNet on disk. Result: data/cifar100/index.json and one folder for each split.
 """

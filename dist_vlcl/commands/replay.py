@@ -1,4 +1,4 @@
-"""Rebuild the zeroth-order units of a run from a checkpoint and the journal:  python -m dist_vlcl.commands.replay runs/NAME
+"""Rebuild the zeroth-order units of a run from a checkpoint and the journal:  dist-vlcl replay runs/NAME
 
 Repeats every zeroth-order update from the seeds and coefficients in journal.jsonl, without data and without a forward pass. If the run has
 a checkpoint of the last step, compares bit for bit. Exit status: 0 if equal or nothing to compare with, 1 if different, 2 after an error.

@@ -1,4 +1,4 @@
-"""Report on runs: python -m dist_vlcl.commands.report runs/* [--out report]
+"""Report on runs: dist-vlcl report runs/* [--out report]
 
 Writes OUT/report.html (one file with its pictures inside), OUT/report.md, OUT/images/*.png, and every number as tidy CSV in OUT/data/.
 The report shows all complete runs, the differences between them, what these say about the paper's claims, and the paper's numbers.

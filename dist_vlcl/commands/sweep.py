@@ -1,12 +1,12 @@
-"""Train many runs, one after another: `python -m dist_vlcl.commands.sweep [paper=GROUP] [OPTION=VALUE[,VALUE...] ...]`.
+"""Train many runs, one after another: `dist-vlcl sweep [paper=GROUP] [OPTION=VALUE[,VALUE...] ...]`.
 
-    python -m dist_vlcl.commands.sweep paper=table2                     train the runs of Table 2 that are not complete
-    python -m dist_vlcl.commands.sweep paper=all,figure8 --controls     116 trainings, and their controls
-    python -m dist_vlcl.commands.sweep paper='t1-moe-cifar*' seed=0,1,2 model=small train.epochs=2 --processes 2
-    python -m dist_vlcl.commands.sweep orders=zero_shot,first,dual_hop_odd seed=0,1,2       without paper=: every combination
-    python -m dist_vlcl.commands.sweep paper=table2 --list              only print the commands
-    python -m dist_vlcl.commands.sweep paper=table2 --count             check every run and print their number: 48
-    sbatch --array=0-47 ...  python -m dist_vlcl.commands.sweep paper=table2 --item "$SLURM_ARRAY_TASK_ID"
+    dist-vlcl sweep paper=table2                     train the runs of Table 2 that are not complete
+    dist-vlcl sweep paper=all,figure8 --controls     116 trainings, and their controls
+    dist-vlcl sweep paper='t1-moe-cifar*' seed=0,1,2 model=small train.epochs=2 --processes 2
+    dist-vlcl sweep orders=zero_shot,first,dual_hop_odd seed=0,1,2       without paper=: every combination
+    dist-vlcl sweep paper=table2 --list              only print the commands
+    dist-vlcl sweep paper=table2 --count             check every run and print their number: 48
+    sbatch --array=0-47 ...  dist-vlcl sweep paper=table2 --item "$SLURM_ARRAY_TASK_ID"
 
 paper=  ids, wildcards and groups, separated by commas.
         Groups of published runs: table1 to table4, table5 (memory probes), figure8 (five seeds), all (the 92 trainings).

@@ -1,8 +1,8 @@
-"""Choose zeroth-order options on the first tasks: `python -m dist_vlcl.commands.tune [OPTION=VALUE[,VALUE...] ...]`.
+"""Choose zeroth-order options on the first tasks: `dist-vlcl tune [OPTION=VALUE[,VALUE...] ...]`.
 
-    python -m dist_vlcl.commands.tune data=cifar100 orders=language_all
-    python -m dist_vlcl.commands.tune data=cifar100 orders=vision_all orders.rest=frozen seed=0,1 zo=naive zo.lr_scale=3,10,30
-    python -m dist_vlcl.commands.tune data=cifar100 orders=language_all zo=sign zo.probes=64 zo.lr_scale=1,3,10 --tasks all
+    dist-vlcl tune data=cifar100 orders=language_all
+    dist-vlcl tune data=cifar100 orders=vision_all orders.rest=frozen seed=0,1 zo=naive zo.lr_scale=3,10,30
+    dist-vlcl tune data=cifar100 orders=language_all zo=sign zo.probes=64 zo.lr_scale=1,3,10 --tasks all
 
 Every combination of the options with several values is trained on the first task and evaluated on held-out images of its training set.
 Test images are never read. A step that is good for one task can be too long for many: --tasks learns more of them, and compares Avg, the
@@ -223,7 +223,7 @@ def main() -> None:
         sys.exit(1)
     given = ["--tasks", arguments.tasks, "--holdout", str(arguments.holdout), "--fresh", str(arguments.fresh)]
     given += ["--out", str(folder)] if arguments.out else []
-    command = f"python -m dist_vlcl.commands.tune {masked_command([*arguments.words, *given])}"
+    command = f"dist-vlcl tune {masked_command([*arguments.words, *given])}"
     console.print(write(folder, command, fixed, arguments.tasks, found), highlight=False, markup=False, soft_wrap=True)
 
 

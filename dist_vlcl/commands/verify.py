@@ -1,4 +1,4 @@
-"""Verify the checksums of all shards and open their images:  python -m dist_vlcl.commands.verify data=cifar100 [data.url=ADDRESS]
+"""Verify the checksums of all shards and open their images:  dist-vlcl verify data=cifar100 [data.url=ADDRESS]
 
 Duration: the time to read the shards and to decode their images once. Exit status 1 and the names of the shards if any is damaged.
 """

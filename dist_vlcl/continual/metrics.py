@@ -12,7 +12,7 @@ Counts = list[tuple[int, int]]  # per class: correct, total
 class AccuracyMatrix:
     """Correct and total per class. Row t: the classes seen after training on task t, and perhaps more, which are ignored.
 
-    task_sizes: the number of classes of each task, in order. R[t][j] below is the accuracy on the classes of task j in row t.
+    task_sizes: the number of classes of each task, in order. acc[t][j] below is the accuracy on the classes of task j in row t.
     """
 
     task_sizes: Sequence[int]
@@ -24,7 +24,7 @@ class AccuracyMatrix:
         self.rows.append([(int(correct), int(total)) for correct, total in counts])
 
     def task_accuracy(self, after: int, task: int) -> float | None:
-        """Return R[after][task], or None if it was not measured."""
+        """Return acc[after][task], or None if it was not measured."""
         start = sum(self.task_sizes[:task])
         return _accuracy(self.rows[after][start : start + self.task_sizes[task]])
 
@@ -54,7 +54,7 @@ class AccuracyMatrix:
 
     @property
     def backward_transfer(self) -> float:
-        """Return the mean of R[t][j] - R[j][j] over all rows t and all earlier tasks j < t; 0 after one task.
+        """Return the mean of acc[t][j] - acc[j][j] over all rows t and all earlier tasks j < t; 0 after one task.
 
         MoE-Adapters4CL logs continuum's number, which leaves out the newest earlier task j = t - 1. It is not comparable: on one matrix
         continuum gives -19.31 and this -19.84 (forgetting: 26.70 and 27.11).
@@ -85,7 +85,7 @@ class SetsMatrix(AccuracyMatrix):
 
     @property
     def transfer(self) -> float:
-        """Return the mean over sets j > 0 of the mean of R[t][j] over the rows t < j, before set j is trained."""
+        """Return the mean over sets j > 0 of the mean of acc[t][j] over the rows t < j, before set j is trained."""
         return _mean([_mean([self._own(t, j) for t in range(min(j, len(self.rows)))]) for j in range(1, len(self.task_sizes))])
 
     def summary(self) -> dict:

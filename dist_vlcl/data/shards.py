@@ -231,7 +231,7 @@ def build_command(data: DataConfig) -> str:
     defaults = asdict(DataConfig(name=data.reader_name, reader=data.reader))
     changed = [f"data.{name}={value}" for name, value in asdict(data).items() if value != defaults[name]]
     source = ["data.source=FOLDER_OR_TAR"] if data.reader_name == "folder" and data.source is None else []
-    return " ".join(["python -m dist_vlcl.commands.build_data", f"data={data.reader_name}", *changed, *source])
+    return " ".join(["dist-vlcl data", f"data={data.reader_name}", *changed, *source])
 
 
 # Writing
