@@ -152,7 +152,7 @@ def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Pat
     blocks += [TERMS, tables.result_table(several)]
     if contribution := tables.contribution_table(several):
         heading = ["## What did zeroth order contribute?", f"{CONTRIBUTION_TERMS} {MEASURED_ONCE}"]
-        blocks += [*heading, contribution, "\n".join(ratio_sentences(results))]
+        blocks += [*heading, contribution, ratio_table(results)]
     counted = comparisons[~comparisons.variant.isin(CONTROLS)]
     asked = {name: counted[counted.claim == name] for name in CLAIMS}
     claims, asked_once = [RULE], []
@@ -189,7 +189,7 @@ def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Pat
     once = [TERMS, tables.result_table(single)] if len(single) else ["No plan has run once."]
     once += ["## Questions with one seed in common", *asked_once] if asked_once else []
     found = {RESULTS: blocks, ONE_SEED: once, QUESTIONS: claims}
-    return {page: "\n\n".join(block.rstrip() for block in part) for page, part in found.items()}
+    return {page: "\n\n".join(block.rstrip() for block in part if block) for page, part in found.items()}
 
 
 def contrasts_of(results: pd.DataFrame, plan: Mapping[str, Any]) -> pd.DataFrame:
@@ -259,23 +259,17 @@ def chosen(results: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
     return found[np.array([fits(row) for row in found.itertuples()], dtype=bool)]
 
 
-def ratio_sentences(results: pd.DataFrame) -> list[str]:
-    """Return R with its interval, a sentence per method with several seeds that has first order on the same units beside it."""
-    found = []
-    columns = {metric: RECOVERED.format(metric) for metric in tables.METRICS}
-    known = results.dropna(subset=list(columns.values()))
-    for key, part in known.groupby([*CELL, "other_settings"], sort=False):
-        if len(part) == 1:
-            continue
-        *cell, settings = key
-        name = f"{tables.tasks_label(*cell[:2])}, {tables.method_label(*cell[2:])}{settings and f' ({settings})'}"
-        numbers = []
-        for metric, column in columns.items():
+def ratio_table(results: pd.DataFrame) -> str:
+    """Return R with its interval, one row per method with several seeds that has first order on the same units beside it; "" without one."""
+    rows, columns = [], [RECOVERED.format(metric) for metric in tables.METRICS]
+    for (*cell, settings), part in results.dropna(subset=columns).groupby([*CELL, "other_settings"], sort=False):
+        row = [tables.tasks_label(*cell[:2]), tables.method_label(*cell[2:]), settings, len(part)]
+        for column in columns:
             test = paired_test(part[column].to_numpy())
-            mean, low, high = (tables.number(test[name]) for name in ("mean", "low", "high"))
-            numbers.append(f"{tables.METRICS[metric]} {mean}{'' if low == tables.UNKNOWN else f' (95 % interval {low} to {high})'}")
-        found.append(f"- R of {name}: {', '.join(numbers)}, {len(part)} seeds.")
-    return found
+            row += [tables.number(test["mean"]), tables.interval(test["low"], test["high"])]
+        rows += [row] if len(part) > 1 else []
+    heads = [head for name in tables.METRICS.values() for head in (f"R {name}", "95 % interval")]
+    return tables.markdown_table(["data", "method", "other settings", "seeds", *heads], rows, num_left=3) if rows else ""
 
 
 def summary(found: pd.DataFrame) -> str:
