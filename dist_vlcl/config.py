@@ -65,7 +65,7 @@ class TrainConfig:
     """How long a task is trained, and on which batches."""
 
     batch_size: int | None = option(128, "Samples in the global batch, for any number of ranks; null fits it to the images.", min=1)
-    epochs: int | None = option(1, "Passes over the training samples of each task; null takes about 100 steps for each task.", min=1)
+    epochs: int | None = option(1, "Passes over the training samples of each task; null takes enough for 100 steps of each task.", min=1)
     warmup_steps: int | None = option(30, "Steps of linear warm-up in each task; null takes a tenth of the task's steps.", min=0)
     max_steps: int | None = option(None, "Steps per task at most, for a short look or a memory probe; null takes all.", min=1)
     micro_batches: int = option(1, "Gradient accumulation: parts into which a rank divides its share of a batch.", min=1)

@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,9 +71,11 @@ class Experiment:
         assign(unit_ids(cfg.model), cfg.orders)
         index, tasks = open_tasks(cfg, world)
         code = code_digest()
+        if world.is_main and cfg.orders.branch == "none" and cfg.orders.order != "zeroth":
+            warn(f"orders.order={cfg.orders.order} has no effect: with orders.branch=none all units have the order of orders.rest")
         facts = {"configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code, "packages": package_versions()}
         agree(world, facts, "Start every rank with the same command and the same files.")
-        cfg = replace(cfg, train=fitted(cfg.train, index.count("train", tasks.seen(len(tasks) - 1).classes) / len(tasks)))
+        cfg = replace(cfg, train=fitted(cfg.train, index.count("train") / tasks.whole_length))
         towers = build_towers(cfg, world)
         inputs = {"prompts": towers.prompts(tasks.seen(len(tasks) - 1).names), "image": transformed_sample(towers.image_size)}
         agree(world, {"the model's inputs": {name: digest({name: value}) for name, value in inputs.items()}}, "Install the same packages.")
@@ -80,8 +83,11 @@ class Experiment:
 
     def num_steps(self, task: Task) -> int:
         """Return the number of steps of a task."""
-        assert self.cfg.train.epochs is not None  # fitted
-        return min(self.cfg.train.epochs * steps_per_epoch(self.cfg, self.index, task), self.cfg.train.max_steps or sys.maxsize)
+        return min(self.num_epochs(task) * steps_per_epoch(self.cfg, self.index, task), self.cfg.train.max_steps or sys.maxsize)
+
+    def num_epochs(self, task: Task) -> int:
+        """Return the passes over a task's training samples: train.epochs, or as many as give at least 100 steps."""
+        return self.cfg.train.epochs or math.ceil(100 / steps_per_epoch(self.cfg, self.index, task))
 
     def batches(self, task: Task, state: TrainState, progress: Progress) -> Iterable[PlannedStep]:
         """Return the steps that are left in a task. They advance the state's epoch; the caller advances its batch. All ranks call this."""
@@ -146,12 +152,11 @@ class Experiment:
 
 
 def fitted(train: TrainConfig, images: float) -> TrainConfig:
-    """Return the options with numbers instead of null. images: training images of a task.
+    """Return the options with a batch size instead of null. images: training images of a task, mean over all tasks of the data.
 
-    Batch size: a power of two, 8 to 128, for 8 to 16 batches an epoch if these bounds allow it. Epochs: enough for at least 100 steps.
+    It is a power of two, 8 to 128, for 8 to 16 batches an epoch if these bounds allow it.
     """
-    batch_size = train.batch_size or min(128, max(8, 2 ** int(math.log2(max(1, images / 8)))))
-    return replace(train, batch_size=batch_size, epochs=train.epochs or math.ceil(100 / math.ceil(images / batch_size)))
+    return replace(train, batch_size=train.batch_size or min(128, max(8, 2 ** int(math.log2(max(1, images / 8))))))
 
 
 def transformed_sample(size: int) -> torch.Tensor:
@@ -169,7 +174,12 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
         warn(f"data.{unread[0]} has no effect here: it counts when shards are written, by dist-vlcl data. These are in {index.location}")
     order = class_order(cfg.tasks.order, len(index.class_names), paper_order(index.reader))
     names = prompt_names(index.class_names, cfg.data.underscore_names)
-    return index, TaskStream(names, sizes or cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
+    tasks = TaskStream(names, sizes or cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
+    counts = Counter(sample.class_id for task in tasks for sample in held_out_samples(cfg, index, task))
+    if untrained := [c for c, count in counts.items() if count == index.count("train", [c])]:
+        few = f"{index.class_names[untrained[0]]} has {counts[untrained[0]]} training images, and none of them would be left"
+        raise ValueError(f"eval.holdout={cfg.eval.holdout:g}: {few}; give less, or give every class at least two images")
+    return index, tasks
 
 
 def build_towers(cfg: Config, world: World) -> TwoTowers:

@@ -196,11 +196,12 @@ def read_classes(folder: Path) -> list[list[str]]:
 
 def _checkpoint_after(folder: Path, task: int | None) -> checkpoint.Checkpoint:
     """Return the checkpoint at the end of a task; the newest one without a task."""
+    identity = {"config": digest_of(read_config(folder / CONFIG))}
     if task is None:
-        if (saved := checkpoint.load_newest(folder, {"config": digest_of(read_config(folder / CONFIG))})) is None:
+        if (saved := checkpoint.load_newest(folder, identity)) is None:
             raise FileNotFoundError(f"{folder} has neither {ADAPTERS} nor an intact checkpoint; train first")
         return saved
-    found = (or_warn(lambda: checkpoint.load(folder, step), None) for step in checkpoint.saved_steps(folder))  # noqa: B023, called at once
+    found = (or_warn(lambda: checkpoint.load(folder, step, identity), None) for step in checkpoint.saved_steps(folder))  # noqa: B023, called at once
     states = ((TrainState.from_dict(saved.state), saved) for saved in filter(None, found))
     ends = {state.task: saved for state, saved in states if not state.epoch and not state.batch}
     if task not in ends:

@@ -81,13 +81,15 @@ class Session:
         if (alone := [t.index + 1 for t in self.tasks if len(t.classes) == 1]) and self.step.learns and cfg.model.loss != "sigmoid":
             self.log.say(f"warning: task {alone[0]} has one class, so its loss is 0 and it is not learned; choose another tasks.increment")
         groups = f" in {world.data_size} parts, {world.direction_groups} direction groups" if world.direction_groups > 1 else ""
+        counts = [self.experiment.num_epochs(task) for task in self.tasks]
+        epochs = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else counts[0]
         self.log.say("orders: 1 first (back-propagation), 0 zeroth (loss differences), - frozen")
         self.log.table("", ["branch", "layers"], describe(orders))
         self.log.say(
             f"{cfg.model.name}: {numel[Order.FIRST]:,} parameters learn by first order, {numel[Order.ZEROTH]:,} by zeroth order "
             f"({cfg.zo.name}), {numel[Order.FROZEN]:,} adapter parameters are frozen\n"
             f"{index.name}: {len(self.tasks)} {'task' if len(self.tasks) == 1 else 'tasks'}, {index.count('train'):,} training images; "
-            f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}{groups}, epochs {cfg.train.epochs}"
+            f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}{groups}, epochs {epochs}"
         )
 
     def evaluate_untrained(self) -> None:

@@ -155,6 +155,14 @@ def test_an_earlier_task_is_loaded_by_its_number(runs):
         read_trained(runs["moe"], task=1)
 
 
+def test_a_checkpoint_of_another_configuration_is_not_taken_for_that_of_a_task(runs, tmp_path):
+    run = shutil.copytree(runs["moe"], tmp_path / "run")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 0", "seed: 1", 1))
+    with pytest.warns(RuntimeWarning, match="was saved with another configuration"), pytest.raises(ValueError, match="after task none"):
+        read_trained(run, task=2)
+
+
 def test_a_damaged_checkpoint_of_another_task_does_not_matter(runs, tmp_path):
     run = shutil.copytree(runs["moe"], tmp_path / "run")
     newest = max((run / "checkpoints").glob("*.safetensors"))
@@ -305,6 +313,17 @@ def test_evaluate_prints_json_and_the_accuracy_of_every_class(runs, monkeypatch,
     assert list(said["classes"].values()) == pytest.approx(fractions) and next(iter(said["classes"])) == "handwritten digit zero"
     *classes, last = evaluated(runs, monkeypatch, capsys, "--classes", root).splitlines()
     assert classes[5] == f"{100 * fractions[5]:6.2f}  handwritten digit five" and last.startswith(f"Last {100 * saved['last']:.2f}  Avg ")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [("cluster.num_processes=4", "the launcher started 1"), ("cluster.device=cuda", "torch sees no GPU")]
+)
+def test_evaluate_follows_the_options_of_its_own_launch(runs, monkeypatch, capsys, option, message):
+    if option.endswith("cuda") and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(SystemExit):
+        evaluated(runs, monkeypatch, capsys, option)
+    assert f"{option}" in (said := capsys.readouterr().err) and message in said
 
 
 def test_evaluate_and_a_card_say_when_tasks_are_still_to_come(runs, tmp_path, monkeypatch, capsys):

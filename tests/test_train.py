@@ -250,32 +250,58 @@ def test_a_user_error_is_one_message_before_any_work(words, message, tmp_path):
     assert message in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_null_fits_batch_epochs_and_warmup_to_the_images_and_is_saved_as_numbers(tmp_path, capsys):
+def test_null_fits_batch_epochs_and_warmup_to_the_images_of_each_task(tmp_path, capsys):
     fit = ["train.batch_size=null", "train.warmup_steps=null", "train.epochs=null", "run.name=fitted", "tasks.num_tasks=1"]
     cfg = configured(tmp_path, *TINY, *fit, "train.max_steps=20", "eval.zero_shot=false", "orders.layers=[3]", "orders.rest=frozen")
     train(cfg, World.alone())
     saved = load_config(cfg.run.folder / "config.yaml", [f"data.root={cfg.data.root}"]).train
-    assert (saved.batch_size, saved.epochs, saved.warmup_steps) == (32, 12, None)  # 288 images: nine batches, 108 steps
+    assert (saved.batch_size, saved.epochs, saved.warmup_steps) == (32, None, None)  # 288 images: nine batches, 108 steps
     assert "global batch 32, epochs 12" in capsys.readouterr().out
     rates = [record["lr"] for record in records(cfg) if record["kind"] == "step"]
     assert rates[:3] == pytest.approx([cfg.first_order.lr * part for part in (0.5, 1, 1)]) and len(rates) == 20
 
 
-@pytest.mark.parametrize(
-    ("images", "batch", "epochs"), [(4, 8, 100), (28, 8, 25), (288, 32, 12), (2500, 128, 5), (10_000, 128, 2), (50_000, 128, 1)]
-)
-def test_a_small_task_gets_small_batches_and_more_epochs(images, batch, epochs):
-    fit = fitted(TrainConfig(batch_size=None, epochs=None), images)
-    assert (fit.batch_size, fit.epochs) == (batch, epochs)
+@pytest.mark.parametrize(("images", "batch"), [(4, 8), (28, 8), (288, 32), (2500, 128), (10_000, 128), (50_000, 128)])
+def test_small_tasks_get_small_batches(images, batch):
+    assert fitted(TrainConfig(batch_size=None), images) == TrainConfig(batch_size=batch)
     assert fitted(TrainConfig(), images) == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "batch", "steps"),
+    [
+        (
+            ["tasks.base=8", "tasks.increment=1", "tasks.num_tasks=null"],
+            32,
+            [111, 100, 100],
+        ),  # 479 images a task in the mean; 1,151 and 143
+        (["tasks.base=8", "tasks.increment=1", "tasks.num_tasks=1"], 32, [111]),  # the first task is the same if it is the only one
+        (["eval.holdout=0.9"], 32, [100] * 2),
+    ],
+    ids=str,
+)
+def test_null_epochs_give_every_task_100_steps_or_a_few_more(tmp_path, words, batch, steps):
+    fit = ["train.batch_size=null", "train.warmup_steps=null", "train.epochs=null"]
+    experiment = Experiment.open(configured(tmp_path, *TINY, *fit, *words), World.alone())
+    assert experiment.cfg.train.batch_size == batch and list(map(experiment.num_steps, experiment.tasks)) == steps
+
+
+def test_a_holdout_that_leaves_a_class_untrained_is_refused(tmp_path):
+    message = r"eval\.holdout=0\.999: handwritten digit \w+ has 14\d training images, and none of them would be left; give less"
+    with pytest.raises(ValueError, match=message):
+        train(configured(tmp_path, *TINY, "eval.holdout=0.999", "orders=zero_shot"), World.alone())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_order_that_no_unit_has_is_named(tmp_path):
+    with pytest.warns(RuntimeWarning, match=r"orders\.order=frozen has no effect: with orders\.branch=none"):
+        Experiment.open(configured(tmp_path, *TINY, "orders=first", "orders.order=frozen"), World.alone())
 
 
 def test_a_warmup_that_no_task_survives_is_refused_except_in_the_paper_s_own_runs(tmp_path):
     words = [*TINY, "train.warmup_steps=5", "tasks.num_tasks=1"]  # 288 images in batches of 60 are five steps
     with pytest.raises(ValueError, match=r"train\.warmup_steps=5: the shortest task has 5 steps.* give at most 2, or null"):
         train(configured(tmp_path, *words, "run.name=slow"), World.alone())
-    with pytest.raises(ValueError, match=r"the shortest task has 0 steps; .*, or less eval\.holdout"):
-        train(configured(tmp_path, *words, "eval.holdout=0.999"), World.alone())
     with pytest.raises(ValueError, match=r"tasks\.increment=1: within a task of one class the loss is always 0"):
         train(configured(tmp_path, *TINY, "tasks.increment=1", "run.name=ones"), World.alone())
     assert not (tmp_path / "runs").exists()

@@ -260,7 +260,7 @@ def chosen(results: pd.DataFrame, wanted: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def ratio_table(results: pd.DataFrame) -> str:
-    """Return R with its interval, one row per method with several seeds that has first order on the same units beside it; "" without one."""
+    """Return R with its interval, one row per method with several seeds and first order on the same units beside it; "" without one."""
     rows, columns = [], [RECOVERED.format(metric) for metric in tables.METRICS]
     for (*cell, settings), part in results.dropna(subset=columns).groupby([*CELL, "other_settings"], sort=False):
         row = [tables.tasks_label(*cell[:2]), tables.method_label(*cell[2:]), settings, len(part)]

@@ -26,6 +26,7 @@ from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.experiment import Experiment, build_towers
 from dist_vlcl.inference import WEIGHTS, read_classes, read_trained
 from dist_vlcl.masking import masked
+from dist_vlcl.options import split_options
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.signals import print_error
 from dist_vlcl.run.state import TrainState
@@ -96,7 +97,8 @@ def main() -> None:
     arguments, world = parser.parse_intermixed_args(), World.announced()
     try:
         cluster = load_config(arguments.run / "config.yaml", arguments.options, WEIGHTS).cluster
-        world = World.from_environment(ClusterConfig(timeout_s=cluster.timeout_s, threads=cluster.threads))  # any ranks, any device
+        given = {key.removeprefix("cluster.") for key, _ in split_options(arguments.options) if key.startswith("cluster.")}
+        world = World.from_environment(ClusterConfig(**{key: getattr(cluster, key) for key in {"timeout_s", "threads", *given}}))
         text = report(arguments, world)
         if world.is_main:
             print(text)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from dist_vlcl.config import Config, errors_refused, load_config
@@ -21,6 +21,7 @@ from dist_vlcl.orders import Order, assign
 from dist_vlcl.reading import warn
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.checkpoint import Checkpoint
+from dist_vlcl.run.files import replace_file
 from dist_vlcl.run.log import JOURNAL, read_journal
 from dist_vlcl.saved import digest_of, read_config
 from dist_vlcl.zo.noise import Key
@@ -88,7 +89,7 @@ def main() -> None:
     with errors_refused():
         rebuilt = rebuild(options.run, options.stop, options.device, options.options)
         if options.output:
-            save_file(rebuilt.tensors, options.output)
+            replace_file(options.output, save(rebuilt.tensors))
         saved = checkpoint.load(options.run, rebuilt.step) if rebuilt.step in checkpoint.saved_steps(options.run) else None
     numbers = sum(t.numel() for t in rebuilt.tensors.values())
     print(f"rebuilt {numbers:,} parameters of zeroth-order units after step {rebuilt.step}, from {rebuilt.path.name}")

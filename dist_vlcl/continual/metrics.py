@@ -44,7 +44,7 @@ class AccuracyMatrix:
 
     @property
     def forgetting(self) -> float:
-        """Return the mean over earlier tasks of (best accuracy in an earlier row - accuracy in the newest row); 0 after one task.
+        """Return the mean over earlier tasks of (best accuracy in a row since it was learned - accuracy in the newest row); 0 after one.
 
         The forgetting that MoE-Adapters4CL logs is not comparable: continuum leaves out the newest earlier task (see backward_transfer).
         """

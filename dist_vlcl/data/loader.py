@@ -80,17 +80,25 @@ def _requests(
         yield Request(samples=samples, labels=own_labels, positions=positions, count=len(batch), index=index, **shared)
 
 
-class Reader(Dataset[Batch]):
+class Reader(Dataset[Batch | ShardError]):
     """Turns requests into batches, in the trainer or in loading processes.
 
-    Shards and decoded pixels stay in memory up to `limit_bytes`. Raises ShardError if anything is wrong with a sample or its shard.
+    Shards and decoded pixels stay in memory up to `limit_bytes`. A ShardError takes the place of a batch with a sample or a shard that is
+    damaged: raised in a loading process, its text would be in the middle of a traceback.
     """
 
     def __init__(self, index: Index, limit_bytes: float) -> None:
         self.index, self.limit, self.bytes = index, limit_bytes, 0
         self._shards: OrderedDict[tuple[str, int, int], list[StoredSample]] = OrderedDict()
 
-    def __getitem__(self, request: Request) -> Batch:
+    def __getitem__(self, request: Request) -> Batch | ShardError:
+        try:
+            return self.batch(request)
+        except ShardError as error:
+            return error.with_traceback(None)
+
+    def batch(self, request: Request) -> Batch:
+        """Return a batch. Raises ShardError if anything is wrong with a sample or its shard."""
         images, keys = [], []
         for sample in request.samples:
             key, pixels = self.image(request, sample)
@@ -143,13 +151,14 @@ class Batches:
         batches = iter(self.loader.data_loader)
         while True:
             started = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except ShardError as error:
-                # The error's frames keep the workers alive until garbage collection, which then waits 5 s for each.
-                raise error.with_traceback(None) from None
+            batch = next(batches, None)
             if batch is None:
                 return
+            if isinstance(batch, ShardError):
+                try:
+                    raise batch
+                finally:
+                    del batch  # a cycle would keep the workers alive until garbage collection, which then waits 5 s for each
             yield replace(batch.to(self.loader.device, non_blocking=True), waited_s=time.perf_counter() - started)
 
 

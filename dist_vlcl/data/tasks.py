@@ -29,7 +29,7 @@ class TaskStream(list[Task]):
 
     The first task has `base` classes, or `increment` if `base` is 0. `num_tasks` keeps only the first tasks.
     A list as `increment` gives the number of classes of every task.
-    Raises ValueError, naming the option, if a value does not fit the classes.
+    `whole_length` is the number of tasks without that. Raises ValueError, naming the option, if a value does not fit the classes.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class TaskStream(list[Task]):
             starts = [0, *range(base or increment, num_classes, max(1, increment))]
         else:
             starts = [sum(increment[:k]) for k in range(len(increment))]
+        self.whole_length = len(starts)
         sizes = {"increment": (increment, 1, num_classes), "base": (base, 0, num_classes), "num_tasks": (num_tasks, 1, len(starts))}
         for option, (value, low, high) in sizes.items():
             if isinstance(value, int) and not low <= value <= high:
@@ -119,7 +120,7 @@ def held_out(sizes: ShardSizes, fraction: float, seed: int) -> list[SampleId]:
     for class_id in sizes if fraction > 0 else ():
         samples = plain_order({class_id: sizes[class_id]})
         chosen |= set(generator(seed, "held out", class_id).sample(samples, max(1, round(len(samples) * fraction))))
-    return [sample for sample in plain_order(sizes) if sample in chosen]
+    return [sample for sample in plain_order(sizes) if sample in chosen] if chosen else []
 
 
 def rank_slice(length: int, rank: int, size: int) -> range:

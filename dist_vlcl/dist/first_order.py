@@ -59,6 +59,9 @@ class FirstOrder:
             return
         self.optimizer = self._adamw()
         if self.world.accelerator is not None:
+            # The ranks compared the frozen weights at the start. DDP would send them again for each task: 600 MB for ViT-B/16.
+            frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
             with self.world.collectives("DDP's check of the parameters"):
                 self.wrapped, self.optimizer = self.world.accelerator.prepare(self.model, self.optimizer)
         self.power_sgd = None  # gradients of another task have other errors

@@ -130,7 +130,10 @@ class World:
             return _GatherRows.apply(own_nF, counts) if self.size > 1 else own_nF
 
     def on_main(self, work: Callable[[], Any], what: str) -> Any:
-        """Return rank 0's result of `work`, a picklable object, on every rank. If it raises an error there, every rank raises it."""
+        """Return rank 0's result of `work`, a picklable object, on every rank.
+
+        Every rank raises an OSError, ValueError or RuntimeError of rank 0.
+        """
         outcome: list[Any] = [None]
         if self.is_main:
             try:

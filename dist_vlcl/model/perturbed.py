@@ -2,8 +2,8 @@
 
 The difference of two evaluations has a rounding error relative to their values, which is large relative to a small change. A `Perturbed`
 carries the change itself through the model, as a dual number carries a derivative, but exactly and for a perturbation of any size. The
-rounding error is then relative to the change, so zeroth order works with matrix products in bfloat16. Code written for tensors works for
-Perturbed tensors too.
+rounding error is then relative to the change, so zeroth order works with matrix products in bfloat16. Functions and operators of torch work
+for Perturbed tensors too, if they return floating-point tensors and change none in place.
 """
 
 # K perturbations: the first axis of the change has size K, that of the base has size 1
@@ -64,6 +64,7 @@ class Perturbed:
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
 
     __getitem__, __neg__ = _operator(Tensor.__getitem__), _operator(torch.neg)
+    __abs__, __pow__ = _operator(torch.abs), _operator(torch.pow)
     __add__ = __radd__ = _operator(torch.add)
     __mul__ = __rmul__ = _operator(torch.mul)
     __sub__, __matmul__, __truediv__ = _operator(torch.sub), _operator(torch.matmul), _operator(torch.div)

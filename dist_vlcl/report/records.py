@@ -177,7 +177,7 @@ def _missing_images(config: Mapping[str, Any], accuracy: Mapping[str, Any]) -> d
     if not rows or not whole:
         return {}
     num_classes, train = len(rows[-1]), config["train"]
-    trained = accuracy.get("steps", 0) * train["batch_size"] / train["epochs"] / num_classes  # an upper bound; 0 without training
+    trained = accuracy.get("steps", 0) * train["batch_size"] / (train["epochs"] or 1) / num_classes  # an upper bound; 0 without training
     tested = sum(total for _, total in rows[-1]) / num_classes
     counted = ((PART_OF_TRAINING, "at most ", trained, whole[0]), (PART_OF_TEST, "", tested, whole[1]))
     return {kind: f"{kind} ({bound}{count:.0f} a class)" for kind, bound, count, expected in counted if 0 < count < 0.9 * expected}

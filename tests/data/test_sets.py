@@ -232,9 +232,7 @@ def test_a_class_called_train_is_a_class(tmp_path):
 def test_build_writes_once_and_a_run_opens_it(tmp_path, capsys):
     source = images_below(tmp_path / "s", *[f"{name}/{number}.png" for name in ("dog", "cat") for number in range(5)])
     config = DataConfig(name="mine", reader="folder", source=str(source), root=str(tmp_path / "data"))
-    with pytest.raises(
-        FileNotFoundError, match=r"-m dist_vlcl\.commands\.build_data data=folder data\.name=mine data\.root=.* data\.source="
-    ):
+    with pytest.raises(FileNotFoundError, match=r"dist-vlcl data data=folder data\.name=mine data\.root=.* data\.source="):
         open_index(config)
     build_data.run(SimpleNamespace(data=config))
     assert "2 classes, 8 training and 2 test images" in " ".join(capsys.readouterr().out.split())

@@ -321,6 +321,22 @@ def moved_and_tied(world: World) -> list[bool]:
     return outcomes
 
 
+def wrapped(world: World) -> list[bool]:
+    """Whether wrapping changes a frozen weight, and a first-order one, that rank 1 has otherwise."""
+    step, moved = make_step(world, OrderPlan("dual", "hop_odd"), STRATEGIES["mozo"]), []
+    own = [next(p for p in step.towers.parameters() if p.requires_grad is learns) for learns in (False, True)]
+    for p in own:
+        p.data += world.rank
+        before = p.detach().clone()
+        step.begin(NAMES)
+        moved.append(not torch.equal(p, before))
+    return moved
+
+
+def test_wrapping_the_model_sends_what_learns_by_first_order_and_no_frozen_weight():
+    assert run_ranks(wrapped, 2) == [[False, False], [False, True]]
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_zeroth_order_moves_reach_the_model_that_is_wrapped(size):
     assert all(all(outcomes) for outcomes in run_ranks(moved_and_tied, size))

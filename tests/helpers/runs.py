@@ -53,7 +53,7 @@ def write_run(
     num_classes, train_images, whole = CLASSES[cfg.data.name]
     sizes = [cfg.tasks.increment] * (cfg.tasks.num_tasks or num_classes // cfg.tasks.increment)
     cfg = replace(cfg, train=fitted(cfg.train, cfg.tasks.increment * train_images))
-    steps = math.ceil(cfg.tasks.increment * train_images / cfg.train.batch_size) * cfg.train.epochs
+    steps = math.ceil(cfg.tasks.increment * train_images / cfg.train.batch_size) * (cfg.train.epochs or 1)
     learns = "first" in map(cfg.orders.rest_of, BRANCHES) or cfg.orders.order == "zeroth"
     run, log = _open(cfg)
     accuracy = AccuracyMatrix(sizes)

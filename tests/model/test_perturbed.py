@@ -46,6 +46,7 @@ FUNCTIONS = {
     "attention": lambda x, y, w: attention(x, y, x * y, 2, False, None),
     "causal attention": lambda x, y, w: attention(x, y, x * y, 2, True, None),
     "attention of two": lambda x, y, w: attention(x[:, :, :2], y, x * y, 2, True, SEEN),
+    "size and power": lambda x, y, w: abs(x) * y**2,
     "what no rule is for": lambda x, y, w: torch.atan2(x, y).cumsum(-1).tanh(),
 }
 

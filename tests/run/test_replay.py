@@ -121,6 +121,8 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
     assert done.returncode == 0, done.stderr
     assert f"equal, bit for bit, to the checkpoint of step {end.step}" in done.stdout
     assert (tmp_path / "units.safetensors").exists()
+    done = run_module("dist_vlcl.commands.replay", str(folder), "--output", str(tmp_path / "none" / "units.safetensors"), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: [Errno 2]") and "Traceback" not in done.stderr
     tensors = folder / "checkpoints/step-00000005.safetensors"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-8])
