@@ -202,7 +202,7 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: give the folder of a run")
-    content, given = read_config(path), dict(split_options(options))
+    content, given = read_config(path), {key: os.path.expanduser(value) for key, value in split_options(options)}
     if isinstance(content.get("adapter"), dict):
         content["adapter"].pop("init", None)  # its tensors are in the run's checkpoints
     if odd := [key for key in given if not matches(key, (*MAY_CHANGE, *PATH_OPTIONS, *BUILT_IN))]:
@@ -232,7 +232,7 @@ def load_config(path: Path, options: Sequence[str] = (), places: Sequence[str] =
 def default_name(config: Config) -> str:
     """Return a name made of data, adapter, estimator, plan and seed. A run of `paper=ID` gets its name from paper.run_name."""
     plan, layers = config.orders, config.orders.layers
-    data = config.data.name.replace("/", "-") + ("" if config.model.name == "small_clip" else f"-{config.model.name}")
+    data = re.sub(r"[^\w.-]", "-", config.data.name, flags=re.A) + ("" if config.model.name == "small_clip" else f"-{config.model.name}")
     data += "" if config.model.precision == "fp32" else f"-{config.model.precision}"
     named = layers + (str(plan.span) if plan.span and layers.endswith("fix") else "") if isinstance(layers, str) else "list"
     how = {"zeroth": config.zo.name, "frozen": "frozen", "first": "fo"}[plan.order]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dist_vlcl.config import Config, TrainConfig
+from dist_vlcl.config import Config
 from dist_vlcl.continual.evaluator import count_correct
 from dist_vlcl.continual.metrics import AccuracyMatrix, Counts, SetsMatrix
 from dist_vlcl.data.images import encoded
@@ -75,32 +75,44 @@ class Experiment:
             warn(f"orders.order={cfg.orders.order} has no effect: with orders.branch=none all units have the order of orders.rest")
         facts = {"configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code, "packages": package_versions()}
         agree(world, facts, "Start every rank with the same command and the same files.")
-        cfg = replace(cfg, train=fitted(cfg.train, index.count("train") / tasks.whole_length))
         towers = build_towers(cfg, world)
         inputs = {"prompts": towers.prompts(tasks.seen(len(tasks) - 1).names), "image": transformed_sample(towers.image_size)}
         agree(world, {"the model's inputs": {name: digest({name: value}) for name, value in inputs.items()}}, "Install the same packages.")
         return cls(cfg, world, index, tasks, Loader(index, cfg.data, world.device), towers, code)
 
+    @property
+    def batch_size(self) -> int:
+        """Return the number of samples in a global batch."""
+        return self.cfg.train.batch_size or fitted_batch_size(self.index.count("train") / self.tasks.whole_length)
+
     def num_steps(self, task: Task) -> int:
         """Return the number of steps of a task."""
-        return min(self.num_epochs(task) * steps_per_epoch(self.cfg, self.index, task), self.cfg.train.max_steps or sys.maxsize)
+        return min(self.num_epochs(task) * self.steps_per_epoch(task), self.cfg.train.max_steps or sys.maxsize)
+
+    def num_trained(self, task: Task) -> int:
+        """Return the number of images that a task is trained on."""
+        return self.index.count("train", task.classes) - len(held_out_samples(self.cfg, self.index, task))
+
+    def steps_per_epoch(self, task: Task) -> int:
+        """Return the number of global batches in one epoch of a task."""
+        return math.ceil(self.num_trained(task) / self.batch_size)
 
     def num_epochs(self, task: Task) -> int:
         """Return the passes over a task's training samples: train.epochs, or as many as give at least 100 steps."""
-        return self.cfg.train.epochs or math.ceil(100 / steps_per_epoch(self.cfg, self.index, task))
+        return self.cfg.train.epochs or math.ceil(100 / self.steps_per_epoch(task))
 
     def batches(self, task: Task, state: TrainState, progress: Progress) -> Iterable[PlannedStep]:
         """Return the steps that are left in a task. They advance the state's epoch; the caller advances its batch. All ranks call this."""
-        total, done = self.num_steps(task), state.epoch * steps_per_epoch(self.cfg, self.index, task) + state.batch
+        total, done = self.num_steps(task), state.epoch * self.steps_per_epoch(task) + state.batch
         return progress(self._steps(task, state), total=total, completed=done, description=f"task {task.index + 1}/{len(self.tasks)}")
 
     def _steps(self, task: Task, state: TrainState) -> Iterator[PlannedStep]:
         cfg, world = self.cfg, self.world
-        steps, per_epoch = self.num_steps(task), steps_per_epoch(cfg, self.index, task)
+        steps, per_epoch = self.num_steps(task), self.steps_per_epoch(task)
         warmup = steps // 10 if cfg.train.warmup_steps is None else cfg.train.warmup_steps
         # Rank 0 draws the seeds of the task's steps and sends them once.
         seeds = world.on_main(lambda: [derive_seed(cfg.seed, "step", task.index, k) for k in range(steps)], "the seeds of a task")
-        options: dict[str, Any] = {"batch_size": cfg.train.batch_size, "rank": world.data_rank, "size": world.data_size}
+        options: dict[str, Any] = {"batch_size": self.batch_size, "rank": world.data_rank, "size": world.data_size}
         options |= {"transform": TrainTransform(self.towers.image_size), "without": held_out_samples(cfg, self.index, task)}
         while (done := state.epoch * per_epoch + state.batch) < steps:
             batches = self.loader.train(task, seed=cfg.seed, epoch=state.epoch, start=state.batch, **options)
@@ -151,12 +163,9 @@ class Experiment:
         return count_correct(self.towers, shown, task.names, prefixes, world, noise).tolist()
 
 
-def fitted(train: TrainConfig, images: float) -> TrainConfig:
-    """Return the options with a batch size instead of null. images: training images of a task, mean over all tasks of the data.
-
-    It is a power of two, 8 to 128, for 8 to 16 batches an epoch if these bounds allow it.
-    """
-    return replace(train, batch_size=train.batch_size or min(128, max(8, 2 ** int(math.log2(max(1, images / 8))))))
+def fitted_batch_size(images: float) -> int:
+    """Return a power of two, 8 to 128, for 8 to 16 batches an epoch if these bounds allow it. images: of a task, mean over all tasks."""
+    return min(128, max(8, 2 ** int(math.log2(max(1, images / 8)))))
 
 
 def transformed_sample(size: int) -> torch.Tensor:
@@ -176,9 +185,8 @@ def open_tasks(cfg: Config, world: World) -> tuple[Index, TaskStream]:
     names = prompt_names(index.class_names, cfg.data.underscore_names)
     tasks = TaskStream(names, sizes or cfg.tasks.increment, order, cfg.tasks.base, cfg.tasks.num_tasks)
     counts = Counter(sample.class_id for task in tasks for sample in held_out_samples(cfg, index, task))
-    if untrained := [c for c, count in counts.items() if count == index.count("train", [c])]:
-        few = f"{index.class_names[untrained[0]]} has {counts[untrained[0]]} training images, and none of them would be left"
-        raise ValueError(f"eval.holdout={cfg.eval.holdout:g}: {few}; give less, or give every class at least two images")
+    if untrained := [index.class_names[c] for c, count in counts.items() if count == index.count("train", [c])]:
+        raise ValueError(f"eval.holdout={cfg.eval.holdout:g}: no training image of {untrained[0]} is left; give less, or two of each class")
     return index, tasks
 
 
@@ -187,12 +195,6 @@ def build_towers(cfg: Config, world: World) -> TwoTowers:
     if world.engine.startswith("zero") and cfg.model.precision != "fp32":
         raise ValueError(f"model.precision={cfg.model.precision}: DeepSpeed trains in fp32 only; use it, or launch with the engine ddp")
     return build_clip(cfg.model, cfg.adapter, seed=derive_seed(cfg.seed, "adapters")).to(world.device)
-
-
-def steps_per_epoch(cfg: Config, index: Index, task: Task) -> int:
-    """Return the number of global batches in one epoch of a task."""
-    assert cfg.train.batch_size is not None  # fitted
-    return math.ceil((index.count("train", task.classes) - len(held_out_samples(cfg, index, task))) / cfg.train.batch_size)
 
 
 def held_out_samples(cfg: Config, index: Index, task: Task) -> list[SampleId]:

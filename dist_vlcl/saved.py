@@ -16,7 +16,7 @@ import yaml
 
 from dist_vlcl.masking import explained
 from dist_vlcl.options import flatten, matches
-from dist_vlcl.reading import read_file, read_json, read_lines, warn
+from dist_vlcl.reading import or_warn, read_file, read_json, read_lines, warn
 
 # patterns of the options that a resume may change, because they do not affect the result
 MAY_CHANGE: tuple[str, ...] = ("run.*", "cluster.*", "eval.batch_size", "model.graphs", "train.check_every_steps", "train.max_skips")
@@ -35,6 +35,7 @@ ENVIRONMENT = [{"run": (None, str), "data": (None, str), "weights": (None, str),
 COUNTS = [[[int]]]  # correct and total by class and row
 MEANS = {"last": NUMBER, "avg": NUMBER, "forgetting": NUMBER}
 ACCURACY = {"complete": bool, **MEANS, "rows": (None, COUNTS), "zero_shot": (None, {...: float}), "steps": (None, int), "seconds": NUMBER}
+ACCURACY |= {"train_images": (None, int)}
 # of the lines of metrics.jsonl: what steps have, and what tasks have
 METRICS_FORM = {"kind": str, "step": int, "task": int, **MEANS, "zo": (None, dict), "per_task": (None, [NUMBER])}
 METRICS_FORM |= dict.fromkeys(("loss", "seconds", "data_seconds", "peak_gib", "allocated_gib", "seen", "zero_shot", "transfer"), NUMBER)
@@ -52,6 +53,16 @@ class _Plain(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it holds an alias (*name)")
         return super().compose_node(parent, index)
+
+
+def read_starts(folder: Path) -> list[dict[str, Any]]:
+    """Return what env.json has of each start of a run; [] with a warning if it cannot be read."""
+    return or_warn(lambda: read_json(folder / "env.json", ENVIRONMENT, []), [])
+
+
+def data_of(folder: Path) -> str:
+    """Return the fingerprint of the data that a run was started on; "" if it is not known."""
+    return next((start["data"] for start in reversed(read_starts(folder)) if start.get("data")), "")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -82,13 +93,9 @@ def untrusted_options(config: Mapping[str, Any], places: Sequence[str] = PATH_OP
     options = flatten(config)
     found = [key for key, own in BUILT_IN.items() if options.get(key, own) not in (own, None)]
     texts = {key: str(options[key]) for key in places if options.get(key)}
-    found += [key for key, text in texts.items() if (_is_a_file(text) if key == "model.pretrained" else re.search(OUTSIDE, text))]
-    return [f"{key}={options[key]}" for key in found]
-
-
-def _is_a_file(weights: str) -> bool:
-    """Whether open_clip may take this for a file of weights and not for one of its tags."""
-    return bool(re.search(r"[./:]", weights)) or Path(weights).exists()
+    weights = texts.pop("model.pretrained", "")  # open_clip may take it for a file and not for one of its tags
+    found += ["model.pretrained"] * (bool(re.search(r"[./:]", weights)) or (weights != "" and Path(weights).exists()))
+    return [f"{key}={options[key]}" for key in (*found, *(key for key, text in texts.items() if re.search(OUTSIDE, text)))]
 
 
 def read_accuracy(folder: Path, config: Mapping[str, Any] | None = None, run: str | None = None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.data.tasks import Task
 from dist_vlcl.dist.agree import ReplicaDivergedError, agree, agree_on_tensors, digest
-from dist_vlcl.experiment import Experiment, PlannedStep, steps_per_epoch
+from dist_vlcl.experiment import Experiment, PlannedStep
 from dist_vlcl.orders import Order, describe
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.files import replace_file
@@ -81,15 +81,15 @@ class Session:
         if (alone := [t.index + 1 for t in self.tasks if len(t.classes) == 1]) and self.step.learns and cfg.model.loss != "sigmoid":
             self.log.say(f"warning: task {alone[0]} has one class, so its loss is 0 and it is not learned; choose another tasks.increment")
         groups = f" in {world.data_size} parts, {world.direction_groups} direction groups" if world.direction_groups > 1 else ""
-        counts = [self.experiment.num_epochs(task) for task in self.tasks]
-        epochs = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else counts[0]
+        epochs = sorted(set(map(self.experiment.num_epochs, self.tasks)))
         self.log.say("orders: 1 first (back-propagation), 0 zeroth (loss differences), - frozen")
         self.log.table("", ["branch", "layers"], describe(orders))
         self.log.say(
             f"{cfg.model.name}: {numel[Order.FIRST]:,} parameters learn by first order, {numel[Order.ZEROTH]:,} by zeroth order "
             f"({cfg.zo.name}), {numel[Order.FROZEN]:,} adapter parameters are frozen\n"
             f"{index.name}: {len(self.tasks)} {'task' if len(self.tasks) == 1 else 'tasks'}, {index.count('train'):,} training images; "
-            f"{world.size} x {world.device.type} ({world.engine}), global batch {cfg.train.batch_size}{groups}, epochs {epochs}"
+            f"{world.size} x {world.device.type} ({world.engine}), global batch {self.experiment.batch_size}{groups}, "
+            f"epochs {epochs[0]}{f' to {epochs[-1]}' * (len(epochs) > 1)}"
         )
 
     def evaluate_untrained(self) -> None:
@@ -201,8 +201,8 @@ class Session:
             f"Done. See {path}/accuracy.json{f' and {path}/plots/*.png' if plots else ''}; every step is in {path}/metrics.jsonl.\n"
             f"Compare runs: dist-vlcl report runs/*; classify images: dist-vlcl predict {path} IMAGE"
         )
-        state = self.state
-        ended = {"zero_shot": state.zero_shot, "seconds": state.seconds, "steps": state.step}
+        trained = sum(map(self.experiment.num_trained, self.tasks)) if self.step.learns else 0
+        ended = {"zero_shot": self.state.zero_shot, "seconds": self.state.seconds, "steps": self.state.step, "train_images": trained}
         self.folder.write_accuracy({**self.accuracy.summary(), "rows": self.accuracy.rows, **ended}, complete=True)
         return self.accuracy
 
@@ -226,7 +226,7 @@ class Session:
             first = found[len(records)]
             where = f"the steps from {first['step']} on were taken on {first.get('device', 'another device')}, this start is on {device}"
             self.notes.append(f"{where}: they are taken again, since normal directions differ in their last bits")
-        per_epoch = steps_per_epoch(self.cfg, self.experiment.index, self.tasks[state.task])
+        per_epoch = self.experiment.steps_per_epoch(self.tasks[state.task])
         state.epoch, state.batch = divmod(state.epoch * per_epoch + state.batch + len(records), per_epoch)
         state.step += len(records)
         state.seconds += sum(record["seconds"] for record in records)

@@ -41,7 +41,7 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
         check_warmup(experiment, step)
         weights = check_same_start(experiment, step)
         digests = {"data": experiment.index.fingerprint, "weights": weights, "code_digest": experiment.code}
-        folder = RunFolder.open(cfg.run, experiment.cfg.as_dict(), world, **digests)
+        folder = RunFolder.open(cfg.run, cfg.as_dict(), world, **digests)
         if folder.is_complete:
             if world.is_main:
                 print(folder.message)
@@ -82,8 +82,7 @@ def build_step(experiment: Experiment) -> HybridStep:
     """Return the step, which gives every unit its order. All ranks call this."""
     cfg, world, towers = experiment.cfg, experiment.world, experiment.towers
     orders = assign(towers.units, cfg.orders)
-    assert cfg.train.batch_size is not None  # fitted
-    least = min_samples(cfg.cluster.exact_bits, cfg.train.batch_size // (world.data_size * cfg.train.micro_batches))
+    least = min_samples(cfg.cluster.exact_bits, experiment.batch_size // (world.data_size * cfg.train.micro_batches))
     return HybridStep(towers, orders, cfg.zo, lambda model: first_order(world, cfg.first_order, model), world, cfg.train.max_skips, least)
 
 

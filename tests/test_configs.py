@@ -47,6 +47,7 @@ def test_the_name_of_a_run_says_what_becomes_of_the_other_units():
     assert configured(*late, "orders.rest=frozen").run.name == "digits-inc2-moe-many_probes-language-suffix4-rest-frozen-seed0"
     assert configured("orders=language_all", "orders.span=4").run.name == "digits-inc2-moe-mozo-language-all-seed0"
     assert configured("orders=language_suffix", "orders.span=4").run.name == "digits-inc2-moe-mozo-language-suffix4-seed0"
+    assert configured("data=folder", "data.name='ORG/grün'").run.name == "ORG-gr-n-inc2-moe-mozo-dual-hop_odd-seed0"
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names])

@@ -1,5 +1,6 @@
 """The shipped results: the page shows what the CSV files hold, and both come from run folders."""
 
+import argparse
 import importlib.util
 import re
 import shutil
@@ -128,6 +129,19 @@ def test_added_runs_keep_the_rows_whose_folders_are_gone_and_count_in_r(rows, tm
         rows_of_before = pd.read_csv(out).assign(last=0)
         rows_of_before.assign(run="old-" + rows_of_before.run).to_csv(out, index=False)
         evidence.write_csv(list(folders.values()), out, adds=True)  # a run that is collected again replaces its row, whatever its name was
+
+
+def test_two_folders_of_one_name_are_refused(rows, tmp_path):
+    first, second = sorted(rows[1].iterdir())[:2]
+    shutil.copytree(second, tmp_path / first.name)
+    with pytest.raises(SystemExit, match=f"two folders have the name {first.name}"):
+        evidence.collect([first, tmp_path / first.name])
+
+
+def test_a_range_of_seeds_that_has_none_is_refused():
+    assert confirm.seeds_of("10-12") == [10, 11, 12] and confirm.seeds_of("7,9") == [7, 9]
+    with pytest.raises(argparse.ArgumentTypeError, match="19-10: the first seed must be the smallest"):
+        confirm.seeds_of("19-10")
 
 
 def test_only_the_part_between_the_markers_is_written(read_back, tmp_path):

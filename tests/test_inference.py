@@ -19,7 +19,7 @@ from dist_vlcl.commands import evaluate as evaluate_command
 from dist_vlcl.commands import export as export_command
 from dist_vlcl.commands import predict as predict_command
 from dist_vlcl.commands.evaluate import evaluate_run
-from dist_vlcl.config import compose_config
+from dist_vlcl.config import EvalConfig, compose_config
 from dist_vlcl.data.loader import Loader
 from dist_vlcl.data.shards import open_index
 from dist_vlcl.data.transforms import EvalTransform
@@ -315,6 +315,14 @@ def test_evaluate_prints_json_and_the_accuracy_of_every_class(runs, monkeypatch,
     assert classes[5] == f"{100 * fractions[5]:6.2f}  handwritten digit five" and last.startswith(f"Last {100 * saved['last']:.2f}  Avg ")
 
 
+def test_a_path_in_the_home_folder_is_found(runs, tmp_path, monkeypatch, capsys):
+    home = runs["moe"].parent
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    run_command(evaluate_command, monkeypatch, runs["moe"], "data.root=~/data")
+    assert capsys.readouterr().out.startswith("Last ") and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("option", "message"), [("cluster.num_processes=4", "the launcher started 1"), ("cluster.device=cuda", "torch sees no GPU")]
 )
@@ -340,6 +348,8 @@ def test_evaluate_and_a_card_say_when_tasks_are_still_to_come(runs, tmp_path, mo
     )
     run_command(export_command, monkeypatch, runs["moe"], "--out", tmp_path / "whole")
     assert "planned" not in (tmp_path / "whole/README.md").read_text()
+    judged = replace(read_trained(runs["moe"]), cfg=replace(read_trained(runs["moe"]).cfg, eval=EvalConfig(holdout=0.2)))
+    assert "tasks. Accuracy on held-out training images in %: Last " in export_command.card(judged, "adapters", "one")
 
 
 def test_evaluate_measures_how_much_zero_shot_accuracy_is_kept_on_other_data(runs, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """A sweep trains what is missing, continues after a failure and names it, and stops at a signal; with real runs on the digits."""
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from dist_vlcl.commands import sweep
+from dist_vlcl.data.shards import open_index
 from dist_vlcl.report.records import read_records
 from dist_vlcl.run.folder import as_saved
 from dist_vlcl.saved import digest_of
@@ -73,7 +75,7 @@ def test_a_run_that_fails_at_once_is_not_taken_for_one_that_a_signal_stopped_bef
 @pytest.mark.parametrize(
     ("was", "asked", "is_other"),
     [
-        (["train.batch_size=16", "train.epochs=3"], ["train.batch_size=null", "train.epochs=null"], False),  # fitted at the start
+        (["train.batch_size=16", "train.epochs=3"], ["train.batch_size=null", "train.epochs=null"], True),
         (["tasks.num_tasks=1"], [], True),
         (["orders.order=frozen", "zo.probes=1"], ["orders.order=frozen", "zo.probes=16"], False),  # which frozen units do not read
         (["orders=first", "zo.probes=1"], ["orders=first", "zo.probes=16"], False),
@@ -92,6 +94,19 @@ def test_a_run_with_other_options_is_not_taken_for_that_of_these(tmp_path, was, 
     assert item.is_complete == is_complete and item.folder == folder
     with pytest.raises(ValueError, match="has a run with other options") if is_other else nullcontext():
         item.check()
+
+
+def test_the_result_of_other_images_is_not_taken_for_that_of_these(tmp_path):
+    own = [f"run.root={tmp_path}", "run.name=same", f"data.root={tmp_path}/data"]
+    folder = write_run(tmp_path, *own, last=0.5, avg=0.5)
+    [item] = sweep.prepare([tuple(own)])
+    (folder / "env.json").write_text(json.dumps([{"data": "0123456789abcdef0123"}]))
+    item.check()  # the data are not on this machine
+    digest = open_index(item.config.data).fingerprint
+    with pytest.raises(ValueError, match=f"same has a run on other data .digest was 0123456789abcdef, is {digest[:16]}"):
+        item.check()
+    (folder / "env.json").write_text(json.dumps([{"data": digest}]))
+    item.check()
 
 
 def test_a_number_of_processes_below_one_is_refused(monkeypatch, capfd):

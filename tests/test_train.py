@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_vlcl.config import Config, TrainConfig, compose_config, load_config
+from dist_vlcl.config import Config, compose_config, load_config
 from dist_vlcl.data.shards import open_index
 from dist_vlcl.dist.world import World
-from dist_vlcl.experiment import Experiment, fitted
+from dist_vlcl.experiment import Experiment, fitted_batch_size
 from dist_vlcl.report.records import read_units
 from dist_vlcl.run.checkpoint import load_newest
 from dist_vlcl.run.folder import RunRefused
@@ -255,16 +255,15 @@ def test_null_fits_batch_epochs_and_warmup_to_the_images_of_each_task(tmp_path, 
     cfg = configured(tmp_path, *TINY, *fit, "train.max_steps=20", "eval.zero_shot=false", "orders.layers=[3]", "orders.rest=frozen")
     train(cfg, World.alone())
     saved = load_config(cfg.run.folder / "config.yaml", [f"data.root={cfg.data.root}"]).train
-    assert (saved.batch_size, saved.epochs, saved.warmup_steps) == (32, None, None)  # 288 images: nine batches, 108 steps
-    assert "global batch 32, epochs 12" in capsys.readouterr().out
+    assert (saved.batch_size, saved.epochs, saved.warmup_steps) == (None, None, None)
+    assert "global batch 32, epochs 12" in capsys.readouterr().out  # 288 images: nine batches, 108 steps
     rates = [record["lr"] for record in records(cfg) if record["kind"] == "step"]
     assert rates[:3] == pytest.approx([cfg.first_order.lr * part for part in (0.5, 1, 1)]) and len(rates) == 20
 
 
 @pytest.mark.parametrize(("images", "batch"), [(4, 8), (28, 8), (288, 32), (2500, 128), (10_000, 128), (50_000, 128)])
 def test_small_tasks_get_small_batches(images, batch):
-    assert fitted(TrainConfig(batch_size=None), images) == TrainConfig(batch_size=batch)
-    assert fitted(TrainConfig(), images) == TrainConfig()
+    assert fitted_batch_size(images) == batch
 
 
 @pytest.mark.parametrize(
@@ -283,11 +282,17 @@ def test_small_tasks_get_small_batches(images, batch):
 def test_null_epochs_give_every_task_100_steps_or_a_few_more(tmp_path, words, batch, steps):
     fit = ["train.batch_size=null", "train.warmup_steps=null", "train.epochs=null"]
     experiment = Experiment.open(configured(tmp_path, *TINY, *fit, *words), World.alone())
-    assert experiment.cfg.train.batch_size == batch and list(map(experiment.num_steps, experiment.tasks)) == steps
+    assert experiment.batch_size == batch and list(map(experiment.num_steps, experiment.tasks)) == steps
+
+
+def test_a_run_counts_the_images_that_it_was_trained_on(tmp_path):
+    cfg = configured(tmp_path, *TINY, "orders=first", "eval.holdout=0.5", "train.max_steps=1", "eval.zero_shot=false")
+    train(cfg, World.alone())
+    assert json.loads((cfg.run.folder / "accuracy.json").read_text())["train_images"] == 288  # half of those of two tasks
 
 
 def test_a_holdout_that_leaves_a_class_untrained_is_refused(tmp_path):
-    message = r"eval\.holdout=0\.999: handwritten digit \w+ has 14\d training images, and none of them would be left; give less"
+    message = r"eval\.holdout=0\.999: no training image of handwritten digit \w+ is left; give less"
     with pytest.raises(ValueError, match=message):
         train(configured(tmp_path, *TINY, "eval.holdout=0.999", "orders=zero_shot"), World.alone())
     assert not (tmp_path / "runs").exists()

@@ -115,6 +115,8 @@ def seeds_of(text: str) -> list[int]:
     if not re.fullmatch(r"\d+-\d+|\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text}: give a range such as 10-19, or seeds such as 10,12")
     first, _, last = text.partition("-")
+    if last and int(last) < int(first):
+        raise argparse.ArgumentTypeError(f"{text}: the first seed must be the smallest")
     return list(range(int(first), int(last) + 1)) if last else [int(seed) for seed in text.split(",")]
 
 

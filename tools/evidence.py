@@ -55,7 +55,7 @@ ANSWERS = (
     f"Otherwise {NOT_DECIDED}. *so far*: with fewer seeds than were planned."
 )
 MEASURED_ONCE = "Methods with one seed have these numbers in the CSV files."
-HIDDEN = ("path", "is_probe", "is_complete", "tasks_done")
+HIDDEN = ("path", "data", "is_probe", "is_complete", "tasks_done")
 
 
 def collect(runs: list[Path], earlier: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -74,6 +74,8 @@ def collect(runs: list[Path], earlier: pd.DataFrame | None = None) -> pd.DataFra
         )
         found = pd.concat([found, kept], ignore_index=True)
     complete = complete_of(found)
+    if repeated := sorted(complete.run[complete.run.duplicated()]):
+        raise SystemExit(f"two folders have the name {repeated[0]}; rows are known by it, so rename one")
     for name in found.run[found.is_complete & ~found.is_probe & ~found.index.isin(complete.index)]:
         print(f"left out: {name} (repeats the settings and the seed of another run)")
     complete = complete.sort_values("run", ignore_index=True)

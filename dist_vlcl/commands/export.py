@@ -60,7 +60,8 @@ def card(trained: Trained, kind: str, name: str) -> str:
     cfg, names = trained.cfg, [name for names in trained.tasks for name in names]
     rows = read_accuracy(trained.folder)
     is_newest = len(rows.get("rows") or ()) == len(trained.tasks) > 0
-    accuracy = f" Test accuracy in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}." if is_newest else ""
+    judged = "Accuracy on held-out training images" if cfg.eval.holdout else "Test accuracy"
+    accuracy = f" {judged} in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}." if is_newest else ""
     accuracy += " More tasks were planned." if rows and not rows.get("complete") else ""
     library, usage, count = "open_clip" if kind == "open_clip" else "dist_vlcl", USAGE[kind].format(name=name), len(names)
     return CARD.read_text(encoding="utf-8").format(

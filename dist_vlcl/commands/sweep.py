@@ -51,7 +51,7 @@ from dist_vlcl.paper import catalogue, published, select
 from dist_vlcl.reading import or_warn
 from dist_vlcl.run.folder import as_saved, differences
 from dist_vlcl.run.signals import Preemption
-from dist_vlcl.saved import MAY_CHANGE, read_accuracy, read_config
+from dist_vlcl.saved import MAY_CHANGE, data_of, read_accuracy, read_config
 
 NAMED = ("run.name", "orders.order", "data.name", "tasks.increment")  # options that are in every run's name
 COMPLETE, DONE, FAILED, LEFT = "complete before", "done", "FAILED", "not run"
@@ -84,10 +84,18 @@ class Item:
     def check(self) -> None:
         """Raise ValueError if the folder has a run with other options: its result is not the one that is asked for."""
         saved = self.folder / "config.yaml"
-        changes = self.changes(read_config(saved)) if saved.exists() else {}
-        fitted = {key for key in ("train.batch_size", "train.epochs") if changes.get(key, "").endswith(" -> None")}
-        if other := [f"{key}: {was_is}" for key, was_is in changes.items() if key not in fitted]:
+        if other := [f"{key}: {was_is}" for key, was_is in (self.changes(read_config(saved)) if saved.exists() else {}).items()]:
             raise ValueError(f"{self.folder} has a run with other options (was -> is): {', '.join(other)}; choose another folder for these")
+        was, now = data_of(self.folder), fingerprint_here(self.config)
+        if was and now and was != now:
+            raise ValueError(f"{self.folder} has a run on other data (digest was {was[:16]}, is {now[:16]}); choose another folder")
+
+
+def fingerprint_here(config: Config) -> str | None:
+    """Return the fingerprint of a data set whose shards are on this machine, otherwise None."""
+    indexes = [Path(config.data.root, name, "index.json") for name in config.tasks.sets or [config.data.name]]
+    is_here = not config.data.url and all(index.exists() for index in indexes)
+    return or_warn(lambda: open_sets(config.data, config.tasks.sets)[0].fingerprint, None) if is_here else None
 
 
 def read(options: tuple[str, ...]) -> Config:

@@ -6,6 +6,7 @@ They give each image the number of its class. A reader returns the images with t
 import inspect
 import math
 import os
+import re
 import resource
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from rich.progress import track
 
 from dist_vlcl.data.download import read_bytes
 from dist_vlcl.data.files import MEMBER, SPLIT_FOLDERS, Found, ReadFile, check_test_folders, open_source
-from dist_vlcl.data.images import IMAGE_SUFFIXES, encoded
+from dist_vlcl.data.images import IMAGE_SUFFIXES, encoded, upright
 from dist_vlcl.data.settings import DataConfig
 from dist_vlcl.masking import explained, masked
 
@@ -31,7 +32,7 @@ MAX_NAMES_BYTES = 1 << 22
 def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     """WebDataset tars in a folder or on a web server: `KEY.cls` is the number of a class; `KEY.png`, .jpg or .webp is the image.
 
-    clip_benchmark publishes sets like this: classnames.txt, train/0.tar, train/1.tar, ..., test/0.tar, ...
+    clip_benchmark publishes sets like this: classnames.txt, train/0.tar, train/1.tar, ..., test/0.tar, ...; train-0.tar is known, too.
     """
     source = data.source or ""
     is_folder = bool(source) and Path(source).is_dir()
@@ -40,7 +41,9 @@ def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
         advice = "give a folder with .tar files, or their paths or http(s) addresses, such as 'https://host/{train/{0..9},test/{0..1}}.tar'"
         raise ValueError(f"data.source={masked(source)!r}: reader=webdataset found no tars there; {advice}")
     folder = PurePosixPath(os.path.commonpath([str(PurePosixPath(tar).parent) for tar in tars]))
-    below = {tar: PurePosixPath(tar).parent.relative_to(folder).parts for tar in tars}
+    # a split is the name of a folder, or a word of the file's name: train-000.tar
+    paths = {tar: PurePosixPath(tar) for tar in tars}
+    below = {tar: (*path.parent.relative_to(folder).parts, *re.split("[-_.]", path.stem)) for tar, path in paths.items()}
     splits = {tar: next(filter(None, (SPLIT_FOLDERS.get(part.lower()) for part in parts)), None) for tar, parts in below.items()}
     is_split = folder.name.lower() in SPLIT_FOLDERS and not any(splits.values())  # the tars of train/ alone, and not of a set called test
     names = _names(data, data.class_names or f"{folder.parent if is_split else folder}/classnames.txt".replace(":/", "://"))
@@ -138,7 +141,7 @@ def torchvision(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
 
 
 def _png_of(images: Any, number: int) -> bytes:
-    return encoded(images[number][0].convert("RGB"))
+    return encoded(upright(images[number][0]))
 
 
 def _names(data: DataConfig, address: str | None) -> list[str]:

@@ -349,8 +349,9 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
     import open_clip
 
     unit_ids(model)  # raises for an unknown architecture
-    if model.pretrained == "openai" and not model.name.endswith("-quickgelu"):
-        raise ValueError(f"model.name={model.name!r}: OpenAI's weights need QuickGELU; use model.name={model.name}-quickgelu")
+    needs_quick = open_clip.get_pretrained_cfg(model.name, model.pretrained).get("quick_gelu")
+    if needs_quick and not (open_clip.get_model_config(model.name) or {}).get("quick_gelu"):
+        raise ValueError(f"model.name={model.name!r}: the weights {model.pretrained} need QuickGELU; use model.name={model.name}-quickgelu")
     source = {"shipped": str(SMALL / "small_clip.safetensors"), "random": None}.get(model.pretrained, model.pretrained)
     what = f"model.pretrained={model.pretrained!r}: could not load the weights or the tokenizer of {model.name}"
     logging.disable(logging.ERROR)  # open_clip logs errors on the root logger; users get one line from us instead

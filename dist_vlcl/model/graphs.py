@@ -170,10 +170,8 @@ class _Replay(torch.autograd.Function):
         return None, *torch._foreach_mul(graph.gradients, 1.0)  # copies, because the next replay overwrites the gradients
 
 
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream of all recordings. One is enough: freed memory and the workspaces of libraries belong to their stream."""
-    return torch.cuda.Stream(device)
+# The stream of all recordings on a device. One is enough: freed memory and the workspaces of libraries belong to their stream.
+_stream = functools.cache(torch.cuda.Stream)
 
 
 def _is_near(found: Tensor, expected: Tensor) -> bool:

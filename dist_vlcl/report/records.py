@@ -10,12 +10,12 @@ from typing import Any
 import pandas as pd
 import pyarrow
 
+from dist_vlcl import saved
 from dist_vlcl.config import compose_config
 from dist_vlcl.options import flatten, matches
 from dist_vlcl.paper import WALKED_BY, Cell, cell_of
 from dist_vlcl.reading import fits
 from dist_vlcl.report.measures import MEASURES, measures_of
-from dist_vlcl.saved import JOURNAL_FORM, MAY_CHANGE, METRICS_FORM, RUN_FORM, read_accuracy, read_config, read_steps, read_unit_records
 
 TASKS = ["dataset", "increment"]
 CELL = [*TASKS, "adapter", "branch", "layers", "variant"]  # the fields of paper.Cell that say what a run is
@@ -26,8 +26,8 @@ IMAGES_PER_CLASS = {"cifar100": (500, 100), "tiny_imagenet": (500, 50), "imagene
 PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a part of the test images"
 
 # Options that do not change a result or its meaning, and those that are the cell itself.
-NOT_COMPARED: tuple[str, ...] = (*MAY_CHANGE, "seed", "paper", "eval.zero_shot", "data.source", "data.reader", "data.samples_per_shard")
-NOT_COMPARED += ("train.micro_batches", "orders.branch", "orders.layers", "orders.order", "orders.span", "zo.name", "adapter.kind")
+NOT_COMPARED = (*saved.MAY_CHANGE, "seed", "paper", "eval.zero_shot", "data.source", "data.reader", "data.samples_per_shard", "zo.name")
+NOT_COMPARED += ("train.micro_batches", "orders.branch", "orders.layers", "orders.order", "orders.span", "adapter.kind")
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")
 OF_TRAINING = ("train.*", "first_order.*", "model.loss", PART_OF_TRAINING)
 OF_PROBES = ("train.max_steps", "tasks.num_tasks", PART_OF_TRAINING, PART_OF_TEST)  # these do not change the memory of a step
@@ -37,7 +37,7 @@ Records = Mapping[str, Sequence[Mapping[str, Any]]]  # kind (step, task) -> the 
 
 def read_records(folder: Path | str, last: int | None = None) -> Records:
     """Return the records of metrics.jsonl by kind (step, task). last: the run's last step. Leaves out damaged lines, with a warning."""
-    records = read_steps(Path(folder) / "metrics.jsonl", METRICS_FORM, last)
+    records = saved.read_steps(Path(folder) / "metrics.jsonl", saved.METRICS_FORM, last)
     return {kind: [record for record in records if record["kind"] == kind] for kind in ("step", "task")}
 
 
@@ -62,7 +62,7 @@ def read_units(folder: Path | str) -> pyarrow.Table:
     A skipped step has no rows. Raises ValueError that names a damaged file.
     """
     parts = sorted(Path(folder, "units").glob("step-*.parquet"))
-    return pyarrow.concat_tables(map(read_unit_records, parts), promote_options="default") if parts else pyarrow.table({})
+    return pyarrow.concat_tables(map(saved.read_unit_records, parts), promote_options="default") if parts else pyarrow.table({})
 
 
 def run_frame(folders: Iterable[Path]) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -81,18 +81,24 @@ def run_frame(folders: Iterable[Path]) -> tuple[pd.DataFrame, dict[str, str]]:
             unreadable[folder.name] = "not a run folder: it has no config.yaml"
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             unreadable[folder.name] = f"could not read its files: {next(iter(str(error).splitlines()), '')}"
-    return pd.DataFrame(rows), unreadable
+    frame = pd.DataFrame(rows)
+    if rows:
+        is_shared = frame.groupby("dataset").data.transform("nunique") > 1  # one name for several sets of images
+        for key in ("other_settings", "shared_settings", "model_settings"):
+            frame[key] = frame[key].mask(is_shared, (frame[key] + "; images " + frame.data.str[:6].fillna("?")).str.removeprefix("; "))
+    return frame, unreadable
 
 
 def _run_row(folder: Path) -> dict[str, Any]:
-    config = read_config(folder / "config.yaml")
-    if not fits(config, RUN_FORM):
+    config = saved.read_config(folder / "config.yaml")
+    if not fits(config, saved.RUN_FORM):
         raise ValueError(f"{folder}/config.yaml is damaged: its values have other types than dist_vlcl writes")
-    accuracy = read_accuracy(folder, config)
+    accuracy = saved.read_accuracy(folder, config)
     cell = cell_of(config)
     steps = step_frame(folder, accuracy.get("steps"))
     units = read_units(folder).to_pandas()  # damaged records raise here, where one run is left out by name
-    journal = [] if cell.variant in WITHOUT_ZEROTH else read_steps(folder / "journal.jsonl", JOURNAL_FORM, accuracy.get("steps"))
+    path = folder / "journal.jsonl"
+    journal = [] if cell.variant in WITHOUT_ZEROTH else saved.read_steps(path, saved.JOURNAL_FORM, accuracy.get("steps"))
     before = accuracy.get("zero_shot") or {}
     zero_shot = [100 * before[task] for task in sorted(before, key=int)]
     is_probe = config["train"].get("max_steps") is not None
@@ -119,6 +125,7 @@ def _run_row(folder: Path) -> dict[str, Any]:
         "is_probe": is_probe,  # stopped after a few steps: only its memory counts
         "tasks_done": len(accuracy.get("rows", ())),
         **{name: "; ".join(texts) for name, texts in parts.items()},
+        "data": saved.data_of(folder) or None,
         "path": folder,
     }
 
@@ -177,9 +184,11 @@ def _missing_images(config: Mapping[str, Any], accuracy: Mapping[str, Any]) -> d
     if not rows or not whole:
         return {}
     num_classes, train = len(rows[-1]), config["train"]
-    trained = accuracy.get("steps", 0) * train["batch_size"] / (train["epochs"] or 1) / num_classes  # an upper bound; 0 without training
+    given = train["batch_size"] and train["epochs"]
+    # an upper bound; 0 without training
+    images = accuracy.get("steps", 0) * train["batch_size"] / train["epochs"] if given else accuracy.get("train_images") or 0
     tested = sum(total for _, total in rows[-1]) / num_classes
-    counted = ((PART_OF_TRAINING, "at most ", trained, whole[0]), (PART_OF_TEST, "", tested, whole[1]))
+    counted = ((PART_OF_TRAINING, "at most ", images / num_classes, whole[0]), (PART_OF_TEST, "", tested, whole[1]))
     return {kind: f"{kind} ({bound}{count:.0f} a class)" for kind, bound, count, expected in counted if 0 < count < 0.9 * expected}
 
 

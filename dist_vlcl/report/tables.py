@@ -92,12 +92,11 @@ def result_table(ours: pd.DataFrame) -> str:
     ★ marks a method that no other one beats over the same seeds.
     """
     is_zeroth, is_whole = ~ours.variant.isin(WITHOUT_ZEROTH), (ours.branch == "dual") & (ours.layers == "all")
-    is_alone = is_whole | ours.other_settings.str.contains("orders.rest=frozen", regex=False)
+    is_alone = is_whole | ours.method_settings.str.contains("orders.rest=frozen", regex=False)
     ours = ours.assign(control=is_alone.map({True: "zero-shot", False: "frozen"}).where(is_zeroth, ""))
-    ours = ours.assign(star=ours.is_best.map({True: " ★", False: ""}))
 
     def texts(cell: Any) -> list[str]:
-        return [_ours(cell) + cell.star, signed(cell.gain), interval(cell.gain_low, cell.gain_high)]
+        return [_ours(cell) + " ★" * cell.is_best, signed(cell.gain), interval(cell.gain_low, cell.gain_high)]
 
     return _by_metric(best_first(ours), ["control"], ["{}", "Δ {}", "95 % interval"], texts)
 

@@ -28,11 +28,11 @@ import yaml
 from dist_vlcl.dist.world import World
 from dist_vlcl.masking import explained, masked_values
 from dist_vlcl.options import flatten, matches, option
-from dist_vlcl.reading import or_warn, read_json, seal, warn
+from dist_vlcl.reading import or_warn, seal, warn
 from dist_vlcl.run.checkpoint import load_newest
 from dist_vlcl.run.environment import ELASTIC, describe_environment, is_restart
 from dist_vlcl.run.files import make_folder, replace_file
-from dist_vlcl.saved import ENVIRONMENT, MAY_CHANGE, digest_of, read_accuracy, read_config
+from dist_vlcl.saved import MAY_CHANGE, digest_of, read_accuracy, read_config, read_starts
 
 LOCK_WAIT_S = 300  # after a restart by a scheduler: ranks on a node that it has lost contact with may still run
 WAITING = ".waiting"  # a file that asks the process that holds the folder to save and stop
@@ -153,7 +153,7 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str],
     lock = _lock(path, wait_s if is_restart() else 0)
     # Other files may be there before the run is, such as the scheduler's own output.
     is_new = not any((path / name).exists() for name in ("config.yaml", "metrics.jsonl", "checkpoints"))
-    starts = [] if is_new else or_warn(lambda: read_json(path / "env.json", ENVIRONMENT, []), [])
+    starts = [] if is_new else read_starts(path)
     notes = [] if is_new else [*_check_configuration(path, config), *_check_facts(path, facts, starts)]
     run = _id_of(path, starts) or uuid.uuid4().hex
     replace_file(path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

@@ -231,6 +231,19 @@ def test_tars_may_lie_deeper_than_their_split(tmp_path):
     assert read_raw(options("webdataset", source)).class_names == NAMES  # the byte order mark is no part of the first name
 
 
+@pytest.mark.parametrize("form", ["{}-00{}.tar", "pets_{}_{}.tar", "{}.{}.tar"])
+def test_the_names_of_tars_may_say_their_split(tmp_path, form):
+    source = benchmark_set(tmp_path / "set")
+    for split in ("train", "test"):
+        for tar in sorted((source / split).glob("*.tar")):
+            tar.rename(source / form.format(split, tar.stem))
+        shutil.rmtree(source / split)
+    assert counts(read_raw(options("webdataset", source))) == WHOLE
+    next(source.glob("*test*")).rename(source / form.format("val", 0))
+    with pytest.raises(ValueError, match="below test/ and val/ would both be test images"):
+        read_raw(options("webdataset", source))
+
+
 def test_a_path_that_looks_like_a_password_keeps_tars_apart(tmp_path):
     """Messages mask what follows `key=`; with masked names train/0.tar and test/0.tar would be one."""
     assert counts(read_raw(options("webdataset", benchmark_set(tmp_path / "key=v1")))) == WHOLE
@@ -462,6 +475,17 @@ def test_a_set_without_a_split_is_divided_and_names_can_be_given(tmp_path):
     (tmp_path / "names.txt").write_text("forest\nriver\n")
     named = DataConfig(name="EuroSAT", reader="torchvision", source=str(tmp_path), class_names=str(tmp_path / "names.txt"))
     assert read_raw(named).class_names == ["forest", "river"]
+
+
+def test_images_are_stored_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (40, 20)).save(tmp_path / name / f"{number}.jpg", exif=exif)
+    raw = read_raw(DataConfig(name="ImageFolder", reader="torchvision", source=str(tmp_path)))
+    assert [pixels(sample.read()).shape for sample in raw.samples] == [(40, 20, 3)] * 4
 
 
 def test_a_set_with_train_and_test_parts(tmp_path):

@@ -1,7 +1,6 @@
 """Run folders as the trainer writes them, made by the code that the trainer uses, with results that the caller chooses."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from rich.console import Console
 from dist_vlcl.config import Config, compose_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
 from dist_vlcl.dist.world import World
-from dist_vlcl.experiment import fitted
+from dist_vlcl.experiment import fitted_batch_size
 from dist_vlcl.model.statistics import STATISTICS
 from dist_vlcl.model.units import UnitId
 from dist_vlcl.options import BRANCHES
@@ -52,8 +51,8 @@ def write_run(
     cfg = compose_config([*overrides, f"run.root={root}", "run.trackers=[]"])
     num_classes, train_images, whole = CLASSES[cfg.data.name]
     sizes = [cfg.tasks.increment] * (cfg.tasks.num_tasks or num_classes // cfg.tasks.increment)
-    cfg = replace(cfg, train=fitted(cfg.train, cfg.tasks.increment * train_images))
-    steps = math.ceil(cfg.tasks.increment * train_images / cfg.train.batch_size) * (cfg.train.epochs or 1)
+    num_images = cfg.tasks.increment * train_images
+    steps = math.ceil(num_images / (cfg.train.batch_size or fitted_batch_size(num_images))) * (cfg.train.epochs or 1)
     learns = "first" in map(cfg.orders.rest_of, BRANCHES) or cfg.orders.order == "zeroth"
     run, log = _open(cfg)
     accuracy = AccuracyMatrix(sizes)

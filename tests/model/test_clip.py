@@ -142,6 +142,7 @@ def test_weights_that_open_clip_knows_come_with_the_command_that_fetches_them(mo
     [
         ({"name": "RN50-quickgelu", "pretrained": "openai"}, ValueError, "its vision tower is a ResNet, and adapters need"),
         ({"name": "ViT-B-16", "pretrained": "openai"}, ValueError, "use model.name=ViT-B-16-quickgelu"),
+        ({"name": "ViT-B-32", "pretrained": "metaclip_400m"}, ValueError, "need QuickGELU; use model.name=ViT-B-32-quickgelu"),
         ({"name": "ViT-B-61", "pretrained": "random"}, ValueError, "did you mean ViT-B-16"),
         ({"name": "tiny-4-3", "pretrained": "/no/such/file.pt"}, RuntimeError, "open_clip has no weights of it; or give"),
         ({"name": "ViT-B-32", "pretrained": "laion"}, RuntimeError, "open_clip has weights of it as openai, laion400m_e31"),

@@ -124,6 +124,13 @@ def test_a_method_is_marked_only_if_no_other_is_better_over_its_own_seeds(tmp_pa
     }
 
 
+def test_the_control_of_what_learns_alone_is_zero_shot_clip_also_where_all_runs_have_that_setting(tmp_path, monkeypatch):
+    for seed in ("seed=0", "seed=1"):
+        write_run(tmp_path, "orders=language_all", "orders.rest=frozen", "zo=naive", seed, last=0.5, avg=0.6, zero_shot=0.4)
+    report_of(monkeypatch, *sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
+    assert "| digits Inc2 | language all, naive | zero-shot | 50.00" in page(tmp_path / "report")
+
+
 def test_every_method_can_be_compared_with_a_chosen_one(runs, report, tmp_path, monkeypatch, capsys):
     """Of CIFAR-100 Inc20 with the paper's model, over two seeds; the small CLIP's runs are another group, with first order of its own."""
     report_of(monkeypatch, *sorted(runs.iterdir()), "--out", tmp_path, "--against", "first order")

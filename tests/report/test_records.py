@@ -74,6 +74,25 @@ def test_a_part_of_the_images_is_another_setting(frame_of):
     assert list(frame_of([HOP], images=25000).shared_settings) == ["only a part of the training images (at most 250 a class)"]
 
 
+def test_the_images_of_a_run_are_counted_where_its_batches_were_fitted(frame_of, tmp_path):
+    folder = tmp_path / frame_of([HOP, "train.epochs=null"]).run[0]
+    assert list(run_frame([folder])[0].shared_settings) == ["train.epochs=None"]
+    accuracy = json.loads((folder / "accuracy.json").read_text())
+    (folder / "accuracy.json").write_text(json.dumps({**accuracy, "train_images": 20000}))
+    found = list(run_frame([folder])[0].shared_settings)
+    assert found == ["train.epochs=None; only a part of the training images (at most 200 a class)"]
+
+
+def test_other_images_under_one_name_are_another_setting(frame_of, tmp_path):
+    names = list(frame_of([HOP], [HOP, "seed=1"], ["orders=first"], ["orders=first", "data=digits"]).run)
+    for name, digest in zip(names, ("abcdef01", "abcdef01", "1234567890", "77"), strict=True):
+        (tmp_path / name / "env.json").write_text(json.dumps([{"data": digest}, {"data": None}]))
+    folders = [tmp_path / name for name in names]
+    cifar = ["images abcdef", "images abcdef", "images 123456"]
+    assert [text.split("; ")[-1] for text in run_frame(folders)[0].shared_settings][:3] == cifar
+    assert all("images" not in text for text in run_frame([*folders[:2], folders[3]])[0].other_settings)
+
+
 def test_data_that_the_paper_does_not_use_are_compared_with_our_defaults(frame_of):
     own = ["data=folder", "data.name=pacs", "tasks.base=3", "tasks.increment=2", "tasks.order=natural"]
     run = frame_of(["paper=t1-moe-imgr20-fo", *own], images=0).iloc[0]

@@ -368,8 +368,8 @@ OTHER_TYPES = "b/config.yaml is damaged: its values have other types"
 @pytest.mark.parametrize(
     ("group", "change", "reason"),
     [
-        ("train", {"epochs": 0}, "could not read its files"),
-        ("train", {"batch_size": None}, "could not read its files"),
+        ("train", {"epochs": "x"}, "could not read its files"),
+        ("train", {"batch_size": [1]}, "could not read its files"),
         ("tasks", {"increment": "x"}, OTHER_TYPES),
         ("tasks", {"increment": [1]}, OTHER_TYPES),
         ("zo", {"name": {}}, OTHER_TYPES),
