@@ -294,7 +294,7 @@ def test_a_rank_with_three_samples_computes_sixteen_only_for_the_sake_of_equal_b
 def test_the_trainer_pads_by_its_share_of_a_full_batch_unless_exact_bits_says_otherwise(options, least):
     for more, expected in (([], least), (["cluster.exact_bits=true"], 16), (["train.batch_size=32"], 16)):
         cfg = compose_config([option for option in options if option.split("=")[0] not in str(more)] + more)
-        step = build_step(SimpleNamespace(cfg=cfg, world=World.alone(), towers=tiny_clip()))
+        step = build_step(SimpleNamespace(cfg=cfg, world=World.alone(), towers=tiny_clip(), batch_size=cfg.train.batch_size))
         assert step.min_samples == expected
 
 

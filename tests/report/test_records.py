@@ -84,7 +84,7 @@ def test_the_images_of_a_run_are_counted_where_its_batches_were_fitted(frame_of,
 
 
 def test_other_images_under_one_name_are_another_setting(frame_of, tmp_path):
-    names = list(frame_of([HOP], [HOP, "seed=1"], ["orders=first"], ["orders=first", "data=digits"]).run)
+    names = list(frame_of([HOP], [HOP, "seed=1"], [HOP, "seed=2"], ["orders=first"]).run)
     for name, digest in zip(names, ("abcdef01", "abcdef01", "1234567890", "77"), strict=True):
         (tmp_path / name / "env.json").write_text(json.dumps([{"data": digest}, {"data": None}]))
     folders = [tmp_path / name for name in names]
