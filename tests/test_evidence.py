@@ -191,8 +191,8 @@ def test_what_the_screens_choice_does_over_all_tasks_is_in_the_rows_of_its_runs(
     page = (evidence.DOCS / "settings.md").read_text()
     page = page[page.index("### The screens' choice over all tasks") :].partition("\n#")[0]
     runs = evidence.read(ROOT / "docs" / "results")
-    runs = runs[(runs.dataset == "cifar100") & (runs.adapter == "moe") & runs.seed.isin([10, 11])]
-    ours = runs[runs.method_settings.str.contains("zo.lr_scale=10.0")]
+    runs = runs[(runs.dataset == "cifar100") & (runs.adapter == "moe") & runs.seed.isin(range(10, 15))]
+    ours = runs[(runs.variant == "sign") & runs.method_settings.str.contains("zo.lr_scale=10.0")]
     plain = runs[(runs.method_settings == "adapter.scale=1.0") & ~runs.shared_settings.str.contains("train.epochs")]
     lost = []
     for (branch, layers), tuned in ours.groupby(["branch", "layers"]):
@@ -200,12 +200,14 @@ def test_what_the_screens_choice_does_over_all_tasks_is_in_the_rows_of_its_runs(
         parts = [of_plan[of_plan.variant == variant] for variant in ("frozen", "conservative")]
         if branch == "dual" and layers == "all":
             parts[0] = tuned.assign(last=tuned.zero_shot_last, avg=tuned.zero_shot_avg)
-        assert [len(part) for part in (*parts, tuned)] == [2, 2, 2]
+        assert [len(part) for part in (*parts, tuned)] == [5, 5, 5]
         texts = [f"{part['last'].mean():.2f}, {part.avg.mean():.2f}" for part in (*parts, tuned)]
         texts[0] += " (zero-shot)" * (branch == "dual" and layers == "all")
-        assert f"| {branch} {layers} | {' | '.join(texts)} |" in page
-        lost += list(parts[0].set_index("seed")["last"] - tuned.set_index("seed")["last"])
-    assert len(lost) == 8 and f"loses {min(lost):.1f} to {max(lost):.1f} points of Last" in page
+        gains = tuned.set_index("seed")["last"] - parts[0].set_index("seed")["last"]
+        low, high = stats.t.interval(0.95, 4, gains.mean(), stats.sem(gains))
+        assert f"| {branch} {layers} | {' | '.join(texts)} | {gains.mean():.2f} ({low:.2f} to {high:.2f}) |" in page
+        lost += list(-gains)
+    assert len(lost) == 20 and f"loses {min(lost):.1f} to {max(lost):.1f} points of Last" in page
 
 
 def test_what_mozo_s_slopes_do_is_in_the_rows_of_its_random_walk():
