@@ -71,8 +71,6 @@ class Experiment:
         assign(unit_ids(cfg.model), cfg.orders)
         index, tasks = open_tasks(cfg, world)
         code = code_digest()
-        if world.is_main and cfg.orders.branch == "none" and cfg.orders.order != "zeroth":
-            warn(f"orders.order={cfg.orders.order} has no effect: with orders.branch=none all units have the order of orders.rest")
         facts = {"configuration": cfg.as_dict(), "the data set": index.fingerprint, "the code": code, "packages": package_versions()}
         agree(world, facts, "Start every rank with the same command and the same files.")
         towers = build_towers(cfg, world)

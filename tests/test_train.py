@@ -298,11 +298,6 @@ def test_a_holdout_that_leaves_a_class_untrained_is_refused(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_order_that_no_unit_has_is_named(tmp_path):
-    with pytest.warns(RuntimeWarning, match=r"orders\.order=frozen has no effect: with orders\.branch=none"):
-        Experiment.open(configured(tmp_path, *TINY, "orders=first", "orders.order=frozen"), World.alone())
-
-
 def test_a_warmup_that_no_task_survives_is_refused_except_in_the_paper_s_own_runs(tmp_path):
     words = [*TINY, "train.warmup_steps=5", "tasks.num_tasks=1"]  # 288 images in batches of 60 are five steps
     with pytest.raises(ValueError, match=r"train\.warmup_steps=5: the shortest task has 5 steps.* give at most 2, or null"):

@@ -75,16 +75,19 @@ class Item:
         """Whether every task is done."""
         return self.accuracy.get("complete") is True
 
-    def changes(self, saved: dict[str, Any]) -> dict[str, str]:
+    def changes(self, saved: dict[str, Any], is_complete: bool = True) -> dict[str, str]:
         """Return "was -> is" for each option of a saved configuration that this run has otherwise and that decides its result."""
-        unread = () if "zeroth" in self.config.orders.in_use() else ("zo.*",)
+        unread = () if "zeroth" in self.config.orders.in_use() or not is_complete else ("zo.*",)  # a resume must have equal options
         changes = differences(saved, as_saved(self.config.as_dict()))
         return {key: was_is for key, was_is in changes.items() if not matches(key, (*MAY_CHANGE, *unread))}
 
     def check(self) -> None:
         """Raise ValueError if the folder has a run with other options: its result is not the one that is asked for."""
         saved = self.folder / "config.yaml"
-        if other := [f"{key}: {was_is}" for key, was_is in (self.changes(read_config(saved)) if saved.exists() else {}).items()]:
+        changes = self.changes(read_config(saved), self.is_complete) if saved.exists() else {}
+        earlier = () if "train_images" in self.accuracy or not self.is_complete else ("train.batch_size", "train.epochs")
+        fitted = [key for key in earlier if changes.get(key, "").endswith(" -> None")]  # versions before 0.2 wrote the fitted numbers
+        if other := [f"{key}: {was_is}" for key, was_is in changes.items() if key not in fitted]:
             raise ValueError(f"{self.folder} has a run with other options (was -> is): {', '.join(other)}; choose another folder for these")
         was, now = data_of(self.folder), fingerprint_here(self.config)
         if was and now and was != now:
@@ -93,8 +96,8 @@ class Item:
 
 def fingerprint_here(config: Config) -> str | None:
     """Return the fingerprint of a data set whose shards are on this machine, otherwise None."""
-    indexes = [Path(config.data.root, name, "index.json") for name in config.tasks.sets or [config.data.name]]
-    is_here = not config.data.url and all(index.exists() for index in indexes)
+    names = config.tasks.sets or [config.data.name]
+    is_here = not config.data.url and all(Path(config.data.root, name, "index.json").exists() for name in names)
     return or_warn(lambda: open_sets(config.data, config.tasks.sets)[0].fingerprint, None) if is_here else None
 
 

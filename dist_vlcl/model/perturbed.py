@@ -63,11 +63,10 @@ class Perturbed:
             raise AttributeError(f"a Perturbed tensor has no .{name}; use a function of torch")
         return lambda *args, **kwargs: self.__torch_function__(method, (), (self, *args), kwargs)
 
-    __getitem__, __neg__ = _operator(Tensor.__getitem__), _operator(torch.neg)
-    __abs__, __pow__ = _operator(torch.abs), _operator(torch.pow)
+    __getitem__, __neg__, __abs__ = _operator(Tensor.__getitem__), _operator(torch.neg), _operator(torch.abs)
     __add__ = __radd__ = _operator(torch.add)
     __mul__ = __rmul__ = _operator(torch.mul)
-    __sub__, __matmul__, __truediv__ = _operator(torch.sub), _operator(torch.matmul), _operator(torch.div)
+    __sub__, __matmul__, __truediv__, __pow__ = (_operator(f) for f in (torch.sub, torch.matmul, torch.div, torch.pow))
 
     def __rsub__(self, other: Any) -> "Perturbed":
         return -self + other

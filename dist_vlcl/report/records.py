@@ -85,7 +85,7 @@ def run_frame(folders: Iterable[Path]) -> tuple[pd.DataFrame, dict[str, str]]:
     if rows:
         is_shared = frame.groupby("dataset").data.transform("nunique") > 1  # one name for several sets of images
         for key in ("other_settings", "shared_settings", "model_settings"):
-            frame[key] = frame[key].mask(is_shared, (frame[key] + "; images " + frame.data.str[:6].fillna("?")).str.removeprefix("; "))
+            frame[key] = frame[key].mask(is_shared, (frame[key] + "; shards " + frame.data.str[:6].fillna("?")).str.removeprefix("; "))
     return frame, unreadable
 
 

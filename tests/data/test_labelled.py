@@ -244,6 +244,21 @@ def test_the_names_of_tars_may_say_their_split(tmp_path, form):
         read_raw(options("webdataset", source))
 
 
+def test_a_folder_says_the_split_and_not_the_names_of_its_tars(tmp_path):
+    source = benchmark_set(tmp_path / "set")
+    (source / "test").rename(source / "val")
+    for tar in sorted(source.glob("*/*.tar")):
+        tar.rename(tar.with_name(f"pets-{'train' if tar.parent.name == 'train' else 'validation'}-{tar.name}"))
+    assert counts(read_raw(options("webdataset", source))) == WHOLE
+    assert set(counts(read_raw(options("webdataset", source / "train")))) == set(WHOLE)  # divided; its names are above it
+    shutil.rmtree(source / "val")
+    (source / "train").rename(source / "all")
+    tars = sorted((source / "all").glob("*.tar"))
+    for tar, name in zip(tars, ("test-tubes-0.tar", *(f"flasks-{k}.tar" for k in range(len(tars) - 1))), strict=True):
+        tar.rename(tar.with_name(name))
+    assert set(counts(read_raw(options("webdataset", source / "all", class_names=str(source / "classnames.txt"))))) == set(WHOLE)
+
+
 def test_a_path_that_looks_like_a_password_keeps_tars_apart(tmp_path):
     """Messages mask what follows `key=`; with masked names train/0.tar and test/0.tar would be one."""
     assert counts(read_raw(options("webdataset", benchmark_set(tmp_path / "key=v1")))) == WHOLE

@@ -83,14 +83,14 @@ def test_the_images_of_a_run_are_counted_where_its_batches_were_fitted(frame_of,
     assert found == ["train.epochs=None; only a part of the training images (at most 200 a class)"]
 
 
-def test_other_images_under_one_name_are_another_setting(frame_of, tmp_path):
+def test_other_shards_under_one_name_are_another_setting(frame_of, tmp_path):
     names = list(frame_of([HOP], [HOP, "seed=1"], [HOP, "seed=2"], ["orders=first"]).run)
     for name, digest in zip(names, ("abcdef01", "abcdef01", "1234567890", "77"), strict=True):
         (tmp_path / name / "env.json").write_text(json.dumps([{"data": digest}, {"data": None}]))
     folders = [tmp_path / name for name in names]
-    cifar = ["images abcdef", "images abcdef", "images 123456"]
+    cifar = ["shards abcdef", "shards abcdef", "shards 123456"]
     assert [text.split("; ")[-1] for text in run_frame(folders)[0].shared_settings][:3] == cifar
-    assert all("images" not in text for text in run_frame([*folders[:2], folders[3]])[0].other_settings)
+    assert all("shards" not in text for text in run_frame([*folders[:2], folders[3]])[0].other_settings)
 
 
 def test_data_that_the_paper_does_not_use_are_compared_with_our_defaults(frame_of):
