@@ -268,8 +268,7 @@ def cells_of(results: pd.DataFrame, comparisons: pd.DataFrame, published: pd.Dat
     paper = published.melt([*CELL, "id", "table"], list(METRICS), "metric", "paper").rename(columns={"id": "paper_id"})
     first = paper[paper.variant == "none"].rename(columns={"paper": "paper_first"})[[*TASKS, "adapter", "metric", "paper_first"]]
     cells = summary.merge(paper, on=[*CELL, "metric"], how="outer").merge(first, on=[*TASKS, "adapter", "metric"], how="left")
-    mean, text = dict.fromkeys([*map(RECOVERED.format, METRICS), *MEASURES], "mean"), {"method_settings": "first"}
-    worth = once.groupby(keys[:-1]).agg(mean | text).reset_index()
+    worth = once.groupby(keys[:-1]).agg(dict.fromkeys([*map(RECOVERED.format, METRICS), *MEASURES], "mean") | {"method_settings": "first"})
     cells = cells.merge(worth, on=keys[:-1], how="left").fillna({"other_settings": "", "method_settings": "", "paper_id": "", "seeds": 0})
     gain = {"mean": "gain", "low": "gain_low", "high": "gain_high", "seeds": "gain_seeds"}
     control = comparisons[comparisons.claim == "differs_from_control"].rename(columns=gain)
