@@ -251,6 +251,10 @@ def test_the_screen_over_all_tasks_is_that_of_its_csv_file():
         low, high = stats.t.interval(0.95, len(gains) - 1, gains.mean(), stats.sem(gains))
         texts.append(f"{gains.mean():.2f} of {metric.title()} ({low:.2f} to {high:.2f})")
     assert len(gains) == 10 and " and ".join(texts) in " ".join(page.split())
+    walk = rows[(rows.variant == "signwalk") & rows.method_settings.str.contains("zo.lr_scale=3.0")].set_index("seed")
+    gains = (ours.avg - walk.avg).dropna()
+    low, high = stats.t.interval(0.95, 9, gains.mean(), stats.sem(gains))
+    assert len(gains) == 10 and f"it gains {gains.mean():.2f} of Avg ({low:.2f} to {high:.2f}): here" in " ".join(page.split())
 
 
 def test_the_trials_of_the_first_run_are_those_of_their_csv_file():
