@@ -62,7 +62,7 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
 
 def data_of(folder: Path) -> str:
     """Return the fingerprint of the data that a run was started on; "" if it is not known."""
-    return next((start["data"] for start in reversed(read_starts(folder)) if start.get("data")), "")
+    return next(filter(re.compile("[0-9a-f]{1,128}").fullmatch, (start.get("data") or "" for start in reversed(read_starts(folder)))), "")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from argparse import Namespace
 from contextlib import nullcontext
 
@@ -90,7 +91,8 @@ def test_a_run_with_other_options_is_not_taken_for_that_of_these(tmp_path, was, 
     folder = write_run(tmp_path, *own, *was, last=0.5, avg=0.5)
     accuracy = json.loads((folder / "accuracy.json").read_text())
     del accuracy["crc"]
-    (folder / "accuracy.json").write_text(json.dumps({**accuracy, "train_images": 9, "complete": is_complete}))
+    ended = {"complete": True, "train_images": 9} if is_complete else {"complete": False}
+    (folder / "accuracy.json").write_text(json.dumps({**accuracy, **ended}))
     is_other |= not is_complete and "zo.probes=1" in was  # a resume refuses it
     [item] = sweep.prepare([(*own, *asked)])
     assert item.is_complete == is_complete and item.folder == folder
@@ -111,9 +113,12 @@ def test_the_result_of_other_images_is_not_taken_for_that_of_these(tmp_path):
     [item] = sweep.prepare([tuple(own)])
     (folder / "env.json").write_text(json.dumps([{"data": "0123456789abcdef0123"}]))
     item.check()  # the data are not on this machine
+    [elsewhere] = sweep.prepare([(*own, "data.url=http://127.0.0.1:9")])
     digest = open_index(item.config.data).fingerprint
     with pytest.raises(ValueError, match=f"same has a run on other data .digest was 0123456789abcdef, is {digest[:16]}"):
         item.check()
+    with warnings.catch_warnings(action="error"):
+        elsewhere.check()  # no server is asked
     (folder / "env.json").write_text(json.dumps([{"data": digest}]))
     item.check()
 

@@ -285,10 +285,12 @@ def test_null_epochs_give_every_task_100_steps_or_a_few_more(tmp_path, words, ba
     assert experiment.batch_size == batch and list(map(experiment.num_steps, experiment.tasks)) == steps
 
 
-def test_a_run_counts_the_images_that_it_was_trained_on(tmp_path):
-    cfg = configured(tmp_path, *TINY, "orders=first", "eval.holdout=0.5", "train.max_steps=1", "eval.zero_shot=false")
+def test_a_run_says_its_epochs_and_counts_the_images_that_it_was_trained_on(tmp_path, capsys):
+    words = ["orders=first", "eval.holdout=0.5", "train.max_steps=1", "train.epochs=null", "tasks.base=6", "eval.zero_shot=false"]
+    cfg = configured(tmp_path, *TINY, *words)
     train(cfg, World.alone())
-    assert json.loads((cfg.run.folder / "accuracy.json").read_text())["train_images"] == 288  # half of those of two tasks
+    assert "global batch 60, epochs 13 to 34\n" in capsys.readouterr().out  # 8 and 3 batches
+    assert json.loads((cfg.run.folder / "accuracy.json").read_text())["train_images"] == 578  # about half of 1,152
 
 
 def test_a_holdout_that_leaves_a_class_untrained_is_refused(tmp_path):

@@ -248,7 +248,7 @@ def test_a_folder_says_the_split_and_not_the_names_of_its_tars(tmp_path):
     source = benchmark_set(tmp_path / "set")
     (source / "test").rename(source / "val")
     for tar in sorted(source.glob("*/*.tar")):
-        tar.rename(tar.with_name(f"pets-{'train' if tar.parent.name == 'train' else 'validation'}-{tar.name}"))
+        tar.rename(tar.with_name(f"pets-{'test' if tar.parent.name == 'train' else 'train'}-{tar.name}"))
     assert counts(read_raw(options("webdataset", source))) == WHOLE
     assert set(counts(read_raw(options("webdataset", source / "train")))) == set(WHOLE)  # divided; its names are above it
     shutil.rmtree(source / "val")

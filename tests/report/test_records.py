@@ -90,6 +90,8 @@ def test_other_shards_under_one_name_are_another_setting(frame_of, tmp_path):
     folders = [tmp_path / name for name in names]
     cifar = ["shards abcdef", "shards abcdef", "shards 123456"]
     assert [text.split("; ")[-1] for text in run_frame(folders)[0].shared_settings][:3] == cifar
+    (tmp_path / names[0] / "env.json").write_text(json.dumps([{"data": "abcdef01"}, {"data": "=1\x1b[31m"}]))  # no digest
+    assert list(run_frame(folders[:2])[0].data) == ["abcdef01", "abcdef01"]
     assert all("shards" not in text for text in run_frame([*folders[:2], folders[3]])[0].other_settings)
 
 
