@@ -31,7 +31,7 @@ from dist_vlcl.options import declared, flatten, matches, option, split_options,
 from dist_vlcl.orders import ORDERS, OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
 from dist_vlcl.run.folder import RunConfig
-from dist_vlcl.run.signals import print_error, report_status
+from dist_vlcl.run.signals import print_error, report_failure
 from dist_vlcl.saved import BUILT_IN, MAY_CHANGE, PATH_OPTIONS, read_config, untrusted_options
 from dist_vlcl.zo.update import ZerothOrderConfig
 
@@ -309,7 +309,7 @@ def errors_refused() -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         if os.environ.get(FULL_ERROR):
             raise
-        if is_main := World.announced().is_main:
-            report_status("failed")
+        is_main = World.announced().is_main
         print_error(f"error: {error}", is_main)
+        report_failure(ValueError(error), is_main)  # another start would end in the same way
         sys.exit(2)

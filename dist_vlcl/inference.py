@@ -20,15 +20,16 @@ from dist_vlcl.config import Config, load_config
 from dist_vlcl.data.images import upright
 from dist_vlcl.data.shards import decode
 from dist_vlcl.data.transforms import EvalTransform
+from dist_vlcl.dist.agree import digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import build_towers
 from dist_vlcl.masking import explained
 from dist_vlcl.model.clip import TwoTowers
 from dist_vlcl.options import flatten
-from dist_vlcl.reading import or_warn, read_file, read_json
+from dist_vlcl.reading import or_warn, read_file, read_json, warn
 from dist_vlcl.run import checkpoint
 from dist_vlcl.run.state import TrainState
-from dist_vlcl.saved import digest_of, read_config
+from dist_vlcl.saved import digest_at_start, digest_of, read_config
 
 CONFIG, CLASSES, ADAPTERS = "config.yaml", "classes.json", "adapters.safetensors"  # the files of an export
 WEIGHTS = ("model.name", "model.pretrained")  # the options that may name files which are read here
@@ -125,6 +126,7 @@ def load(source: str | Path, task: int | None = None, device: str | torch.device
     """
     trained = read_trained(source, task, options)
     towers = build_towers(trained.cfg, World.alone())
+    warn_of_other_weights(trained.folder, towers, World.alone())
     with explained(f"{trained.folder / CONFIG} describes other adapters than were trained"):
         towers.units.load_state_dict(trained.adapters)
     towers.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
@@ -135,6 +137,13 @@ def read_trained(source: str | Path, task: int | None = None, options: Sequence[
     """Return what the source of `load` holds."""
     path = _locate(source)
     return Trained(_folder_of(path), load_config(_folder_of(path) / CONFIG, options, WEIGHTS), *_read_adapters(path, task))
+
+
+def warn_of_other_weights(source: str | Path, towers: TwoTowers, world: World) -> None:
+    """Warn on rank 0 if CLIP's own weights are not those that a run was trained with. An export does not say which these were."""
+    was = digest_at_start(_folder_of(_locate(source)), "weights") if world.is_main else ""
+    if was and was != (now := digest(towers.frozen_weights())):
+        warn(f"{source} was trained with other weights of CLIP (digest was {was[:16]}, is {now[:16]}): its adapters may not fit these")
 
 
 def read_start(cfg: Config) -> dict[str, Tensor]:

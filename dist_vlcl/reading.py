@@ -102,11 +102,7 @@ class UserNote(RuntimeWarning):
 _of_python = warnings.formatwarning
 
 
-def _formatted(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
-    return f"warning: {message}\n" if category is UserNote else _of_python(message, category, filename, lineno, line)
-
-
-warnings.formatwarning = _formatted
+warnings.formatwarning = lambda text, kind, *place: f"warning: {text}\n" if kind is UserNote else _of_python(text, kind, *place)
 
 
 def warn(text: str) -> None:

@@ -60,9 +60,9 @@ def read_starts(folder: Path) -> list[dict[str, Any]]:
     return or_warn(lambda: read_json(folder / "env.json", ENVIRONMENT, []), [])
 
 
-def data_of(folder: Path) -> str:
-    """Return the fingerprint of the data that a run was started on; "" if it is not known."""
-    return next(filter(re.compile("[0-9a-f]{1,128}").fullmatch, (start.get("data") or "" for start in reversed(read_starts(folder)))), "")
+def digest_at_start(folder: Path, name: str) -> str:
+    """Return the digest of the `data` or the frozen `weights` that a run was started with; "" if it is not known."""
+    return next(filter(re.compile("[0-9a-f]{1,128}").fullmatch, (start.get(name) or "" for start in reversed(read_starts(folder)))), "")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -107,16 +107,17 @@ class Session:
     def begin(self, task: Task) -> None:
         """Prepare the step for a task; after a resume also restore its tensors and repeat the journal's steps."""
         self.step.begin(task.names)
+        is_start = self.tensors and not self.is_resumed
         if self.tensors:
             self.step.load_state_dict(self.tensors)
-            if not self.is_resumed:
-                self.save()  # so that a resume does not read adapter.init again
             self.tensors = {}
         if self.journalled:
             self.step.replay(self.journalled)
             agree(self.world, {"the adapters rebuilt from the journal": digest(self.step.towers.units.state_dict())})
             self.log.say(f"{len(self.journalled)} steps after the checkpoint were restored from the journal")
             self.journalled = []
+        if is_start:
+            self.save()  # so that a resume does not read adapter.init again
 
     def steps_left(self, task: Task) -> Iterator[PlannedStep]:
         """Yield the steps that are left in a task; none if no unit learns."""

@@ -13,7 +13,7 @@ from dist_vlcl.dist.agree import agree, digest
 from dist_vlcl.dist.world import World
 from dist_vlcl.dist.zero import first_order
 from dist_vlcl.experiment import Experiment
-from dist_vlcl.inference import read_start
+from dist_vlcl.inference import read_start, warn_of_other_weights
 from dist_vlcl.losses import min_samples
 from dist_vlcl.model.clip import unit_ids
 from dist_vlcl.orders import assign
@@ -39,6 +39,8 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
             experiment.towers.units.check(initial_adapters)
         step = build_step(experiment)
         check_warmup(experiment, step)
+        if initial_adapters:
+            warn_of_other_weights(cfg.adapter.init, experiment.towers, world)
         weights = check_same_start(experiment, step)
         digests = {"data": experiment.index.fingerprint, "weights": weights, "code_digest": experiment.code}
         folder = RunFolder.open(cfg.run, cfg.as_dict(), world, **digests)
@@ -106,7 +108,7 @@ def check_same_start(experiment: Experiment, step: HybridStep) -> str:
     """
     towers = experiment.towers
     tensors = {
-        "the frozen weights": {name: t for name, t in towers.state_dict().items() if ".adapter." not in name},
+        "the frozen weights": towers.frozen_weights(),
         "the adapters": towers.units.state_dict(),
         "the first direction": {branch: step.zeroth.directions.draw(branch, Key(0, 0), 0) for branch in step.flats},
     }
@@ -141,12 +143,12 @@ def run_and_report(cfg: Config) -> None:
             raise SystemExit(os.EX_TEMPFAIL) from stopped  # 0 would mean the end of the run
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         world.collectives.stopped(error)  # the others wait for this rank, and can then say why it is gone
-        report_failure(error, world.is_main)
-        if os.environ.get(FULL_ERROR):
-            raise
         can_continue = isinstance(error, OSError) and not isinstance(error, FileNotFoundError | FileExistsError)
         advice = "\nRepair the cause; the same command then continues from the newest checkpoint." if can_continue else ""
         print_error(f"error on rank {world.rank} of {world.size}: {error}{line_of_user(error)}{advice}")
+        report_failure(error, world.is_main)  # last: the agent of launch/elastic.sh may end this process
+        if os.environ.get(FULL_ERROR):
+            raise
         raise SystemExit(2) from error
     finally:
         world.close()

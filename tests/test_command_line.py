@@ -109,7 +109,7 @@ def test_an_unknown_command_is_refused_and_all_are_listed(monkeypatch, capsys):
     assert stopped.value.code == 2 and "error: trian: no such command; choose from train, data," in capsys.readouterr().err
 
 
-def test_launch_files_are_copied_run_there_and_keep_the_user_s_changes(monkeypatch, tmp_path):
+def test_launch_files_are_copied_run_there_and_keep_the_user_s_changes(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("sys.argv", ["dist-vlcl", str(tmp_path)])
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "site.sh").write_text("# mine")
@@ -121,3 +121,14 @@ def test_launch_files_are_copied_run_there_and_keep_the_user_s_changes(monkeypat
     command = [tmp_path / "launch" / "local.sh", "--dry-run", "--processes", "2", "seed=1"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
     assert done.returncode == 0 and "-m dist_vlcl.train seed=1" in done.stdout
+    monkeypatch.setattr("sys.argv", ["dist-vlcl", str(tmp_path / "slurm/site.sh")])
+    with pytest.raises(SystemExit):
+        launch_files.main()
+    assert "error: [Errno" in capsys.readouterr().err
+
+
+def test_a_command_has_one_name():
+    done = subprocess.run([sys.executable, "-m", "dist_vlcl.commands.sweep", "--help"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: start a command as dist-vlcl NAME; dist-vlcl lists them\n"
+    done = subprocess.run([sys.executable, "-m", "dist_vlcl", "sweep", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: dist-vlcl sweep")

@@ -94,11 +94,11 @@ def test_the_runs_used_what_the_page_made(folder):
 
 
 def test_a_run_with_an_own_adapter_is_evaluated_again_from_its_folder_by_any_number_of_ranks(folder):
-    refused = run_module("dist_vlcl.commands.evaluate", "runs/my-adapter", cwd=folder)
+    refused = run_module("dist_vlcl", "evaluate", "runs/my-adapter", cwd=folder)
     assert refused.returncode == 2 and f"To trust them, add: {OWN}" in refused.stderr
     config = folder / "runs/my-adapter/config.yaml"
     config.write_text(config.read_text().replace("direction_groups: 1", "direction_groups: 2"))
     assert "direction_groups: 2" in config.read_text()
-    done = run_module("dist_vlcl.commands.evaluate", "runs/my-adapter", OWN, cwd=folder)
+    done = run_module("dist_vlcl", "evaluate", "runs/my-adapter", OWN, cwd=folder)
     last = json.loads((folder / "runs/my-adapter/accuracy.json").read_text())["last"]
     assert f"Last {100 * last:.2f}" in done.stdout, done.stderr[-2000:]

@@ -316,8 +316,8 @@ def test_a_configuration_that_would_run_code_runs_none(tmp_path, data):
     (folder_of(cfg) / "config.yaml").write_text(f"seed: !!python/object/apply:os.system ['touch {tmp_path}/hacked']\n")
     with pytest.raises(RunRefused, match="python/object"):
         train(cfg, World.alone())
-    for module in ("dist_vlcl.commands.evaluate", "dist_vlcl.commands.replay"):
-        done = run_module(module, str(folder_of(cfg)), cwd=tmp_path)
+    for command in ("evaluate", "replay"):
+        done = run_module("dist_vlcl", command, str(folder_of(cfg)), cwd=tmp_path)
         assert done.returncode != 0
     assert not (tmp_path / "hacked").exists()
 

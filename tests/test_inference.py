@@ -348,6 +348,10 @@ def test_evaluate_and_a_card_say_when_tasks_are_still_to_come(runs, tmp_path, mo
     )
     run_command(export_command, monkeypatch, runs["moe"], "--out", tmp_path / "whole")
     assert "planned" not in (tmp_path / "whole/README.md").read_text()
+    (folder / "accuracy.json").write_text("x")
+    with pytest.warns(RuntimeWarning, match=r"accuracy\.json is damaged"):
+        run_command(export_command, monkeypatch, folder, "--out", tmp_path / "damaged")
+    assert "in 2 tasks.\n" in (tmp_path / "damaged/README.md").read_text()
     judged = replace(read_trained(runs["moe"]), cfg=replace(read_trained(runs["moe"]).cfg, eval=EvalConfig(holdout=0.2)))
     assert "tasks. Accuracy on held-out training images in %: Last " in export_command.card(judged, "adapters", "one")
 

@@ -143,7 +143,8 @@ def test_a_signal_stops_the_sweep_with_its_run_saved(tmp_path):
     command = [
         warm_python(),
         "-m",
-        "dist_vlcl.commands.sweep",
+        "dist_vlcl",
+        "sweep",
         "paper=t1-moe-cifar20-dual,t1-moe-cifar20-fo",
         *long,
         *QUIET,

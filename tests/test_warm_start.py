@@ -1,14 +1,17 @@
 """A run can start from the adapters of an earlier run (adapter.init), and a start that does not fit is refused before any work."""
 
+import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import dist_vlcl
 from dist_vlcl import train as train_module
-from dist_vlcl.commands.evaluate import evaluate_run
+from dist_vlcl.commands.evaluate import evaluate_elsewhere, evaluate_run
 from dist_vlcl.commands.export import export
 from dist_vlcl.config import compose_config
 from dist_vlcl.dist.world import World
@@ -63,6 +66,48 @@ def test_a_run_starts_from_the_adapters_of_another_and_resumes_without_it(root, 
     assert evaluate_run(cfg.run.folder, World.alone(), [f"data.root={root}/data"]).rows == [
         list(map(tuple, row)) for row in read_accuracy(cfg.run.folder)["rows"]
     ]
+
+
+def test_the_start_is_saved_behind_the_steps_of_the_journal(root):
+    """Else a kill before the next checkpoint would leave the first adapters under the number of a later step."""
+    options = ["orders=dual_all", "zo=naive", "train.warmup_steps=0", "run.save_every_steps=1"]
+    cfg = config(root, "journalled", *options, init=root / "first")
+    train(cfg, World.alone())
+    last = checkpoint.saved_steps(cfg.run.folder)[-1]
+    whole = checkpoint.load(cfg.run.folder, last).tensors
+    journal = (cfg.run.folder / "journal.jsonl").read_text().splitlines(keepends=True)
+    (cfg.run.folder / "journal.jsonl").write_text("".join(journal[:2]))
+    (cfg.run.folder / "accuracy.json").unlink()
+    second = checkpoint.load(cfg.run.folder, 2).tensors
+    for path in (cfg.run.folder / "checkpoints").iterdir():
+        path.unlink()
+    train(cfg, World.alone())
+    steps = checkpoint.saved_steps(cfg.run.folder)
+    assert steps[0] == 2 and steps[-1] == last
+    again = checkpoint.load(cfg.run.folder, 2).tensors
+    assert all(torch.equal(again[name], tensor) for name, tensor in second.items())
+    assert all(torch.equal(checkpoint.load(cfg.run.folder, last).tensors[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("is_other", [True, False])
+def test_adapters_of_other_weights_of_clip_are_used_with_a_warning(root, is_other, tmp_path):
+    """A file of weights can be written anew under its name."""
+    shutil.copytree(root / "first", tmp_path / "first")
+    if is_other:
+        (tmp_path / "first/env.json").write_text(json.dumps([{"weights": "0123456789abcdef0123"}]))
+    options = [f"data.root={root}/data"]
+    uses = {
+        "load": lambda: dist_vlcl.load(tmp_path / "first"),
+        "evaluate": lambda: evaluate_run(tmp_path / "first", World.alone(), options),
+        "elsewhere": lambda: evaluate_elsewhere(tmp_path / "first", f"{root}/data/digits", World.alone(), options),
+        "init": lambda: train(config(root, f"of-other-{is_other}", "train.max_steps=1", init=tmp_path / "first"), World.alone()),
+    }
+    for use in uses.values():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            use()
+        text = "first was trained with other weights of CLIP (digest was 0123456789abcdef, is "
+        assert sum(text in str(warning.message) for warning in caught) == is_other
 
 
 def test_zero_shot_means_clip_without_the_earlier_adapters(root, monkeypatch):

@@ -1,6 +1,6 @@
 """Evaluate a run again, or on other data:  dist-vlcl evaluate runs/NAME [--data FOLDER]
 
-For several processes: accelerate launch -m dist_vlcl.commands.evaluate ...
+For several processes: accelerate launch -m dist_vlcl evaluate ...
 
 Loads the adapters of the newest checkpoint and measures the newest row of the accuracy matrix again, on as many ranks as the launcher
 starts. Prints Last, Avg and forgetting in percent. The checkpoint must lie at the end of a task. Nothing in the run folder changes.
@@ -24,7 +24,7 @@ from dist_vlcl.data.shards import Index
 from dist_vlcl.data.transforms import EvalTransform
 from dist_vlcl.dist.world import ClusterConfig, World
 from dist_vlcl.experiment import Experiment, build_towers
-from dist_vlcl.inference import WEIGHTS, read_classes, read_trained
+from dist_vlcl.inference import WEIGHTS, read_classes, read_trained, warn_of_other_weights
 from dist_vlcl.masking import masked
 from dist_vlcl.options import split_options
 from dist_vlcl.run import checkpoint
@@ -44,6 +44,7 @@ def evaluate_run(folder: Path, world: World, options: Sequence[str] = ()) -> Acc
     saved = world.on_main(lambda: checkpoint.load_newest(folder, identity), "the checkpoint")
     if saved is None:
         raise FileNotFoundError(f"{folder}/checkpoints has no intact checkpoint; train first")
+    warn_of_other_weights(folder, experiment.towers, world)
     state = TrainState.from_dict(saved.state)
     if not state.accuracy or state.batch or state.epoch:
         raise ValueError(f"{folder}: the newest checkpoint lies within task {state.task + 1}; finish the task first")
@@ -63,6 +64,7 @@ def evaluate_elsewhere(folder: Path, location: str, world: World, options: Seque
     test = loader.test(range(len(names)), batch_size=cfg.eval.batch_size, rank=world.rank, size=world.size, transform=transform)
     before = count_correct(towers, test, names, [len(names)], world).tolist()[0]  # new adapters change nothing
     towers.units.load_state_dict(trained.adapters)
+    warn_of_other_weights(folder, towers, world)
     return names, before, count_correct(towers, test, names, [len(names)], world).tolist()[0]
 
 
@@ -108,7 +110,3 @@ def main() -> None:
         raise SystemExit(2) from error
     finally:
         world.close()
-
-
-if __name__ == "__main__":
-    main()

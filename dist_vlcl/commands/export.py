@@ -16,6 +16,7 @@ from safetensors.torch import save
 from dist_vlcl.config import errors_refused
 from dist_vlcl.inference import ADAPTERS, CLASSES, CONFIG, Trained, read_trained
 from dist_vlcl.model.clip import merge_lora
+from dist_vlcl.reading import or_warn
 from dist_vlcl.run.checkpoint import sealed_tensors
 from dist_vlcl.run.files import replace_file
 from dist_vlcl.saved import read_accuracy
@@ -58,7 +59,7 @@ def export(trained: Trained, out: Path, kind: str, name: str) -> None:
 def card(trained: Trained, kind: str, name: str) -> str:
     """Return the model card: what was trained, on what, with which result, and how to load it."""
     cfg, names = trained.cfg, [name for names in trained.tasks for name in names]
-    rows = read_accuracy(trained.folder)
+    rows = or_warn(lambda: read_accuracy(trained.folder), {})
     is_newest = len(rows.get("rows") or ()) == len(trained.tasks) > 0
     judged = "Accuracy on held-out training images" if cfg.eval.holdout else "Test accuracy"
     accuracy = f" {judged} in %: Last {100 * rows['last']:.2f}, Avg {100 * rows['avg']:.2f}." if is_newest else ""
@@ -95,7 +96,3 @@ def main() -> None:
         print(f"wrote {', '.join(FILES[options.to])} to {out}")
         if options.push:
             print(f"uploaded: {push(out, options.push, FILES[options.to])}")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,11 @@ import shutil
 from argparse import ArgumentParser
 from pathlib import Path
 
+from dist_vlcl.config import errors_refused
 from dist_vlcl.paper import CONFIG_FOLDER
 
 
+@errors_refused()
 def main() -> None:
     """Run the command line. A file that exists is not replaced: it may hold the settings of a site."""
     parser = ArgumentParser(prog="dist-vlcl launch-files", description=__doc__)
@@ -19,7 +21,3 @@ def main() -> None:
             shutil.copy(source, target)
             written += 1
     print(f"{folder}: {written} files written, those that existed were kept; see launch/local.sh --help and slurm/train.sbatch")
-
-
-if __name__ == "__main__":
-    main()

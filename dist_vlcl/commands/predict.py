@@ -30,7 +30,3 @@ def main() -> None:
         pairs = [(names[place], score) for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
         text = ", ".join(f"{name} {100 * score:.1f} %" for name, score in pairs)
         print(json.dumps({"image": str(image), "classes": dict(pairs)}) if options.json else masked(f"{image}: {text}"))
-
-
-if __name__ == "__main__":
-    main()

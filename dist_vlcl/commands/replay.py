@@ -99,7 +99,3 @@ def main() -> None:
         sys.exit(f"DIFFERENT from the checkpoint of step {rebuilt.step}: {', '.join(names[:4])}")
     else:
         print(f"equal, bit for bit, to the checkpoint of step {rebuilt.step}")
-
-
-if __name__ == "__main__":
-    main()

@@ -41,7 +41,3 @@ def main() -> None:
     print(f"{report.num_shown} of {len(runs)} runs compared, pictures: {len(report.pictures)}; open {arguments.out}/report.html")
     for name, reason in sorted(report.left_out.items()):
         print(f"left out: {name} ({reason})")
-
-
-if __name__ == "__main__":
-    main()

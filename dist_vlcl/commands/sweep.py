@@ -51,7 +51,7 @@ from dist_vlcl.paper import catalogue, published, select
 from dist_vlcl.reading import or_warn
 from dist_vlcl.run.folder import as_saved, differences
 from dist_vlcl.run.signals import Preemption
-from dist_vlcl.saved import MAY_CHANGE, data_of, read_accuracy, read_config
+from dist_vlcl.saved import MAY_CHANGE, digest_at_start, read_accuracy, read_config
 
 NAMED = ("run.name", "orders.order", "data.name", "tasks.increment")  # options that are in every run's name
 COMPLETE, DONE, FAILED, LEFT = "complete before", "done", "FAILED", "not run"
@@ -89,7 +89,7 @@ class Item:
         fitted = [key for key in earlier if changes.get(key, "").endswith(" -> None")]  # versions before 0.2 wrote the fitted numbers
         if other := [f"{key}: {was_is}" for key, was_is in changes.items() if key not in fitted]:
             raise ValueError(f"{self.folder} has a run with other options (was -> is): {', '.join(other)}; choose another folder for these")
-        was, now = data_of(self.folder), fingerprint_here(self.config)
+        was, now = digest_at_start(self.folder, "data"), fingerprint_here(self.config)
         if was and now and was != now:
             raise ValueError(f"{self.folder} has a run on other data (digest was {was[:16]}, is {now[:16]}); choose another folder")
 
@@ -279,7 +279,3 @@ def main() -> None:
     console.print(table)
     has_failed = any(outcome.startswith(FAILED) for outcome in outcomes.values())
     sys.exit(1 if has_failed else os.EX_TEMPFAIL if LEFT in outcomes.values() else 0)
-
-
-if __name__ == "__main__":
-    main()

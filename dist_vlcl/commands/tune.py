@@ -201,12 +201,11 @@ def main() -> None:
             return [prepare(command_lines(fixed, choice, seeds, folder, shared)) for choice in choices]
 
         screen = planned([CONTROL, *choices], seeds)
-    launcher = launcher_of(arguments)
-    if arguments.list:
-        print_commands([item for of_choice in screen for item in of_choice], launcher)
-        return
-    if not arguments.launcher:  # which may start on machines that have other files
-        with errors_refused():
+        launcher = launcher_of(arguments)
+        if arguments.list:
+            print_commands([item for of_choice in screen for item in of_choice], launcher)
+            return
+        if not arguments.launcher:  # which may start on machines that have other files
             try:
                 open_tasks(screen[0][0].config, World.alone())
             except ValueError as error:
@@ -225,7 +224,3 @@ def main() -> None:
     given += ["--out", str(folder)] if arguments.out else []
     command = f"dist-vlcl tune {masked_command([*arguments.words, *given])}"
     console.print(write(folder, command, fixed, arguments.tasks, found), highlight=False, markup=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,3 @@ def run(config: Config) -> None:
 def main() -> None:
     """Run the command line."""
     hydra_main(run, __doc__)
-
-
-if __name__ == "__main__":
-    main()

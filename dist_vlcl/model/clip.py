@@ -167,6 +167,10 @@ class TwoTowers(nn.Module):
         self.resizing: tuple[str, str] = preprocessing["resize_mode"], preprocessing["interpolation"]  # of test images
         self.units = Units([block.unit for tower in (vision, language) for block in tower])
 
+    def frozen_weights(self) -> dict[str, Tensor]:
+        """Return CLIP's own tensors by name."""
+        return {name: tensor for name, tensor in self.state_dict().items() if ".adapter." not in name}
+
     def zero3_modules(self) -> list[nn.Module]:
         """Return the modules that ZeRO-3 gathers one at a time. Each parameter is read inside the call of one of them."""
         return [module for tower in (self.vision, self.language) for module in (tower.stem_and_head, *tower)]

@@ -97,9 +97,8 @@ def _run_row(folder: Path) -> dict[str, Any]:
     cell = cell_of(config)
     steps = step_frame(folder, accuracy.get("steps"))
     units = read_units(folder).to_pandas()  # damaged records raise here, where one run is left out by name
-    path = folder / "journal.jsonl"
-    journal = [] if cell.variant in WITHOUT_ZEROTH else saved.read_steps(path, saved.JOURNAL_FORM, accuracy.get("steps"))
-    before = accuracy.get("zero_shot") or {}
+    before, last = accuracy.get("zero_shot") or {}, accuracy.get("steps")
+    journal = [] if cell.variant in WITHOUT_ZEROTH else saved.read_steps(folder / "journal.jsonl", saved.JOURNAL_FORM, last)
     zero_shot = [100 * before[task] for task in sorted(before, key=int)]
     is_probe = config["train"].get("max_steps") is not None
     settings = _differing(config, _configuration_of(cell), cell.variant) | _missing_images(config, accuracy)
@@ -125,7 +124,7 @@ def _run_row(folder: Path) -> dict[str, Any]:
         "is_probe": is_probe,  # stopped after a few steps: only its memory counts
         "tasks_done": len(accuracy.get("rows", ())),
         **{name: "; ".join(texts) for name, texts in parts.items()},
-        "data": saved.data_of(folder) or None,
+        "data": saved.digest_at_start(folder, "data") or None,
         "path": folder,
     }
 

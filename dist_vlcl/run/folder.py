@@ -20,6 +20,7 @@ import re
 import time
 import uuid
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -28,14 +29,15 @@ import yaml
 from dist_vlcl.dist.world import World
 from dist_vlcl.masking import explained, masked_values
 from dist_vlcl.options import flatten, matches, option
-from dist_vlcl.reading import or_warn, seal, warn
+from dist_vlcl.reading import or_warn, read_file, seal, warn
 from dist_vlcl.run.checkpoint import load_newest
 from dist_vlcl.run.environment import ELASTIC, describe_environment, is_restart
 from dist_vlcl.run.files import make_folder, replace_file
 from dist_vlcl.saved import MAY_CHANGE, digest_of, read_accuracy, read_config, read_starts
 
 LOCK_WAIT_S = 300  # after a restart by a scheduler: ranks on a node that it has lost contact with may still run
-WAITING = ".waiting"  # a file that asks the process that holds the folder to save and stop
+WAITING = ".waiting"  # a file that asks the process that holds the folder to save and stop, if it is of the elastic start that it names
+LASTING = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # other errors of a disk may pass
 TRACKERS = ("wandb", "tensorboard", "mlflow")
 ADVICE = "choose another run.name, or move this folder away to start anew"
 STARTED = {"data": "on other data", "weights": "with other weights of the model"}  # what must be the same in every start
@@ -97,7 +99,8 @@ class RunFolder:
 
         def prepare() -> dict[str, Any]:
             nonlocal lock
-            with explained(f"run folder {settings.folder}", kinds=OSError, to=RunRefused):
+            place = f"run folder {settings.folder}"
+            with explained(place, kinds=OSError, to=OSError), explained(place, kinds=LASTING, to=RunRefused):
                 lock, prepared = _prepare(settings, as_saved(config), digests, wait_s)
             return prepared
 
@@ -118,8 +121,9 @@ class RunFolder:
 
     @property
     def another_start_waits(self) -> bool:
-        """Whether another start waits for this folder: under launch/elastic.sh, ranks on machines that had lost contact with these."""
-        return self.is_main and ELASTIC in os.environ and (self.path / WAITING).exists()
+        """Whether ranks of the same elastic start wait for this folder, on machines that had lost contact with these."""
+        own = os.environ.get(ELASTIC) if self.is_main else None
+        return bool(own) and (self.path / WAITING).exists() and or_warn(lambda: read_file(self.path / WAITING, 1000).decode(), "") == own
 
     def check_owner(self) -> None:
         """Raise RunRefused if the folder is no longer the one that this process has opened: moved, removed, or another run's."""
@@ -173,7 +177,8 @@ def _prepare(settings: RunConfig, config: dict[str, Any], facts: dict[str, str],
 def _lock(path: Path, wait_s: float = 0) -> TextIO:
     # lockf, not flock: it ends with the process, workers do not inherit it, and one process can open the folder twice.
     flags = os.O_NOFOLLOW | os.O_NONBLOCK  # the folder may be someone else's: neither follow a link nor wait for the other end of a pipe
-    file = open(path / ".lock", "a", opener=lambda name, given: os.open(name, given | flags, 0o666))  # noqa: SIM115, as long as the run
+    opened = partial(open, opener=lambda name, given: os.open(name, given | flags, 0o666))
+    file = opened(path / ".lock", "a")
     deadline = time.monotonic() + wait_s
     while True:
         try:
@@ -181,7 +186,8 @@ def _lock(path: Path, wait_s: float = 0) -> TextIO:
         except (BlockingIOError, PermissionError):
             if time.monotonic() < deadline:
                 if ELASTIC in os.environ:
-                    (path / WAITING).touch()
+                    with opened(path / WAITING, "w") as waiting:
+                        waiting.write(os.environ[ELASTIC])
                 time.sleep(0.5)
                 continue
             file.close()
@@ -193,7 +199,7 @@ def _lock(path: Path, wait_s: float = 0) -> TextIO:
 
 def _check_configuration(path: Path, config: dict[str, Any]) -> list[str]:
     """Return one text per change that a resume accepts; raise RunRefused for any other change."""
-    with explained("cannot continue", ADVICE, (OSError, ValueError), RunRefused):
+    with explained("cannot continue", ADVICE, (FileNotFoundError, ValueError), RunRefused):
         changes = differences(read_config(path / "config.yaml"), config)
     if refused := [f"  {key}: {change}" for key, change in changes.items() if not matches(key, MAY_CHANGE)]:
         raise RunRefused("\n".join([f"{path} was started with another configuration (was -> is):", *refused, ADVICE]))

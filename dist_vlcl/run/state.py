@@ -28,8 +28,7 @@ class TrainState:
 
     def next_epoch(self) -> None:
         """Go to the first batch of the task's next epoch."""
-        self.epoch += 1
-        self.batch = 0
+        self.epoch, self.batch = self.epoch + 1, 0
 
     def next_task(self) -> None:
         """Go to the first batch of the next task."""

@@ -13,7 +13,7 @@ from dist_vlcl.data.shards import ShardError
 from dist_vlcl.run import signals
 from dist_vlcl.run.environment import ELASTIC
 from dist_vlcl.run.folder import RunBusy
-from tests.helpers.ranks import Python, warm_python
+from tests.helpers.ranks import Python, free_port, warm_python
 from tests.helpers.runs import QUICK_RUN
 from tests.launch.test_launch import HOSTILE, called, wait_for_steps
 
@@ -56,7 +56,7 @@ def test_values_reach_the_trainer_as_they_are_and_no_store_is_shared_between_rou
     echoed = subprocess.run(["bash", "-c", f"printf '%s\\0' {done.stdout}"], capture_output=True, text=True, cwd=tmp_path)
     words = echoed.stdout.split("\0")[:-1]
     assert words[-len(HOSTILE) :] == HOSTILE and not list(tmp_path.iterdir()), done.stderr
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in words and f"{ELASTIC}=1" in words
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in words and f"{ELASTIC}=localhost:29400/dist_vlcl" in words
     assert words[words.index("--nnodes") :][:2] == ["--nnodes", "1:4"] and "is_host=1" in words[words.index("--rdzv_conf") + 1]
 
 
@@ -100,6 +100,12 @@ def test_an_error_that_a_new_start_would_repeat_takes_the_machine_out(error, lea
     assert ended == ([(4711, signal.SIGTERM)] if leaves else [])
 
 
+def test_a_wrong_option_ends_the_agent_at_once(tmp_path):
+    meeting = ["--nodes", "1:1", "--store", f"localhost:{free_port()}", "--wait", "1"]
+    done = called("elastic.sh", *meeting, "zo=mozoo", cwd=tmp_path)
+    assert done.returncode != 0 and done.stderr.count("error: zo=mozoo: choose from conservative") == 1
+
+
 def test_steps_of_first_order_units_after_the_checkpoint_are_taken_again_and_the_log_says_how_many(tmp_path):
     quick = [option for option in QUICK_RUN if not option.startswith("orders.")]
     options = [*quick, "orders=first", "run.trackers=[]", "run.save_every_steps=4", "run.name=killed"]
@@ -115,14 +121,22 @@ def test_steps_of_first_order_units_after_the_checkpoint_are_taken_again_and_the
         process.end()
 
 
-def test_a_run_gives_its_folder_to_ranks_that_wait_for_it(tmp_path):
+@pytest.mark.parametrize("waiter", ["node1:29400/mine", "node2:29400/another"])
+def test_a_run_gives_its_folder_to_ranks_of_its_own_start_that_wait_for_it(waiter, tmp_path):
     """Machines that lost contact without noticing form two groups. The group that trains stops, and both meet again."""
     options = [*QUICK_RUN, "run.trackers=[]", "train.epochs=200", "run.name=awaited", "cluster.timeout_s=60"]
-    first = Python(["-m", "dist_vlcl.train", *options], tmp_path, {ELASTIC: "1"})
+    first = Python(["-m", "dist_vlcl.train", *options], tmp_path, {ELASTIC: "node1:29400/mine"})
     second = None
     try:
         wait_for_steps(tmp_path / "runs/awaited", 2)
-        second = Python(["-m", "dist_vlcl.train", *options], tmp_path, {ELASTIC: "1"})
+        second = Python(["-m", "dist_vlcl.train", *options], tmp_path, {ELASTIC: waiter})
+        if waiter.endswith("another"):
+            while not (tmp_path / "runs/awaited/.waiting").exists():
+                assert second.wait(0.1) is None
+            reached = (tmp_path / "runs/awaited/journal.jsonl").read_bytes().count(b"\n")
+            wait_for_steps(tmp_path / "runs/awaited", reached + 3)
+            assert first.wait(0) is second.wait(0) is None
+            return
         assert first.wait(60) == os.EX_TEMPFAIL, first.printed()
         reached = (tmp_path / "runs/awaited/journal.jsonl").read_bytes().count(b"\n")
         wait_for_steps(tmp_path / "runs/awaited", reached + 2)

@@ -309,7 +309,7 @@ def test_memory_is_the_most_that_a_step_of_a_probe_has_held(tmp_path, monkeypatc
 def test_a_report_is_written_where_the_locale_knows_ascii_only(tmp_path):
     run = write_run(tmp_path / "runs", "data=digits", last=0.9, avg=0.9)
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "dist_vlcl.commands.report", run, "--out", tmp_path / "out"]
+    command = [sys.executable, "-m", "dist_vlcl", "report", run, "--out", tmp_path / "out"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert "±" in page(tmp_path / "out") and (tmp_path / "out" / "report.html").stat().st_size > 1000
 

@@ -15,6 +15,7 @@ import yaml
 from dist_vlcl.dist.world import World
 from dist_vlcl.masking import masked
 from dist_vlcl.options import validate
+from dist_vlcl.run import folder
 from dist_vlcl.run.environment import code_version
 from dist_vlcl.run.folder import RunConfig, RunFolder, RunRefused, differences
 from dist_vlcl.saved import MAY_CHANGE
@@ -128,6 +129,20 @@ def test_a_root_that_cannot_be_made_is_an_error_on_every_rank(tmp_path):
     with pytest.raises(RunRefused, match="runs/a"):
         RunFolder.open(settings(tmp_path), CONFIG, world)
     assert isinstance(world.shared, RunRefused)
+
+
+@pytest.mark.parametrize(
+    ("number", "is_final"), [(errno.ESTALE, False), (errno.EIO, False), (errno.ENOSPC, False), (errno.EACCES, True), (errno.ENOENT, True)]
+)
+def test_only_an_error_of_the_disk_that_lasts_refuses_the_folder(number, is_final, tmp_path, monkeypatch):
+    """A refusal ends a job of Slurm or elastic.sh; after any other error it is started again."""
+
+    def fails(path, *_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(folder, "replace_file", fails)
+    with pytest.raises(RunRefused if is_final else OSError, match=f"run folder .*{os.strerror(number)}"):
+        RunFolder.open(settings(tmp_path), CONFIG, World.alone())
 
 
 def test_ranks_but_the_first_write_nothing(tmp_path):

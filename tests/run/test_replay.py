@@ -26,9 +26,9 @@ DUAL = [*TINY, "orders=dual_all"]
 EVERY_OPTION = ["orders.layers=[2]", "orders.rest=frozen", "zo=conservative", "zo.probes=2", "run.save_every_steps=2"]
 
 
-@pytest.mark.parametrize("module", ["dist_vlcl.commands.replay", "dist_vlcl.commands.evaluate"])
-def test_a_folder_that_is_no_run_is_refused_in_one_sentence(tmp_path, module):
-    done = run_module(module, "token=hush&run", cwd=tmp_path)
+@pytest.mark.parametrize("command", ["replay", "evaluate"])
+def test_a_folder_that_is_no_run_is_refused_in_one_sentence(tmp_path, command):
+    done = run_module("dist_vlcl", command, "token=hush&run", cwd=tmp_path)
     assert done.returncode != 0 and "config.yaml is missing: give the folder of a run" in done.stderr and "hush" not in done.stderr
 
 
@@ -117,11 +117,11 @@ def test_replay_rebuilds_the_zeroth_order_units_of_a_hybrid_run_and_notices_dama
         assert (rebuilt.path.stem, rebuilt.step) == (f"step-{start:08d}", stop)
         assert different_tensors(rebuilt, checkpoint.load(folder, stop)) == []
         assert {name.split("/")[1] for name in rebuilt.tensors} == {"language.1", "language.3", "vision.1", "vision.3"}
-    done = run_module("dist_vlcl.commands.replay", str(folder), "--output", str(tmp_path / "units.safetensors"), cwd=tmp_path)
+    done = run_module("dist_vlcl", "replay", str(folder), "--output", str(tmp_path / "units.safetensors"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"equal, bit for bit, to the checkpoint of step {end.step}" in done.stdout
     assert (tmp_path / "units.safetensors").exists()
-    done = run_module("dist_vlcl.commands.replay", str(folder), "--output", str(tmp_path / "none" / "units.safetensors"), cwd=tmp_path)
+    done = run_module("dist_vlcl", "replay", str(folder), "--output", str(tmp_path / "none" / "units.safetensors"), cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: [Errno 2]") and "Traceback" not in done.stderr
     tensors = folder / "checkpoints/step-00000005.safetensors"
     whole = tensors.read_bytes()
