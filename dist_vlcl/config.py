@@ -30,6 +30,7 @@ from dist_vlcl.model.moe import MoEConfig
 from dist_vlcl.options import declared, flatten, matches, option, split_options, validate
 from dist_vlcl.orders import ORDERS, OrderPlan
 from dist_vlcl.paper import CONFIG_FOLDER, expand_paper
+from dist_vlcl.run.environment import ELASTIC
 from dist_vlcl.run.folder import RunConfig
 from dist_vlcl.run.signals import print_error, report_failure
 from dist_vlcl.saved import BUILT_IN, MAY_CHANGE, PATH_OPTIONS, read_config, untrusted_options
@@ -309,7 +310,7 @@ def errors_refused() -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         if os.environ.get(FULL_ERROR):
             raise
-        is_main = World.announced().is_main
+        is_main = World.announced().is_main or ELASTIC in os.environ  # any rank may end its agent, and with it the others
         print_error(f"error: {error}", is_main)
         report_failure(ValueError(error), is_main)  # another start would end in the same way
         sys.exit(2)

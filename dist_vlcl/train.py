@@ -37,10 +37,9 @@ def train(cfg: Config, world: World) -> AccuracyMatrix | None:
         experiment = Experiment.open(cfg, world)
         if initial_adapters:
             experiment.towers.units.check(initial_adapters)
+            warn_of_other_weights(cfg.adapter.init, experiment.towers, world)
         step = build_step(experiment)
         check_warmup(experiment, step)
-        if initial_adapters:
-            warn_of_other_weights(cfg.adapter.init, experiment.towers, world)
         weights = check_same_start(experiment, step)
         digests = {"data": experiment.index.fingerprint, "weights": weights, "code_digest": experiment.code}
         folder = RunFolder.open(cfg.run, cfg.as_dict(), world, **digests)
@@ -106,10 +105,9 @@ def check_same_start(experiment: Experiment, step: HybridStep) -> str:
 
     Raises DisagreementError unless all ranks start from the same weights and draw the same directions.
     """
-    towers = experiment.towers
     tensors = {
-        "the frozen weights": towers.frozen_weights(),
-        "the adapters": towers.units.state_dict(),
+        "the frozen weights": experiment.towers.frozen_weights(),
+        "the adapters": experiment.towers.units.state_dict(),
         "the first direction": {branch: step.zeroth.directions.draw(branch, Key(0, 0), 0) for branch in step.flats},
     }
     hint = "If only the first direction differs, the ranks have different CPUs: use zo.directions=rademacher, which needs no rounding."

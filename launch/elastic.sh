@@ -76,6 +76,6 @@ elif [[ -n $host ]]; then # otherwise torch compares HOST with the names of this
     conf+=,is_host=$([[ ${store%:*} == "$host" ]] && echo 1 || echo 0)
 fi
 # With the shared store, a new machine would wait for addresses that were written in the round before (torch 2.15).
-settings=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "DIST_VLCL_ELASTIC=${SLURM_JOB_ID:-$store/$id}")
+settings=(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "DIST_VLCL_ELASTIC=${DIST_VLCL_ELASTIC:-$store/$id}")
 run env "${settings[@]}" "$python" -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$processes" --rdzv_backend "$backend" \
     --rdzv_endpoint "$store" --rdzv_id "$id" --rdzv_conf "$conf" ${host:+--local_addr "$host"} --max_restarts "$restarts" -m "$module" "$@"

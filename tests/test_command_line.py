@@ -129,6 +129,6 @@ def test_launch_files_are_copied_run_there_and_keep_the_user_s_changes(monkeypat
 
 def test_a_command_has_one_name():
     done = subprocess.run([sys.executable, "-m", "dist_vlcl.commands.sweep", "--help"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: start a command as dist-vlcl NAME; dist-vlcl lists them\n"
+    assert done.returncode == 2 and done.stderr == "error: start a command as dist-vlcl NAME; dist-vlcl lists them\n"
     done = subprocess.run([sys.executable, "-m", "dist_vlcl", "sweep", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: dist-vlcl sweep")

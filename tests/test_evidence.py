@@ -207,6 +207,11 @@ def test_what_the_screens_choice_does_over_all_tasks_is_in_the_rows_of_its_runs(
         low, high = stats.t.interval(0.95, 4, gains.mean(), stats.sem(gains))
         assert f"| {branch} {layers} | {' | '.join(texts)} | {gains.mean():.2f} ({low:.2f} to {high:.2f}) |" in page
         lost += list(-gains)
+    walk = runs[(runs.variant == "signwalk") & (runs.branch == "language") & runs.method_settings.str.contains("zo.lr_scale=10.0")]
+    gains = ours[ours.branch == "language"].set_index("seed").avg - walk.set_index("seed").avg
+    low, high = stats.t.interval(0.95, 4, gains.mean(), stats.sem(gains))
+    found = f"have {walk['last'].mean():.2f}, {walk.avg.mean():.2f} (the same seeds): the slopes gain {gains.mean():.2f} points of Avg"
+    assert len(gains) == 5 and f"{found} over them ({low:.2f} to {high:.2f})" in " ".join(page.split())
     assert len(lost) == 20 and f"loses {min(lost):.1f} to {max(lost):.1f} points of Last" in page
 
 

@@ -2,5 +2,6 @@
 
 import sys
 
-if sys.argv[0] == "-m":  # Python sets this while `python -m dist_vlcl.commands.NAME` imports the package
-    sys.exit("error: start a command as dist-vlcl NAME; dist-vlcl lists them")
+if sys.argv[:1] == ["-m"] and any("dist_vlcl.commands." in word for word in sys.orig_argv):  # python -m dist_vlcl.commands.NAME
+    print("error: start a command as dist-vlcl NAME; dist-vlcl lists them", file=sys.stderr)
+    sys.exit(2)

@@ -277,5 +277,4 @@ def main() -> None:
         accuracy = item.accuracy if item.is_complete else {}
         table.add_row(item.folder.name, outcome, *(f"{100 * accuracy[key]:.2f}" if key in accuracy else "" for key in ("last", "avg")))
     console.print(table)
-    has_failed = any(outcome.startswith(FAILED) for outcome in outcomes.values())
-    sys.exit(1 if has_failed else os.EX_TEMPFAIL if LEFT in outcomes.values() else 0)
+    sys.exit(1 if any(outcome.startswith(FAILED) for outcome in outcomes.values()) else os.EX_TEMPFAIL if LEFT in outcomes.values() else 0)

@@ -45,7 +45,8 @@ def webdataset(data: DataConfig) -> tuple[list[Found], dict[str, str]]:
     splits = {tar: next(filter(None, (SPLIT_FOLDERS.get(part.lower()) for part in parts)), None) for tar, parts in below.items()}
     is_split = folder.name.lower() in SPLIT_FOLDERS and not any(splits.values())  # the tars of train/ alone, and not of a set called test
     words = {tar: tuple(w for w in re.split("[-_.]", PurePosixPath(tar).stem) if w.lower() in SPLIT_FOLDERS) for tar in tars}
-    if not any(splits.values()) and all(words.values()):  # train-000.tar and test-000.tar in one folder
+    if not any(splits.values()) and all(words.values()) and len({SPLIT_FOLDERS[word[0].lower()] for word in words.values()}) > 1:
+        # train-000.tar and test-000.tar in one folder
         below, splits = words, {tar: SPLIT_FOLDERS[word[0].lower()] for tar, word in words.items()}
     names = _names(data, data.class_names or f"{folder.parent if is_split else folder}/classnames.txt".replace(":/", "://"))
     check_test_folders(data.split_file, (part for parts in below.values() for part in parts))

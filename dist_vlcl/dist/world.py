@@ -73,10 +73,9 @@ class World:
         announced = int(os.environ.get("WORLD_SIZE", 1))
         check_launch(config, announced)
         accelerator, engine = join(config, announced, backend)
-        groups = config.direction_groups
-        if groups > 1 and engine.startswith("zero3"):
+        if config.direction_groups > 1 and engine.startswith("zero3"):
             raise RuntimeError("cluster.direction_groups: not possible under ZeRO-3, which evaluates on all ranks; use another engine")
-        world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, groups)
+        world = cls(accelerator.process_index, accelerator.num_processes, accelerator.device, accelerator, engine, config.direction_groups)
         world.collectives = Collectives(world.rank, ["?"] * world.size, config.timeout_s)
         world.collectives.hosts = world.gather_objects(socket.gethostname(), "host names")
         return world

@@ -13,6 +13,7 @@
 `REQUEUE`              Exists while the run waits to be started again.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -27,7 +28,7 @@ from typing import Any, TextIO, cast
 import yaml
 
 from dist_vlcl.dist.world import World
-from dist_vlcl.masking import explained, masked_values
+from dist_vlcl.masking import explained, masked, masked_values
 from dist_vlcl.options import flatten, matches, option
 from dist_vlcl.reading import or_warn, read_file, seal, warn
 from dist_vlcl.run.checkpoint import load_newest
@@ -37,7 +38,7 @@ from dist_vlcl.saved import MAY_CHANGE, digest_of, read_accuracy, read_config, r
 
 LOCK_WAIT_S = 300  # after a restart by a scheduler: ranks on a node that it has lost contact with may still run
 WAITING = ".waiting"  # a file that asks the process that holds the folder to save and stop, if it is of the elastic start that it names
-LASTING = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)  # other errors of a disk may pass
+PASSING = (errno.ESTALE, errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ETIMEDOUT, errno.ENOTCONN)  # after these a new start may succeed
 TRACKERS = ("wandb", "tensorboard", "mlflow")
 ADVICE = "choose another run.name, or move this folder away to start anew"
 STARTED = {"data": "on other data", "weights": "with other weights of the model"}  # what must be the same in every start
@@ -99,9 +100,10 @@ class RunFolder:
 
         def prepare() -> dict[str, Any]:
             nonlocal lock
-            place = f"run folder {settings.folder}"
-            with explained(place, kinds=OSError, to=OSError), explained(place, kinds=LASTING, to=RunRefused):
+            try:
                 lock, prepared = _prepare(settings, as_saved(config), digests, wait_s)
+            except OSError as error:
+                raise (OSError if error.errno in PASSING else RunRefused)(masked(f"run folder {settings.folder}: {error}")) from error
             return prepared
 
         return cls(**world.on_main(prepare, "the run folder"), is_main=world.is_main, _lock=lock)

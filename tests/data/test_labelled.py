@@ -244,6 +244,15 @@ def test_the_names_of_tars_may_say_their_split(tmp_path, form):
         read_raw(options("webdataset", source))
 
 
+def test_tars_named_by_words_of_one_split_are_divided(tmp_path):
+    source = benchmark_set(tmp_path / "set")
+    for number, tar in enumerate(sorted(source.glob("*/*.tar"))):
+        tar.rename(source / f"pets-{('test', 'val')[number % 2]}-{number}.tar")
+    shutil.rmtree(source / "train")
+    shutil.rmtree(source / "test")
+    assert set(counts(read_raw(options("webdataset", source)))) == set(WHOLE)
+
+
 def test_a_folder_says_the_split_and_not_the_names_of_its_tars(tmp_path):
     source = benchmark_set(tmp_path / "set")
     (source / "test").rename(source / "val")
