@@ -215,6 +215,17 @@ def test_what_the_screens_choice_does_over_all_tasks_is_in_the_rows_of_its_runs(
     assert len(lost) == 20 and f"loses {min(lost):.1f} to {max(lost):.1f} points of Last" in page
 
 
+def test_what_another_cpu_changes_is_in_the_rows_of_both():
+    page = " ".join((evidence.DOCS / "reproduction.md").read_text().split())
+    there = pd.read_csv(ROOT / "docs/results/screens/other_cpu.csv").set_index("run")
+    here = evidence.read(ROOT / "docs" / "results").set_index("run").loc[there.index]
+    changes = (there - here[["last", "avg"]]).abs()
+    by_signs = here.variant == "sign"
+    smooth, signs = (changes[chosen].max() for chosen in (~by_signs, by_signs))
+    assert f"by at most {smooth['last']:.2f} points of Last and {smooth.avg:.2f} of Avg (seven runs)" in page and sum(~by_signs) == 7
+    assert f"by up to {signs['last']:.2f} of Last and {signs.avg:.2f} of Avg (two runs)" in page and sum(by_signs) == 2
+
+
 def test_what_mozo_s_slopes_do_is_in_the_rows_of_its_random_walk():
     page = " ".join((evidence.DOCS / "results.md").read_text().split())
     runs = evidence.read(ROOT / "docs" / "results")
