@@ -143,7 +143,7 @@ def warn_of_other_weights(source: str | Path, towers: TwoTowers, world: World) -
     """Warn on rank 0 if CLIP's own weights are not those that a run was trained with. An export does not say which these were."""
     was = digest_at_start(_folder_of(Path(source)), "weights") if world.is_main else ""
     if was and was != (now := digest(towers.frozen_weights())):
-        warn(f"{source} was trained with other weights or another precision of CLIP (digest was {was[:16]}, is {now[:16]}): it may not fit")
+        warn(f"{source} was trained with other weights or precision of CLIP (digest was {was[:16]}, is {now[:16]}): adapters may not fit")
 
 
 def read_start(cfg: Config) -> dict[str, Tensor]:

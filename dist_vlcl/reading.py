@@ -102,7 +102,7 @@ class UserNote(RuntimeWarning):
 _of_python = warnings.formatwarning
 
 
-warnings.formatwarning = lambda text, kind, *a, **k: f"warning: {text}\n" if kind is UserNote else _of_python(text, kind, *a, **k)
+warnings.formatwarning = lambda text, kind, *at, **line: f"warning: {text}\n" if kind is UserNote else _of_python(text, kind, *at, **line)
 
 
 def warn(text: str) -> None:

@@ -106,7 +106,7 @@ def test_adapters_of_other_weights_of_clip_are_used_with_a_warning(root, is_othe
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             use()
-        text = "first was trained with other weights or another precision of CLIP (digest was 0123456789abcdef, is "
+        text = "first was trained with other weights or precision of CLIP (digest was 0123456789abcdef, is "
         assert sum(text in str(warning.message) for warning in caught) == is_other
 
 
