@@ -7,6 +7,7 @@ PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); [ "$$n" -
 # One more than there are cores, at most 5: many tests wait for processes of their own, for a network or for Slurm.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ "$$n" -gt 4 ] && echo 5 || echo $$((n + 1)))
 
+PACKAGES = --constraint constraints.txt --editable '.[all,dev]'
 OLDEST = tests/report tests/run tests/data tests/model tests/test_configs.py tests/test_command_line.py tests/test_inference.py
 
 .PHONY: train test check oldest install clean
@@ -34,7 +35,10 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dist_vlcl needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check uv && \
+		$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(PACKAGES) || { \
+		echo "uv could not install the packages; now pip, which is slower and also reads pip.conf"; \
+		$(BIN)/pip install --quiet --disable-pip-version-check $(PACKAGES); }
 	touch $@
 
 clean:

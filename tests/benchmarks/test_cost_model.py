@@ -56,8 +56,13 @@ def assert_within_limit(workload: Workload) -> None:
     assert 0.99 * model <= count <= LIMIT * model
 
 
-@pytest.mark.parametrize("options", [("zo=conservative",), ("zo=mozo",), ("zo=mozo", "adapter=lora")], ids=" ".join)
-@pytest.mark.parametrize("orders", ORDER_PLANS)
+@pytest.mark.parametrize(
+    ("orders", "options"),
+    [
+        *((orders, ("zo=conservative",)) for orders in ORDER_PLANS),
+        *((f"dual_{layers}", options) for layers in PLAN_LAYERS for options in (("zo=naive",), ("zo=mozo", "adapter=lora"))),
+    ],
+)
 def test_a_step_executes_at_most_5_percent_more_than_the_cost_model(orders, options):
     assert_within_limit(small(f"orders={orders}", *options))
 
