@@ -31,6 +31,7 @@ from dist_vlcl.model.clip import TwoTowers, build_clip
 from dist_vlcl.model.perturbed import difference, perturbable
 from dist_vlcl.orders import PLAN_LAYERS, Order, assign
 from dist_vlcl.step import HybridStep
+from dist_vlcl.zo import noise
 
 Row = dict[str, Any]
 
@@ -186,11 +187,14 @@ class Workload:
 
     def towers(self, device: str) -> TwoTowers:
         """Return a fresh model. Its adapters are not zero, as after some training; speed and memory do not depend on the weights."""
-        name, built = f"{self.config.model} {self.config.adapter}", _on_meta if device == "meta" else _newest
+        model, built = self.config.model, _on_meta if device == "meta" else _newest
+        name = f"{model.name} {model.pretrained} {model.precision} {self.config.adapter}"
         if name not in built:
             _newest.clear()
-            built[name] = build_clip(self.config.model, self.config.adapter).to("meta" if device == "meta" else "cpu")
+            built[name] = build_clip(model, self.config.adapter).to("meta" if device == "meta" else "cpu")
         towers = built[name].copy()
+        towers.config = model
+        towers.vision.checkpoint = towers.language.checkpoint = model.checkpoint
         if device == "meta":
             return towers
         generator = torch.Generator().manual_seed(1)
@@ -391,6 +395,15 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None =
 
 @contextlib.contextmanager
 def without_numbers() -> Iterator[None]:
-    """Let training code run on the meta device: every loss is zero."""
-    with _Zeros(), mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused_attention):
+    """Let training code run on the meta device: every loss is zero, and noise is drawn in one operation, as by the kernel for GPUs."""
+    with (
+        _Zeros(),
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _fused_attention),
+        mock.patch.object(noise, "philox4x32", _words),
+    ):
         yield
+
+
+def _words(counter: tuple[Tensor | int, ...], seed: int) -> Tensor:
+    shape = torch.broadcast_shapes(*[c.shape for c in counter if isinstance(c, Tensor)])
+    return torch.empty(*shape, 4, dtype=torch.int32, device="meta")

@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Undo what a test before may have left: a rank takes all cores. Two threads on busy cores burn many times the time of one."""
+    """Undo what a test before may have left: two threads on busy cores burn many times the time of one."""
     torch.set_num_threads(1)
 
 

@@ -4,7 +4,6 @@ import importlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +12,7 @@ from dist_vlcl.commands import launch_files
 from dist_vlcl.config import CONFIG_FOLDER, Config, compose_config, hydra_main
 from dist_vlcl.model.lora import LoRAConfig
 from dist_vlcl.options import declared
+from tests.helpers.ranks import run_module
 
 ADVICE = {
     "train.epoch=2": "train.epoch: no such option; did you mean train.epochs?",
@@ -33,6 +33,10 @@ ADVICE = {
     "data=cifar10": "webdataset; your own images: data=folder data.name=cifar10 data.source=PATH",
     "adapter=foo": "adapter=foo: choose from lora, lora_mlp, moe",
     "seed=-1": "seed=-1: give a number of at least 0",
+    "run.save_every_steps=x": "run.save_every_steps=x: Value 'x' of type 'str' could not be converted to Integer",
+    "orders=hop": "orders=hop: choose from dual_all",
+    "train.epochs=0": "train.epochs=0: give a number of at least 1",
+    "data.url=gs://bucket/set": "give a folder, an http(s) address or a `pipe:` command",
 }
 
 
@@ -43,12 +47,20 @@ def test_a_wrong_option_is_refused_with_what_to_write_instead(override):
     assert ADVICE[override] in str(caught.value)
 
 
-def test_an_unknown_flag_is_refused_with_the_option_it_means(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["train", "--epochs", "2"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epochs", "2"], "--epochs: options are NAME=VALUE; did you mean train.epochs=...?\n"),
+        (["--multirun", "seed=0,1"], "--multirun: options are NAME=VALUE; --help lists them\n"),
+        (["seed"], "'seed' is not an option: give OPTION=VALUE; --help lists all options\n"),
+    ],
+    ids=str,
+)
+def test_a_word_that_is_no_option_is_refused_with_what_it_may_mean(words, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train", *words])
     with pytest.raises(SystemExit) as stopped:
         hydra_main(print)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: --epochs: options are NAME=VALUE; did you mean train.epochs=...?\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"error: {message}"
 
 
 def test_a_folder_of_configurations_that_there_is_not_is_refused(monkeypatch, capsys, tmp_path):
@@ -80,13 +92,15 @@ def test_the_command_line_starts_the_module_s_own_main(name, monkeypatch):
     assert started == [[f"dist-vlcl {name}", "some", "words"]]
 
 
-def test_the_user_s_code_in_the_working_folder_is_found_by_both_commands(tmp_path):
-    """`dist-vlcl` starts with the folder of the script on the path, and `python -m` with the working folder."""
+def test_the_user_s_code_in_the_working_folder_is_found_by_dist_vlcl(tmp_path, monkeypatch, capsys):
+    """Such a script starts with its own folder on the path; `python -m` starts with the working folder."""
     (tmp_path / "my_options.py").write_text("raise ImportError('read from the working folder')")
-    for command in ([sys.executable, "-m", "dist_vlcl.train"], [Path(sys.executable).with_name("dist-vlcl"), "train"]):
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        done = subprocess.run([*command, "zo.estimator=my_options:X"], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert "read from the working folder" in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", os.getcwd())])
+    monkeypatch.setattr("sys.argv", ["dist-vlcl", "train", "zo.estimator=my_options:X"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and "read from the working folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["2026_11_30", "1e3", "1.50", "größe", "a,b", "pics (1)", "{0..9}.tar", "it's", "c:\\", "x\\'", "x\\\n"])
@@ -127,8 +141,8 @@ def test_launch_files_are_copied_run_there_and_keep_the_user_s_changes(monkeypat
     assert "error: [Errno" in capsys.readouterr().err
 
 
-def test_a_command_has_one_name():
+def test_a_command_has_one_name(tmp_path):
     done = subprocess.run([sys.executable, "-m", "dist_vlcl.commands.sweep", "--help"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: start a command as dist-vlcl NAME; dist-vlcl lists them\n"
-    done = subprocess.run([sys.executable, "-m", "dist_vlcl", "sweep", "--help"], capture_output=True, text=True)
+    done = run_module("dist_vlcl", "sweep", "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("usage: dist-vlcl sweep")

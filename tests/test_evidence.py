@@ -12,7 +12,6 @@ import pytest
 import yaml
 from scipy import stats
 
-from dist_vlcl.config import compose_config
 from dist_vlcl.paper import CONFIG_FOLDER
 from dist_vlcl.report.records import CELL
 from tests.helpers.runs import write_run
@@ -156,8 +155,7 @@ def test_only_the_part_between_the_markers_is_written(read_back, tmp_path):
 
 def test_the_page_shows_what_the_shipped_csv_files_hold():
     runs = evidence.read(ROOT / "docs" / "results")
-    if runs.empty:
-        pytest.skip("docs/results has no CSV files yet")
+    assert len(runs) > 300
     for name, part in evidence.parts_of_pages(runs, folder=ROOT / "docs" / "results").items():
         page = (evidence.DOCS / name).read_text()
         assert evidence.with_section(page, part) == page
@@ -393,10 +391,9 @@ def test_holm_s_correction_is_that_of_the_textbook_and_counts_contrasts_without_
     assert evidence.holm(pd.Series([0.01, np.nan, np.nan]))[0] == pytest.approx(0.03)
 
 
-def test_every_named_contrast_can_be_met_by_a_run():
+def test_every_contrast_has_a_name_and_the_fields_of_the_schema():
     plan = yaml.safe_load((CONFIG_FOLDER / "contrasts.yaml").read_text())
     assert 5 <= len(plan["contrasts"]) <= 7 and len({contrast["name"] for contrast in plan["contrasts"]}) == len(plan["contrasts"])
     for contrast in plan["contrasts"]:
         for side in (contrast["method"], contrast["against"]):
             assert set(side) <= {*CELL, "settings"} and contrast["claim"] in ("above", "same") and contrast["metric"] in ("last", "avg")
-            compose_config(["zo=naive", *side.get("settings", ())])  # they are options, and allowed

@@ -164,22 +164,22 @@ def test_a_full_disk_stops_the_run_and_a_resume_loses_nothing(tmp_path, data):
     assert [{**r, "name": ""} for r in records(whole)] == [{**r, "name": ""} for r in records(full)]
 
 
-def fifty_tasks(world: World) -> list[int]:
+def twenty_tasks(world: World) -> list[int]:
     towers = tiny_clip()
     orders = assign(towers.units, OrderPlan("dual", "hop_odd"))
     step = HybridStep(towers, orders, STRATEGIES["mozo"], lambda model: FirstOrder(world, FirstOrderConfig(), model), world)
     memory = []
-    for task in range(50):
+    for task in range(20):
         step.begin(NAMES)
-        for k in range(2):
-            step(part_of(world, k, 8), Key(task, k), lr=1e-3)
+        step(part_of(world, 0, 8), Key(task, 0), lr=1e-3)
         memory.append(psutil.Process().memory_info().rss)
     return memory
 
 
-def test_fifty_tasks_take_no_more_memory_than_five():
-    for memory in run_ranks(fifty_tasks, 2, timeout_s=200):
-        assert memory[49] < 1.05 * memory[4]
+def test_twenty_tasks_take_no_more_memory_than_five():
+    """A wrapper and an optimiser that a task left behind would be 37 MiB and more."""
+    for memory in run_ranks(twenty_tasks, 2, timeout_s=200):
+        assert memory[19] - memory[4] < 10 << 20
 
 
 def test_a_run_moves_from_one_rank_to_two_and_four(tmp_path, data):
@@ -193,14 +193,6 @@ def test_a_run_moves_from_one_rank_to_two_and_four(tmp_path, data):
     expected, got = (checkpoint.load_newest(folder_of(cfg)).tensors for cfg in (whole, moved))
     for name, tensor in expected.items():
         torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_a_second_run_is_the_first_one_again_whatever_loads_the_data(tmp_path, data):
-    one, other = tiny(tmp_path, data, "one", "data.num_workers=0"), tiny(tmp_path, data, "other", "data.num_workers=2")
-    for cfg in (one, other):
-        assert run_ranks(plain, 2, cfg) == ["finished"] * 2
-    assert equal(one, other)
-    assert [{**r, "name": ""} for r in records(one)] == [{**r, "name": ""} for r in records(other)]
 
 
 def test_other_data_under_the_same_name_are_refused_on_resume(tmp_path):
@@ -355,23 +347,6 @@ def test_a_rank_whose_cpu_draws_other_numbers_is_found_at_the_start(tmp_path, da
     assert done.returncode != 0
     # torch's random weights differ here; our directions, which are compared with them, may not
     assert "ranks [1] differ from rank 0" in done.stderr and "the code" not in done.stderr
-
-
-def other_code(world: World, cfg: Config) -> str:
-    from dist_vlcl import experiment
-
-    architecture(3, 3)
-    if world.rank == 1:
-        experiment.code_digest = lambda: "dist_vlcl 0.1.0 another"
-    try:
-        train(cfg, world)
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
-def test_ranks_with_other_code_do_not_start(tmp_path, data):
-    assert all("the code: ranks [1] differ from rank 0" in message for message in run_ranks(other_code, 2, tiny(tmp_path, data, "run")))
 
 
 def on_its_own_disk(world: World, folders: list[Path], cfg: Config) -> str:

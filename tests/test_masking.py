@@ -20,7 +20,7 @@ from dist_vlcl.masking import explained, masked, masked_command, masked_values
         "pwd=hush",
         "curl -H 'Authorization: Bearer hush' https://host/{}",
         "Bearer hush",
-        "basic aHVodWhV",
+        "basic huVodWhV",
         "curl -H 'Authorization: token hush' https://host/{}",
         'curl -H "X-Api-Key: hush" https://host/{}',
         "curl --header 'PRIVATE-TOKEN: hush' https://host/{}",
@@ -40,7 +40,7 @@ from dist_vlcl.masking import explained, masked, masked_command, masked_values
 )
 def test_a_secret_is_hidden_and_the_rest_is_not(text):
     said = masked(text)
-    assert "hu" not in said.replace("***", "").replace("host", "") and "***" in said
+    assert "hu" not in said and "***" in said
     assert "host/{}" in said or "host" not in text
 
 

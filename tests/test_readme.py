@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_every_kind_of_command_is_tested_below():
 @pytest.mark.parametrize("command", commands(*COMPOSED))
 def test_every_training_or_data_command_composes(command):
     words = command[command.index(kind_of(command)) + 1 :]
-    if "zo=mozoo" not in words:  # the tutorial's wrong option
+    with pytest.raises(ValueError, match="zo=mozoo") if "zo=mozoo" in words else nullcontext():  # the tutorial's wrong option
         check_options(words)
 
 
@@ -88,14 +89,15 @@ def test_every_command_is_accepted_by_its_parser(command, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("command", commands("dist_vlcl.commands.tune"))
 def test_every_tuning_is_accepted(command, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [*command[command.index("dist_vlcl.commands.tune") :], "--list", "seed=0"])
+    few = [option for option in ("zo.probes=1", "zo.lr_scale=1") if not any(option.split("=")[0] in word for word in command)]
+    monkeypatch.setattr(sys, "argv", [*command[command.index("dist_vlcl.commands.tune") :], *few, "--list", "seed=0"])
     tune.main()
     assert capsys.readouterr().out.count("dist_vlcl.train") > 2
 
 
 @pytest.mark.parametrize("command", commands("local.sh", "multinode.sh", "elastic.sh"))
 def test_every_launch_script_accepts_its_options(command):
-    words = [word.replace("node1", "localhost") for word in command[1:] if word != "..."]
+    words = [word.replace("node1", "localhost") for word in command[1:]]
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run([ROOT / command[0], "--dry-run", *words], capture_output=True, text=True, env=environment)
     expected = "TCPStore" if "--serve" in words else "-m dist_vlcl.train"
@@ -181,8 +183,7 @@ def test_citation_names_the_paper():
     assert paper["identifiers"] == [{"type": "other", "value": "arXiv:2506.12409"}]
 
 
-@pytest.mark.parametrize("name", ["tune"])
-def test_commands_also_work_as_modules_of_the_package(name):
-    short, command = (importlib.import_module(f"dist_vlcl.{module}") for module in (name, f"commands.{name}"))
+def test_tune_also_works_as_a_module_of_the_package():
+    short, command = (importlib.import_module(f"dist_vlcl.{module}") for module in ("tune", "commands.tune"))
     assert short.main is command.main
     assert 'if __name__ == "__main__":\n    main()' in Path(short.__file__).read_text()

@@ -1,6 +1,5 @@
 """Claims about whole runs: they end where they should, say what they did, and an interruption changes nothing."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from dist_vlcl.config import Config, compose_config, load_config
-from dist_vlcl.data.shards import open_index
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import Experiment, fitted_batch_size
 from dist_vlcl.report.records import read_units
@@ -21,6 +19,7 @@ from dist_vlcl.session import Requeued
 from dist_vlcl.step import HybridStep
 from dist_vlcl.train import build_step, check_warmup, train
 from tests.helpers.ranks import free_port, run_module, run_ranks, warm_python
+from tests.helpers.runs import digits_root
 from tests.helpers.tiny_clip import architecture
 
 SMALL_RUN = ["tasks.num_tasks=2", "train.epochs=1", "train.batch_size=60", "run.trackers=[]", "run.progress=false", "train.warmup_steps=2"]
@@ -31,7 +30,7 @@ TINY = [f"model.name={architecture(3, 3)}", "model.pretrained=random"]
 
 
 def configured(tmp_path: Path, *overrides: str) -> Config:
-    return compose_config([*SMALL_RUN, f"data.root={tmp_path}/data", f"run.root={tmp_path}/runs", *overrides])
+    return compose_config([*SMALL_RUN, f"data.root={digits_root()}", f"run.root={tmp_path}/runs", *overrides])
 
 
 def run_once(world: World, cfg: Config, stop_at: int | None = None) -> str:
@@ -70,7 +69,7 @@ def records(cfg: Config, file: str = "metrics.jsonl") -> list[dict]:
     ids=["mozo", "conservative"],
 )
 def test_a_run_stopped_in_mid_task_and_resumed_equals_one_never_stopped(tmp_path, size, overrides):
-    unbroken = configured(tmp_path, *TINY, *overrides, "run.name=unbroken")
+    unbroken = configured(tmp_path, *TINY, *overrides, "data.num_workers=0", "run.name=unbroken")
     broken = configured(tmp_path, *TINY, *overrides, "run.name=broken")
     assert run_ranks(run_once, size, unbroken) == ["finished"] * size
     assert run_ranks(run_once, size, broken, 3) == ["requeued"] * size
@@ -148,7 +147,7 @@ def test_the_size_of_a_projected_gradient_is_the_mean_over_probes_in_the_log_and
 
 
 def test_zero_shot_trains_nothing_and_equals_the_untrained_model(tmp_path):
-    cfg = configured(tmp_path, "orders=zero_shot", "run.name=zero")
+    cfg = configured(tmp_path, *TINY, "orders=zero_shot", "run.name=zero")
     accuracy = train(cfg, World.alone())
     assert not [r for r in records(cfg) if r["kind"] == "step"]
     tasks = [r for r in records(cfg) if r["kind"] == "task"]
@@ -157,14 +156,14 @@ def test_zero_shot_trains_nothing_and_equals_the_untrained_model(tmp_path):
 
 def test_first_order_beats_the_shipped_clip_s_zero_shot_on_the_digits(tmp_path):
     accuracy = train(
-        configured(tmp_path, "orders=first", "tasks.increment=10", "tasks.num_tasks=1", "train.epochs=1", "run.name=learns"), World.alone()
+        configured(tmp_path, "orders=first", "tasks.increment=10", "tasks.num_tasks=1", "train.max_steps=12", "run.name=learns"),
+        World.alone(),
     )
     (task,) = [r for r in records(configured(tmp_path, "run.name=learns")) if r["kind"] == "task"]
     assert accuracy.seen(0) > task["zero_shot"] + 0.1
 
 
 def test_what_has_no_effect_is_said(tmp_path, capsys):
-    open_index(configured(tmp_path).data)
     own = ["tasks.base=9", "train.max_steps=1", "run.record_every_steps=0", "eval.zero_shot=false"]
     with pytest.warns(RuntimeWarning, match=r"data\.split_seed has no effect here: it counts when shards are written"):
         train(configured(tmp_path, *TINY, *own, "data.split_seed=7"), World.alone())
@@ -172,25 +171,10 @@ def test_what_has_no_effect_is_said(tmp_path, capsys):
 
 
 def test_another_configuration_does_not_take_over_a_run(tmp_path):
-    train(configured(tmp_path, "orders=zero_shot", "run.name=mine"), World.alone())
+    options = [*TINY, "orders=zero_shot", "tasks.num_tasks=1", "run.name=mine"]
+    train(configured(tmp_path, *options), World.alone())
     with pytest.raises(RunRefused, match=r"zo.probes: 1 -> 2"):
-        train(configured(tmp_path, "orders=zero_shot", "run.name=mine", "zo.probes=2"), World.alone())
-
-
-def other_config(world: World, cfg: Config) -> str:
-    if world.rank == 1:
-        cfg = dataclasses.replace(cfg, seed=cfg.seed + 1)
-    try:
-        train(cfg, world)
-    except RuntimeError as error:
-        return str(error)
-    return ""
-
-
-def test_ranks_with_different_configurations_do_not_start(tmp_path):
-    messages = run_ranks(other_config, 2, configured(tmp_path))
-    assert all("configuration.seed: ranks [1] differ from rank 0 (rank 0: 0; rank 1: 1)" in message for message in messages)
-    assert not (tmp_path / "runs").exists()
+        train(configured(tmp_path, *options, "zo.probes=2"), World.alone())
 
 
 SHORT = ["train.max_steps=2", "eval.zero_shot=false", "run.record_every_steps=0"]
@@ -214,40 +198,16 @@ def test_accelerate_launch_trains_on_two_processes(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"data", "runs"}  # and Hydra leaves nothing behind
 
 
-def test_a_launch_that_would_train_on_one_process_is_refused(tmp_path):
-    done = launched(tmp_path, "--cpu", "--num_processes", "2", "-m", "dist_vlcl.train", *SMALL_RUN, "cluster.num_processes=2")
-    assert done.returncode != 0
-    assert "cluster.num_processes=2, but the launcher started 1" in done.stdout + done.stderr
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_block_that_there_is_not_is_refused_before_data_are_read(tmp_path):
     with pytest.raises(ValueError, match=r"orders.layers=\[13\]: the language tower has no block 13; choose from 1 to 12"):
         train(configured(tmp_path, "orders.layers=[13]"), World.alone())
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["orders.layers=odd"], "orders.layers='odd': choose from all, hop_odd, hop_even, prefix, suffix"),
-        (
-            ["run.save_every_steps=x"],
-            "Error merging override run.save_every_steps=x: Value 'x' of type 'str' could not be converted to Integer",
-        ),
-        (
-            ["train.epoch=2"],
-            "train.epoch: no such option; did you mean train.epochs?",
-        ),
-        (["orders=hop"], "orders=hop: choose from dual_all"),
-        (["--multirun", "seed=0,1"], "--multirun: options are NAME=VALUE; --help lists them"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_a_user_error_is_one_message_before_any_work(words, message, tmp_path):
-    done = run_module("dist_vlcl.train", *words, cwd=tmp_path)
+def test_a_user_error_is_one_message_before_any_work(tmp_path):
+    done = run_module("dist_vlcl.train", "orders.layers=odd", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr and not list(tmp_path.iterdir())
+    assert "orders.layers='odd': choose from all, hop_odd, hop_even, prefix, suffix" in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_null_fits_batch_epochs_and_warmup_to_the_images_of_each_task(tmp_path, capsys):
@@ -317,16 +277,7 @@ def test_check_validates_the_options_and_does_nothing_else(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "valid: runs/mine\n", "") and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("orders.layers=[13]", "the language tower has no block 13"),
-        ("train.epochs=0", "train.epochs=0"),
-        ("data.url=gs://bucket/set", "give a folder, an http(s) address or a `pipe:` command"),
-        ("seed", "seed"),
-    ],
-)
-def test_check_refuses_what_a_job_could_not_do_in_one_line(tmp_path, word, message):
-    done = run_module("dist_vlcl.train", "--check", word, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
+def test_check_refuses_what_a_job_could_not_do_in_one_line(tmp_path):
+    done = run_module("dist_vlcl.train", "--check", "orders.layers=[13]", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "the language tower has no block 13" in done.stderr
     assert (done.stdout, done.stderr.count("\n")) == ("", 1)

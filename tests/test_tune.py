@@ -125,7 +125,6 @@ def test_what_is_searched_is_what_the_plan_reads_and_the_user_has_not_fixed():
         (["zo.lr_scale=1,-1"], "zo.lr_scale=-1: give a number above 0"),
         (["--holdout", "1.5"], "--holdout 1.5"),
         (["--tasks", "0"], "--tasks 0: give a whole number above 0, or all"),
-        (["--tasks", "02"], "--tasks 02: give a whole number above 0, or all"),
         ([*SHORT, "zo.lr_scale=1,2", "--tasks", "99"], "--tasks 99: choose from 1 to 5"),
         (["tasks.num_tasks=2"], "tasks.num_tasks: give --tasks instead"),
         (["eval.holdout=0.1"], "eval.holdout: give --holdout instead"),
@@ -142,7 +141,7 @@ def test_a_wrong_search_is_refused_before_anything_runs(words, message, monkeypa
 
 @pytest.mark.parametrize(("tasks", "option"), [("1", "tasks.num_tasks=1"), ("2", "tasks.num_tasks=2"), ("all", "tasks.num_tasks=null")])
 def test_every_run_learns_as_many_tasks_as_are_asked_for_in_a_folder_for_that_number(tasks, option, monkeypatch, capfd):
-    status, said = tuned(monkeypatch, capfd, *SHORT, "zo.lr_scale=1,2", "--tasks", tasks, "--list")
+    status, said = tuned(monkeypatch, capfd, *SHORT, "zo.lr_scale=1,2", "--tasks", tasks, "--list", "seed=0")
     runs = [line.split() for line in said.splitlines() if "run.root=" in line]
     assert status == 0 and len(runs) == 3 and all(option in run for run in runs)
     roots = {word for run in runs for word in run if word.startswith("run.root=tuning/")}
@@ -157,11 +156,10 @@ def test_several_tasks_count_with_their_mean_and_the_last_one_is_in_the_file_too
     assert found == pytest.approx([60, 50, 44], abs=0.1)  # zero-shot falls from 48 to 40 over the five tasks
 
 
-@pytest.mark.parametrize("before", [{"0": "high"}, {"0": None}, {"0": [0.4]}], ids=str)
-def test_a_run_whose_accuracies_are_no_numbers_counts_as_failed(before, tmp_path):
+def test_a_run_whose_accuracies_are_no_numbers_counts_as_failed(tmp_path):
     file = write_run(tmp_path, "seed=3", "run.name=one", last=0.5, avg=0.6, zero_shot=0.4) / "accuracy.json"
     left = {key: value for key, value in json.loads(file.read_text()).items() if key != "crc"}
-    file.write_text(json.dumps({**left, "zero_shot": before}))
+    file.write_text(json.dumps({**left, "zero_shot": {"0": "high"}}))
     items = tune.prepare([("seed=3", "run.name=one", f"run.root={tmp_path}")])
     with pytest.warns(Warning, match=r"accuracy.json is damaged: it has another form than dist_vlcl writes"):
         found = tune.trained(items)

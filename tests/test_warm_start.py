@@ -68,8 +68,8 @@ def test_a_run_starts_from_the_adapters_of_another_and_resumes_without_it(root, 
     ]
 
 
-def test_the_start_is_saved_behind_the_steps_of_the_journal(root):
-    """Else a kill before the next checkpoint would leave the first adapters under the number of a later step."""
+def test_a_run_without_checkpoints_starts_again_repeats_the_journal_and_saves_under_its_last_step(root):
+    """Saved before that, a kill would leave the first adapters under the number of a later step."""
     options = ["orders=dual_all", "zo=naive", "train.warmup_steps=0", "run.save_every_steps=1"]
     cfg = config(root, "journalled", *options, init=root / "first")
     train(cfg, World.alone())

@@ -27,13 +27,11 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 # torch is imported only by the parts: the first process must work whatever is missing.
 
@@ -283,27 +281,6 @@ class Sizes:
         return argparse.Namespace(options=options, images=self.images, classes=self.classes, **values)
 
 
-@contextmanager
-def models_built_once() -> Iterator[None]:
-    """Let the benchmarks copy a model with random weights instead of drawing them again, which takes seconds."""
-    import benchmarks.common as common
-    from dist_vlcl.model.clip import build_clip
-
-    built: dict[str, Any] = {}
-
-    def copied(model: Any, adapter: Any) -> Any:
-        name = f"{model.name} {model.precision} {adapter}"
-        if name not in built:
-            built[name] = build_clip(model, adapter)
-        towers = built[name].copy()
-        towers.config = model
-        towers.vision.checkpoint = towers.language.checkpoint = model.checkpoint
-        return towers
-
-    with mock.patch.object(common, "build_clip", copied):
-        yield
-
-
 def run_part(args: argparse.Namespace) -> int:
     """Run one part in this process."""
     sys.path.insert(0, str(ROOT))
@@ -314,10 +291,8 @@ def run_part(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch finds no GPU")
     results = Results(args.out / "parts" / f"{args.part}.json", machine())
-    with models_built_once():
-        {"ranks": check_ranks, "tests": check_tests, "steps": time_steps, "memory": measure_memory, "noise": measure_noise}[args.part](
-            Sizes.of(args.device), results
-        )
+    parts = {"ranks": check_ranks, "tests": check_tests, "steps": time_steps, "memory": measure_memory, "noise": measure_noise}
+    parts[args.part](Sizes.of(args.device), results)
     return 0
 
 

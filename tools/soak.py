@@ -11,6 +11,7 @@ is given again, as a scheduler would. A run that has ended is compared, bit for 
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import multiprocessing
@@ -351,15 +352,17 @@ def soak(options: argparse.Namespace, folder: Path) -> list[dict]:
     if not (folder / "data").exists():
         write_shards(raw_set(4, 48, 6, 16), DataConfig("tiny", "folder", root=str(folder / "data"), encoding="original"))
     plans = [plan for plan in PLANS if options.zero or not PLANS[plan].environment]
-    references = {plan: Run(runs, f"reference-{plans.index(plan)}", plan) for plan in plans}
-    typical_s = {}
-    for plan, reference in references.items():
+
+    @functools.cache
+    def without_faults(plan: str) -> tuple[Run, float]:
+        """Train a run without faults; return it, and its seconds."""
+        reference = Run(runs, f"reference-{plans.index(plan)}", plan)
         shutil.rmtree(reference.folder, ignore_errors=True)
         start, started = Start(reference, folder / "reference.log"), time.monotonic()
         if start.wait() != 0:
             raise RuntimeError(f"the run without faults has failed:\n{start.said()[-3000:]}")
-        typical_s[plan] = time.monotonic() - started
-        print(f"{plan}: {typical_s[plan]:.1f} s without a fault", flush=True)
+        print(f"{plan}: {time.monotonic() - started:.1f} s without a fault", flush=True)
+        return reference, time.monotonic() - started
 
     def left() -> int:
         return options.faults - sum(one["fault"] is not None for one in found)
@@ -372,9 +375,10 @@ def soak(options: argparse.Namespace, folder: Path) -> list[dict]:
     number = 0
     while left() > 0 and time.monotonic() - begun < 60 * options.minutes:
         run = Run(runs, f"run-{seed}-{number}", plans[number % len(plans)])
-        for record in until_complete(run, folder / f"{run.name}.log", draw, typical_s[run.plan], left):
+        reference, typical_s = without_faults(run.plan)
+        for record in until_complete(run, folder / f"{run.name}.log", draw, typical_s, left):
             keep(run, record)
-        different = differing(run, references[run.plan].folder)
+        different = differing(run, reference.folder)
         end = "equal bits" if run.is_exact else "within 1e-3"
         keep(run, {"fault": None, "problem": f"differs: {', '.join(different[:4])}" if different else None, "end": end})
         print(f"{run.name}, {end}: {options.faults - left()} faults so far", flush=True)

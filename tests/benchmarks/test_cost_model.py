@@ -60,7 +60,7 @@ def assert_within_limit(workload: Workload) -> None:
     ("orders", "options"),
     [
         *((orders, ("zo=conservative",)) for orders in ORDER_PLANS),
-        *((f"dual_{layers}", options) for layers in PLAN_LAYERS for options in (("zo=naive",), ("zo=mozo", "adapter=lora"))),
+        *((f"dual_{layers}", ("zo=mozo", "adapter=lora")) for layers in PLAN_LAYERS),
     ],
 )
 def test_a_step_executes_at_most_5_percent_more_than_the_cost_model(orders, options):
@@ -78,11 +78,9 @@ def test_a_step_executes_at_most_5_percent_more_than_the_cost_model(orders, opti
         ("orders=dual_hop_odd", "model.precision=bf16"),
         *((f"orders={orders}", "zo=conservative", "zo.granularity=unit", "zo.probes=2") for orders in ("dual_hop_odd", "vision_all")),
         ("orders=dual_all", "zo=mozo", "zo.granularity=unit", "zo.evaluation=delta"),
-        *(
-            (f"orders={orders}", f"zo={zo}", f"adapter={adapter}", "zo.evaluation=delta")
-            for adapter in ("moe", "lora", "lora_mlp")
-            for orders, zo in (("dual_all", "conservative"), ("vision_hop_even", "mozo"), ("dual_suffix", "naive"))
-        ),
+        *(("orders=dual_all", "zo=conservative", f"adapter={adapter}", "zo.evaluation=delta") for adapter in ("moe", "lora", "lora_mlp")),
+        ("orders=vision_hop_even", "zo=mozo", "adapter=lora", "zo.evaluation=delta"),
+        ("orders=dual_suffix", "zo=naive", "zo.evaluation=delta"),
     ],
     ids=" ".join,
 )
@@ -90,10 +88,9 @@ def test_the_limit_holds_for_other_adapters_estimators_and_precisions(options):
     assert_within_limit(small(*options))
 
 
-@pytest.mark.parametrize("images", [1, 2, 4])
+@pytest.mark.parametrize("images", [1, 4])
 @pytest.mark.parametrize("orders", ["first", "dual_hop_odd", "dual_all"])
 def test_a_small_share_costs_at_most_5_percent_more_than_its_images_and_the_text(orders, images):
-    """Filled up to 8 images, as with cluster.exact_bits=true, a first-order step on 1 image executes 4.3 times as much."""
     assert_within_limit(small(f"orders={orders}", "zo=mozo", images=images))
 
 

@@ -1,5 +1,7 @@
 """Claims about the scaling model: it repeats what was measured, and its parts add up."""
 
+from functools import cache
+
 import pytest
 
 from benchmarks.common import Workload
@@ -9,6 +11,11 @@ from tools.scaling_model import NETWORKS, Plan, Rank, all_reduce_s, best_groups,
 
 GRADIENTS = 16_109_568  # bytes of ViT-B/16's adapters
 DUAL, FIRST = (lambda **more: Plan.of("ViT-B/16", "dual zeroth order", **more)), (lambda: Plan.of("ViT-B/16", "first order"))
+
+
+@cache
+def plan_of(name: str) -> Plan:
+    return Plan.of_workload(Workload(tuple(f"model=vit_b16 model.pretrained=random {PLANS[name]}".split()), classes=20))
 
 
 @pytest.mark.parametrize(
@@ -56,8 +63,7 @@ def test_the_model_is_within_a_fifth_of_gloo_between_shaped_hosts(network, ranks
 )
 def test_the_model_is_within_a_fifth_of_whole_steps_over_slow_links(plan, network, ranks, measured):
     """Measured by tools/links.py on 2026-11-29."""
-    workload = Workload(tuple(f"model=vit_b16 model.pretrained=random {PLANS[plan]}".split()), classes=20)
-    assert step_s(Plan.of_workload(workload), ranks, 128 * ranks, NETWORKS[network], backend="gloo") == pytest.approx(measured, rel=0.2)
+    assert step_s(plan_of(plan), ranks, 128 * ranks, NETWORKS[network], backend="gloo") == pytest.approx(measured, rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_wire_and_scaling_measure_two_ranks():
 
 
 def test_between_two_hosts_zeroth_order_sends_a_few_packets_and_first_order_its_gradients(tmp_path):
-    """DESIGN promises at most 64 bytes a rank and step; the network interface shows that nothing else travels."""
+    """At most 64 bytes a rank and step (docs/performance.md); the network interface shows that nothing else travels."""
     arguments = [*TINY, "zo=mozo", "--interface", "eth0", "--steps", "5", "--orders", "dual_all,first"]
     command = [warm_python(), "-m", "benchmarks.wire", *arguments, "--json", str(tmp_path / "{host}.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}

@@ -43,12 +43,6 @@ def test_backward_transfer_is_over_all_later_rows_and_earlier_tasks(matrix):
     assert matrix.backward_transfer == pytest.approx(((9 / 15 - 11 / 15) + (10 / 15 - 11 / 15) + (10 / 20 - 18 / 20)) / 3)
 
 
-def test_classes_ahead_are_not_among_those_seen(matrix):
-    first = AccuracyMatrix([2, 1, 2])
-    first.append(ROWS[0])
-    assert first.seen(0) == pytest.approx(11 / 15)
-
-
 def test_one_task_forgets_nothing():
     matrix = AccuracyMatrix([2, 1])
     matrix.append([(1, 2), (2, 2)])

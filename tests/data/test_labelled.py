@@ -412,7 +412,7 @@ def test_what_is_not_known_about_a_table_is_asked_for(tmp_path, hf_cache):
         ({"label_column": "x"}, r"data\.label_column='x'"),
         ({"train_split": "training"}, r"no images in split 'training'; choose .* from train \(12 rows\), test \(6 rows\)"),
         ({"test_split": "dev"}, r"no images in split 'dev'"),
-        ({"label_column": "count"}, r"5 of 4 classes have|3 classes have no test images|classes have no"),
+        ({"label_column": "count"}, r"2 classes have no test images, such as '2'"),
     ]:
         with pytest.raises(ValueError, match=words):
             read_raw(options("hf", source, **more))

@@ -3,6 +3,7 @@ import io
 import multiprocessing
 import os
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -65,13 +66,12 @@ def assert_equal_batches(actual, expected):
         assert torch.equal(mine.positions, other.positions)
 
 
-@pytest.mark.parametrize("size", WORLDS)
-def test_every_sample_comes_once_per_epoch(index, task, size):
-    keys = [key for rank in range(size) for batch in train(index, task, rank, size) for key in batch.samples]
+def test_every_sample_comes_once_per_epoch(index, task):
+    keys = [key for batch in train(index, task) for key in batch.samples]
     assert sorted(keys) == [f"class{class_id}/train_{number:02d}" for class_id in (0, 2, 3) for number in range(7)]
 
 
-@pytest.mark.parametrize("size", WORLDS)
+@pytest.mark.parametrize("size", WORLDS[1:])
 def test_global_batches_are_the_same_for_every_number_of_ranks(index, task, size):
     alone = list(train(index, task))
     ranks = [list(train(index, task, rank, size)) for rank in range(size)]
@@ -306,9 +306,17 @@ def truncated(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_truncated_shard_stops_the_run_by_name_and_counts(truncated, task, num_workers):
-    with pytest.raises(ShardError, match=r"train/0002-000\.tar: .*; the index says \d+ bytes, found \d+") as error:
-        list(train(truncated, task, num_workers=num_workers))
-    assert "Traceback" not in str(error.value)
+    said = refusal_of(train(truncated, task, num_workers=num_workers))
+    assert re.fullmatch(r".*train/0002-000\.tar: .*; the index says \d+ bytes, found \d+.*", said, re.S) and "Traceback" not in said
+
+
+def refusal_of(loader) -> str:
+    """Return what the loader says, without its error: that would keep the loader and its workers alive."""
+    try:
+        list(loader)
+    except ShardError as error:
+        return str(error)
+    return ""
 
 
 def test_a_missing_shard_stops_the_run_by_name(tmp_path, task):

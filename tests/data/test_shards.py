@@ -340,10 +340,10 @@ def test_an_index_that_contradicts_itself_is_refused_even_with_a_right_digest(ed
         Index.load(edited(EDITS[edit]))
 
 
-@pytest.mark.parametrize("edit", [*EDITS, *QUIET_EDITS, *SHARD_EDITS])
-def test_every_edit_of_the_index_is_refused(edited, edit):
+@pytest.mark.parametrize("edit", [*QUIET_EDITS, *SHARD_EDITS])
+def test_an_edit_that_contradicts_nothing_is_refused_by_the_digest(edited, edit):
     with pytest.raises(ValueError, match=r"index\.json: damaged"):
-        Index.load(edited({**EDITS, **QUIET_EDITS, **SHARD_EDITS}[edit], new_digest=False))
+        Index.load(edited({**QUIET_EDITS, **SHARD_EDITS}[edit], new_digest=False))
 
 
 @pytest.mark.parametrize("edit", SHARD_EDITS)

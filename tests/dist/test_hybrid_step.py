@@ -12,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import Collectives
-from dist_vlcl.dist.agree import DisagreementError, agree, digest
+from dist_vlcl.dist.agree import digest
 from dist_vlcl.dist.first_order import FirstOrder, FirstOrderConfig
 from dist_vlcl.dist.world import World
 from dist_vlcl.losses import BatchLosses
@@ -229,21 +229,6 @@ def test_a_gradient_that_is_not_finite_on_one_rank_makes_all_skip_and_leaves_no_
     assert [why for why, _ in ours] == [None, "the gradient is not finite", None, None]
     states = [state for _, state in ours]
     assert states[0] == states[1] and len(set(states)) == 3  # moments are in them, too
-
-
-def with_a_flipped_bit(world: World) -> str:
-    step = make_step(world, OrderPlan("dual", "all"), STRATEGIES["mozo"])
-    if world.rank == 1:
-        step.flats["vision"].values_n.view(torch.int32)[7] ^= 1  # one bit
-    try:
-        agree(world, {"the adapters": digest(step.towers.units.state_dict())})
-    except DisagreementError as error:
-        return str(error)
-    return ""
-
-
-def test_one_flipped_bit_on_one_rank_is_found_and_the_rank_named():
-    assert all("the adapters: ranks [1] differ from rank 0" in message for message in run_ranks(with_a_flipped_bit, 2))
 
 
 def asked_to_stop(world: World) -> list[bool]:

@@ -1,6 +1,6 @@
 """Claims about DeepSpeed: every ZeRO stage learns what plain data parallelism learns, and leaves zeroth-order units alone.
 
-Two processes a stage run every plan, since importing DeepSpeed is what takes the time.
+Two processes a stage run every plan, so that a stage starts its ranks once.
 """
 
 import importlib.util

@@ -1,6 +1,10 @@
 """Run folders as the trainer writes them, made by the code that the trainer uses, with results that the caller chooses."""
 
+import atexit
+import functools
 import math
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +13,8 @@ from rich.console import Console
 
 from dist_vlcl.config import Config, compose_config
 from dist_vlcl.continual.metrics import AccuracyMatrix
+from dist_vlcl.data.settings import DataConfig
+from dist_vlcl.data.shards import open_index
 from dist_vlcl.dist.world import World
 from dist_vlcl.experiment import fitted_batch_size
 from dist_vlcl.model.statistics import STATISTICS
@@ -30,6 +36,15 @@ NUMEL = {"vision": 201344, "language": 134272}  # parameters of a unit of ViT-B/
 # Number of classes, training and test images per class.
 CLASSES = {"cifar100": (100, 500, 100), "tiny_imagenet": (200, 500, 50), "imagenet_r": (200, 120, 30), "digits": (10, 144, 36)}
 UNITS = [UnitId(branch, layer) for branch in ("language", "vision") for layer in range(1, 13)]
+
+
+@functools.cache
+def digits_root() -> str:
+    """Return a `data.root` with the shards of the handwritten digits, which a process of tests builds once."""
+    root = tempfile.mkdtemp(prefix="digits-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    open_index(DataConfig(root=root))
+    return root
 
 
 def write_run(

@@ -61,7 +61,7 @@ class Cluster:
         return self.job(job)
 
     def until_queued_again(self, job: str, restarts: int) -> None:
-        """Wait until Slurm has taken a job back. It starts 6 s later (121 s by default); StartTime=now in the same second makes it fail."""
+        """Wait until Slurm has taken a job back. It starts 6 s later (121 s by default)."""
         self.until(lambda: self.job(job)["Restarts"] == str(restarts), f"job {job} to be queued again", pause_s=ASK_S)
 
     def until(self, is_so: Callable[[], bool], what: str, timeout_s: float = 600, pause_s: float = 0.1) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from dist_vlcl.run import checkpoint
 from tests.helpers.ranks import free_port, warm_python
-from tests.helpers.runs import QUICK_RUN
+from tests.helpers.runs import QUICK_RUN, digits_root
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 ENVIRONMENT = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -218,7 +218,7 @@ def wait_for_steps(folder: Path, steps: int, timeout_s: float = 300) -> None:
 
 def test_two_nodes_train_as_one_and_survive_the_death_of_a_rank(tmp_path):
     """By accelerate without a fault; by torchrun, which starts the ranks again after kill -9 of one. Both end with the same numbers."""
-    options = [*QUICK_RUN, "run.trackers=[]", "cluster.num_processes=2"]
+    options = [*QUICK_RUN, f"data.root={digits_root()}", "run.trackers=[]", "cluster.num_processes=2"]
     with Nodes(tmp_path, *options, "run.name=whole") as nodes:
         assert nodes.wait() == [0, 0], nodes.said()[-3000:]
         assert "2 x cpu (ddp)" in nodes.said()

@@ -57,7 +57,6 @@ def test_only_token_0_routes():
     values, u, noise = sets_of(adapter, 1), draw(1, B, L, D, seed=50), draw(B, 2, seed=51)
     moved = u.clone()
     moved[:, :, 1:] += 1
-    assert torch.equal(adapter.gates(u[:, :, 0], values, noise)[0], adapter.gates(moved[:, :, 0], values, noise)[0])
     torch.testing.assert_close(adapter(moved, values, noise, None)[:, :, 0], adapter(u, values, noise, None)[:, :, 0])
 
 
@@ -75,7 +74,6 @@ def test_fresh_gates_are_softmax_of_0_703_times_normal_noise():
     fresh = {name: p.detach()[None] for name, p in adapter.named_parameters()}
     expected = torch.softmax((math.log(2) + 0.01) * noise, -1)
     torch.testing.assert_close(adapter.gates(draw(1, B, D), fresh, noise)[0][0], expected)
-    assert (math.log(2) + 0.01) == pytest.approx(0.703, abs=1e-3)
 
 
 def test_a_fresh_adapter_adds_nothing_and_starts_as_the_baseline_does():

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,8 @@ import pandas as pd
 import pytest
 
 from dist_vlcl.commands import report as command
-from dist_vlcl.report.page import to_html
+from dist_vlcl.paper import paper_runs, published
+from dist_vlcl.report.page import Report, to_html
 from dist_vlcl.report.paper_figures import draw_figure
 from dist_vlcl.report.records import run_frame
 from tests.helpers.runs import write_run
@@ -55,6 +58,12 @@ def report(runs, tmp_path_factory) -> Path:
     return out
 
 
+def page_of(folders: Iterable[Path], against: str | None = None) -> str:
+    """Return the page of a report alone: pictures take long to draw."""
+    published_cells = pd.DataFrame(map(asdict, paper_runs().values()))
+    return Report(run_frame(sorted(folders))[0], published_cells, published()["table5_memory_gb"], {}, against).page
+
+
 def page(report: Path) -> str:
     return (report / "report.md").read_text(encoding="utf-8")
 
@@ -63,10 +72,9 @@ def data(report: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(report / "data" / f"{name}.csv", keep_default_na=False, na_values=[""]).fillna({"other_settings": "", "claim": ""})
 
 
-def test_the_page_of_two_runs_is_the_golden_one(runs, tmp_path, monkeypatch):
-    """After an intended change: look at the new page, then copy it to tests/report/golden/report.md."""
-    report_of(monkeypatch, runs / "t1-moe-cifar20-fo-seed0", runs / "t2-moe-cifar20-dual-hop_odd-seed0", "--out", tmp_path)
-    assert page(tmp_path) == GOLDEN.read_text()
+def test_the_page_of_two_runs_is_the_golden_one(runs):
+    """After an intended change: look at the new page of these two runs, then copy it to tests/report/golden/report.md."""
+    assert page_of([runs / "t1-moe-cifar20-fo-seed0", runs / "t2-moe-cifar20-dual-hop_odd-seed0"]) == GOLDEN.read_text()
 
 
 def test_a_cell_has_the_paper_s_number_ours_the_differences_and_the_gain_over_the_control(report):
@@ -105,15 +113,14 @@ def test_the_best_value_among_the_methods_with_the_same_seeds_is_marked(report):
                 ]
 
 
-def test_a_method_is_marked_only_if_no_other_is_better_over_its_own_seeds(tmp_path, monkeypatch):
+def test_a_method_is_marked_only_if_no_other_is_better_over_its_own_seeds(tmp_path):
     """Two methods have two seeds. Naive steps have the second seed only: beaten there, though the best of those with that seed alone."""
     for seed in ("seed=0", "seed=1"):
         write_run(tmp_path, "orders=first", seed, last=0.7, avg=0.7)
         write_run(tmp_path, "orders.order=frozen", seed, last=0.6, avg=0.8)
     write_run(tmp_path, "zo=naive", "seed=1", last=0.65, avg=0.65)
     write_run(tmp_path, "zo=sign", "seed=1", last=0.75, avg=0.6)
-    report_of(monkeypatch, *sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
-    lines = page(tmp_path / "report").split("## What was run")[1].split("##")[0].splitlines()
+    lines = page_of(tmp_path.iterdir()).split("## What was run")[1].split("##")[0].splitlines()
     rows = {line.split(" | ")[1]: line for line in lines if line.startswith("| digits")}
     marked = {method: [cell.endswith("★") for cell in line.split(" | ") if re.match(r"\d", cell)] for method, line in rows.items()}
     assert marked == {
@@ -124,19 +131,17 @@ def test_a_method_is_marked_only_if_no_other_is_better_over_its_own_seeds(tmp_pa
     }
 
 
-def test_the_control_of_what_learns_alone_is_zero_shot_clip_also_where_all_runs_have_that_setting(tmp_path, monkeypatch):
+def test_the_control_of_what_learns_alone_is_zero_shot_clip_also_where_all_runs_have_that_setting(tmp_path):
     for seed in ("seed=0", "seed=1"):
         write_run(tmp_path, "orders=language_all", "orders.rest=frozen", "zo=naive", seed, last=0.5, avg=0.6, zero_shot=0.4)
-    report_of(monkeypatch, *sorted(tmp_path.iterdir()), "--out", tmp_path / "report")
-    assert "| digits Inc2 | language all, naive | zero-shot | 50.00" in page(tmp_path / "report")
+    assert "| digits Inc2 | language all, naive | zero-shot | 50.00" in page_of(tmp_path.iterdir())
 
 
-def test_every_method_can_be_compared_with_a_chosen_one(runs, report, tmp_path, monkeypatch, capsys):
+def test_every_method_can_be_compared_with_a_chosen_one(runs):
     """Of CIFAR-100 Inc20 with the paper's model, over two seeds; the small CLIP's runs are another group, with first order of its own."""
-    report_of(monkeypatch, *sorted(runs.iterdir()), "--out", tmp_path, "--against", "first order")
-    text = page(tmp_path)
+    text = page_of(runs.iterdir(), "first order")
     question, asked = text[text.index("**Does a method differ from the one that was chosen?**") :].split("\n\n")[:2]
-    assert text.replace(f"{question}\n\n{asked}\n\n", "") == page(report)  # nothing else changes
+    assert text.replace(f"{question}\n\n{asked}\n\n", "") == page_of(runs.iterdir())  # nothing else changes
     rows = [line.removeprefix("| ").split(" | ")[:5] for line in asked.splitlines()[2:]]
     assert [row[1:] for row in rows] == [
         ["dual hop_odd, frozen", "first order", "2", "+0.00"],
@@ -163,8 +168,7 @@ def test_a_method_that_cannot_be_chosen_is_refused_with_those_that_can(tmp_path,
             report_of(monkeypatch, *runs, "--out", tmp_path / "report", "--against", chosen)
         assert f"--against {chosen!r}: {why}" in capsys.readouterr().err
     for chosen, less in ((names[2], "−10.00"), (plain, "+5.00")):  # the whole name of one is the beginning of the others
-        report_of(monkeypatch, *runs, "--out", tmp_path / "report", "--against", chosen)
-        assert f"| dual hop_odd, naive | {chosen} | 1 | {less} |" in page(tmp_path / "report")
+        assert f"| dual hop_odd, naive | {chosen} | 1 | {less} |" in page_of(runs, chosen)
 
 
 def test_every_entry_of_the_contents_leads_to_its_section(report):
@@ -195,9 +199,8 @@ def test_no_column_has_dashes_alone(report):
             assert ":---" in aligned or {row[place].strip(" |") for row in rows[2:]} - {"", "–"}, table
 
 
-def test_settings_that_all_runs_share_are_named_once(runs, tmp_path, monkeypatch):
-    report_of(monkeypatch, *runs.glob("digits-*"), "--out", tmp_path)
-    results = page(tmp_path).split("## What was run")[1].split("##")[0]
+def test_settings_that_all_runs_share_are_named_once(runs):
+    results = page_of(runs.glob("digits-*")).split("## What was run")[1].split("##")[0]
     assert results.count("model.name=small_clip") == 1 and "other settings |" not in results and "zero-shot CLIP" in results
 
 

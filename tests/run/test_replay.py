@@ -74,6 +74,14 @@ def test_a_killed_dual_zeroth_order_run_loses_no_finished_step(tmp_path, killed_
     assert [{**r, "name": ""} for r in records(unbroken)] == [{**r, "name": ""} for r in records(broken)]
 
 
+def test_steps_of_first_order_units_after_the_checkpoint_are_taken_again_and_the_log_says_how_many(tmp_path, capsys):
+    cfg = configured(tmp_path, *TINY, "orders=first", "tasks.num_tasks=1", "run.save_every_steps=2")
+    with pytest.raises(RuntimeError, match="rank 0 died without a word"):
+        run_ranks(counted, 1, cfg, 0, 4)  # step 3 is in the journal, and the newest checkpoint has step 2
+    train(cfg, World.alone())
+    assert "1 steps after the checkpoint are taken again: first-order updates are not in the journal" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "at", "saved", "taken"),
     [
