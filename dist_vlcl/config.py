@@ -147,7 +147,7 @@ def search_path(folder: str | None) -> list[str]:
 
 def quoted(word: str) -> str:
     """Return an option as Hydra reads it. Texts get quotes: it would change 2026_11_30 to 20261130, and refuse /home/jörg and {1..9}."""
-    key, _, value = word.partition("=")
+    [(key, value)] = split_options([word])
     field = (declared(Config) | declared(MoEConfig, "adapter.")).get(key.lstrip("+"))
     is_text = field is not None and field.type in (str, str | None) and value.lower() not in ("", "null") and value[0] not in "'\"$"
     word = f"{key}={in_quotes(os.path.expanduser(value))}" if is_text else word

@@ -52,7 +52,7 @@ def test_a_wrong_option_is_refused_with_what_to_write_instead(override):
     [
         (["--epochs", "2"], "--epochs: options are NAME=VALUE; did you mean train.epochs=...?\n"),
         (["--multirun", "seed=0,1"], "--multirun: options are NAME=VALUE; --help lists them\n"),
-        (["seed"], "'seed' is not an option: give OPTION=VALUE; --help lists all options\n"),
+        (["seed"], "'seed' is not an option: give OPTION=VALUE, such as train.epochs=2\n"),
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ MEETING = ["--nodes", "1:4", "--store", "localhost:29400"]
 
 
 def test_hosts_join_die_and_leave_and_the_bits_are_those_of_one_undisturbed_rank():
-    command = [warm_python(), "tools/elastic_check.py", "--hosts", "2", "--changes", "join,rank,leave", "--stop"]
+    command = [sys.executable, "tools/elastic_check.py", "--hosts", "2", "--changes", "join,rank,leave", "--stop"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command += ["--steps", "20000", "--python", warm_python(), "orders.layers=[12]", "orders.rest=frozen"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
