@@ -35,9 +35,10 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dist_vlcl needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check uv && \
+	! $(BIN)/pip config list | grep -q '[.]index-url=' && \
+		$(BIN)/pip install --quiet --disable-pip-version-check uv && \
 		$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(PACKAGES) || { \
-		echo "uv could not install the packages; now pip, which is slower and also reads pip.conf"; \
+		echo "installing with pip, which is slower: uv failed, or pip has an index of its own, which uv does not know"; \
 		$(BIN)/pip install --quiet --disable-pip-version-check $(PACKAGES); }
 	touch $@
 

@@ -151,7 +151,7 @@ def machine() -> dict[str, Any]:
 
 
 _on_meta: dict[str, TwoTowers] = {}  # models without numbers, each built once: drawing random weights takes seconds
-_newest: dict[str, TwoTowers] = {}  # the newest model with numbers
+_newest: dict[str, TwoTowers] = {}  # the two newest models with numbers
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,8 @@ class Workload:
         model, built = self.config.model, _on_meta if device == "meta" else _newest
         name = f"{model.name} {model.pretrained} {model.precision} {self.config.adapter}"
         if name not in built:
-            _newest.clear()
+            if built is _newest and len(built) > 1:
+                del built[next(iter(built))]
             built[name] = build_clip(model, self.config.adapter).to("meta" if device == "meta" else "cpu")
         towers = built[name].copy()
         towers.config = model

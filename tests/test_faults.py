@@ -179,7 +179,7 @@ def twenty_tasks(world: World) -> list[int]:
 def test_twenty_tasks_take_no_more_memory_than_five():
     """A wrapper and an optimiser that a task left behind would be 37 MiB and more."""
     for memory in run_ranks(twenty_tasks, 2, timeout_s=200):
-        assert memory[19] - memory[4] < 10 << 20
+        assert memory[19] - memory[4] < 20 << 20
 
 
 def test_a_run_moves_from_one_rank_to_two_and_four(tmp_path, data):

@@ -200,7 +200,7 @@ def test_accelerate_launch_trains_on_two_processes(tmp_path):
 
 def test_a_block_that_there_is_not_is_refused_before_data_are_read(tmp_path):
     with pytest.raises(ValueError, match=r"orders.layers=\[13\]: the language tower has no block 13; choose from 1 to 12"):
-        train(configured(tmp_path, "orders.layers=[13]"), World.alone())
+        train(configured(tmp_path, "orders.layers=[13]", f"data.root={tmp_path}/data"), World.alone())
     assert not list(tmp_path.iterdir())
 
 

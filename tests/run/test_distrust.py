@@ -446,8 +446,8 @@ def with_others(world: World, cfg: Config) -> list[str]:
         mine = replace(cfg, seed=1) if what == "seed" and world.rank == 1 else cfg
         with other[what] if what in other and world.rank == 1 else contextlib.nullcontext():
             try:
-                experiment.Experiment.open(mine, world)
-                said.append("opened")
+                train.train(mine, world)
+                said.append("trained")
             except DisagreementError as error:
                 said.append(str(error))
     return said
