@@ -189,7 +189,7 @@ def test_what_the_screens_choice_does_over_all_tasks_is_in_the_rows_of_its_runs(
     page = (evidence.DOCS / "settings.md").read_text()
     page = page[page.index("### The screens' choice over all tasks") :].partition("\n#")[0]
     runs = evidence.read(ROOT / "docs" / "results")
-    runs = runs[(runs.dataset == "cifar100") & (runs.adapter == "moe") & runs.seed.isin(range(10, 15))]
+    runs = runs[(runs.dataset == "cifar100") & (runs.adapter == "moe") & runs.seed.isin(range(10, 20))]
     ours = runs[(runs.variant == "sign") & runs.method_settings.str.contains("zo.lr_scale=10.0")]
     plain = runs[(runs.method_settings == "adapter.scale=1.0") & ~runs.shared_settings.str.contains("train.epochs")]
     lost = []
@@ -198,19 +198,19 @@ def test_what_the_screens_choice_does_over_all_tasks_is_in_the_rows_of_its_runs(
         parts = [of_plan[of_plan.variant == variant] for variant in ("frozen", "conservative")]
         if branch == "dual" and layers == "all":
             parts[0] = tuned.assign(last=tuned.zero_shot_last, avg=tuned.zero_shot_avg)
-        assert [len(part) for part in (*parts, tuned)] == [5, 5, 5]
+        assert [len(part) for part in (*parts, tuned)] == [10, 10, 10]
         texts = [f"{part['last'].mean():.2f}, {part.avg.mean():.2f}" for part in (*parts, tuned)]
         texts[0] += " (zero-shot)" * (branch == "dual" and layers == "all")
         gains = tuned.set_index("seed")["last"] - parts[0].set_index("seed")["last"]
-        low, high = stats.t.interval(0.95, 4, gains.mean(), stats.sem(gains))
+        low, high = stats.t.interval(0.95, 9, gains.mean(), stats.sem(gains))
         assert f"| {branch} {layers} | {' | '.join(texts)} | {gains.mean():.2f} ({low:.2f} to {high:.2f}) |" in page
         lost += list(-gains)
     walk = runs[(runs.variant == "signwalk") & (runs.branch == "language") & runs.method_settings.str.contains("zo.lr_scale=10.0")]
-    gains = ours[ours.branch == "language"].set_index("seed").avg - walk.set_index("seed").avg
+    gains = (ours[ours.branch == "language"].set_index("seed").avg - walk.set_index("seed").avg).dropna()
     low, high = stats.t.interval(0.95, 4, gains.mean(), stats.sem(gains))
-    found = f"have {walk['last'].mean():.2f}, {walk.avg.mean():.2f} (the same seeds): the slopes gain {gains.mean():.2f} points of Avg"
+    found = f"have {walk['last'].mean():.2f}, {walk.avg.mean():.2f} (seeds 10 to 14): the slopes gain {gains.mean():.2f} points of Avg"
     assert len(gains) == 5 and f"{found} over them ({low:.2f} to {high:.2f})" in " ".join(page.split())
-    assert len(lost) == 20 and f"loses {min(lost):.1f} to {max(lost):.1f} points of Last" in page
+    assert len(lost) == 40 and f"loses {min(lost):.1f} to {max(lost):.1f} points of Last" in page
 
 
 def test_what_another_cpu_changes_is_in_the_rows_of_both():
