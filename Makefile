@@ -34,13 +34,14 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dist_vlcl needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
-	! $(BIN)/pip config list | grep -q '[.]index' && \
+	@echo "installing the packages into .venv, which takes one to five minutes"
+	@$(PYTHON) -m venv .venv
+	@! $(BIN)/pip config list | grep -q '[.]index' && \
 		$(BIN)/pip install --quiet --disable-pip-version-check uv && \
 		$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode $(PACKAGES) || { \
-		echo "installing with pip, which is slower: uv failed, or pip has an index of its own, which uv does not know"; \
+		echo "now with pip, which is slower: uv failed, or pip has an index of its own, which uv does not know"; \
 		$(BIN)/pip install --quiet --disable-pip-version-check $(PACKAGES); }
-	touch $@
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-oldest
