@@ -45,7 +45,7 @@ class Cell:
 
     id: str
     dataset: str
-    increment: int  # classes per task
+    increment: int  # classes per task; 0 where each task is a data set of its own
     adapter: str  # "" where nothing is trained
     branch: str  # whose units learn by zeroth order: dual, vision, language; none
     layers: str  # which of them: all, hop_odd, hop_even, prefix, suffix; none
@@ -88,8 +88,8 @@ class Cell:
         A data set, adapter, plan or strategy that has no file in configs/ (the user's own) gets the nearest that has one.
         """
         found = [f"data={self.dataset}"] if _has_config("data", self.dataset) else ["data=folder", f"data.name={self.dataset}"]
-        found += [f"tasks.increment={self.increment}", "model=vit_b16"]
-        found += [f"adapter={self.adapter if _has_config('adapter', self.adapter) else 'moe'}"]
+        found += [f"tasks.increment={self.increment}"] if self.increment else []
+        found += ["model=vit_b16", f"adapter={self.adapter if _has_config('adapter', self.adapter) else 'moe'}"]
         if self.dataset in DATASET_IDS:
             found += [f"tasks.order={'natural' if self.dataset == 'imagenet_r' else 'paper'}"]
             found += [f"train.batch_size={64 if self.dataset == 'tiny_imagenet' else 128}"]
@@ -117,7 +117,7 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
 
     Its `paper` id is not read: options given beside it may have made it a run of another cell.
     """
-    orders, adapter = config["orders"], config["adapter"]
+    orders, adapter, tasks = config["orders"], config["adapter"], config["tasks"]
     branch, order, rest = orders["branch"], orders["order"], orders["rest"]
     if isinstance(rest, Mapping):  # first in one branch and frozen in the other is neither; without zeroth order it is a frozen control
         rest = rest["vision"] if rest["vision"] == rest["language"] else "frozen" if order == "first" else "mixed"
@@ -129,7 +129,7 @@ def cell_of(config: Mapping[str, Any]) -> Cell:
     strategy = config["zo"]["name"]
     if config["zo"].get("random_signs"):
         strategy = {"many_probes": "manywalk"}.get(strategy, "signwalk" if config["zo"]["transform"] == "sign" else "walk")
-    cell = Cell("", config["data"]["name"], config["tasks"]["increment"], kind, branch, layers, strategy)
+    cell = Cell("", config["data"]["name"], 0 if tasks.get("sets") else tasks["increment"], kind, branch, layers, strategy)
     order = rest if branch == "none" else order
     if branch == "none" or order == rest or (branch, layers) == ("dual", "all"):  # every unit has the same order
         if order == "zeroth":

@@ -10,6 +10,7 @@ from dist_vlcl.orders import Order, assign
 from dist_vlcl.paper import catalogue, cell_of, groups, paper_runs, run_name, select
 from dist_vlcl.report.records import CELL, WITHOUT_ZEROTH
 from dist_vlcl.report.records import CONTROLS as CONTROL_VARIANTS
+from dist_vlcl.report.tables import tasks_label
 from tests.test_configs import UNITS
 
 IDENTITY = attrgetter(*CELL)  # of a cell, whatever its id
@@ -142,6 +143,13 @@ def test_an_adapter_of_the_user_s_own_is_not_mistaken_for_lora():
     config["adapter"]["kind"] = "low_rank:Mine"
     assert cell_of(config).adapter == "low_rank.Mine"
     assert "adapter=moe" in cell_of(config).overrides()
+
+
+def test_data_sets_as_tasks_have_no_number_of_classes_and_are_compared_with_the_same_defaults():
+    cell = cell_of(configured("data=sets", "tasks.sets=[cifar100,pacs]", "orders=first").as_dict())
+    assert (cell.dataset, cell.increment, tasks_label(cell.dataset, cell.increment)) == ("cifar100-pacs", 0, "cifar100-pacs")
+    assert configured(*cell.overrides()).tasks == configured("data=folder", "data.name=cifar100-pacs").tasks
+    assert tasks_label("pacs", 2) == "pacs Inc2"
 
 
 def test_a_selection_is_ids_groups_and_wildcards_each_once():

@@ -45,8 +45,8 @@ def number(value: float | None, form: str = ".2f") -> str:
 
 
 def tasks_label(dataset: str, increment: int) -> str:
-    """Return how a page calls a data set in tasks of so many classes, such as CIFAR-100 Inc20."""
-    return f"{DATASETS.get(dataset, dataset)} Inc{increment}"
+    """Return how a page calls a data set in tasks of so many classes, such as CIFAR-100 Inc20; its name alone for 0."""
+    return DATASETS.get(dataset, dataset) + (f" Inc{increment}" if increment else "")
 
 
 def method_label(adapter: str, branch: str, layers: str, variant: str) -> str:
