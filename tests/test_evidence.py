@@ -72,7 +72,9 @@ def test_the_page_s_part_is_the_same_from_the_csv_files_as_from_the_runs(rows, r
     assert f"| {question} | \\|Δ\\| \\< 0.5 | Avg | 0 | – | – | – | – | not run |" in text
     assert "| CIFAR-100 Inc20 | language all, naive | orders.rest=frozen | 0.30 |" in text
     assert text.index("## The primary contrasts") < text.index("## All runs with several seeds")
-    assert "2 comparisons, Δ Avg +0.05 to +3.00. Answers from several seeds: yes (higher) 1, no (within ±0.5) 1." in parts["claims.md"]
+    assert (
+        "2 comparisons, Δ Avg +0.05 to +3.00. Answers in Avg from several seeds: yes (higher) 1, no (within ±0.5) 1." in parts["claims.md"]
+    )
     assert parts["one-seed.md"] == "No plan has run once."
 
 
@@ -103,7 +105,9 @@ def test_the_confirming_runs_are_those_that_the_contrasts_compare(tmp_path):
     contrasts = evidence.contrasts_of(results, yaml.safe_load((CONFIG_FOLDER / "contrasts.yaml").read_text()))
     assert dict(zip(contrasts.name, contrasts.seeds, strict=True)) == dict.fromkeys(contrasts.name, 1)
     ratios = rows.set_index("run").recovered_avg.dropna()
-    assert set(ratios.index) == {f"cifar100-{name}-s10" for name in ("language", "dual-conservative", "dual-walk", "ten-times")}
+    assert set(ratios.index) == {
+        f"cifar100-{name}-s10" for name in ("language", "language-many-walk", "dual-conservative", "dual-walk", "ten-times")
+    }
 
 
 def test_the_runs_of_which_r_is_made_have_the_same_seeds_and_class_orders():
@@ -159,6 +163,35 @@ def test_the_page_shows_what_the_shipped_csv_files_hold():
     for name, part in evidence.parts_of_pages(runs, folder=ROOT / "docs" / "results").items():
         page = (evidence.DOCS / name).read_text()
         assert evidence.with_section(page, part) == page
+
+
+def test_the_results_in_the_readme_are_those_of_the_csv_files():
+    page, runs = " ".join((ROOT / "README.md").read_text().split()), evidence.read(ROOT / "docs" / "results")
+    first_run = runs[(runs.dataset == "digits") & runs.seed.isin([0, 1, 2]) & (runs.shared_settings == runs.model_settings)]
+    first_run = first_run[~first_run.method_settings.str.contains("orders.rest")]
+    of_cifar = runs[(runs.dataset == "cifar100") & ~runs.shared_settings.str.contains("train.epochs|first_order.lr")]
+    late = of_cifar[of_cifar.seed.isin(range(20, 30)) & of_cifar.method_settings.str.contains("vision: first")]
+    parts = {(key, 3): part for key, part in first_run.groupby("variant")} | {
+        (key, 10): part for key, part in late.groupby(["layers", "variant"])
+    }
+    names = {
+        "zero_shot": "`orders=zero_shot`: CLIP without training",
+        "none": "`orders=first`: first order in all blocks",
+        "mozo": "default: MoZO in odd blocks, first order in even blocks",
+        "frozen": "`orders.order=frozen`: the odd blocks are not trained",
+        ("suffix4", "many_probes"): "`orders=language_late zo=many_probes`: vision by first order",
+        ("all but language suffix4", "frozen"): "the same with `orders.order=first`",
+        ("suffix4", "frozen"): "the same with `orders.order=frozen`",
+    }
+    for (key, seeds), part in parts.items():
+        if key != ("suffix4", "manywalk"):
+            texts = [f"{part[metric].mean():.2f} ± {part[metric].std():.2f}" for metric in ("last", "avg")]
+            assert len(part) == seeds and f"| {names.pop(key)} | {' | '.join(texts)} |" in page
+    assert not names
+    everywhere = of_cifar[(of_cifar.variant == "none") & (of_cifar.adapter == "moe")]
+    assert f"First order in all blocks has {everywhere['last'].mean():.2f}, {everywhere.avg.mean():.2f}" in page and len(everywhere) == 10
+    tiny = runs[(runs.dataset == "tiny_imagenet") & (runs.layers == "suffix4")].pivot(index="seed", columns="variant", values="avg")
+    assert f"loses {(tiny.frozen - tiny.many_probes).mean():.2f} Avg on Tiny-ImageNet" in page
 
 
 @pytest.mark.parametrize("branch", ["language", "vision"])

@@ -6,10 +6,11 @@
     python tools/confirm.py tuned --seeds 10-12                       the screens' choice for each plan, and its random walks
     python tools/confirm.py tables --seeds 10                         Tables 1, 2 and 4 and Figure 4 on CIFAR-100, once
     python tools/confirm.py --list                                    only print the commands
+    dist-vlcl tune data=cifar100 ...                                  the screens before them: the commands in docs/settings.md
     python tools/evidence.py collect runs/confirm/cifar100-* --out docs/results/cifar100.csv
 
-Complete runs are skipped, interrupted ones go on. A run takes two to six minutes on a quiet core with 200 training images a class, the
-positive control 27 to 53 minutes, the screens' choice four to fourteen.
+Complete runs are skipped, interrupted ones go on. A run takes half a minute to nine minutes on a core with 200 training images a class, the
+positive control 27 to 53 minutes, the screens' choice three to 29.
 """
 
 import argparse
@@ -29,6 +30,7 @@ DATA = {  # warm-up: a fifth of the steps of a task, with the images that this e
 }
 MANY_PROBES = {  # with the defaults and the positive control: every run that configs/contrasts.yaml compares, and first order
     "language": "orders=language_late orders.rest=frozen zo=many_probes",
+    "language-many-walk": "orders=language_late orders.rest=frozen zo=many_probes zo.random_signs=true",
     "language-first": "orders=language_late orders.rest=frozen orders.order=first",
     "hybrid": "orders=language_late zo=many_probes",
     "frozen": "orders=language_late orders.order=frozen",

@@ -169,7 +169,9 @@ def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Pat
             continue
         claims += [tables.comparison_table(decidable)] if len(decidable) else []
         asked_once += [question, tables.comparison_table(undecidable)] if len(undecidable) else []
-    claims.append(f"Questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}")
+    claims.append(
+        f"Of these questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}"
+    )
     for old in pictures.glob("results-*.png") if pictures else ():
         old.unlink()
     with matplotlib.rc_context(fname=STYLE):
@@ -285,7 +287,11 @@ def summary(found: pd.DataFrame) -> str:
 
     text = f"{len(part)} {'comparison' if len(part) == 1 else 'comparisons'}, Δ{name} {span(part['mean'])}."
     several = part[part.seeds > 1].verdict.value_counts(sort=False)
-    text += f" Answers from several seeds: {', '.join(f'{verdict} {count}' for verdict, count in several.items())}." if len(several) else ""
+    text += (
+        f" Answers{name and f' in{name}'} from several seeds: {', '.join(f'{verdict} {count}' for verdict, count in several.items())}."
+        if len(several)
+        else ""
+    )
     text += f" {(part.seeds == 1).sum()} with one seed, which is no answer." if (part.seeds == 1).any() else ""
     return text + (f" The paper's Δ{name}: {span(part.paper.dropna())}." if part.paper.notna().any() else "")
 
