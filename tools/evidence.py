@@ -152,7 +152,8 @@ def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Pat
         "\n".join(f"- {tasks}: {text}" for tasks, text in shared.items()),
     ]
     blocks += [TERMS, tables.result_table(several)]
-    if contribution := tables.contribution_table(several):
+    without_ratios = several.assign(**dict.fromkeys(map(RECOVERED.format, tables.METRICS), np.nan))  # these have a table with intervals
+    if contribution := tables.contribution_table(without_ratios):
         heading = ["## What did zeroth order contribute?", f"{CONTRIBUTION_TERMS} {MEASURED_ONCE}"]
         blocks += [*heading, contribution, ratio_table(results)]
     counted = comparisons[~comparisons.variant.isin(CONTROLS)]
@@ -182,7 +183,7 @@ def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Pat
                 name, tasks = f"results-{dataset}-inc{increment}-{number}.png", tables.tasks_label(dataset, increment)
                 own = "; ".join(text for text in settings.split("; ") if text not in shared[tasks].split("; "))
                 caption = f"{tasks}{own and f' ({own})'}: {picture.caption.split('.')[0]}"
-                blocks.append(f"![{caption}](images/{name})\n\n{caption}.")
+                blocks.append(f"{caption}:\n![{caption}](images/{name})")
                 if pictures:
                     pictures.mkdir(parents=True, exist_ok=True)
                     picture.figure.savefig(pictures / name)
