@@ -214,7 +214,7 @@ def test_the_table_of_a_screen_and_the_gain_of_its_fresh_runs_are_those_of_its_c
     ]
     if branch == "language":
         words.append(f"ends {(cautious[is_long].accuracy - cautious[is_long].zero_shot).mean():.1f} points above frozen units")
-        assert (screen[(screen.zo == "conservative") & (screen["zo.probes"] > 1)].ordinary == 100).all()
+    assert (screen[(screen.zo == "conservative") & (screen["zo.probes"] > 1)].ordinary == 100).all()
     assert all(text in " ".join(page.split()) for text in words)
     best = means.stack().idxmax()
     ours = fresh[fresh.order == "zeroth"]
