@@ -85,6 +85,13 @@ def test_a_plan_with_one_seed_is_on_the_page_of_those_alone(read_back):
     assert "## Questions" not in parts["one-seed.md"]  # differences to a control are in the table of runs
 
 
+def test_r_is_shown_also_where_no_step_was_measured():
+    runs = evidence.read(ROOT / "docs" / "results")
+    chosen = runs[runs.run.str.fullmatch("cifar100-(dual-walk|first)-s1[1-4]")]
+    assert len(chosen) == 8 and chosen.cosine.isna().all()
+    assert "What did zeroth order contribute?" in (text := evidence.parts_of_pages(chosen)["results.md"]) and "| R Avg |" in text
+
+
 def test_r_is_shown_with_its_interval(read_back):
     text = evidence.parts_of_pages(read_back)["results.md"]
     found = [0.05 / 0.20, 0.06 / 0.20, 0.07 / 0.20]  # Last of three seeds
@@ -248,7 +255,8 @@ def test_what_the_screens_choice_does_over_all_tasks_is_in_the_rows_of_its_runs(
         signs = walks[(walks.branch == branch) & (walks.layers == layers)].set_index("seed")
         gains = (tuned.set_index("seed").avg - signs.avg).dropna()
         low, high = stats.t.interval(0.95, len(gains) - 1, gains.mean(), stats.sem(gains))
-        found = f"{signs['last'].mean():.2f}, {signs.avg.mean():.2f} | {gains.mean():.2f} ({low:.2f} to {high:.2f})"
+        lost_by_walk = (signs.avg - parts[0].set_index("seed").avg).dropna().mean()
+        found = f"{signs['last'].mean():.2f}, {signs.avg.mean():.2f} | {lost_by_walk:.2f} | {gains.mean():.2f} ({low:.2f} to {high:.2f})"
         assert f"| {branch} {layers} | 10 to {9 + len(gains)} | {found} |" in page and max(gains.index) == 9 + len(gains)
     assert len(lost) == 40 and f"loses {min(lost):.1f} to {max(lost):.1f} points of Last" in page
 
@@ -360,7 +368,7 @@ def test_the_learning_rates_of_first_order_and_r_against_the_best_of_them_are_th
     walked = runs_of["manywalk", 0.001]
     gains = walked.avg - walked.zero_shot_avg
     low, high = stats.t.interval(0.95, 9, gains.mean(), stats.sem(gains))
-    assert f"random signs have {gains.mean():+.2f} of Avg over zero-shot ({low:+.2f} to {high:+.2f})" in page
+    assert f"the same steps, at the default rate, have {gains.mean():+.2f} of Avg over zero-shot ({low:+.2f} to {high:+.2f})" in page
     forgetting = [runs_of["frozen", rate].forgetting.mean() for rate in (0.001, 0.003, 0.01)]
     assert "forgetting is {:.1f}, {:.1f} and {:.1f} points".format(*forgetting) in page
     for rate, first_rate, metric in (

@@ -8,7 +8,7 @@ from dist_vlcl.config import Config, compose_config
 from dist_vlcl.options import flatten
 from dist_vlcl.orders import Order, assign
 from dist_vlcl.paper import catalogue, cell_of, groups, paper_runs, run_name, select
-from dist_vlcl.report.records import CELL, WITHOUT_ZEROTH
+from dist_vlcl.report.records import CELL, WITHOUT_ZEROTH, _configuration_of, _differing
 from dist_vlcl.report.records import CONTROLS as CONTROL_VARIANTS
 from dist_vlcl.report.tables import tasks_label
 from tests.test_configs import UNITS
@@ -150,6 +150,8 @@ def test_data_sets_as_tasks_have_no_number_of_classes_and_are_compared_with_the_
     assert (cell.dataset, cell.increment, tasks_label(cell.dataset, cell.increment)) == ("cifar100-pacs", 0, "cifar100-pacs")
     assert configured(*cell.overrides()).tasks == configured("data=folder", "data.name=cifar100-pacs").tasks
     assert tasks_label("pacs", 2) == "pacs Inc2"
+    given = configured("data=sets", "tasks.sets=[cifar100,pacs]", "tasks.increment=20", "orders=first").as_dict()
+    assert cell_of(given) == cell and not {"tasks.increment"} & set(_differing(given, _configuration_of(cell), "none"))
 
 
 def test_a_selection_is_ids_groups_and_wildcards_each_once():

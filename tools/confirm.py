@@ -9,8 +9,8 @@
     dist-vlcl tune data=cifar100 ...                                  the screens before them: the commands in docs/settings.md
     python tools/evidence.py collect runs/confirm/cifar100-* --out docs/results/cifar100.csv
 
-Complete runs are skipped, interrupted ones go on. A run takes half a minute to nine minutes on a core with 200 training images a class, the
-positive control 27 to 53 minutes, the screens' choice three to 29.
+Complete runs are skipped, interrupted ones go on. A run takes half a minute to 14 minutes on a core with 200 training images a class, the
+positive control 18 to 53 minutes, the screens' choice three to 39.
 """
 
 import argparse

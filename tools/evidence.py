@@ -153,9 +153,9 @@ def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Pat
     ]
     blocks += [TERMS, tables.result_table(several)]
     without_ratios = several.assign(**dict.fromkeys(map(RECOVERED.format, tables.METRICS), np.nan))  # these have a table with intervals
-    if contribution := tables.contribution_table(without_ratios):
-        heading = ["## What did zeroth order contribute?", f"{CONTRIBUTION_TERMS} {MEASURED_ONCE}"]
-        blocks += [*heading, contribution, ratio_table(results)]
+    contribution = [table for table in (tables.contribution_table(without_ratios), ratio_table(results)) if table]
+    if contribution:
+        blocks += ["## What did zeroth order contribute?", f"{CONTRIBUTION_TERMS} {MEASURED_ONCE}", *contribution]
     counted = comparisons[~comparisons.variant.isin(CONTROLS)]
     asked = {name: counted[counted.claim == name] for name in CLAIMS}
     claims, asked_once = [RULE], []
@@ -170,9 +170,8 @@ def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Pat
             continue
         claims += [tables.comparison_table(decidable)] if len(decidable) else []
         asked_once += [question, tables.comparison_table(undecidable)] if len(undecidable) else []
-    claims.append(
-        f"Of these questions without runs: {' '.join(CLAIMS[name].statement for name, found in asked.items() if found.empty) or 'none'}"
-    )
+    unasked = [CLAIMS[name].statement for name, found in asked.items() if found.empty]
+    claims.append(f"Questions of the report without runs here: {' '.join(unasked) or 'none'}")
     for old in pictures.glob("results-*.png") if pictures else ():
         old.unlink()
     with matplotlib.rc_context(fname=STYLE):
@@ -180,7 +179,8 @@ def parts_of_pages(runs: pd.DataFrame, pictures: Path | None = None, folder: Pat
         drawn = repeated.groupby(GROUP).filter(lambda group: group[group.variant != "zero_shot"].groupby(METHOD).ngroups > 1)
         for number, ((dataset, increment, settings), part) in enumerate(drawn.groupby(GROUP, sort=False), 1):
             if picture := draw_seeds(part):
-                name, tasks = f"results-{dataset}-inc{increment}-{number}.png", tables.tasks_label(dataset, increment)
+                tasks, inc = tables.tasks_label(dataset, increment), f"-inc{increment}" if increment else ""
+                name = f"results-{dataset}{inc}-{number}.png"
                 own = "; ".join(text for text in settings.split("; ") if text not in shared[tasks].split("; "))
                 caption = f"{tasks}{own and f' ({own})'}: {picture.caption.split('.')[0]}"
                 blocks.append(f"{caption}:\n![{caption}](images/{name})")

@@ -211,7 +211,7 @@ def pictures_of(complete: pd.DataFrame, results: pd.DataFrame) -> list[Picture]:
         if picture is None:
             continue
         suffix, where = ("", "") if adapter == "moe" else (f"-{adapter}", f", {adapter}")
-        name = re.sub(r"[^A-Za-z0-9_-]+", "-", f"figure{number}-{dataset}-inc{increment}{suffix}")
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", f"figure{number}-{dataset}{f'-inc{increment}' if increment else ''}{suffix}")
         name = next(n for n in (name, *(f"{name}-{k}" for k in range(2, len(found) + 3))) if n not in found)
         title = f"Figure {number}. {title}; {tasks_label(dataset, increment)}{where}"
         caption = f"{picture.caption} Other settings than the paper's: {settings}." if settings else picture.caption

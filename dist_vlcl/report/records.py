@@ -27,7 +27,7 @@ PART_OF_TRAINING, PART_OF_TEST = "only a part of the training images", "only a p
 
 # Options that do not change a result or its meaning, and those that are the cell itself.
 NOT_COMPARED = (*saved.MAY_CHANGE, "seed", "paper", "eval.zero_shot", "data.source", "data.reader", "data.samples_per_shard", "zo.name")
-NOT_COMPARED += ("train.micro_batches", "orders.branch", "orders.layers", "orders.order", "orders.span", "adapter.kind")
+NOT_COMPARED += ("train.micro_batches", "orders.branch", "orders.layers", "orders.order", "orders.span", "adapter.kind", "tasks.increment")
 OF_METHOD = ("adapter.*", "orders.*", "zo.*")
 OF_TRAINING = ("train.*", "first_order.*", "model.loss", PART_OF_TRAINING)
 OF_PROBES = ("train.max_steps", "tasks.num_tasks", PART_OF_TRAINING, PART_OF_TEST)  # these do not change the memory of a step
