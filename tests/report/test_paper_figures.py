@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dist_vlcl.report import paper_figures
 from dist_vlcl.report.figures import STYLE
-from dist_vlcl.report.paper_figures import draw_seeds
+from dist_vlcl.report.paper_figures import draw_seeds, pictures_of
 from tests.report.test_statistics import FO, NOTE, ZERO_SHOT, results
 
 HOP, MOZO = ("dual", "hop_odd", "conservative"), ("dual", "hop_odd", "mozo")
@@ -56,6 +56,13 @@ def test_figure_8_shows_last_beside_avg():
         [line] = [line for line in axes.lines if line.get_label() == "zero-shot CLIP"]
         assert line.get_xdata()[0] == pytest.approx(untrained[metric].mean())
     assert sorted(shown["last"]) != sorted(shown["avg"])
+
+
+@pytest.mark.parametrize(("increment", "name"), [(20, "figure8-cifar100-inc20"), (0, "figure8-cifar100")])
+def test_a_picture_names_the_classes_of_a_task_where_they_are_a_number(increment, name):
+    found = results(FO, (*HOP, ""), increment=increment)
+    with matplotlib.rc_context(fname=STYLE):
+        assert [picture.name for picture in pictures_of(found[:0], found)] == [name]
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
