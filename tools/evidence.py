@@ -289,7 +289,8 @@ def summary(found: pd.DataFrame) -> str:
     text = f"{len(part)} {'comparison' if len(part) == 1 else 'comparisons'}, Δ{name} {span(part['mean'])}."
     several = part[part.seeds > 1].verdict.value_counts(sort=False)
     if len(several):
-        text += f" Answers{name and f' in{name}'} from several seeds: {', '.join(f'{verdict} {count}' for verdict, count in several.items())}."
+        counts = ", ".join(f"{verdict} {count}" for verdict, count in several.items())
+        text += f" Answers{name and f' in{name}'} from several seeds: {counts}."
     text += f" {(part.seeds == 1).sum()} with one seed, which is no answer." if (part.seeds == 1).any() else ""
     return text + (f" The paper's Δ{name}: {span(part.paper.dropna())}." if part.paper.notna().any() else "")
 
