@@ -199,6 +199,10 @@ def test_the_results_in_the_readme_are_those_of_the_csv_files():
     assert f"First order in all blocks has {everywhere['last'].mean():.2f}, {everywhere.avg.mean():.2f}" in page and len(everywhere) == 10
     tiny = runs[(runs.dataset == "tiny_imagenet") & (runs.layers == "suffix4")].pivot(index="seed", columns="variant", values="avg")
     assert f"loses {(tiny.frozen - tiny.many_probes).mean():.2f} Avg on Tiny-ImageNet" in page
+    lost = tiny.frozen - tiny.manywalk
+    low, high = stats.t.interval(0.95, 9, lost.mean(), stats.sem(lost))
+    text = f"random signs lose {lost.mean():.2f} of Avg ({low:.2f} to {high:.2f})"
+    assert text in " ".join((evidence.DOCS / "results.md").read_text().split()) and len(lost) == 10
 
 
 @pytest.mark.parametrize("branch", ["language", "vision"])
