@@ -262,6 +262,7 @@ def test_what_the_screens_choice_does_over_all_tasks_is_in_the_rows_of_its_runs(
         lost_by_walk = (signs.avg - parts[0].set_index("seed").avg).dropna().mean()
         found = f"{signs['last'].mean():.2f}, {signs.avg.mean():.2f} | {lost_by_walk:.2f} | {gains.mean():.2f} ({low:.2f} to {high:.2f})"
         assert f"| {branch} {layers} | 10 to {9 + len(gains)} | {found} |" in page and max(gains.index) == 9 + len(gains)
+        assert f" {100 * gains.mean() / -lost_by_walk:.0f} % in {branch} {layers}" in page
     assert len(lost) == 40 and f"loses {min(lost):.1f} to {max(lost):.1f} points of Last" in page
 
 
